@@ -18,7 +18,7 @@ MAX_LOGIT_SCALE = math.log(100.0)  # ibid.: logits are never scaled by more than
 def contrastive_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor | float, captions_equal: Tensor | None = None
 ) -> Tensor:
-    """Symmetric InfoNCE (Radford et al. 2021, Figure 3), equal captions as positives (UniCL, Yang et al. 2022).
+    """Symmetric InfoNCE (Radford et al. 2021, Figure 3), equal captions positive (UniCL, Yang et al. 2022).
 
     `image` and `text` are (B, E), normalised here. `logit_scale` is the logarithm of 1 / temperature, as CLIP
     models hold it. `captions_equal` (B, B) is true where captions i and j say the same (`equal_captions`
@@ -48,7 +48,7 @@ def contrastive_loss(
 
 
 def equal_captions(captions: Sequence[Hashable], device: torch.device | str | None = None) -> Tensor:
-    """Which captions of a batch are the same, (B, B) bool; give strings, or any key that says what they say."""
+    """Which captions of a batch are the same, (B, B) bool; give strings, or any key that stands for one."""
     numbers: dict[Hashable, int] = {}
     ids = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions], device=device)
     return ids[:, None] == ids[None, :]
