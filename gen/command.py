@@ -1,18 +1,19 @@
 """The command `unclip`: finds a verb among the installed ones and runs it.
 
-Owns: the list of verbs, the exit status and how an error is told. It must not know any verb, nor import torch or typer
-before one is chosen, so that `unclip --help` answers at once.
+Owns: the list of verbs, the exit status and how an error is told. It must not know any verb, nor import
+torch or typer before one is chosen, so that `unclip --help` answers at once.
 
-A package joins a verb through the entry-point group `unclip.commands`. The entry's name is `VERB: help line`, its value
-is `module:object`, where the object is a function that typer can read or a `typer.Typer`:
+A package joins a verb through the entry-point group `unclip.commands`. The entry's name is `VERB: help line`,
+its value is `module:object`, where the object is a function that typer can read or a `typer.Typer`:
 
     [project.entry-points."unclip.commands"]
     "generate: Paint candidates of a sentence and keep the best" = "gen.cli:generate"
 
 The help line is metadata of the installed distribution, so listing the verbs imports no module of theirs.
 
-Exit status: 0 done; 2 the user's mistake, told in one line (typer's usage errors, and a ValueError that the verb's own
-packages raised: by the rule of this code base that is what a user can cause); 130 interrupted; 1 anything else.
+Exit status: 0 done; 2 the user's mistake, told in one line (typer's usage errors, and a ValueError that the
+verb's own packages raised: by the rule of this code base that is what a user can cause); 130 interrupted;
+1 anything else.
 """
 
 import os
@@ -102,7 +103,7 @@ def _run(verb: Verb, arguments: list[str]) -> int:
             app.command()(target)
             target = app
         try:
-            # Not typer's standalone mode: its usage errors fill a box, ours are one line. Exit comes back as a number.
+            # Not typer's standalone mode, whose usage errors fill a box; here Exit comes back as a number.
             status = typer.main.get_command(target).main(arguments, prog_name=who, standalone_mode=False)
         except typer.TyperException as error:
             return _tell(who, f"{error.format_message()} (see {who} --help)", error.exit_code)
@@ -112,20 +113,22 @@ def _run(verb: Verb, arguments: list[str]) -> int:
         return status if isinstance(status, int) else DONE
     except KeyboardInterrupt:
         return _tell(who, "interrupted", INTERRUPTED)
-    except (
-        BrokenPipeError
-    ):  # `unclip ... | head`: the reader has left; keep the interpreter's last flush quiet
+    except BrokenPipeError:  # `unclip ... | head`: the reader left; keep the last flush quiet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        if isinstance(error, ValueError) and _raised_in(error) in OWN_PACKAGES | {
-            verb.entry.module.partition(".")[0]
-        }:
+        own = OWN_PACKAGES | {_package(verb.entry)}
+        if isinstance(error, ValueError) and _raised_in(error) in own:
             return _tell(who, str(error), MISTAKE)
         if isinstance(error, OSError):  # a full disk, a vanished folder: the line says it all
             return _tell(who, str(error), FAILED)
         traceback.print_exc()
         return _tell(who, f"failed with {type(error).__name__}: {error}", FAILED)
+
+
+def _package(entry: EntryPoint) -> str:
+    """Top-level package an entry point lives in."""
+    return entry.module.partition(".")[0]
 
 
 def _raised_in(error: BaseException) -> str:

@@ -1,0 +1,132 @@
+"""PNG records survive the file and its failures; the sheet shows every picture as painted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gen.picture import TILE, contact_sheet, largest_difference, read_picture, read_png, write_png
+
+RECORD = {
+    "prompt": "ein großer Kreis, 赤い円 🙂",
+    "seed": 2**32 - 1,
+    "score": 0.123456789,
+    "settings": {"eta": 0.0},
+}
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_picture_and_record_come_back_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "0001.png"
+    write_png(noise(0), path, RECORD)
+    picture, record = read_png(path)
+    assert record == RECORD
+    assert largest_difference(picture, noise(0)) == 0
+
+
+def test_other_programs_find_prompt_and_record_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "0001.png"
+    write_png(noise(0), path, RECORD)
+    with Image.open(path) as opened:
+        assert opened.text["Software"] == "unclip"
+        assert opened.text["Description"] == RECORD["prompt"]
+        assert json.loads(opened.text["unclip"]) == RECORD
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_png(noise(0), tmp_path / "a.png", {"score": float("nan")})  # not JSON
+    with pytest.raises(TypeError):
+        write_png(noise(0), tmp_path / "a.png", {"score": object()})
+    hsv = Image.new("HSV", (8, 8))  # a mode PNG does not know: fails while the file is open
+    with pytest.raises(OSError):
+        write_png(hsv, tmp_path / "a.png", RECORD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        write_png(noise(0), path, RECORD)
+    assert path.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_without_our_record_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "plain.png"
+    noise(0).save(path)
+    with pytest.raises(ValueError, match=r"plain\.png holds no unclip record"):
+        read_png(path)
+    noise(0).save(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match="holds no unclip record"):
+        read_png(tmp_path / "photo.jpg")
+
+
+def test_a_damaged_record_is_told(tmp_path: Path) -> None:
+    from PIL import PngImagePlugin
+
+    for text in ("{", "[1]"):
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("unclip", text)
+        noise(0).save(tmp_path / "bad.png", pnginfo=chunks)
+        with pytest.raises(ValueError, match="damaged unclip record"):
+            read_png(tmp_path / "bad.png")
+
+
+def test_a_missing_or_cut_picture_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        read_picture(tmp_path / "none.png")
+    whole = tmp_path / "whole.png"
+    write_png(noise(0), whole, RECORD)
+    cut = tmp_path / "cut.png"
+    for length in (0, 10, len(whole.read_bytes()) // 2):
+        cut.write_bytes(whole.read_bytes()[:length])
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_picture(cut)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_picture(tmp_path)  # a folder
+
+
+def test_largest_difference_is_in_levels_of_one_channel() -> None:
+    pixels = np.asarray(noise(0)).copy()
+    pixels[5, 7, 2] = 200
+    one = Image.fromarray(pixels)
+    pixels[5, 7, 2] = 197
+    assert largest_difference(one, Image.fromarray(pixels)) == 3
+    assert largest_difference(one, one) == 0
+    assert largest_difference(one, noise(0, (32, 64))) == 255
+    black, white = Image.new("RGB", (4, 4), (0, 0, 0)), Image.new("RGB", (4, 4), (255, 255, 255))
+    assert largest_difference(black, white) == 255  # no unsigned wrap-around
+
+
+def test_sheet_shows_every_pixel_as_painted() -> None:
+    pictures = [noise(seed) for seed in range(16)]
+    sheet = np.asarray(
+        contact_sheet(pictures, [f"seed {s}" for s in range(16)], num_kept=4, title="a prompt")
+    )
+    scale = round(TILE / 64)
+    for picture in pictures:
+        large = np.asarray(picture).repeat(scale, axis=0).repeat(scale, axis=1)
+        corner = large[0, : 4 * scale]
+        rows, columns = np.nonzero((sheet[:, :, :] == corner[0]).all(axis=2))
+        assert any(
+            np.array_equal(sheet[y : y + len(large), x : x + len(large)], large)
+            for y, x in zip(rows, columns, strict=True)
+        )
+
+
+def test_sheet_takes_any_size_and_long_captions() -> None:
+    for size in ((1, 1), (64, 40), (700, 300), (2000, 2000)):
+        sheet = contact_sheet(
+            [noise(0, size)] * 3, ["a caption far too long for its tile " * 5] * 3, title="w " * 500
+        )
+        assert sheet.width < 1500 and sheet.height < 800
+    with pytest.raises(ValueError, match="one caption per picture"):
+        contact_sheet([noise(0)], [])
