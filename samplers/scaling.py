@@ -1,0 +1,135 @@
+"""The one wall between a network's parameterisation and everybody else.
+
+A network speaks of timesteps and predicts eps, v, x0 or a flow; samplers, guidance, pruning and losses speak
+of x = x0 + sigma * eps and of estimates of x0, in float32. `Scaling` converts both ways and gives the target of
+training, so what is trained is what is sampled. It must not know samplers, the levels of a run, or conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from samplers.schedule import FLOW_SIGMA_MAX, ZERO_SNR_SIGMA, flow_sigma, training_sigmas
+from samplers.state import Denoise, Prediction, per_row
+
+Kind = Literal["eps", "v", "x0", "flow"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A network's parameterisation and the noise level of each of its training timesteps."""
+
+    kind: Kind
+    sigmas: Tensor  # (T,) float64, ascending: the sigma of timesteps 0, 1, ..., T - 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"parameterisation {self.kind!r} is unknown; choose from: {', '.join(KINDS)}")
+
+    @classmethod
+    def from_betas(cls, kind: Kind, betas: Tensor, max_sigma: float = ZERO_SNR_SIGMA) -> Scaling:
+        """A variance-preserving network (Ho et al. 2020); max_sigma stands in for a level without signal."""
+        return cls(kind, training_sigmas(betas, max_sigma))
+
+    @classmethod
+    def flow(cls, num_train_timesteps: int = 1000) -> Scaling:
+        """A rectified flow (Liu et al. 2023): the network sees (1 - t) x0 + t eps at timestep t * T."""
+        times = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        return cls("flow", flow_sigma(times))
+
+    def to(self, device: torch.device | str) -> Scaling:
+        """The same with its table on the device, which saves a copy at every call."""
+        return replace(self, sigmas=self.sigmas.to(device))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network calls sigma (B,): float32, continuous, exactly the integer at a training level."""
+        sigma = sigma.double()
+        if self.kind == "flow":
+            time = torch.where(sigma < FLOW_SIGMA_MAX, sigma / (1 + sigma), 1.0)
+            # float32 levels know their time to 1e-8: round to it, so that a training level meets its integer
+            return (time.round(decimals=7) * (len(self.sigmas) - 1)).float()
+        log_sigmas = self._log_sigmas(sigma.device)
+        log_sigma = sigma.clamp(min=1e-10).log()
+        below = (torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, len(log_sigmas) - 2)
+        low, high = log_sigmas[below], log_sigmas[below + 1]
+        return (below + ((log_sigma - low) / (high - low)).clamp(0, 1)).float()
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """The level of timestep (B,), also between two integers: the inverse of `timestep`, float32."""
+        timestep = timestep.double()
+        if self.kind == "flow":
+            return flow_sigma(timestep / (len(self.sigmas) - 1)).float()
+        log_sigmas = self._log_sigmas(timestep.device)
+        timestep = timestep.clamp(0, len(log_sigmas) - 1)
+        below = timestep.floor().long().clamp(max=len(log_sigmas) - 2)
+        return torch.lerp(log_sigmas[below], log_sigmas[below + 1], timestep - below).exp().float()
+
+    def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What the network was trained to see: x at unit variance, or the flow's blend."""
+        c_in, _, _ = self._coefficients(sigma, x)
+        return c_in * x
+
+    def x0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The estimate of x0 that a network's output stands for."""
+        _, c_skip, c_out = self._coefficients(sigma, x)
+        return c_skip * x + c_out * output
+
+    def output(self, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The network's output that would stand for x0: the inverse of `x0`, for sigma > 0."""
+        _, c_skip, c_out = self._coefficients(sigma, x)
+        return (x0 - c_skip * x) / c_out
+
+    def target(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        """What training asks of the network's output at x0 + sigma * eps."""
+        if self.kind == "eps":
+            return eps
+        if self.kind == "x0":
+            return x0
+        if self.kind == "flow":
+            return eps - x0
+        s = per_row(sigma.float(), x0)
+        return (eps - s * x0) / (1 + s**2).sqrt()  # v = alpha eps - sigma_vp x0, Salimans & Ho 2022
+
+    def loss_weight(self, sigma: Tensor, snr_gamma: float | None = None) -> Tensor:
+        """Weight (B,) of the squared error of the output: Min-SNR-gamma (Hang et al. 2023); None: ones.
+
+        The paper weights the error of x0 by min(SNR, gamma), SNR = 1 / sigma^2; an error of the output is
+        c_out times as large in x0, which gives min(SNR, gamma) / SNR for eps and / (SNR + 1) for v.
+        """
+        if snr_gamma is None:
+            return torch.ones_like(sigma, dtype=torch.float32)
+        _, _, c_out = self._coefficients(sigma, sigma)
+        return c_out**2 * sigma.float().pow(-2).clamp(max=snr_gamma)
+
+    def _coefficients(self, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_in, c_skip, c_out of x0 = c_skip x + c_out output(c_in x): Karras et al. 2022, equation 7."""
+        s = per_row(sigma.float(), x)
+        one = torch.ones_like(s)
+        if self.kind == "flow":
+            return 1 / (1 + s), 1 / (1 + s), -s / (1 + s)
+        c_in = 1 / (1 + s**2).sqrt()
+        if self.kind == "eps":
+            return c_in, one, -s
+        if self.kind == "v":
+            return c_in, c_in**2, -s * c_in
+        return c_in, 0 * one, one
+
+    def _log_sigmas(self, device: torch.device) -> Tensor:
+        """The table as float32 levels carry it: without that a level would miss its own integer."""
+        return self.sigmas.to(device).float().double().log()
+
+
+def denoiser(network: Callable[[Tensor, Tensor], Tensor], scaling: Scaling) -> Denoise:
+    """Wrap network(input (B, ...), timestep (B,)) -> output as denoise(x, sigma) -> Prediction."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Prediction:
+        output = network(scaling.network_input(x, sigma), scaling.timestep(sigma))
+        return Prediction(scaling.x0(output.float(), x, sigma))
+
+    return denoise
