@@ -1,8 +1,8 @@
 """The one wall between a network's parameterisation and everybody else.
 
-A network speaks of timesteps and predicts eps, v, x0 or a flow; samplers, guidance, pruning and losses speak
-of x = x0 + sigma * eps and of estimates of x0, in float32. `Scaling` converts both ways and gives the target of
-training, so what is trained is what is sampled. It must not know samplers, the levels of a run, or conditions.
+A network speaks of timesteps and predicts eps, v, x0 or a flow. Samplers, guidance, pruning and losses speak
+of x = x0 + sigma * eps and of estimates of x0, in float32. `Scaling` converts both ways and gives the target
+of training, so what is trained is what is sampled. It knows no samplers, no levels of a run, no conditions.
 """
 
 from __future__ import annotations
