@@ -1,4 +1,4 @@
-"""The checker against pictures whose truth is known: scenes as drawn, and as an autoencoder might blur them."""
+"""The checker against pictures whose truth is known, as drawn and as an autoencoder might blur them."""
 
 from dataclasses import replace
 from functools import cache
