@@ -19,7 +19,7 @@ NUM_FIXED = 2 * 256 + 2  # every byte inside a word and at its end, begin and en
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
-    """Learn byte-pair merges (Sennrich et al. 2016) from captions; the same captions give the same result.
+    """Learn byte-pair merges (Sennrich et al. 2016) from captions; equal captions give equal results.
 
     The ids are CLIP's in order: 256 bytes, 256 bytes that end a word, one per merge, begin, end. Padding is
     the end token, as in CLIP, so the end id is the last one and never 2 (which transformers pools by another,
