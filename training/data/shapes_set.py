@@ -1,0 +1,26 @@
+"""The Shapes data set as a stream of captioned pictures, ready for `write_folder` or `write_shards`.
+
+Every fourth picture is a fresh scene and the three after it differ from it in one fact each: their shared group lets a
+contrastive batch hold the hard negatives together. Picture i of a seed is the same whatever the size of the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from training.data.shapes import caption, contrast, render, scene
+
+GROUP_SIZE = 4  # one scene and three contrasts
+_SEED_STRIDE = 1_000_000_007  # keeps the scene streams of neighbouring seeds apart
+
+
+def shapes(num_pictures: int, seed: int = 0) -> Iterator[tuple[np.ndarray, str, str]]:
+    """Yield (pixels (64, 64, 3) uint8, caption, group) for `num_pictures` training pictures."""
+    for index in range(num_pictures):
+        group, place = divmod(index, GROUP_SIZE)
+        origin = scene(seed * _SEED_STRIDE + group * GROUP_SIZE)
+        picture_seed = seed * _SEED_STRIDE + index
+        picture = origin if place == 0 else contrast(origin, picture_seed)
+        yield render(picture), caption(picture, picture_seed), f"{group:06d}"

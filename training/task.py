@@ -1,0 +1,52 @@
+"""A task turns a batch into losses; the loop knows nothing else about what it trains.
+
+A task owns its recipe's part of the configuration, the data set it reads, the network it trains, the frozen networks
+it needs, a sheet that shows progress to a person, and how the result is saved in the ecosystem's own format.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class Task(nn.Module, ABC):
+    """One trainable part. `forward(batch, rng)` gives its losses, so data-parallel wrappers see one module.
+
+    `network` is what is trained, averaged and saved. Frozen networks may be submodules too; only parameters that ask
+    for gradients are optimised, and only those of `network` are checkpointed.
+    """
+
+    network: nn.Module
+    dataset: Dataset[Any]
+
+    @abstractmethod
+    def forward(self, batch: Any, rng: torch.Generator) -> dict[str, Tensor]:
+        """Scalar losses by name; `loss` is minimised, the others are logged. All noise comes from `rng`."""
+
+    def groups(self) -> list[list[int]]:
+        """Indices of examples that must share a batch; by default each stands alone."""
+        return [[index] for index in range(len(self.dataset))]  # type: ignore[arg-type]
+
+    @abstractmethod
+    def sheet(self, network: nn.Module) -> Image.Image:
+        """A picture of what `network` (the trained one or its average) does now."""
+
+    @abstractmethod
+    def measure(self, network: nn.Module) -> dict[str, float]:
+        """Scores on examples kept out of training, by name."""
+
+    @abstractmethod
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """Write `network` into the empty `folder` in its ecosystem's format."""
+
+
+def held_back(num_examples: int, share: float = 0.02, most: int = 512) -> int:
+    """How many of a data set's last examples a task keeps for `measure`: 2 %, at most 512, at least 1."""
+    return max(1, min(most, int(num_examples * share)))

@@ -1,0 +1,89 @@
+"""Train the autoencoder: pictures to latents and back (Kingma & Welling 2014; Rombach et al. 2022, section 3.1).
+
+The network is diffusers' AutoencoderKL. After training, `scaling_factor` is measured so that latents have unit
+variance, as Rombach et al. 2022, appendix G, do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from training.data.folder import FolderDataset
+from training.recipe import Recipe
+from training.sheets import grid
+from training.task import Task, held_back
+
+
+class VaeRecipe(Recipe):
+    """Keys of a recipe with `task: vae`."""
+
+    task: Literal["vae"]
+    resolution: int = Field(gt=0)  # pixels; a multiple of the network's reduction
+    network: dict[str, Any]  # AutoencoderKL's configuration
+    kl_weight: float = Field(1e-4, ge=0)  # of the mean KL of one latent value, beside the mean error of one pixel
+
+
+class VaeTask(Task):
+    """Mean absolute and squared error in [-1, 1] plus a small KL divergence to the unit Gaussian."""
+
+    network: AutoencoderKL
+
+    def __init__(self, recipe: VaeRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.dataset = FolderDataset(recipe.data, recipe.resolution)
+        torch.manual_seed(recipe.train.seed)
+        self.network = AutoencoderKL(**recipe.network, sample_size=recipe.resolution)
+        self.held = held_back(len(self.dataset))
+
+    def groups(self) -> list[list[int]]:
+        return [[index] for index in range(len(self.dataset) - self.held)]
+
+    def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
+        pixels = to_signed(batch[0])  # (B, 3, H, W)
+        posterior = self.network.encode(pixels).latent_dist
+        decoded = self.network.decode(posterior.sample(rng)).sample.float()
+        error = (decoded - pixels).abs().mean() + (decoded - pixels).square().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return {"loss": error + self.recipe.kl_weight * kl, "error": error, "kl": kl}
+
+    @torch.no_grad()
+    def sheet(self, network: nn.Module) -> Image.Image:
+        """Held-back pictures above their reconstructions."""
+        pixels = self._held_pixels(network, 16)
+        return grid(torch.cat([pixels, _reconstruct(network, pixels)]), columns=16)
+
+    @torch.no_grad()
+    def measure(self, network: nn.Module) -> dict[str, float]:
+        """Peak signal-to-noise ratio of held-back reconstructions, in dB over the range [-1, 1]."""
+        pixels = self._held_pixels(network, 64)
+        error = (_reconstruct(network, pixels) - pixels).square().mean(dim=(1, 2, 3))
+        return {"psnr": (10 * torch.log10(4 / error)).mean().item()}
+
+    @torch.no_grad()
+    def save(self, network: nn.Module, folder: Path) -> None:
+        latents = network.encode(self._held_pixels(network, 256)).latent_dist.mean
+        network.register_to_config(scaling_factor=1 / latents.std().item())
+        network.save_pretrained(folder)
+
+    def _held_pixels(self, network: nn.Module, most: int) -> Tensor:
+        first = len(self.dataset) - self.held
+        chosen = range(first, first + min(most, self.held))
+        device = next(network.parameters()).device
+        return to_signed(torch.stack([self.dataset[index][0] for index in chosen]).to(device))
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def _reconstruct(network: nn.Module, pixels: Tensor) -> Tensor:
+    return network.decode(network.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
