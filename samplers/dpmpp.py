@@ -17,7 +17,7 @@ FEW_STEPS = 15  # diffusers' lower_order_final holds for runs shorter than this
 def step(
     denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
 ) -> State:
-    """DPM-Solver++(2M): Lu et al. 2022b, Algorithm 2; with eta 1 the SDE of their section 5. Both midpoint.
+    """DPM-Solver++(2M): Lu et al. 2022b, Algorithm 2; with eta 1 their SDE-DPM-Solver++(2M). Both midpoint.
 
     Written in sigma, with h = log(sigma / sigma_next), where the paper's alphas cancel (as in k-diffusion).
     Options: eta; lower_order_final and euler_at_final, diffusers' two reasons for a first-order last step.

@@ -104,13 +104,17 @@ def spaced_timesteps(
         raise ValueError(f"{num_steps} steps cannot be taken; give 1 to {num_train_timesteps}")
     points = num_steps + beyond_last
     if spacing == "linspace":
-        steps = torch.linspace(0, num_train_timesteps - 1, points, dtype=torch.float64).flip(0)
-        return (steps.round() if whole else steps)[:num_steps]
+        # multiplied as numpy does: torch.linspace counts from both ends and rounds ties to other integers
+        stride = (num_train_timesteps - 1) / max(points - 1, 1)
+        steps = torch.arange(points, dtype=torch.float64).flip(0)[:num_steps] * stride
+        return steps.round() if whole else steps
     if spacing == "leading":
         stride = num_train_timesteps // points
         return torch.arange(points, dtype=torch.float64).flip(0)[:num_steps] * stride + steps_offset
     if spacing == "trailing":
-        taken = torch.arange(num_steps, dtype=torch.float64) * (num_train_timesteps / num_steps)
+        # the stride as numpy.arange rounds it, or ties (48 steps of 1000) go to other integers
+        stride = num_train_timesteps - (num_train_timesteps - num_train_timesteps / num_steps)
+        taken = torch.arange(num_steps, dtype=torch.float64) * stride
         return (num_train_timesteps - taken).round() - 1
     raise ValueError(f"timestep spacing {spacing!r} is unknown; choose from: {', '.join(get_args(Spacing))}")
 
@@ -161,7 +165,7 @@ def karras(
 def exponential(
     num_steps: int, sigma_min: float, sigma_max: float, *, last: float = 0.0, unit_variance: bool = True
 ) -> Schedule:
-    """Levels evenly spaced in log sigma: Lu et al. 2022 (DPM-Solver), section 3.4."""
+    """Levels evenly spaced in log sigma, the uniform log SNR steps of Lu et al. 2022a (DPM-Solver)."""
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64).log()
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     return _run(torch.lerp(ends[0], ends[1], ramp).exp(), last, unit_variance, unit_variance)
