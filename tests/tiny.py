@@ -1,9 +1,8 @@
 """Tiny random models of the real classes, written as the ecosystem's own folders.
 
-`make_tiny_stable_unclip` writes a diffusers StableUnCLIPPipeline folder with the reranking CLIP in `clip/` beside it
-and an `unclip.json`, small enough for a network call to take milliseconds. The weights are random but large enough
-that words, image embedding and noise level all show in the picture. A test asks a reference for equal numbers; it
-never asks these models for good pictures.
+`make_tiny_stable_unclip` writes a diffusers StableUnCLIPPipeline folder with the reranking CLIP in `clip/`
+beside it and an `unclip.json`, small enough for a network call to take milliseconds. The weights are random but
+large enough that words, image embedding and noise level all show in the picture.
 """
 
 from __future__ import annotations
@@ -22,41 +21,25 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
 
+from clip_core.tokenizer import train_tokenizer
+
 WIDTH = 16  # D and E: text width, embedding width and prior.embedding_dim are one number
 LENGTH = 32  # L
-WORDS = "a small large red green blue yellow circle square star above below left of right on black white background"
+WORDS = "a small large red green blue yellow circle square star above below left of right on black white"
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
     """A byte-level BPE that takes any text, trained on a dozen words."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator([WORDS] * 10, trainer)
-    trained = json.loads(bpe.to_str())["model"]
-    # CLIP's order: bytes, bytes that end a word, merges, <|startoftext|>, <|endoftext|>
-    pieces = sorted(alphabet) + [letter + "</w>" for letter in sorted(alphabet)]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in trained["merges"]]
-    pieces += [left + right for left, right in merges if left + right not in pieces]
-    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+    return train_tokenizer([WORDS] * 10, vocab_size=700, max_length=LENGTH)
 
 
 def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -159,7 +142,7 @@ def make_tiny_stable_unclip(
     scheduler: SchedulerMixin | None = None,  # None: DDIM, v prediction, trailing
     dtype: torch.dtype = torch.float32,  # of the weights on disk
 ) -> Path:
-    """Write a tiny random Stable unCLIP folder that stock diffusers loads too; the same seed writes the same model."""
+    """Write a tiny random Stable unCLIP folder, which stock diffusers loads too; a seed fixes the model."""
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -193,22 +176,16 @@ def make_tiny_stable_unclip(
     pipeline.save_pretrained(folder)
     clip.save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
-    pixels = {
-        "do_resize": True,
-        "size": {"shortest_edge": 64},
-        "crop_size": {"height": 64, "width": 64},
-        "resample": 3,
-    }
-    pixels |= {"do_center_crop": True, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255}
-    pixels |= {
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "image_processor_type": "CLIPImageProcessor",
-    }
-    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
+    half = [0.5, 0.5, 0.5]
+    CLIPImageProcessor(
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
+        image_mean=half,
+        image_std=half,
+    ).save_pretrained(folder / "clip")
     for part in ("clip", "text_encoder", "prior_text_encoder"):
         config = folder / part / "config.json"
-        # transformers would load float16 weights as float16 beside diffusers' float32 and stock would fail on the mix
+        # or transformers loads float16 weights as they are beside diffusers' float32, and stock fails on the mix
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     unclip = {
         "knows": "nothing: random weights for tests",

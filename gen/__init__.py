@@ -1,0 +1,33 @@
+"""Painting: rows, conditions, families of checkpoints, the search over candidates, and the Python face.
+
+`from gen import TextToImage` is the way in. Names are imported when first asked for (PEP 562), so that the command
+line can say `--help` without loading torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gen.pipeline import Cancelled, Result, Step, TextToImage
+    from gen.request import Request, Settings
+
+_HOMES = {
+    "Cancelled": "gen.pipeline",
+    "Request": "gen.request",
+    "Result": "gen.pipeline",
+    "Settings": "gen.request",
+    "Step": "gen.pipeline",
+    "TextToImage": "gen.pipeline",
+}
+
+__all__ = ["Cancelled", "Request", "Result", "Settings", "Step", "TextToImage"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gen' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

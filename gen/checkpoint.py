@@ -1,0 +1,344 @@
+"""From a name to a model and back: bundled name, diffusers folder, hub id.
+
+Owns what lies on disk: which files a model has, what a missing or damaged one is called, what the model itself says
+it knows (`unclip.json`), and its hash. Weights are safetensors only, never pickle, and no code is ever taken from a
+checkpoint. Text towers that are stored twice are loaded once. What the parts do together is a family's to say.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+
+from clip_core.clip import CLIP
+from gen.request import JSON
+
+ASSETS = Path(__file__).parent / "assets"
+INDEX, CARD = "model_index.json", "unclip.json"
+HUB_FILES = ["*.json", "*.txt", "*.safetensors"]  # what is fetched: never pickle, never code
+HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin"]
+OURS: dict[str, type] = {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer}  # not in diffusers' top level
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model says of itself (`unclip.json`); a folder without one knows nothing of us."""
+
+    knows: str = ""  # one line for people: what it can be asked for
+    words: tuple[str, ...] = ()  # every word it was trained on; empty: any
+    defaults: dict[str, Any] = field(default_factory=dict)  # of the settings, by their names in `Settings`
+    scores: dict[str, Any] = field(default_factory=dict)  # what it reached, and how that was measured
+    more: dict[str, Any] = field(default_factory=dict)  # whatever else it says: hardware, time, data
+
+    @classmethod
+    def read(cls, folder: Path) -> Card:
+        """The card of a folder; an empty one where there is none."""
+        path = folder / CARD
+        if not path.exists():
+            return cls()
+        told = read_json(path)
+        known = {name: told.pop(name) for name in ("knows", "words", "defaults", "scores") if name in told}
+        known["words"] = tuple(known.get("words", ()))
+        return cls(**known, more=told)
+
+    def to_json(self) -> dict[str, JSON]:
+        """As it stands in `unclip.json`."""
+        told = {"knows": self.knows, "defaults": self.defaults, "scores": self.scores, **self.more}
+        return told | ({"words": list(self.words)} if self.words else {})
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the model never saw; none where it does not say what it saw."""
+        known = set(self.words)
+        words = "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
+        return [word for word in words if known and word not in known]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The loaded parts of a folder: modules, tokenizers and schedulers by their names in model_index.json."""
+
+    family: str  # the pipeline class of model_index.json
+    modules: dict[str, Any]
+    clip: CLIP | None  # the whole CLIP in clip/, which ranks
+    card: Card
+    folder: Path
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over every file that a picture or its score depends on; the card is not one."""
+        return folder_hash(self.folder, sorted([*self.modules, "clip"]))
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The folder of a bundled name, a path or a hub id; ValueError where there is none."""
+    name = str(name_or_path)
+    if "/" not in name and (ASSETS / name / INDEX).exists():
+        return ASSETS / name
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ValueError(
+            f"model '{name}' is a single file, which is not read yet; give a diffusers folder, a hub id "
+            f"or a bundled name ({', '.join(bundled())})"
+        )
+    if path.is_dir():
+        if not (path / INDEX).exists():
+            raise ValueError(f"model folder '{name}' has no {INDEX}; give a folder that diffusers saved")
+        return path
+    parts = name.split("/")
+    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
+        return download(name)
+    raise ValueError(
+        f"model '{name}' is unknown; give a bundled name ({', '.join(bundled())}), "
+        "a diffusers folder that exists, or a hub id such as owner/name"
+    )
+
+
+def bundled() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{INDEX}"))
+
+
+def download(repo: str) -> Path:
+    """The local copy of a hub repository, fetched when it is not there yet."""
+    try:
+        folder = snapshot_download(repo, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model '{repo}' is no folder here and cannot be fetched from the hub ({reason}); "
+            f"check the name, or use a bundled one ({', '.join(bundled())})"
+        ) from error
+    if not (Path(folder) / INDEX).exists():
+        raise ValueError(f"model '{repo}' has no {INDEX}; give a repository that diffusers saved")
+    return Path(folder)
+
+
+def load(
+    name_or_path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Parts:
+    """Load every part of a model, ready to run; a missing or damaged file is a ValueError that names it."""
+    folder = find(name_or_path)
+    index = read_json(folder / INDEX)
+    modules: dict[str, Any] = {}
+    clip = CLIP.from_pretrained(folder / "clip", device, dtype) if (folder / "clip").is_dir() else None
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        if name in ("safety_checker", "feature_extractor"):
+            continue  # nothing here uses them
+        kind, part = part_class(*entry, where=folder / INDEX), folder / name
+        tower = shared_tower(kind, clip, folder, name)
+        modules[name] = tower if tower is not None else load_part(kind, part, device, dtype)
+    return Parts(index.get("_class_name", ""), modules, clip, Card.read(folder), folder)
+
+
+def part_class(library: str, name: str, where: Path) -> type:
+    """The class an entry of model_index.json names; only the two libraries' own are ever taken."""
+    found = OURS.get(name)
+    for known in (diffusers, transformers):
+        found = found or (getattr(known, name, None) if library != "unclip" else None)
+    if not isinstance(found, type):
+        raise ValueError(f"{where}: {library}.{name} is no class of diffusers or transformers")
+    return found
+
+
+def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """One part from its folder by its library's own loader; networks must find every weight."""
+    if not folder.is_dir():
+        raise ValueError(f"model part '{folder}' is missing; the folder is not complete")
+    if not issubclass(kind, nn.Module):
+        with damaged(folder):
+            return kind.from_pretrained(folder)  # type: ignore[attr-defined]
+    read_json(folder / "config.json")
+    check_weights(folder)
+    with damaged(folder), quiet():
+        words = {"use_safetensors": True, "output_loading_info": True, "low_cpu_mem_usage": True}
+        words["dtype" if issubclass(kind, transformers.PreTrainedModel) else "torch_dtype"] = dtype  # type: ignore
+        module, report = kind.from_pretrained(folder, **words)  # type: ignore[attr-defined]
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"model part '{folder}' is damaged: weight {missing[0]} is missing")
+    return module.to(device).eval().requires_grad_(False)
+
+
+def shared_tower(kind: type, clip: CLIP | None, folder: Path, name: str) -> nn.Module | None:
+    """The text tower of `clip`, when part `name` stores the very same one; else None."""
+    if clip is None or not isinstance(clip.model, CLIPModel):
+        return None
+    if not issubclass(kind, CLIPTextModel | CLIPTextModelWithProjection) or not (folder / name).is_dir():
+        return None
+    for path in (folder / name, folder / "clip"):
+        check_weights(path)
+    own, whole = read_json(folder / name / "config.json"), read_json(folder / "clip" / "config.json")
+    ignored = {"architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
+    theirs = whole["text_config"]
+    if any(own[key] != theirs.get(key, own[key]) for key in own.keys() - ignored):
+        return None
+    if not same_weights(folder / name, folder / "clip"):
+        return None
+    if issubclass(kind, CLIPTextModel):
+        return clip.model.text_model
+    with torch.device("meta"):
+        tower = CLIPTextModelWithProjection(clip.model.config.text_config)
+    tower.text_model, tower.text_projection = clip.model.text_model, clip.model.text_projection
+    return tower.eval()
+
+
+def same_weights(part: Path, whole: Path) -> bool:
+    """Whether every tensor of `part` stands bit for bit in `whole`; names may lack their `text_model.` prefix."""
+    files = [path / "model.safetensors" for path in (part, whole)]
+    if not all(path.exists() for path in files):
+        return False  # sharded: too large to be worth comparing
+    with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as other:
+        there = set(other.keys())
+        for key in one.keys():  # noqa: SIM118 - a safe_open is no mapping
+            name = key if key in there else f"text_model.{key}"
+            if name.endswith("position_ids"):
+                continue
+            if name not in there:
+                return False
+            if one.get_slice(key).get_shape() != other.get_slice(name).get_shape():
+                return False
+            a, b = one.get_tensor(key), other.get_tensor(name)
+            if a.dtype != b.dtype or not torch.equal(a, b):
+                return False
+    return True
+
+
+def check_weights(folder: Path) -> None:
+    """ValueError that names a missing, damaged or pickled weight file of a part."""
+    if not (paths := weight_files(folder)):
+        pickled = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        told = f"only {pickled[0]}, which is pickle and is never read" if pickled else "no .safetensors file"
+        raise ValueError(f"model part '{folder}' has {told}; save the model with safe_serialization=True")
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as weights:
+                weights.keys()
+        except FileNotFoundError:
+            raise ValueError(f"model file '{path}' is missing; the folder is not complete") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"model file '{path}' is damaged ({error}); fetch or save it again") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a part: those its shard index names, or those that lie there."""
+    if shards := sorted(folder.glob("*.safetensors.index.json")):
+        return [folder / name for name in sorted(set(read_json(shards[0])["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError that names the file when it is missing, damaged or something else."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model file '{path}' is missing; the folder is not complete") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model file '{path}' is damaged ({error}); fetch or save it again") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"model file '{path}' is damaged (not a JSON object); fetch or save it again")
+    return told
+
+
+@contextmanager
+def damaged(folder: Path) -> Iterator[None]:
+    """Whatever a library says of a part that it cannot load becomes one line that names the part."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"model part '{folder}' cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars while a part loads; a missing weight is raised by us, so the libraries need not report."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    loggers = [logging.getLogger(name) for name in ("transformers.modeling_utils", "diffusers.models.modeling_utils")]
+    levels = [logger.level for logger in loggers]
+    transformers.utils.logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def folder_hash(folder: Path, parts: list[str]) -> str:
+    """SHA-256 over the names and bytes of the files in these parts of a folder."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for path in sorted((folder / part).glob("*")):
+            if path.suffix in (".safetensors", ".json", ".txt"):
+                digest.update(f"{part}/{path.name}\0{path.stat().st_size}\0".encode())
+                with path.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+    return digest.hexdigest()
+
+
+def save(
+    folder: str | Path,
+    pipeline_class: str,
+    parts: Mapping[str, Any],  # modules, tokenizers and schedulers by their names in model_index.json
+    clip: CLIP | None = None,
+    card: Card | None = None,
+    dtype: torch.dtype | None = None,  # of the weights on disk; None: as they are
+) -> Path:
+    """Write a diffusers folder that stock diffusers loads, with the CLIP in clip/ and the card beside it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, JSON] = {}
+    for name, part in sorted(parts.items()):
+        save_part(part, folder / name, dtype)
+        library = "stable_diffusion" if type(part).__name__ in OURS else type(part).__module__.split(".")[0]
+        entries[name] = [library, type(part).__name__]
+    if clip is not None:
+        save_part(clip.model, folder / "clip", dtype)
+        clip.tokenizer.save_pretrained(folder / "clip")
+        write_json(folder / "clip" / "preprocessor_config.json", clip.preprocess.to_config())
+    told = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__, **entries}
+    write_json(folder / INDEX, told)
+    if card is not None:
+        write_json(folder / CARD, card.to_json())
+    return folder
+
+
+def save_part(part: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write one part by its library's own writer; a network in memory keeps its precision."""
+    if isinstance(part, nn.Module) and dtype is not None:
+        part = nn.Module.to(copy.deepcopy(part), dtype)
+    with quiet():
+        part.save_pretrained(folder)
+    if isinstance(part, transformers.PreTrainedModel):
+        # or stock loads float16 text towers as float16 beside diffusers' float32, and fails on the mix
+        write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": "float32"})
+
+
+def write_json(path: Path, told: Mapping[str, JSON]) -> None:
+    """A JSON object as a file for people to read."""
+    path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,93 @@
+"""The prior: from text to a CLIP image embedding, many candidates at once (Ramesh et al. 2022, section 2.2).
+
+It is a diffusion over (E,) vectors and goes through the same engine as pictures do. It owns the wall to
+`PriorTransformer` and its text tower; it knows nothing of the decoder that paints the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import PriorTransformer
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from gen.conditioning import Condition, Conditions, Table, TextTower
+from gen.engine import Engine, Row
+from gen.request import Candidate
+from gen.scheduler import NoiseLevels
+
+STAGE = "prior"
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """A trained prior with the text tower it reads."""
+
+    network: PriorTransformer
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModelWithProjection
+    levels: NoiseLevels
+
+    @property
+    def text(self) -> TextTower:
+        """The text tower without its projection."""
+        return TextTower(self.tokenizer, self.text_encoder.text_model)
+
+    def sample(
+        self,
+        candidates: Sequence[Candidate],
+        max_rows: int | None = None,  # None: all at once
+        look: Callable[[Engine], None] | None = None,  # called after every step
+    ) -> Tensor:
+        """One image embedding per candidate, (B, E) float32, as CLIP's image tower would give it.
+
+        The null is the empty prompt, whatever the candidate's negative prompt, as in diffusers.
+        """
+        table = Table()
+        known: dict[str, int] = {}
+        told = sorted({candidate.prompt for candidate in candidates} | {""})
+        for text, condition in zip(told, self.conditions(told), strict=True):
+            known[text] = table.add(condition)
+        rows = [
+            Row(
+                key=key,
+                seed=candidate.seed,
+                schedule=self.levels.schedule(
+                    self.levels.sampler, candidate.settings.prior_num_inference_steps
+                ),
+                sampler=self.levels.sampler,
+                prompt=known[candidate.prompt],
+                null=known[""],
+                guidance_scale=candidate.settings.prior_guidance_scale,
+                start=candidate.prior_latents,
+            )
+            for key, candidate in enumerate(candidates)
+        ]
+        width = self.network.config.embedding_dim
+        engine = Engine(self.call, self.levels.scaling, table, STAGE, lambda _: (width,), self.network.device)
+        found: dict[int, Tensor] = {}
+        for finished in engine.run(rows, max_rows):
+            found |= {one.row.key: one.x for one in finished}
+            if look is not None:
+                look(engine)
+        embeds = torch.stack([found[key] for key in range(len(rows))])
+        return self.network.post_process_latents(embeds).float()
+
+    def conditions(self, texts: Sequence[str]) -> list[Condition]:
+        """What the prior is told of each text: token states, text embedding and mask."""
+        features = self.text(texts)
+        embedding = self.text_encoder.text_projection(features.pooled)  # (B, E)
+        return [Condition(*each) for each in zip(features.tokens, embedding, features.mask, strict=True)]
+
+    def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        """The wall to diffusers: (M, E) noisy embeddings -> the network's own output."""
+        return self.network(
+            x.to(self.network.dtype),
+            timestep,
+            proj_embedding=told.vector,
+            encoder_hidden_states=told.tokens,
+            attention_mask=told.mask,
+        ).predicted_image_embedding

@@ -1,0 +1,402 @@
+"""What was asked: every mistake a user can make is found here, before any network runs.
+
+`Request` holds the user's words, named as in diffusers, unchecked. `Request.resolve` checks them against what a model
+can do (`Abilities`) and fills in what was left out, giving a `Job`: prompts, one seed per candidate, and `Settings`,
+which with the model, the prompt and the seed are all that a picture depends on. It knows no network and no file.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from samplers.sample import SAMPLERS
+
+JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+
+TENSORS = ("latents", "prior_latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds")
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a model can be asked for; a family fills it in from its networks' configurations."""
+
+    size_multiple: int  # pixels per latent cell: height and width are multiples of it
+    latent_channels: int
+    text_shape: tuple[int, int]  # (L, D) of prompt_embeds
+    text_layers: int  # clip_skip is smaller than this
+    embedding_width: int | None  # E of image_embeds; None: this model takes none
+    num_noise_levels: int  # noise_level is smaller than this; 0: no image embedding to noise
+    max_steps: int  # the timesteps the decoder was trained on
+    prior_max_steps: int  # 0: the model has no prior
+    can_rank: bool  # a whole CLIP lies beside the model
+    defaults: Settings  # the model's own, from its scheduler and unclip.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """With the model, the prompt and the seed, all that a picture depends on; JSON both ways."""
+
+    height: int = 0  # pixels; 0 only before a model has filled it in
+    width: int = 0
+    num_inference_steps: int = 20
+    guidance_scale: float = 5.0  # 1: off
+    guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: all
+    guidance_rescale: float = 0.0  # 0: off, 1: the guided output keeps the prompt's own contrast
+    negative_prompt: str = ""  # what the null condition says
+    sampler: str = "ddim"
+    eta: float | None = None  # fresh noise of a step, 0 none, 1 ancestral; None: the sampler's own
+    clip_skip: int | None = None  # layers of the text tower left out; None: none, as trained
+    noise_level: int = 0  # noise on the image embedding
+    prior: bool = False  # whether a prior turns the text into an image embedding first
+    prior_num_inference_steps: int = 25
+    prior_guidance_scale: float = 1.0  # 1: off
+
+    def to_json(self) -> dict[str, JSON]:
+        """The settings as one flat JSON object."""
+        values = asdict(self)
+        if self.guidance_interval is not None:
+            values["guidance_interval"] = list(self.guidance_interval)
+        return values
+
+    def updated(self, values: Mapping[str, Any], origin: str) -> Settings:
+        """These settings with `values` in place; an unknown name is a ValueError that names its `origin`."""
+        known = [item.name for item in fields(self)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"{origin}: setting '{unknown[0]}' is unknown; choose from: {', '.join(known)}")
+        interval = values.get("guidance_interval")
+        if interval is not None:
+            values = {**values, "guidance_interval": tuple(interval)}
+        return replace(self, **values)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """One picture to paint: all that its pixels depend on but the model."""
+
+    prompt: str
+    seed: int
+    settings: Settings
+    latents: Tensor | None = None  # (C, h, w) unit noise in place of the seed's
+    prior_latents: Tensor | None = None  # (E,) unit noise in place of the seed's
+    prompt_embeds: Tensor | None = None  # (L, D) in place of the prompt's
+    negative_prompt_embeds: Tensor | None = None  # (L, D) in place of the negative prompt's
+    image_embeds: Tensor | None = None  # (E,) in place of the prior's answer
+
+    def to_json(self) -> dict[str, JSON]:
+        """Prompt, seed and settings, and the names of tensors handed in, which JSON does not hold."""
+        record: dict[str, JSON] = {"prompt": self.prompt, "seed": self.seed, "settings": self.settings.to_json()}
+        given = [name for name in TENSORS if getattr(self, name) is not None]
+        return record | ({"given": list(given)} if given else {})
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], able: Abilities) -> Candidate:
+        """The candidate of a record, checked as a request is; ValueError says what the record lacks."""
+        if given := record.get("given"):
+            raise ValueError(f"this picture was painted from given tensors ({', '.join(given)}), not from words alone")
+        try:
+            prompt, seed, told = record["prompt"], record["seed"], record["settings"]
+        except KeyError as error:
+            raise ValueError(f"the record has no {error}; give one that a picture was saved with") from None
+        settings = able.defaults.updated(told, "record")
+        check_settings(settings, able)
+        return cls(prompt=prompt, seed=whole("seed", seed, 0, MAX_SEED), settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request that can be painted: nothing left to choose, nothing left to refuse."""
+
+    candidates: tuple[Candidate, ...]  # prompt by prompt, num_images_per_prompt of each
+    num_images_per_prompt: int
+    keep: int  # per prompt
+    rank: bool
+    output_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The words of one call, named as in diffusers; None leaves a choice to the model (see `TextToImage`)."""
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    num_images_per_prompt: int = 1
+    keep: int | None = None
+    rerank: bool | None = None
+    seed: int | Sequence[int] | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    clip_skip: int | None = None
+    noise_level: int | None = None
+    prior: bool | None = None
+    prior_num_inference_steps: int | None = None
+    prior_guidance_scale: float | None = None
+    latents: Tensor | None = field(default=None, repr=False)
+    prior_latents: Tensor | None = field(default=None, repr=False)
+    prompt_embeds: Tensor | None = field(default=None, repr=False)
+    negative_prompt_embeds: Tensor | None = field(default=None, repr=False)
+    image_embeds: Tensor | None = field(default=None, repr=False)
+    output_type: str = "pil"
+
+    def resolve(self, able: Abilities) -> Job:
+        """Check every word against what the model can do and fill in what was left out.
+
+        Raises ValueError with one line: what was given, what is allowed, what to do.
+        """
+        prompts = self._prompts()
+        n = whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+        keep = n if self.keep is None else whole("keep", self.keep, 1)
+        if keep > n:
+            raise ValueError(
+                f"keep={keep} is more than num_images_per_prompt={n}; keep at most what is painted"
+            )
+        rank = self._rank(able)
+        if keep < n and not rank:
+            why = "rerank=False" if able.can_rank else "this model has no clip/ to rank with"
+            raise ValueError(f"keep={keep} of {n} needs a ranking, but {why}; leave keep out, or let it rank")
+        one_of("output_type", self.output_type, OUTPUT_TYPES)
+        settings = self._settings(able)
+        negatives = self._negatives(len(prompts))
+        seeds = candidate_seeds(self.seed, len(prompts), n)
+        self._check_tensors(settings, able, len(prompts), n)
+
+        # taken apart once, so that the candidates of a prompt share its tensors
+        told = {name: entries(getattr(self, name)) for name in TENSORS}
+        candidates = []
+        for index, seed in enumerate(seeds):
+            at = index // n  # whose prompt
+            candidates.append(
+                Candidate(
+                    prompt=prompts[at],
+                    seed=seed,
+                    settings=replace(settings, negative_prompt=negatives[at]),
+                    latents=told["latents"].get(index),
+                    prior_latents=told["prior_latents"].get(index),
+                    prompt_embeds=told["prompt_embeds"].get(at),
+                    negative_prompt_embeds=told["negative_prompt_embeds"].get(at),
+                    image_embeds=told["image_embeds"].get(at),
+                )
+            )
+        return Job(
+            candidates=tuple(candidates),
+            num_images_per_prompt=n,
+            keep=keep,
+            rank=rank,
+            output_type=self.output_type,
+        )
+
+    def _prompts(self) -> tuple[str, ...]:
+        if self.prompt is None:
+            source = self.prompt_embeds if self.prompt_embeds is not None else self.image_embeds
+            if source is None:
+                raise ValueError(
+                    "prompt is missing; give a text, a list of texts, prompt_embeds or image_embeds"
+                )
+            return ("",) * len(source)
+        prompts = (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+        if not prompts:
+            raise ValueError("prompt is an empty list; give at least one text")
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt is {prompt!r}; give a text or a list of texts")
+            if not prompt.strip():
+                raise ValueError(f"prompt is empty ({prompt!r}); say in words what to paint")
+        return prompts
+
+    def _negatives(self, num_prompts: int) -> tuple[str, ...]:
+        if self.negative_prompt is None:
+            return ("",) * num_prompts
+        if self.negative_prompt_embeds is not None:
+            raise ValueError("negative_prompt and negative_prompt_embeds were both given; give one of them")
+        negatives = (
+            (self.negative_prompt,) * num_prompts
+            if isinstance(self.negative_prompt, str)
+            else tuple(self.negative_prompt)
+        )
+        if len(negatives) != num_prompts:
+            raise ValueError(
+                f"negative_prompt has {len(negatives)} texts for {num_prompts} prompts; give one text or one for each"
+            )
+        if bad := [text for text in negatives if not isinstance(text, str)]:
+            raise ValueError(f"negative_prompt is {bad[0]!r}; give a text or a list of texts")
+        return negatives
+
+    def _rank(self, able: Abilities) -> bool:
+        if self.rerank is None:
+            return able.can_rank and self.prompt is not None
+        if self.rerank and not able.can_rank:
+            raise ValueError("rerank=True, but this model has no clip/ to rank with; leave rerank out")
+        if self.rerank and self.prompt is None:
+            raise ValueError("rerank=True needs the prompt as text; give prompt as well, or leave rerank out")
+        return self.rerank
+
+    def _settings(self, able: Abilities) -> Settings:
+        names = {item.name for item in fields(Settings)} - {"negative_prompt"}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.sampler not in (None, able.defaults.sampler):
+            given.setdefault("eta", None)  # the model's own eta is its own sampler's
+        if self.image_embeds is not None:
+            if self.prior:
+                raise ValueError(
+                    "prior=True and image_embeds were both given; an image embedding needs no prior"
+                )
+            given["prior"] = False
+        settings = able.defaults.updated(given, "request")
+        check_settings(settings, able)
+        if self.image_embeds is None and settings.prior and self.prompt is None:
+            raise ValueError("the prior reads the prompt as text; give prompt as well, or prior=False")
+        self._warn_ignored(settings)
+        return settings
+
+    def _warn_ignored(self, settings: Settings) -> None:
+        ignored = {
+            "negative_prompt": settings.guidance_scale == 1 and self.negative_prompt is not None,
+            "negative_prompt_embeds": settings.guidance_scale == 1
+            and self.negative_prompt_embeds is not None,
+            "clip_skip": self.prompt_embeds is not None and self.clip_skip is not None,
+            "prior_latents": not settings.prior and self.prior_latents is not None,
+            "prior_num_inference_steps": not settings.prior and self.prior_num_inference_steps is not None,
+            "prior_guidance_scale": not settings.prior and self.prior_guidance_scale is not None,
+            "noise_level": not settings.prior and self.image_embeds is None and bool(self.noise_level),
+        }
+        reason = {"clip_skip": "prompt_embeds was given", "negative_prompt": "guidance_scale is 1"}
+        reason["negative_prompt_embeds"] = reason["negative_prompt"]
+        for name in (name for name, holds in ignored.items() if holds):
+            warnings.warn(
+                f"{name} is ignored: {reason.get(name, 'the prior is off')}", UserWarning, stacklevel=4
+            )
+
+    def _check_tensors(self, settings: Settings, able: Abilities, num_prompts: int, n: int) -> None:
+        cells = (settings.height // able.size_multiple, settings.width // able.size_multiple)
+        shape_of("latents", self.latents, (num_prompts * n, able.latent_channels, *cells))
+        if able.embedding_width is None:
+            for name in ("image_embeds", "prior_latents"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} was given, but this model takes no image embedding; leave it out")
+        else:
+            shape_of("prior_latents", self.prior_latents, (num_prompts * n, able.embedding_width))
+            shape_of("image_embeds", self.image_embeds, (num_prompts, able.embedding_width))
+        length, width = able.text_shape
+        words, null = self.prompt_embeds, self.negative_prompt_embeds
+        if words is not None and words.ndim == 3 and null is not None:
+            length = words.shape[1]  # any length, when words and null agree on it
+        shape_of("prompt_embeds", words, (num_prompts, length, width))
+        shape_of("negative_prompt_embeds", null, (num_prompts, length, width))
+
+
+def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) -> tuple[int, ...]:
+    """Seeds of all candidates, prompt by prompt: candidate k of a prompt with seed s has seed s + k."""
+    last = MAX_SEED - (n - 1)
+    if seed is None:
+        starts = [secrets.randbelow(last + 1)] * num_prompts
+    elif isinstance(seed, int):
+        starts = [whole("seed", seed, 0, last)] * num_prompts
+    else:
+        starts = [whole("seed", value, 0, last) for value in seed]
+        if len(starts) != num_prompts:
+            raise ValueError(
+                f"seed has {len(starts)} numbers for {num_prompts} prompts; give one, or one for each"
+            )
+    return tuple(start + k for start in starts for k in range(n))
+
+
+def check_settings(settings: Settings, able: Abilities) -> None:
+    """Refuse settings this model cannot paint with (ValueError)."""
+    for name in ("height", "width"):
+        pixels = whole(name, getattr(settings, name), 1)
+        if pixels % able.size_multiple:
+            below = max(pixels // able.size_multiple, 1) * able.size_multiple
+            raise ValueError(
+                f"{name}={pixels} cannot be halved into latents; give a multiple of {able.size_multiple}, such as {below}"
+            )
+    whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
+    real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
+    real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
+    one_of("sampler", settings.sampler, sorted(SAMPLERS))
+    if settings.eta is not None:
+        real("eta", settings.eta, 0.0, 1.0)
+        if "eta" not in SAMPLERS[settings.sampler].defaults:
+            takes = ", ".join(name for name, sampler in sorted(SAMPLERS.items()) if "eta" in sampler.defaults)
+            raise ValueError(f"eta={settings.eta}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
+    if settings.guidance_interval is not None:
+        interval = settings.guidance_interval
+        if len(interval) != 2 or not all(real("guidance_interval", end, 0.0) >= 0 for end in interval):
+            raise ValueError(f"guidance_interval={interval} is not a pair (lowest, highest) of noise levels")
+        if interval[0] > interval[1]:
+            raise ValueError(
+                f"guidance_interval={interval} is upside down; give (lowest, highest) noise level"
+            )
+    if settings.clip_skip is not None:
+        whole("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
+    if not isinstance(settings.prior, bool):
+        raise ValueError(f"prior={settings.prior!r}; give True, False or None")
+    if settings.prior:
+        if able.prior_max_steps == 0:
+            raise ValueError("prior=True, but this model has no prior; leave prior out, or give image_embeds")
+        whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
+        real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
+    whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
+
+
+def entries(tensor: Tensor | None) -> dict[int, Tensor]:
+    """The entries of a tensor along its first axis, by their index; none of one that was not given."""
+    return {} if tensor is None else dict(enumerate(tensor.unbind(0)))
+
+
+def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` if it is a whole number of [low, high] (None: no end), else ValueError."""
+    allowed = (
+        f"a whole number from {low} to {high}" if high is not None else f"a whole number of {low} or more"
+    )
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        raise ValueError(f"{name}={value!r} is out of range; give {allowed}")
+    return value
+
+
+def real(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> float:
+    """`value` if it is a finite number of [low, high], else ValueError."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        allowed = (
+            f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of {low:g} or more"
+        )
+        raise ValueError(f"{name}={value!r} is out of range; give {allowed}" + (f" ({hint})" if hint else ""))
+    return float(value)  # type: ignore[arg-type]
+
+
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} '{value}' is unknown; choose from: {', '.join(choices)}")
+
+
+def shape_of(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """ValueError unless `tensor` is None or a finite tensor of `shape`."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; give a torch tensor of shape {shape}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give {shape}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} has numbers that are not finite; give finite ones")

@@ -1,0 +1,179 @@
+"""A Stable unCLIP folder painted by us and by stock diffusers: the same pictures."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
+from torch import Tensor
+
+from gen import TextToImage
+from gen.scheduler import STOCK
+from samplers.noise import noise
+from tests.tiny import WIDTH, make_tiny_stable_unclip
+
+PROMPTS = ["a small red circle", "a large blue square above a star"]
+SEED, N = 11, 2
+SEEDS = [SEED, SEED + 1] * len(PROMPTS)
+START = noise(SEEDS, "decoder", 0, (4, 8, 8))
+PRIOR_START = noise(SEEDS, "prior", 0, (WIDTH,))
+COMMON: dict[str, Any] = {"num_images_per_prompt": N, "num_inference_steps": 5}
+COMMON |= {"latents": START, "noise_level": 200}
+
+
+def with_our_noise(pipeline: Any, seeds: list[int]) -> Any:
+    """The pipeline, its image noising fed our noise: one draw per picture, whoever is beside it."""
+    theirs = pipeline.noise_image_embeddings
+
+    def noise_image_embeddings(image_embeds: Tensor, noise_level: int, **_: Any) -> Tensor:
+        return theirs(image_embeds, noise_level, noise=noise(seeds, "image_noise", 0, (WIDTH,)))
+
+    pipeline.noise_image_embeddings = noise_image_embeddings
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def img2img(folder: Path) -> StableUnCLIPImg2ImgPipeline:
+    whole = StableUnCLIPPipeline.from_pretrained(folder)
+    names = ("image_normalizer", "image_noising_scheduler", "tokenizer", "text_encoder", "unet", "scheduler", "vae")
+    parts = {name: getattr(whole, name) for name in names}
+    return StableUnCLIPImg2ImgPipeline(feature_extractor=None, image_encoder=OnlyItsType(), **parts)
+
+
+class OnlyItsType(torch.nn.Linear):
+    """Stock asks its image encoder for nothing but the type of its weights when image_embeds are given."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pt"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("prior_guidance_scale", [1.0, 3.0])
+def test_whole_pipeline_equals_stock(
+    tiny: TextToImage, tiny_folder: Path, guidance_scale: float, prior_guidance_scale: float, output_type: str
+) -> None:
+    stock = with_our_noise(StableUnCLIPPipeline.from_pretrained(tiny_folder), SEEDS)
+    asked = COMMON | {"guidance_scale": guidance_scale, "output_type": output_type}
+    asked |= {"prior_num_inference_steps": 4, "prior_guidance_scale": prior_guidance_scale}
+    theirs = stock(PROMPTS, prior_latents=PRIOR_START, **asked).images
+    ours = tiny(PROMPTS, prior_latents=PRIOR_START, seed=SEED, rerank=False, **asked).images
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 1e-4
+    # our own starts are those very tensors, so nothing but the seed is needed
+    seeded = tiny(PROMPTS, seed=SEED, rerank=False, **(asked | {"latents": None})).images
+    assert torch.equal(seeded, ours)
+
+
+def test_the_reference_can_fail(tiny: TextToImage) -> None:
+    """Words, image embedding, guidance and noise level all show in the picture, so equality above says something."""
+    asked = COMMON | {"output_type": "latent", "seed": SEED, "rerank": False}
+
+    def paint(prompts: list[str] = PROMPTS, **other: Any) -> Tensor:
+        return tiny(prompts, **(asked | other)).images
+
+    plain = paint()
+    for other in (
+        paint(prompts=["a green star", "a black star"]),
+        paint(prior=False),
+        paint(guidance_scale=1.0),
+        paint(noise_level=600),
+        paint(prior_guidance_scale=1.0),
+        paint(negative_prompt="a star"),
+    ):
+        assert (plain - other).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("negative", [None, ["blue", "a star"]])
+def test_decoder_alone_equals_stock_img2img(
+    tiny: TextToImage, tiny_folder: Path, guidance_scale: float, negative: list[str] | None
+) -> None:
+    embeds = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+    seeds = [SEED, SEED + 7]
+    stock = with_our_noise(img2img(tiny_folder), seeds)
+    asked = COMMON | {"num_images_per_prompt": 1, "guidance_scale": guidance_scale, "output_type": "pt"}
+    asked |= {"latents": START[:2], "image_embeds": embeds}
+    if guidance_scale > 1:
+        asked["negative_prompt"] = negative
+    theirs = stock(prompt=PROMPTS, **asked).images
+    ours = tiny(PROMPTS, seed=seeds, rerank=False, **asked).images
+    assert (ours - theirs).abs().max() < 1e-4
+    unlike = tiny(PROMPTS, seed=seeds, rerank=False, **(asked | {"image_embeds": -embeds})).images
+    assert (ours - unlike).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_text_alone_is_zeros_over_the_whole_class_input(
+    tiny: TextToImage, tiny_folder: Path, guidance_scale: float
+) -> None:
+    stock = with_our_noise(img2img(tiny_folder), SEEDS)
+    stock.noise_image_embeddings = lambda image_embeds, **_: torch.zeros(len(image_embeds), 2 * WIDTH)
+    asked = COMMON | {"num_images_per_prompt": 1, "guidance_scale": guidance_scale, "output_type": "pt"}
+    asked |= {"latents": START[:2]}
+    theirs = stock(prompt=PROMPTS, image_embeds=torch.zeros(2, WIDTH), **asked).images
+    ours = tiny(PROMPTS, prior=False, seed=SEED, rerank=False, **(asked | {"noise_level": None})).images
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("sampler", sorted(STOCK))
+def test_every_checkpoint_scheduler_equals_stock(tmp_path: Path, sampler: str, spacing: str) -> None:
+    """The checkpoint's own scheduler, with one CPU generator per picture where it draws noise."""
+    name, options = STOCK[sampler]
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", **options}
+    config |= {"prediction_type": "epsilon", "timestep_spacing": spacing, "steps_offset": 1}
+    config |= {"clip_sample": False} if sampler in ("ddim", "ddpm") else {}
+    kind = getattr(diffusers, name)
+    known = inspect.signature(kind.__init__).parameters
+    scheduler = kind(**{key: value for key, value in config.items() if key in known})
+    folder = make_tiny_stable_unclip(tmp_path / "model", scheduler=scheduler)
+    model = TextToImage.from_pretrained(folder, device="cpu")
+    assert model.model.abilities.defaults.sampler == sampler
+
+    rngs = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    start = torch.cat([torch.randn(1, 4, 8, 8, generator=rng) for rng in rngs])
+    assert torch.equal(start, START)
+    asked = COMMON | {"guidance_scale": 2.0, "output_type": "latent", "prior_num_inference_steps": 2}
+    asked |= {"prior_latents": PRIOR_START, "num_inference_steps": 4}
+    stock = with_our_noise(StableUnCLIPPipeline.from_pretrained(folder), SEEDS)
+    theirs = stock(PROMPTS, generator=rngs, **asked).images
+    ours = model(PROMPTS, seed=SEED, rerank=False, **asked).images
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("sampler", sorted(STOCK))
+def test_another_sampler_is_stocks_class_from_the_checkpoints_config(
+    tiny: TextToImage, tiny_folder: Path, sampler: str
+) -> None:
+    name, options = STOCK[sampler]
+    stock = with_our_noise(StableUnCLIPPipeline.from_pretrained(tiny_folder), SEEDS)
+    stock.scheduler = getattr(diffusers, name).from_config(stock.scheduler.config, **options)
+    rngs = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    for rng in rngs:
+        torch.randn(1, 4, 8, 8, generator=rng)  # block 0 is the start
+    asked = COMMON | {"guidance_scale": 3.0, "output_type": "pt", "prior_latents": PRIOR_START}
+    asked |= {"prior_num_inference_steps": 2}
+    theirs = stock(PROMPTS, generator=rngs, **asked).images
+    ours = tiny(PROMPTS, seed=SEED, rerank=False, sampler=sampler, **asked).images
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_prompt_embeds_and_clip_skip_are_diffusers_own(tiny: TextToImage) -> None:
+    asked: dict[str, Any] = {"seed": 3, "output_type": "latent", "rerank": False, "prior": False}
+    words = tiny("a red circle", **asked).images
+    text = tiny.model.text
+    with torch.no_grad():
+        told, null, skipped = text(["a red circle"]), text([""]), text(["a red circle"], clip_skip=1)
+    handed = tiny(prompt_embeds=told.tokens, negative_prompt_embeds=null.tokens, **asked).images
+    assert torch.allclose(handed, words, atol=1e-6)
+    assert torch.allclose(tiny("a red circle", clip_skip=0, **asked).images, words, atol=1e-6)
+    one_less = tiny("a red circle", clip_skip=1, **asked).images
+    assert (one_less - words).abs().max() > 1e-3
+    handed = tiny(prompt_embeds=skipped.tokens, negative_prompt_embeds=null.tokens, **asked).images
+    assert torch.allclose(one_less, handed, atol=1e-6)
