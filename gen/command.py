@@ -109,6 +109,8 @@ def _run(verb: Verb, arguments: list[str]) -> int:
             return _tell(who, f"{error.format_message()} (see {who} --help)", error.exit_code)
         except typer.Abort:
             return INTERRUPTED
+        if status == INTERRUPTED:  # typer's word for Ctrl-C while the verb ran
+            return _tell(who, "interrupted", INTERRUPTED)
         sys.stdout.flush()  # here, so that a reader who has left is met inside this try
         return status if isinstance(status, int) else DONE
     except KeyboardInterrupt:

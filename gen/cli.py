@@ -1,0 +1,494 @@
+"""The verbs that paint and look: generate, score, info, reproduce.
+
+Owns: options, folders, what is printed. A verb is a plain function that typer reads; heavy libraries are
+imported when it runs, so that `unclip VERB --help` answers at once. What Python callers need too is decided
+elsewhere. Standard output has the answer (with --json one object and nothing else), standard error the rest.
+"""
+
+import json
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from itertools import count
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from PIL import Image
+
+from gen.picture import contact_sheet, largest_difference, read_picture, read_png, write_png
+
+if TYPE_CHECKING:
+    from gen.pipeline import TextToImage
+
+DEFAULT_MODEL = "shapes64"
+DEFAULT_OUT = Path("out")
+TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
+
+# How Python's words are said on the command line; errors raised below speak Python's.
+OPTIONS = {
+    "num_images_per_prompt": "-n",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "prior_num_inference_steps": "--prior-steps",
+    "prior_guidance_scale": "--prior-guidance",
+    "negative_prompt": "--negative",
+    "rerank=True": "--rerank",
+    "rerank=False": "--no-rerank",
+    "prior=True": "--prior",
+    "prior=False": "--no-prior",
+    "keep=": "--keep ",
+    "seed=": "--seed ",
+    "height=": "--height ",
+    "width=": "--width ",
+    "eta=": "--eta ",
+}
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to paint, in words.")],
+    number: Annotated[int, typer.Option("-n", "--num-images", metavar="N", help="Candidates to paint.")] = 16,
+    keep: Annotated[
+        int | None, typer.Option(metavar="K", help="Best candidates to keep (default: 4, or all of fewer).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Decoder steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="W", help="Weight of the prompt against the null; 1 is off.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="S", help="Candidate k is painted from seed S + k (default: drawn, and told)."),
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="euler, ddim, dpmpp_2m, ...; a wrong name lists all.")
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    prior: Annotated[
+        bool | None,
+        typer.Option(
+            "--prior/--no-prior", help="Through an image embedding (unCLIP), or from the text alone."
+        ),
+    ] = None,
+    prior_steps: Annotated[int | None, typer.Option(metavar="N", help="Prior steps.")] = None,
+    prior_guidance: Annotated[
+        float | None, typer.Option(metavar="W", help="Prior guidance; 1 is off.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to steer away from, in place of the empty text.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
+    height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
+    eta: Annotated[
+        float | None, typer.Option(metavar="E", help="Fresh noise per step: 0 none, 1 ancestral.")
+    ] = None,
+    rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."
+        ),
+    ] = DEFAULT_OUT,
+    as_json: AsJson = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print only the paths of the kept pictures.")
+    ] = False,
+) -> None:
+    """Paint N candidates of PROMPT, let CLIP rank them and keep the best K.
+
+    Writes the kept pictures, best first, and sheet.png with every candidate. Other defaults are the model's.
+    """
+    started = time.perf_counter()
+    with _speaking("generate"), _output_folder(out) as folder:
+        painter = _load(model)
+        loaded = time.perf_counter()
+        from gen.request import Request
+
+        can_rank = painter.model.abilities.can_rank
+        if keep is None:
+            keep = min(4, number) if rerank and can_rank else number
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative,
+            num_images_per_prompt=number,
+            keep=keep,
+            rerank=None if rerank else False,
+            seed=seed,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            sampler=sampler,
+            eta=eta,
+            prior=prior,
+            prior_num_inference_steps=prior_steps,
+            prior_guidance_scale=prior_guidance,
+        )
+        request.resolve(painter.model.abilities)  # every mistake, before the note on words
+        foreign = painter.card.unknown_words(prompt)
+        note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
+        if note:
+            _say("generate", note)
+        # All candidates come back, best first, for the sheet shows them all; the first `keep` become files.
+        show = not quiet and sys.stderr.isatty()
+        (result,) = painter.paint([replace(request, keep=None)], progress=show)
+        painted = time.perf_counter()
+        images = result.images
+        assert isinstance(images, list)  # Pillow's, as was asked for
+        scores: list[float | None] = [*result.scores] if result.scores else [None] * number
+        pictures = []
+        for index, (image, record) in enumerate(zip(images[:keep], result.records, strict=False)):
+            path = folder / f"{index + 1:04d}-seed{result.seeds[index]}.png"
+            write_png(image, path, record)
+            pictures.append({"path": str(path), "score": scores[index], "seed": result.seeds[index]})
+        captions = [_caption(score, one) for score, one in zip(scores, result.seeds, strict=True)]
+        sheet = folder / "sheet.png"
+        write_png(contact_sheet(images, captions, num_kept=keep if keep < number else 0, title=prompt), sheet)
+    first = result.records[0]
+    answer = {
+        "prompt": prompt,
+        "model": {"name": first["model"], "hash": first["model_hash"], "knows": painter.card.knows},
+        "unknown_words": foreign,
+        "note": note,
+        "settings": first["settings"],
+        "out": str(folder),
+        "sheet": str(sheet),
+        "pictures": pictures,  # the kept ones, best first
+        "candidates": [  # all of them, best first
+            {"seed": one, "score": score, "kept": index < keep}
+            for index, (one, score) in enumerate(zip(result.seeds, scores, strict=True))
+        ],
+        "seconds": {
+            "load": round(loaded - started, 3),
+            "paint": round(painted - loaded, 3),
+            "total": round(time.perf_counter() - started, 3),
+        },
+        "peak_memory_bytes": _peak_memory(),
+    }
+    if as_json:
+        print(json.dumps(answer, ensure_ascii=False))
+    elif quiet:
+        print(*(one["path"] for one in pictures), sep="\n")
+    else:
+        print(*_summary(answer), sep="\n")
+
+
+def score(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="What it may show.")],
+    more: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", metavar="IMAGE", help="A further picture; repeatable."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="NAME", help="Model whose CLIP judges, or a CLIP folder or hub id."
+        ),
+    ] = DEFAULT_MODEL,
+    as_json: AsJson = False,
+) -> None:
+    """Say how well IMAGE fits each TEXT: the cosine of their CLIP embeddings, from -1 to 1."""
+    with _speaking("score"):
+        if any(not text.strip() for text in texts):
+            raise ValueError("a text is empty; say in words what the picture may show")
+        paths = [image, *(more or [])]
+        pictures = [read_picture(path) for path in paths]
+        rows = _cosines(model, pictures, texts)
+    scores = [
+        {"image": str(path), "text": text, "score": value}
+        for path, row in zip(paths, rows, strict=True)
+        for text, value in zip(texts, row, strict=True)
+    ]
+    if as_json:
+        print(json.dumps({"model": model, "scores": scores}, ensure_ascii=False))
+    else:
+        for one in scores:
+            print(f"{one['score']:7.4f}  {one['image']}  {one['text']}")
+
+
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, diffusers folder or hub id.")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a model is made of, what it knows, how it was trained and what it reaches."""
+    with _speaking("info"):
+        facts = _facts(model)
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    print(f"{facts['name']}: {facts['family']} in {facts['folder']}, hash {facts['hash'][:12]}")
+    for name, part in facts["parts"].items():
+        print(
+            f"  {name:<24} {part['class']:<28} {part['parameters']:>13,} parameters {_size(part['bytes']):>9}"
+        )
+    print(f"  {'together':<53} {facts['parameters']:>13,} parameters {_size(facts['bytes']):>9}")
+    for line in _tree(facts["card"]):
+        print(line)
+
+
+def reproduce(
+    picture: Annotated[Path, typer.Argument(metavar="FILE.png", help="A PNG that unclip wrote.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="NAME", help="Where the model is now (default: as recorded)."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Paint FILE.png again from its own record; exit status 1 when a pixel is more than one level off."""
+    with _speaking("reproduce"):
+        image, record = read_png(picture)
+        recorded = record.get("model")
+        if model is None and not isinstance(recorded, str):
+            raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
+        if not record.get("model_hash"):
+            raise ValueError(
+                f"the record of {picture} has no model_hash, so no model can be told to be its own"
+            )
+        painter = _load(model or str(recorded))
+        from gen.pipeline import as_output
+
+        again = as_output([painter.repaint(record)], "pil")
+        assert isinstance(again, list)
+        difference = largest_difference(image, again[0])
+    answer = {
+        "picture": str(picture),
+        "largest_difference": difference,
+        "reproduced": difference <= TOLERANCE,
+    }
+    answer |= {"record": record}
+    if as_json:
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        verdict = "painted again" if difference <= TOLERANCE else "painted differently"
+        levels = "level" if difference == 1 else "levels"
+        print(f"{picture}: {verdict}; largest pixel difference {difference} of 255 {levels}")
+    if difference > TOLERANCE:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _speaking(verb: str) -> Iterator[None]:
+    """While a verb works: errors in the command line's words, warnings in one line, standard output clean."""
+
+    def warn(message: Warning | str, category: type[Warning], *where: object) -> None:
+        if issubclass(category, UserWarning) and (line := _in_options(str(message))) not in said:
+            said.add(line)
+            _say(verb, line)
+
+    said: set[str] = set()
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")  # a library's deprecations are no news to who paints
+        warnings.filterwarnings("always", message=r".* is ignored: ", category=UserWarning)
+        warnings.showwarning = warn  # type: ignore[assignment]
+        try:
+            yield
+        except ValueError as error:
+            error.args = (_in_options(str(error)),)
+            raise
+
+
+def _say(verb: str, message: str) -> None:
+    """One line on standard error."""
+    print(f"unclip {verb}: {message}", file=sys.stderr)
+
+
+def _in_options(message: str) -> str:
+    """A message in the command line's words: `--steps` where Python says `num_inference_steps`."""
+    for word, option in OPTIONS.items():
+        message = re.sub(
+            rf"(?<!\w){re.escape(word)}(?!\w)" if word[-1] != "=" else rf"(?<!\w){word}", option, message
+        )
+    return message
+
+
+def _load(name: str) -> "TextToImage":
+    """The model, on the GPU where there is one."""
+    from gen.pipeline import TextToImage
+
+    return TextToImage.from_pretrained(name)
+
+
+@contextmanager
+def _output_folder(out: Path) -> Iterator[Path]:
+    """A folder for this run alone, proved writable before any work; gone again when nothing came into it.
+
+    `out` itself where it is new or empty, else the first free of `out/002`, `out/003`, ...
+    """
+    folder, made = out, []
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            folder = next(path for number in count(2) if not (path := out / f"{number:03d}").exists())
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        _remove_empty(made)
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"out folder '{out}' cannot be written ({reason}); choose another with --out DIR"
+        ) from None
+    try:
+        yield folder
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Take away the folders that this run made, innermost first, as far as they are empty."""
+    for path in reversed(made):
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
+def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:
+    """What is said when a prompt asks for something that the model cannot know."""
+    unseen = ", ".join(dict.fromkeys(foreign))
+    told = f"model '{model}' has never seen: {unseen}. It paints all the same, from what it knows"
+    told += f": {knows.strip().rstrip('.')}." if knows else "."
+    return f"{told} For other pictures choose another model with --model (a diffusers folder or a hub id)."
+
+
+def _caption(score: float | None, seed: int) -> str:
+    """What stands under a picture on the sheet."""
+    return f"seed {seed}" if score is None else f"{score:.3f}  seed {seed}"
+
+
+def _summary(answer: dict[str, Any]) -> list[str]:
+    """What `generate` prints for people."""
+    lines = []
+    for one in answer["pictures"]:
+        told = "" if one["score"] is None else f"score {one['score']:.4f}  "
+        lines.append(f"{one['path']}  {told}seed {one['seed']}")
+    number = len(answer["candidates"])
+    lines.append(f"{answer['sheet']}  contact sheet of all {number} candidates")
+    seconds = answer["seconds"]
+    lines.append(
+        f"{number} painted, {len(answer['pictures'])} kept, in {seconds['total']:.1f} s "
+        f"({seconds['load']:.1f} s to load), peak memory {_size(answer['peak_memory_bytes']['host'])}"
+    )
+    return lines
+
+
+def _cosines(model: str, pictures: list[Image.Image], texts: list[str]) -> list[list[float]]:
+    """Per picture its CLIP score with every text."""
+    import numpy as np
+    import torch
+
+    from clip_core.clip import CLIP
+    from gen.checkpoint import ASSETS, INDEX, find, load_clip
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (ASSETS / model / INDEX).exists() or (Path(model) / INDEX).exists():
+        folder = find(model) / "clip"
+        if not folder.is_dir():
+            raise ValueError(f"model '{model}' has no clip/ to score with; give a CLIP folder with --model")
+        clip = load_clip(folder, device, torch.float32)
+    else:
+        clip = CLIP.from_pretrained(model, device=device)
+    rows = []
+    with torch.no_grad():
+        for picture in pictures:  # one by one: they may differ in size
+            pixels = (
+                torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) / 255
+            )  # (1, 3, H, W)
+            embedding = clip.image(pixels).expand(len(texts), -1)  # (T, E)
+            rows.append([float(value) for value in clip.score(embedding, texts)])
+    return rows
+
+
+def _facts(name: str) -> dict[str, Any]:
+    """Everything `info` tells, from the folder's files; no weight is read, only their headers."""
+    from safetensors import safe_open
+
+    from gen.checkpoint import INDEX, Card, check_weights, find, folder_hash, read_json, weight_files
+
+    folder = find(name)
+    index = read_json(folder / INDEX)
+    classes = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and entry[1]}
+    hashed = sorted([*classes, "clip"])
+    if (folder / "clip").is_dir():
+        classes["clip"] = read_json(folder / "clip" / "config.json").get("architectures", ["CLIPModel"])[0]
+    parts = {}
+    for part, kind in classes.items():
+        if not (folder / part).is_dir():
+            raise ValueError(f"model part '{folder / part}' is missing; the folder is not complete")
+        files = [path for path in (folder / part).rglob("*") if path.is_file()]
+        paths = weight_files(folder / part)
+        if paths:
+            check_weights(folder / part)
+        parameters = 0
+        for path in paths:
+            with safe_open(path, "np") as weights:
+                parameters += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        parts[part] = {"class": kind, "parameters": parameters, "bytes": sum(f.stat().st_size for f in files)}
+    return {
+        "name": name,
+        "folder": str(folder),
+        "family": index.get("_class_name", ""),
+        "hash": folder_hash(folder, hashed),
+        "parts": parts,
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "card": Card.read(folder).to_json(),
+    }
+
+
+def _tree(told: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """Nested facts as lines, one fact each; a list of words in one line."""
+    for name, value in told.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}:"
+            yield from _tree(value, indent + "  ")
+        elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            yield f"{indent}{name}:"
+            for number, one in enumerate(value, 1):
+                yield from _tree(one if isinstance(one, dict) else {str(number): one}, indent + "  ")
+        else:
+            yield f"{indent}{name}: {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _peak_memory() -> dict[str, int]:
+    """Most bytes this process ever held: `host`, and `device` where there is a GPU."""
+    import torch
+
+    peak = {"host": _peak_host_memory()}
+    if torch.cuda.is_available():
+        peak["device"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _peak_host_memory() -> int:
+    """Largest resident set of this process; 0 where the system does not tell."""
+    try:
+        told = Path("/proc/self/status").read_text()  # Linux; unlike getrusage not inherited from the parent
+    except OSError:
+        told = ""
+    if found := re.search(r"VmHWM:\s+(\d+) kB", told):
+        return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
