@@ -1,16 +1,18 @@
 """What a model reaches on the committed test prompts: is what it paints right, does its CLIP choose well?
 
-`paint` paints every prompt's candidates and lets the checker read them; a `Ledger` keeps each prompt's outcome on
-disk as soon as it is known, so an interrupted evaluation goes on where it stopped. `summarise` turns outcomes into
-rates with their intervals, `retrieval` asks CLIP alone, `table` writes them for people. Takes a model as it is
-called by users and must not look inside it.
+`evaluate` does it all. `paint` paints every prompt's candidates and lets the checker read them; a `Ledger`
+keeps each prompt's outcome on disk as soon as it is known, so an interrupted evaluation goes on where it
+stopped; `summarise` turns outcomes into rates with their intervals, `retrieval` asks CLIP alone, `table`
+writes them for people. Takes a model as its users call it and must not look inside it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,29 +25,44 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.data import checker
 from training.data.checker import FACTS, faults, read
-from training.data.suite import GROUPS, Prompt
+from training.data.suite import Prompt
+from training.provenance import provenance
 
 MODES = {"prior": True, "no_prior": False}  # through an image embedding (unCLIP), or from the text alone
-SEED_STRIDE = 10_007  # between prompts, so no two share a candidate's noise
+MAX_SEED = 2**31  # added to a prompt's own, which is below 2^31, it stays below the 2^32 that a seed may be
 _RESAMPLES = 10_000
 _Z = 1.959964  # 97.5 % point of the normal distribution
+
+
+Look = Callable[[str, Prompt, list[Image.Image]], None]
+"""look(mode, prompt, its pictures best first)"""
 
 
 class Painted(Protocol):
     """What a call of a model gives back."""
 
-    images: Any  # flat, prompt by prompt, best first within a prompt
-    scores: Any
-    seeds: Any
+    @property
+    def images(self) -> Any:
+        """Pillow pictures, flat: prompt by prompt, best first within a prompt."""
+
+    @property
+    def scores(self) -> Any:
+        """Of each, CLIP's."""
+
+    @property
+    def seeds(self) -> Any:
+        """Of each."""
 
 
 class Painter(Protocol):
     """A model, called as in `gen.TextToImage`."""
 
     def __call__(
-        self, prompt: list[str], *, num_images_per_prompt: int, seed: list[int], prior: bool
-    ) -> Painted: ...
+        self, prompt: list[str], *, num_images_per_prompt: int, rerank: bool, seed: list[int], prior: bool
+    ) -> Painted:
+        """Paint and rank."""
 
 
 class TwoTowers(Protocol):
@@ -84,6 +101,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Outcome:
+        """From what `dataclasses.asdict` made of one."""
         each = [Candidate(one["seed"], one["score"], tuple(one["faults"])) for one in fields["candidates"]]
         return cls(**{**fields, "candidates": tuple(each)})
 
@@ -131,6 +149,79 @@ class Ledger:
         return [prompt for prompt in prompts if prompt.id not in done]
 
 
+def evaluate(
+    model: Painter,
+    clip: TwoTowers,
+    prompts: Sequence[Prompt],
+    folder: Path,  # candidates.jsonl and strips/ are kept there
+    *,
+    about: dict[str, Any],  # what was evaluated: JSON; a folder holds evaluations of one thing
+    modes: Sequence[str] = tuple(MODES),
+    num_candidates: int = 16,
+    seed: int = 0,
+    batch_size: int = 64,  # pictures painted together; no picture depends on it
+    device: torch.device | str = "cpu",  # where clip is
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Paint, check and summarise; the result is one JSON object.
+
+    Run again after an interruption, it paints what is missing. ValueError where `folder` holds an evaluation
+    of something else.
+    """
+    about = about | {
+        "checker": digest(Path(checker.__file__)),
+        "num_candidates": num_candidates,
+        "seed": seed,
+    }
+    ledger = Ledger(folder / "candidates.jsonl", about)
+    painted = [prompt for prompt in prompts if prompt.group != "retrieval"]
+    total = len(painted) * len(modes)
+    left = {mode: ledger.missing(painted, mode) for mode in modes}
+    done = total - sum(map(len, left.values()))
+    progress(done, total)
+    for mode in modes:
+        for outcomes in paint(
+            model,
+            left[mode],
+            mode,
+            num_candidates=num_candidates,
+            seed=seed,
+            batch_size=batch_size,
+            look=Strips(folder / "strips"),
+        ):
+            ledger.append(outcomes)
+            done += len(outcomes)
+            progress(done, total)
+    ids = {prompt.id for prompt in painted}
+    chosen = [outcome for outcome in ledger.outcomes if outcome.mode in modes and outcome.prompt in ids]
+    to_retrieve = [prompt for prompt in prompts if prompt.group == "retrieval"]
+    return {
+        **about,
+        "painted": summarise(chosen),
+        "retrieval": retrieval(clip, to_retrieve, device) if to_retrieve else None,
+        "seconds": round(sum(outcome.seconds for outcome in chosen), 1),
+        **provenance(device),
+    }
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Keeps each prompt's candidates as one row of pictures, best first: `strips/MODE/PROMPT.png`."""
+
+    folder: Path
+
+    def __call__(self, mode: str, prompt: Prompt, images: list[Image.Image]) -> None:
+        """Write one."""
+        path = self.folder / mode / f"{prompt.id}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1)).save(path)
+
+
+def digest(path: Path) -> str:
+    """What tells one version of a file from another: the start of its SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def paint(
     model: Painter,
     prompts: Sequence[Prompt],
@@ -139,20 +230,23 @@ def paint(
     num_candidates: int,
     seed: int,
     batch_size: int,  # pictures painted together, at least one prompt's
-    clock: Callable[[], float],
-    look: Callable[[Prompt, list[Image.Image]], None] | None = None,  # sees a prompt's pictures, best first
+    look: Look | None = None,
 ) -> Iterator[list[Outcome]]:
     """Paint and check the prompts at the model's default settings, a batch at a time.
 
-    Candidate k of prompt p has seed `seed` + p's own + k, whatever else is painted beside it.
+    Candidate k has seed `seed` + its prompt's own + k, whatever else is painted beside it.
     """
+    if not 0 <= seed < MAX_SEED - num_candidates:
+        raise ValueError(f"seed is {seed}; give one from 0 to {MAX_SEED - num_candidates - 1}")
     step = max(1, batch_size // num_candidates)
     for batch in (prompts[start : start + step] for start in range(0, len(prompts), step)):
-        began = clock()
-        seeds = [(seed + prompt_seed(prompt)) % 2**32 for prompt in batch]
+        began = time.perf_counter()
+        seeds = [seed + prompt.seed for prompt in batch]
         texts = [prompt.text for prompt in batch]
-        painted = model(texts, num_images_per_prompt=num_candidates, seed=seeds, prior=MODES[mode])
-        seconds = (clock() - began) / len(batch)
+        painted = model(
+            texts, num_images_per_prompt=num_candidates, rerank=True, seed=seeds, prior=MODES[mode]
+        )
+        seconds = (time.perf_counter() - began) / len(batch)
         outcomes = []
         for number, prompt in enumerate(batch):
             mine = slice(number * num_candidates, (number + 1) * num_candidates)
@@ -162,16 +256,8 @@ def paint(
             candidates = tuple(Candidate(int(seed), float(score), wrong) for seed, score, wrong in each)
             outcomes.append(Outcome(prompt.id, prompt.group, mode, round(seconds, 3), candidates))
             if look is not None:
-                look(prompt, images)
+                look(mode, prompt, images)
         yield outcomes
-
-
-def prompt_seed(prompt: Prompt) -> int:
-    """Where a prompt's seeds begin: far from every other prompt's, and below 2^31 for the whole suite."""
-    group, _, number = prompt.id.rpartition("-")
-    return (
-        (list(GROUPS).index(group) if group in GROUPS else len(GROUPS)) * 1000 + int(number)
-    ) * SEED_STRIDE
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
@@ -179,9 +265,9 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 
     `all`: share of candidates that are right, which is also what one picked at random reaches (`chance`);
     `best`: prompts whose highest-scored candidate is right; `any`: prompts with a right candidate at all, the
-    most that any choice could reach. Intervals are 95 %. `best_of` k looks at the first k seeds alone, as if no
-    more had been painted. `faults` are shares of candidates (`all`) and of chosen ones (`best`) with that fact
-    wrong; one picture may have several.
+    most that any choice could reach. Intervals are 95 %. `best_of` k looks at the first k seeds alone, as if
+    no more had been painted. `faults` are the shares of candidates (`all`) and of chosen ones (`best`) that
+    have a fact wrong; one picture may have several.
     """
     summary: dict[str, dict[str, Any]] = {}
     for mode in dict.fromkeys(outcome.mode for outcome in outcomes):

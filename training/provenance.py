@@ -1,7 +1,7 @@
 """Where and when a number was measured: machine, versions, date, commit.
 
-Everything under `benchmarks/results/` carries it. Knows nothing of what was measured, and must not guess: what
-cannot be found out is None.
+Everything under `benchmarks/results/` carries it. Knows nothing of what was measured, and must not guess:
+what cannot be found out is None.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ Draw = Callable[[], float]  # uniform in [0, 1)
 
 @dataclass(frozen=True)
 class Prompt:
-    """One test prompt; `seed` places the objects of a `retrieval` caption's picture."""
+    """One test prompt; `seed` (below 2^31) places a true picture's objects, and begins the painting."""
 
     id: str
     group: str
