@@ -163,7 +163,7 @@ class Preprocess:
             image = image.convert("RGB")
             height, width = self._resized(image.height, image.width)
             if (height, width) != (image.height, image.width):
-                # one axis at a time, width first: Pillow did so until 13, which for some shapes turned it round
+                # one axis at a time, width first: as Pillow did before 13, which turns some shapes round
                 method = Image.Resampling(RESAMPLE[self.resample])
                 image = image.resize((width, image.height), method).resize((width, height), method)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W) uint8

@@ -23,8 +23,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
 
     The ids are CLIP's in order: 256 bytes, 256 bytes that end a word, one per merge, begin, end. Padding is
     the end token, as in CLIP, so the end id is the last one and never 2 (which transformers pools by another,
-    legacy rule). `vocab_size` is at most reached: few captions hold few pairs that repeat, so read the size of
-    the embedding from `len(tokenizer)`. `max_length` counts the begin and end tokens.
+    legacy rule). `vocab_size` is at most reached: few captions hold few pairs that repeat, so read the
+    embedding's size from `len(tokenizer)`. `max_length` counts the begin and end tokens.
     """
     if vocab_size < NUM_FIXED:
         raise ValueError(

@@ -1,0 +1,255 @@
+"""From a name or a folder to a CLIP's model, tokenizer and preprocessing, with every file checked first.
+
+Only safetensors are read, never pickle, and no code from a checkpoint. A folder is read without network; a
+hub id or an "open_clip:NAME/TAG" is the user's word that the network may be used. What is wrong with files is
+said in one line that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPConfig, CLIPTokenizer
+
+from clip_core.preprocess import Preprocess
+
+OPEN_CLIP_PREFIX = "open_clip:"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+)
+WEIGHTS = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+class Loaded(NamedTuple):
+    """What a CLIP is made of."""
+
+    model: nn.Module
+    tokenizer: Any
+    preprocess: Preprocess
+
+
+def load(name_or_folder: str | Path, dtype: torch.dtype, attn_implementation: str) -> Loaded:
+    """Find out what kind of CLIP it is and load it; see `clip_core.clip.CLIP.from_pretrained`."""
+    name = str(name_or_folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _load_folder(folder, dtype, attn_implementation, network=False)
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; give the CLIP folder that it lies in")
+    if name.startswith(OPEN_CLIP_PREFIX):
+        return _load_open_clip_name(name.removeprefix(OPEN_CLIP_PREFIX), dtype)
+    if not HUB_ID.fullmatch(name) or Path(name).parent.is_dir():
+        raise ValueError(
+            f"CLIP {name!r} is no folder; give a CLIP folder, a hub id such as openai/clip-vit-base-patch32, "
+            f"or {OPEN_CLIP_PREFIX}NAME/TAG"
+        )
+    return _load_folder(_download(name), dtype, attn_implementation, network=True)
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, attn_implementation: str, network: bool) -> Loaded:
+    if (folder / "config.json").is_file():
+        return _load_transformers(folder, dtype, attn_implementation)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return _load_open_clip(folder, dtype, network)
+    raise ValueError(f"{folder} has neither config.json nor {OPEN_CLIP_CONFIG}; it is not a CLIP folder")
+
+
+def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: str) -> Loaded:
+    values = _read_json(folder / "config.json")
+    if values.get("model_type") != "clip":
+        kind = values.get("model_type")
+        raise ValueError(f"{folder / 'config.json'} is of model_type {kind!r}; only 'clip' can be used here")
+    try:
+        config = CLIPConfig.from_dict(values)
+        with torch.device("meta"):  # shapes without memory, and no random numbers drawn
+            model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{folder / 'config.json'} does not describe a CLIP: {_line(error)}") from error
+    weights = _read_weights(folder)
+    _check_shapes(folder, model, weights)
+    wanted = model.state_dict().keys()
+    model.load_state_dict({key: weights[key].to(dtype) for key in wanted}, assign=True)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # not stored in the file: the one kind that CLIP has counts the positions
+                assert name == "position_ids", name
+                setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return Loaded(model, _load_tokenizer(folder), Preprocess.from_folder(folder))
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif index.is_file():
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map")
+        files = [folder / Path(name).name for name in sorted(set(shards.values()))]
+    else:
+        raise _no_weights(folder, WEIGHTS)
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; {index} names it")
+        with _open_safetensors(path) as file:
+            weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118, no Mapping
+    return weights
+
+
+def _check_shapes(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - weights.keys())
+    if missing:
+        raise ValueError(
+            f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, such as {missing[0]}"
+        )
+    for key, tensor in expected.items():
+        if tensor.shape != weights[key].shape:
+            given, wanted = tuple(weights[key].shape), tuple(tensor.shape)
+            raise ValueError(f"{folder / WEIGHTS} holds {key} as {given}; config.json asks for {wanted}")
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    if not _has_tokenizer(folder):  # transformers would make an empty one up
+        raise ValueError(f"{folder / 'tokenizer.json'} is missing (and so are vocab.json and merges.txt)")
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the Rust reader raises plain Exception
+        raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {_line(error)}") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    legacy = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return legacy or (folder / "tokenizer.json").is_file()
+
+
+def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
+    """A folder as open_clip's `save_for_hf` or `clip_core.convert` writes it."""
+    path = folder / OPEN_CLIP_CONFIG
+    config = _read_json(path)
+    text = config.get("model_cfg", {}).get("text_cfg")
+    if not isinstance(text, dict):
+        raise ValueError(f"{path} is damaged: it has no model_cfg with a text_cfg")
+    tower = text.get("hf_model_name")
+    if tower and not network and not Path(tower).is_dir():
+        raise ValueError(
+            f"{path} takes its text tower {tower!r} from the hub; give a hub id to allow the network"
+        )
+    if text.get("hf_tokenizer_name") and not any(folder.glob("tokenizer*")) and not _has_tokenizer(folder):
+        raise ValueError(f"{folder / 'tokenizer.json'} is missing; {path} declares a Hugging Face tokenizer")
+    if not any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS):
+        raise _no_weights(folder, OPEN_CLIP_WEIGHTS[0])
+    weights = next(folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file())
+    with _open_safetensors(weights):
+        pass  # the header covers the file, or this has raised
+    try:
+        model = open_clip.create_model(f"local-dir:{folder}")
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, OSError) as error:
+        raise ValueError(f"{weights} and {path} do not make a CLIP: {_line(error)}") from error
+    return Loaded(
+        model.to(dtype),
+        _open_clip_tokenizer(f"local-dir:{folder}"),
+        Preprocess.from_open_clip(model.visual.preprocess_cfg),
+    )
+
+
+def _load_open_clip_name(name: str, dtype: torch.dtype) -> Loaded:
+    """One of open_clip's own list, such as ViT-B-32/laion2b_s34b_b79k, its safetensors from the hub."""
+    architecture, _, tag = name.rpartition("/")
+    config = get_pretrained_cfg(architecture, tag)
+    if not config:
+        tags = (
+            ", ".join(list_pretrained_tags_by_model(architecture))
+            or "no tags: see open_clip.list_pretrained()"
+        )
+        raise ValueError(f"open_clip knows no {name!r}; give NAME/TAG; {architecture!r} has: {tags}")
+    repository, _, file = config.get("hf_hub", "").rpartition("/")
+    if not repository:
+        raise ValueError(
+            f"{OPEN_CLIP_PREFIX}{name} is only offered as a pickle, which is never read; choose another"
+        )
+    file = Path(file).with_suffix(".safetensors").name if file else OPEN_CLIP_WEIGHTS[0]
+    try:
+        weights = hf_hub_download(repository, file)
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise ValueError(f"{file} of {repository} cannot be had from the hub: {_line(error)}") from error
+    with _open_safetensors(Path(weights)):
+        pass
+    model = open_clip.create_model(
+        architecture,
+        pretrained=weights,
+        force_quick_gelu=config.get("quick_gelu", False),
+        force_preprocess_cfg=config,  # it takes mean, std, interpolation and resize_mode
+    )
+    preprocess = Preprocess.from_open_clip(model.visual.preprocess_cfg)
+    return Loaded(model.to(dtype), _open_clip_tokenizer(architecture), preprocess)
+
+
+def _open_clip_tokenizer(name: str) -> Any:
+    try:
+        return open_clip.get_tokenizer(name)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(f"the tokenizer of {name} cannot be read: {_line(error)}") from error
+
+
+def _download(repository: str) -> Path:
+    """The repository's top folder from the hub, or from the cache when offline."""
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"CLIP {repository!r} is no folder and not on the hub: {_line(error)}") from error
+
+
+def _no_weights(folder: Path, wanted: str) -> ValueError:
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return ValueError(
+            f"{folder} has its weights as pickle ({pickles[0]}), which is never read; save them as {wanted}"
+        )
+    return ValueError(f"{folder / wanted} is missing")
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {_line(error)}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return values
+
+
+def _line(error: Exception) -> str:
+    """An error's message on one line, cut where it is endless."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,186 @@
+"""What differs between transformers' and open_clip's CLIP, made alike: tokens, text states, image embedding.
+
+Each class wraps one library's model and tokenizer and calls them as that library does. They know no files
+and no preprocessing; `clip_core.clip.CLIP` is the face that others use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import open_clip
+from open_clip.hf_model import HFTextEncoder
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+LEGACY_EOS_ID = 2  # in a config from before transformers 4.31: pool the highest id, whichever it is
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as ids, padded to one length L, on the CPU."""
+
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) bool, true up to and with the end of the text
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What CLIP's text tower says of B texts."""
+
+    tokens: Tensor  # (B, L, D) states after the final layer norm
+    embedding: Tensor  # (B, E) the pooled state projected, not normalised
+    mask: Tensor  # (B, L) bool, true up to and with the end of the text
+
+
+class Towers(Protocol):
+    """One library's CLIP: model and tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    max_length: int  # L
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tokens, list[int]]:
+        """Ids, and how many tokens each text has before it is cut."""
+
+    def text(self, tokens: Tokens, clip_skip: int | None) -> TextFeatures:
+        """States `clip_skip` layers before the last, normed; the embedding is always of the last."""
+
+    def image(self, pixel_values: Tensor) -> Tensor:
+        """Preprocessed (B, 3, H, W) -> (B, E), not normalised."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the image tower takes."""
+
+
+class TransformersTowers:
+    """transformers.CLIPModel with its CLIPTokenizer."""
+
+    def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
+        config, eos = model.config.text_config, tokenizer.eos_token_id
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} ids, the text tower only {config.vocab_size}"
+            )
+        if tokenizer.padding_side != "right":
+            raise ValueError(
+                "the tokenizer pads on the left; CLIP counts positions from the start: pad right"
+            )
+        highest = eos == tokenizer.vocab_size - 1
+        if eos == LEGACY_EOS_ID or not (
+            config.eos_token_id == eos or (config.eos_token_id == LEGACY_EOS_ID and highest)
+        ):
+            raise ValueError(
+                f"text_config.eos_token_id is {config.eos_token_id}, the tokenizer's is {eos}: text would be "
+                f"pooled at a wrong place; make them equal, and not {LEGACY_EOS_ID}"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+        size = model.config.vision_config.image_size
+        self.image_size = (size, size)
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tokens, list[int]]:
+        """As the tokenizer pads and cuts by itself."""
+        texts = list(texts)
+        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
+        batch = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return Tokens(batch.input_ids, batch.attention_mask.bool()), lengths
+
+    def text(self, tokens: Tokens, clip_skip: int | None) -> TextFeatures:
+        """States and projection as CLIPTextModelWithProjection gives them."""
+        # No mask, as diffusers: pads come after the end, so they change no state but their own.
+        tower = self.model.text_model
+        out = tower(input_ids=tokens.input_ids, output_hidden_states=clip_skip is not None)
+        states = out.last_hidden_state  # (B, L, D)
+        if clip_skip is not None:
+            states = tower.final_layer_norm(_skip(out.hidden_states, clip_skip))
+        return TextFeatures(states, self.model.text_projection(out.pooler_output), tokens.attention_mask)
+
+    def image(self, pixel_values: Tensor) -> Tensor:
+        """As CLIPVisionModelWithProjection."""
+        pooled = self.model.vision_model(pixel_values=pixel_values).pooler_output
+        embedding: Tensor = self.model.visual_projection(pooled)
+        return embedding
+
+
+class OpenClipTowers:
+    """CLIP or CustomTextCLIP of open_clip (own text tower or Hugging Face's), its declared tokenizer."""
+
+    def __init__(self, model: open_clip.CLIP | open_clip.CustomTextCLIP, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = getattr(tokenizer, "context_length", None) or model.context_length
+        size = model.visual.image_size
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tokens, list[int]]:
+        """As the tokenizer pads and cuts by itself; open_clip gives no mask, so it is worked out here."""
+        input_ids = self.tokenizer(list(texts), context_length=self.max_length)
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+            # its padding is id 0, which is also the token "!": only the end token tells where the text stops
+            lengths = [len(self.tokenizer.encode(text)) + 2 for text in texts]
+            mask = _up_to_first(input_ids, self.tokenizer.eot_token_id)
+        else:
+            inner = self.tokenizer.tokenizer
+            lengths = [len(inner(self.tokenizer.clean_fn(text), verbose=False).input_ids) for text in texts]
+            if inner.pad_token_id == inner.eos_token_id:
+                mask = _up_to_first(input_ids, inner.eos_token_id)
+            else:
+                mask = input_ids != inner.pad_token_id
+        return Tokens(input_ids, mask), lengths
+
+    def text(self, tokens: Tokens, clip_skip: int | None) -> TextFeatures:
+        """States before pooling, and what `encode_text` gives."""
+        tower = self.model if isinstance(self.model, open_clip.CLIP) else self.model.text
+        if isinstance(tower, HFTextEncoder):
+            return self._hugging_face_text(tower, tokens, clip_skip)
+        if isinstance(tower, open_clip.CLIP):
+            out = tower.forward_intermediates(text=tokens.input_ids, normalize=False)
+        else:
+            out = tower.forward_intermediates(tokens.input_ids, output_fmt="NLC")
+        states = tower.ln_final(_skip(out["text_intermediates"], clip_skip or 0))  # (B, L, D)
+        return TextFeatures(states, out["text_features"], tokens.attention_mask)
+
+    def _hugging_face_text(self, tower: Any, tokens: Tokens, clip_skip: int | None) -> TextFeatures:
+        if clip_skip is not None:
+            raise ValueError(
+                "clip_skip needs a CLIP text tower; this model's is a Hugging Face one: give None"
+            )
+        mask = (tokens.input_ids != tower.config.pad_token_id).long()  # as HFTextEncoder.forward masks
+        out = tower.transformer(input_ids=tokens.input_ids, attention_mask=mask)
+        embedding = tower.proj(tower.pooler(out, mask))
+        return TextFeatures(out.last_hidden_state, embedding, tokens.attention_mask)
+
+    def image(self, pixel_values: Tensor) -> Tensor:
+        """As `encode_image`."""
+        embedding: Tensor = self.model.encode_image(pixel_values)
+        return embedding
+
+
+def make_towers(model: nn.Module, tokenizer: Any) -> Towers:
+    """The wrapper for a model's library; ValueError for a model of another kind."""
+    if isinstance(model, CLIPModel):
+        return TransformersTowers(model, tokenizer)
+    if isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP):
+        return OpenClipTowers(model, tokenizer)
+    known = "transformers CLIPModel, open_clip CLIP, open_clip CustomTextCLIP"
+    raise ValueError(f"a {type(model).__name__} is not a CLIP that can be used here; give one of: {known}")
+
+
+def _skip(states: Sequence[Tensor], clip_skip: int) -> Tensor:
+    """As diffusers' encode_prompt: 0 the last layer's states, 1 those before it, and so on."""
+    if not 0 <= clip_skip < len(states):
+        raise ValueError(
+            f"clip_skip is {clip_skip}; give 0 to {len(states) - 1} for this text tower, or None"
+        )
+    return states[-(clip_skip + 1)]
+
+
+def _up_to_first(input_ids: Tensor, token: int) -> Tensor:
+    """True up to and with the first `token` of each row, (B, L)."""
+    here = (input_ids == token).int()
+    return (here.cumsum(dim=1) - here) == 0
