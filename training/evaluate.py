@@ -168,6 +168,8 @@ def evaluate(
     Run again after an interruption, it paints what is missing. ValueError where `folder` holds an evaluation
     of something else.
     """
+    if not 0 <= seed < MAX_SEED - num_candidates:
+        raise ValueError(f"seed is {seed}; give one from 0 to {MAX_SEED - num_candidates - 1}")
     about = about | {
         "checker": digest(Path(checker.__file__)),
         "num_candidates": num_candidates,
@@ -236,8 +238,6 @@ def paint(
 
     Candidate k has seed `seed` + its prompt's own + k, whatever else is painted beside it.
     """
-    if not 0 <= seed < MAX_SEED - num_candidates:
-        raise ValueError(f"seed is {seed}; give one from 0 to {MAX_SEED - num_candidates - 1}")
     step = max(1, batch_size // num_candidates)
     for batch in (prompts[start : start + step] for start in range(0, len(prompts), step)):
         began = time.perf_counter()

@@ -24,7 +24,6 @@ from training.evaluate import (
     bootstrap,
     evaluate,
     fault_table,
-    paint,
     retrieval,
     summarise,
     table,
@@ -174,9 +173,10 @@ def test_no_two_candidates_of_the_suite_share_a_seed() -> None:
     assert len(set(seeds)) == len(seeds) and max(seeds) < 2**31
 
 
-def test_a_seed_out_of_range_is_refused() -> None:
+def test_a_seed_out_of_range_is_refused(clip: CLIP, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give one from 0 to"):
-        list(paint(Draughtsman(), some(1), "prior", num_candidates=4, seed=2**31, batch_size=4))
+        measured(Draughtsman(), clip, tmp_path, seed=2**31)
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_prompt_keeps_its_candidates_as_a_strip(clip: CLIP, tmp_path: Path) -> None:
