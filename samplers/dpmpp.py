@@ -42,10 +42,4 @@ def _extrapolation(state: State, now: Level, next: Level, options: dict[str, Ten
     few = now.index + now.steps_left < FEW_STEPS
     lowered = at_end & ((options["lower_order_final"].bool() & few) | options["euler_at_final"].bool())
     first_order = (before == 0) | (next.sigma == 0) | lowered
-
-    # in first-order rows 4, 2, 1 stand in for the levels: no infinity arises that would have to be hidden
-    before, sigma, sigma_next = (
-        torch.where(first_order, placeholder, level)
-        for placeholder, level in ((4.0, before), (2.0, now.sigma), (1.0, next.sigma))
-    )
-    return torch.where(first_order, 0.0, (sigma / sigma_next).log() / (before / sigma).log())
+    return torch.where(first_order, 0.0, (now.sigma / next.sigma).log() / (before / now.sigma).log())
