@@ -32,27 +32,22 @@ DEFAULT_OUT = Path("out")
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
 
 # How Python's words are said on the command line; errors raised below speak Python's.
+FLAGS = {"rerank=True": "--rerank", "rerank=False": "--no-rerank", "prior=True": "--prior", "prior=False": "--no-prior"}
 OPTIONS = {
     "num_images_per_prompt": "-n",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
     "prior_num_inference_steps": "--prior-steps",
     "prior_guidance_scale": "--prior-guidance",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
-    "rerank=True": "--rerank",
-    "rerank=False": "--no-rerank",
-    "prior=True": "--prior",
-    "prior=False": "--no-prior",
-    "keep=": "--keep ",
-    "seed=": "--seed ",
-    "height=": "--height ",
-    "width=": "--width ",
-    "eta=": "--eta ",
+    "keep": "--keep",
+    "seed": "--seed",
+    "height": "--height",
+    "width": "--width",
+    "eta": "--eta",
 }
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")
-]
+Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -76,33 +71,23 @@ def generate(
     model: Model = DEFAULT_MODEL,
     prior: Annotated[
         bool | None,
-        typer.Option(
-            "--prior/--no-prior", help="Through an image embedding (unCLIP), or from the text alone."
-        ),
+        typer.Option("--prior/--no-prior", help="Through an image embedding (unCLIP), or from the text alone."),
     ] = None,
     prior_steps: Annotated[int | None, typer.Option(metavar="N", help="Prior steps.")] = None,
-    prior_guidance: Annotated[
-        float | None, typer.Option(metavar="W", help="Prior guidance; 1 is off.")
-    ] = None,
+    prior_guidance: Annotated[float | None, typer.Option(metavar="W", help="Prior guidance; 1 is off.")] = None,
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to steer away from, in place of the empty text.")
     ] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
     height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
-    eta: Annotated[
-        float | None, typer.Option(metavar="E", help="Fresh noise per step: 0 none, 1 ancestral.")
-    ] = None,
+    eta: Annotated[float | None, typer.Option(metavar="E", help="Fresh noise per step: 0 none, 1 ancestral.")] = None,
     rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
     out: Annotated[
         Path,
-        typer.Option(
-            metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."
-        ),
+        typer.Option(metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."),
     ] = DEFAULT_OUT,
     as_json: AsJson = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only the paths of the kept pictures.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of the kept pictures.")] = False,
 ) -> None:
     """Paint N candidates of PROMPT, let CLIP rank them and keep the best K.
 
@@ -192,9 +177,7 @@ def score(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(
-            "--model", "-m", metavar="NAME", help="Model whose CLIP judges, or a CLIP folder or hub id."
-        ),
+        typer.Option("--model", "-m", metavar="NAME", help="Model whose CLIP judges, or a CLIP folder or hub id."),
     ] = DEFAULT_MODEL,
     as_json: AsJson = False,
 ) -> None:
@@ -229,9 +212,7 @@ def info(
         return
     print(f"{facts['name']}: {facts['family']} in {facts['folder']}, hash {facts['hash'][:12]}")
     for name, part in facts["parts"].items():
-        print(
-            f"  {name:<24} {part['class']:<28} {part['parameters']:>13,} parameters {_size(part['bytes']):>9}"
-        )
+        print(f"  {name:<24} {part['class']:<28} {part['parameters']:>13,} parameters {_size(part['bytes']):>9}")
     print(f"  {'together':<53} {facts['parameters']:>13,} parameters {_size(facts['bytes']):>9}")
     for line in _tree(facts["card"]):
         print(line)
@@ -252,9 +233,7 @@ def reproduce(
         if model is None and not isinstance(recorded, str):
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
-            raise ValueError(
-                f"the record of {picture} has no model_hash, so no model can be told to be its own"
-            )
+            raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
         painter = _load(model or str(recorded))
         from gen.pipeline import as_output
 
@@ -305,10 +284,12 @@ def _say(verb: str, message: str) -> None:
 
 def _in_options(message: str) -> str:
     """A message in the command line's words: `--steps` where Python says `num_inference_steps`."""
-    for word, option in OPTIONS.items():
-        message = re.sub(
-            rf"(?<!\w){re.escape(word)}(?!\w)" if word[-1] != "=" else rf"(?<!\w){word}", option, message
-        )
+    for word, flag in FLAGS.items():
+        message = message.replace(word, flag)
+    for name, option in OPTIONS.items():
+        message = re.sub(rf"\b{name}=", f"{option} ", message)
+        if "_" in name:  # the others are English words too, and mean themselves without a value
+            message = re.sub(rf"\b{name}\b", option, message)
     return message
 
 
@@ -338,9 +319,7 @@ def _output_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         _remove_empty(made)
         reason = error.strerror or str(error)
-        raise ValueError(
-            f"out folder '{out}' cannot be written ({reason}); choose another with --out DIR"
-        ) from None
+        raise ValueError(f"out folder '{out}' cannot be written ({reason}); choose another with --out DIR") from None
     try:
         yield folder
     except BaseException:
@@ -388,29 +367,21 @@ def _summary(answer: dict[str, Any]) -> list[str]:
 
 def _cosines(model: str, pictures: list[Image.Image], texts: list[str]) -> list[list[float]]:
     """Per picture its CLIP score with every text."""
-    import numpy as np
     import torch
 
     from clip_core.clip import CLIP
-    from gen.checkpoint import ASSETS, INDEX, find, load_clip
+    from gen.checkpoint import ASSETS, INDEX, find
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if (ASSETS / model / INDEX).exists() or (Path(model) / INDEX).exists():
-        folder = find(model) / "clip"
-        if not folder.is_dir():
+        source = find(model) / "clip"
+        if not source.is_dir():
             raise ValueError(f"model '{model}' has no clip/ to score with; give a CLIP folder with --model")
-        clip = load_clip(folder, device, torch.float32)
-    else:
-        clip = CLIP.from_pretrained(model, device=device)
-    rows = []
+        model = str(source)
+    clip = CLIP.from_pretrained(model, "cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        for picture in pictures:  # one by one: they may differ in size
-            pixels = (
-                torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) / 255
-            )  # (1, 3, H, W)
-            embedding = clip.image(pixels).expand(len(texts), -1)  # (T, E)
-            rows.append([float(value) for value in clip.score(embedding, texts)])
-    return rows
+        embeddings = clip.image(pictures)  # (B, E)
+        scores = [clip.score(one.expand(len(texts), -1), texts) for one in embeddings]  # (T,) each
+    return [[float(value) for value in row] for row in scores]
 
 
 def _facts(name: str) -> dict[str, Any]:

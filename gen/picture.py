@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 CHUNK = "unclip"  # the text chunk that holds the record as JSON
 SOFTWARE = "unclip"  # PNG's standard keyword `Software`; `Description` holds the prompt for other programs
 
-TILE = 160  # px; a sheet's pictures are brought near this width
+TILE = 192  # px; small pictures are brought near this width: room for a score and the longest seed
 GAP, LINE = 8, 18  # px; between tiles, and one line of caption
 INK, PAPER, FRAME = (30, 30, 30), (255, 255, 255), (40, 140, 80)
 

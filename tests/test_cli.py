@@ -1,0 +1,512 @@
+"""The command as people type it: its answers, its exit status, and that nothing half-done is left."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file
+
+from gen import command
+from gen.picture import read_png
+from tests.tiny import make_tiny_stable_unclip
+
+ROOT = Path(__file__).resolve().parent.parent
+UNCLIP = [sys.executable, "-m", "gen.command"]  # what the installed script runs
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_stable_unclip(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def painted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `unclip generate` leaves it: six candidates, the best two kept."""
+    out = tmp_path_factory.mktemp("painted") / "out"
+    arguments = ["generate", PROMPT, "-n", "6", "--keep", "2", "--seed", "10", "--model", str(tiny)]
+    assert command.main([*arguments, "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def copy_of(model: Path, where: Path) -> Path:
+    return Path(shutil.copytree(model, where / "copy"))
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: int = 0) -> Any:
+    """Run a verb with --json and return the one object on standard output."""
+    capsys.readouterr()
+    got = command.main([*map(str, arguments), "--json"])
+    printed = capsys.readouterr()
+    assert got == status, printed.err
+    assert printed.out.count("\n") == 1, "one object on one line"
+    return json.loads(printed.out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run a verb that must refuse, and return the one line it says."""
+    capsys.readouterr()
+    status = command.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert status == 2, printed.err
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith(f"unclip {arguments[0]}: "), printed.err
+    return printed.err
+
+
+# --- the dispatcher ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [None, "generate", "score", "info", "reproduce"])
+def test_help_is_quick_and_loads_no_heavy_library(verb: str | None) -> None:
+    arguments = ["--help"] if verb is None else [verb, "--help"]
+    code = (
+        f"import sys; from gen.command import main; status = main({arguments!r}); "
+        "print(*{m.partition('.')[0] for m in sys.modules}, file=sys.stderr); sys.exit(status)"
+    )
+    seconds = []
+    for _ in range(3):  # the quickest of three: other work on the machine only ever adds
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+    assert done.returncode == 0 and done.stdout
+    heavy = {"torch", "diffusers", "transformers", "open_clip", "samplers", "clip_core", "training"}
+    heavy |= {"typer", "rich", "PIL"} if verb is None else set()
+    assert not heavy & set(done.stderr.split())
+    assert min(seconds) < 1.0
+
+
+def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for verb in ("generate", "score", "info", "reproduce", "train", "data", "evaluate"):
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [verb]]
+        assert len(line.split()) > 4
+
+
+def test_a_wrong_verb_is_told_with_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["paint", "a circle"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "'paint' is unknown" in printed.err and "generate" in printed.err and printed.err.count("\n") == 1
+    assert command.main([]) == 2
+    assert command.main(["--version"]) == 0
+    assert capsys.readouterr().out == "unclip 0.1.0\n"
+
+
+def verb_that_fails(how: str) -> None:
+    """A verb for the next test: fails in the ways that a verb can."""
+    if how == "ours":
+        raise ValueError("given 3,\n allowed 1 to 2")
+    if how == "torch":
+        torch.zeros(2).view(3, 5)
+    if how == "json":
+        json.loads("{")  # a ValueError, but a library's
+    if how == "disk":
+        raise OSError(28, "No space left on device")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("how", "status"), [("ours", 2), ("torch", 1), ("json", 1), ("disk", 1), ("interrupt", 130)])
+def test_exit_status_tells_who_erred(how: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = EntryPoint("fail: fails", f"{__name__}:verb_that_fails", command.GROUP)
+    got = command._run(command.Verb("fail", "fails", entry), [how])
+    assert got == status
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("unclip fail: ")
+    if how == "ours":
+        assert last == "unclip fail: given 3, allowed 1 to 2"
+
+
+# --- generate ---------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_the_best_and_a_sheet_of_all(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "out"
+    told = answer(capsys, "generate", PROMPT, "-n", 6, "--seed", 10, "--model", tiny, "--out", out)
+    paths = [Path(one["path"]) for one in told["pictures"]]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*(path.name for path in paths), "sheet.png"])
+    assert len(paths) == 4, "the best four are kept unless told otherwise"
+    scores = [one["score"] for one in told["candidates"]]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 6
+    assert {one["seed"] for one in told["candidates"]} == set(range(10, 16))
+    assert [one["kept"] for one in told["candidates"]] == [True] * 4 + [False] * 2
+    for rank, (path, one) in enumerate(zip(paths, told["candidates"], strict=False), 1):
+        picture, record = read_png(path)
+        assert path.name == f"{rank:04d}-seed{one['seed']}.png"
+        assert picture.size == (64, 64)
+        assert (record["prompt"], record["seed"], record["score"]) == (PROMPT, one["seed"], one["score"])
+        assert record["settings"] == told["settings"] and record["settings"]["num_inference_steps"] == 4
+        assert record["model_hash"] == told["model"]["hash"] and len(record["model_hash"]) == 64
+    with Image.open(told["sheet"]) as sheet:
+        assert sheet.width > 4 * 64 and sheet.height > 2 * 64
+    assert told["seconds"]["total"] > 0
+    assert told["peak_memory_bytes"]["host"] > 10**8, "torch alone is more"
+
+
+def test_a_seed_paints_the_same_pictures_and_settings_reach_the_painter(
+    tiny: Path, painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["generate", PROMPT, "-n", 6, "--keep", 2, "--seed", 10, "--model", tiny]
+    told = answer(capsys, *common, "--out", tmp_path / "same")
+    for one in told["pictures"]:
+        path = Path(one["path"])
+        assert path.read_bytes() == (painted / path.name).read_bytes()
+    options = "--steps 3 --guidance 2.5 --sampler euler --eta 0.5 --no-prior --negative blue"
+    options += " --width 32 --height 128"
+    told = answer(capsys, *common, "--out", tmp_path / "other", *options.split())
+    wanted = {"num_inference_steps": 3, "guidance_scale": 2.5, "sampler": "euler", "prior": False, "eta": 0.5}
+    wanted |= {"negative_prompt": "blue", "width": 32, "height": 128}
+    assert {name: told["settings"][name] for name in wanted} == wanted
+    with Image.open(told["pictures"][0]["path"]) as picture:
+        assert picture.size == (32, 128)
+    options = "--prior --prior-steps 2 --prior-guidance 1.5"
+    told = answer(capsys, *common, "--out", tmp_path / "third", *options.split())
+    wanted = {"prior": True, "prior_num_inference_steps": 2, "prior_guidance_scale": 1.5}
+    assert {name: told["settings"][name] for name in wanted} == wanted
+
+
+def test_a_filled_folder_is_left_alone(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    common = ["generate", PROMPT, "-n", 1, "--steps", 1, "--seed", 0, "--model", tiny, "--out", out]
+    assert answer(capsys, *common)["out"] == str(out), "an empty folder is used as it is"
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert answer(capsys, *common)["out"] == str(out / "002")
+    assert answer(capsys, *common)["out"] == str(out / "003")
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_generate_tells_people_pictures_sheet_and_scores(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["generate", PROMPT, "-n", "3", "--keep", "2", "--seed", "0", "--model", str(tiny), "--out"]
+    assert command.main([*common, str(tmp_path / "a")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all("score" in line and "seed" in line and ".png" in line for line in lines[:2])
+    assert "sheet.png" in lines[2]
+    assert " s " in lines[3] and "peak memory" in lines[3]
+    assert command.main([*common, str(tmp_path / "b"), "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert [Path(line).parent for line in printed.out.splitlines()] == [tmp_path / "b"] * 2
+    assert all(Path(line).exists() for line in printed.out.splitlines())
+
+
+def test_without_rerank_all_are_kept_as_drawn(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [
+        "generate",
+        PROMPT,
+        "-n",
+        6,
+        "--seed",
+        3,
+        "--model",
+        tiny,
+        "--out",
+        tmp_path / "out",
+        "--no-rerank",
+    ]
+    told = answer(capsys, *common)
+    assert [(one["seed"], one["score"]) for one in told["pictures"]] == [(3 + k, None) for k in range(6)]
+    assert "--no-rerank" in refused(capsys, *common, "--keep", 2)
+
+
+def test_words_the_model_never_saw_are_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = copy_of(tiny, tmp_path)
+    card = json.loads((model / "unclip.json").read_text())
+    card |= {"knows": "Circles, above all.", "words": PROMPT.split()}
+    (model / "unclip.json").write_text(json.dumps(card))
+    common = ["-n", 1, "--steps", 1, "--model", model, "--out", tmp_path / "out"]
+    told = answer(capsys, "generate", "a Photo of a red dog", *common)
+    assert told["unknown_words"] == ["photo", "of", "dog"]
+    assert "photo, of, dog" in told["note"] and "Circles, above all" in told["note"] and "--model" in told["note"]
+    assert Path(told["pictures"][0]["path"]).exists(), "it paints all the same"
+    command.main(["generate", "a dog", *map(str, common)])
+    assert "has never seen: dog" in capsys.readouterr().err
+    told = answer(capsys, "generate", PROMPT, *common)
+    assert (told["unknown_words"], told["note"]) == ([], None)
+
+
+def test_ignored_settings_are_told_in_one_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", PROMPT, "-n", "1", "--no-prior", "--prior-steps", "3", "--quiet"]
+    assert command.main([*arguments, "--model", str(tiny), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == "unclip generate: --prior-steps is ignored: the prior is off\n"
+
+
+MISTAKES = {
+    "unknown model": ("--model nowhere", "'nowhere' is unknown"),
+    "model path without a model": ("--model /", "model_index.json"),
+    "unknown sampler": ("--sampler eular", "sampler 'eular' is unknown; choose from: "),
+    "keep more than n": ("-n 4 --keep 5", "--keep 5 is more than -n 4"),
+    "keep none": ("--keep 0", "--keep 0 is out of range; give a whole number of 1 or more"),
+    "paint none": ("-n 0", "-n 0 is out of range"),
+    "no steps": ("--steps 0", "--steps 0 is out of range; give a whole number from 1 to 1000"),
+    "too many steps": ("--steps 1001", "--steps 1001 is"),
+    "no prior steps": ("--prior-steps 0", "--prior-steps 0 is"),
+    "odd width": ("--width 60", "--width 60 cannot be halved into latents; give a multiple of 8"),
+    "no height": ("--height 0", "--height 0 is out of range"),
+    "negative seed": ("--seed -1", "--seed -1 is out of range"),
+    "too large a seed": ("--seed 4294967296", "--seed 4294967296 is out of range"),
+    "guidance below one": ("--guidance 0.5", "--guidance 0.5 is out of range"),
+    "guidance not a number": ("--guidance nan", "--guidance nan is"),
+    "eta above one": ("--eta 2", "--eta 2.0 is out of range; give a number from 0 to 1"),
+    "steps in words": ("--steps many", "--steps"),
+    "unknown option": ("--stpes 3", "--stpes"),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_and_writes_nothing(
+    options: str, words: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "out"
+    said = refused(capsys, "generate", PROMPT, "--model", tiny, "--out", out, *options.split(), "--json")
+    assert words in said
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("prompt", ["", "  \t\n"])
+def test_an_empty_prompt_is_refused(
+    prompt: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "generate", prompt, "--model", tiny, "--out", tmp_path / "out")
+    assert "prompt is empty" in said and not (tmp_path / "out").exists()
+    assert "PROMPT" in refused(capsys, "generate", "--out", tmp_path / "out")
+
+
+def spoil(model: Path, how: str) -> str:
+    """Damage a model folder and return what must be named."""
+    part, _, what = how.partition(" ")
+    path = model / part
+    if what == "missing":
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif what == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.write_text('{"half": ')
+    return path.name
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "model_index.json missing",
+        "model_index.json damaged",
+        "unet missing",
+        "unet/diffusion_pytorch_model.safetensors missing",
+        "unet/diffusion_pytorch_model.safetensors cut",
+        "vae/config.json damaged",
+        "clip/model.safetensors cut",
+        "scheduler/scheduler_config.json missing",
+        "unclip.json damaged",
+    ],
+)
+def test_a_damaged_model_is_named(how: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = copy_of(tiny, tmp_path)
+    name = spoil(model, how)
+    said = refused(capsys, "generate", PROMPT, "--model", model, "--out", tmp_path / "out")
+    part = how.partition(" ")[0].partition("/")[0]
+    assert name in said or part in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below", Path("/proc/unclip")):
+        said = refused(capsys, "generate", PROMPT, "--model", "nowhere", "--out", out)
+        assert f"out folder '{out}' cannot be written" in said and "--out" in said, "found before the model was"
+    assert file.read_text() == "mine"
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    if not os.access(closed, os.W_OK):  # root may write anywhere
+        assert "cannot be written" in refused(capsys, "generate", PROMPT, "--model", tiny, "--out", closed / "out")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 6.0])  # while libraries load, and about when it paints
+def test_interrupted_leaves_whole_files_only(seconds: float, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["generate", PROMPT, "-n", "64", "--steps", "900", "--model", str(tiny), "--out", str(out)]
+    process = subprocess.Popen([*UNCLIP, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "unclip generate: interrupted" and "Traceback" not in said
+    assert not out.exists(), "nothing was painted yet, so not even the folder stays"
+
+
+def test_json_is_alone_on_standard_output(tiny: Path, tmp_path: Path) -> None:
+    arguments = [
+        "generate",
+        PROMPT,
+        "-n",
+        "2",
+        "--model",
+        str(tiny),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    done = subprocess.run([*UNCLIP, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["pictures"]) == 2
+    assert done.stderr == ""
+
+
+# --- reproduce --------------------------------------------------------------------------------------------
+
+
+def kept(folder: Path) -> Path:
+    return min(folder.glob("0001-*.png"))
+
+
+def test_reproduce_paints_the_same_picture(painted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = answer(capsys, "reproduce", kept(painted))
+    assert told["reproduced"] is True and told["largest_difference"] <= 1
+    assert told["record"]["prompt"] == PROMPT
+    assert command.main(["reproduce", str(kept(painted))]) == 0
+    assert "largest pixel difference" in capsys.readouterr().out
+
+
+def rewrite(source: Path, target: Path, record: dict[str, Any], picture: Image.Image | None = None) -> Path:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("unclip", json.dumps(record))
+    (picture or Image.open(source)).save(target, pnginfo=chunks)
+    return target
+
+
+def test_reproduce_finds_a_changed_picture(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, record = read_png(kept(painted))
+    pixels = np.asarray(picture).copy()
+    pixels[3, 5, 1] = (int(pixels[3, 5, 1]) + 100) % 256
+    changed = rewrite(kept(painted), tmp_path / "changed.png", record, Image.fromarray(pixels))
+    told = answer(capsys, "reproduce", changed, status=1)
+    assert told["reproduced"] is False and told["largest_difference"] >= 100
+    told = answer(
+        capsys,
+        "reproduce",
+        rewrite(changed, tmp_path / "seed.png", record | {"seed": record["seed"] + 1}),
+        status=1,
+    )
+    assert told["largest_difference"] > 1, "another seed is another picture"
+
+
+def test_reproduce_refuses_what_it_cannot_repaint(
+    painted: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = kept(painted)
+    _, record = read_png(source)
+    assert "does not exist" in refused(capsys, "reproduce", tmp_path / "none.png")
+    assert "holds no unclip record" in refused(capsys, "reproduce", painted / "sheet.png")
+    for name in ("prompt", "seed", "settings", "model", "model_hash"):
+        lacking = {key: value for key, value in record.items() if key != name}
+        said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"no-{name}.png", lacking))
+        assert f"no {name}" in said or f"no '{name}'" in said
+    gone = rewrite(source, tmp_path / "gone.png", record | {"model": "nowhere"})
+    assert "'nowhere' is unknown" in refused(capsys, "reproduce", gone)
+    assert answer(capsys, "reproduce", gone, "--model", tiny)["reproduced"] is True
+    other = make_tiny_stable_unclip(tmp_path / "other", seed=1)
+    assert "hash" in refused(capsys, "reproduce", source, "--model", other)
+    (tmp_path / "cut.png").write_bytes(source.read_bytes()[:400])
+    assert "cannot be read" in refused(capsys, "reproduce", tmp_path / "cut.png")
+
+
+# --- score ------------------------------------------------------------------------------------------------
+
+
+def test_score_is_what_ranked_the_picture(painted: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = sorted(painted.glob("0*.png"))
+    told = answer(capsys, "score", first, PROMPT, "a star", "--image", second, "--model", tiny)
+    assert [(Path(one["image"]), one["text"]) for one in told["scores"]] == [
+        (path, text) for path in (first, second) for text in (PROMPT, "a star")
+    ]
+    for path, one in ((first, told["scores"][0]), (second, told["scores"][2])):
+        assert one["score"] == pytest.approx(read_png(path)[1]["score"], abs=1e-4)
+    only_clip = answer(capsys, "score", first, PROMPT, "--model", tiny / "clip")
+    assert only_clip["scores"][0]["score"] == pytest.approx(told["scores"][0]["score"], abs=1e-6)
+    assert command.main(["score", str(first), PROMPT, "--model", str(tiny)]) == 0
+    assert PROMPT in capsys.readouterr().out
+
+
+def test_score_refuses_what_it_cannot_read(
+    painted: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = kept(painted)
+    assert "does not exist" in refused(capsys, "score", tmp_path / "none.png", PROMPT, "--model", tiny)
+    (tmp_path / "cut.png").write_bytes(first.read_bytes()[:400])
+    assert "cannot be read" in refused(capsys, "score", tmp_path / "cut.png", PROMPT, "--model", tiny)
+    assert "text is empty" in refused(capsys, "score", first, PROMPT, " ", "--model", tiny)
+    assert "nowhere" in refused(capsys, "score", first, PROMPT, "--model", "nowhere")
+    assert "TEXT" in refused(capsys, "score", first)
+    model = copy_of(tiny, tmp_path)
+    shutil.rmtree(model / "clip")
+    assert "no clip/" in refused(capsys, "score", first, PROMPT, "--model", model)
+
+
+# --- info -------------------------------------------------------------------------------------------------
+
+
+def test_info_counts_what_the_files_hold(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = answer(capsys, "info", tiny)
+    assert told["family"] == "StableUnCLIPPipeline"
+    for part in ("unet", "vae", "prior", "text_encoder", "clip"):
+        (file,) = (tiny / part).glob("*.safetensors")
+        assert told["parts"][part]["parameters"] == sum(t.numel() for t in load_file(file).values())
+    assert told["parameters"] == sum(part["parameters"] for part in told["parts"].values())
+    assert told["bytes"] == sum(path.stat().st_size for path in tiny.rglob("*") if path.is_file())
+    assert told["parts"]["scheduler"]["parameters"] == 0
+
+
+def test_info_tells_what_the_card_tells(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = copy_of(tiny, tmp_path)
+    card = json.loads((model / "unclip.json").read_text())
+    card["scores"] = {"one object right": {"all": 0.97, "best of 16": 0.99}}
+    card["training"] = {"clip": {"recipe": "shapes/clip.yaml", "hardware": "2 cores", "seconds": 3600}}
+    (model / "unclip.json").write_text(json.dumps(card))
+    assert command.main(["info", str(model)]) == 0
+    text = capsys.readouterr().out
+    for word in ("unet", "parameters", "shapes/clip.yaml", "2 cores", "3600", "best of 16: 0.99", "knows"):
+        assert word in text
+    told = answer(capsys, "info", model)
+    assert told["card"]["training"] == card["training"]
+
+
+def test_info_and_the_pictures_name_one_hash(painted: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "info", tiny)["hash"] == read_png(kept(painted))[1]["model_hash"]
+
+
+def test_info_refuses_unknown_and_damaged_models(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "'nowhere' is unknown" in refused(capsys, "info", "nowhere")
+    model = copy_of(tiny, tmp_path)
+    spoil(model, "unet/diffusion_pytorch_model.safetensors cut")
+    assert "unet" in refused(capsys, "info", model)
+    spoil(model, "unet missing")
+    assert f"'{model / 'unet'}' is missing" in refused(capsys, "info", model)
+    spoil(model, "model_index.json damaged")
+    assert "model_index.json" in refused(capsys, "info", model)
