@@ -35,9 +35,7 @@ def in_interval(sigma: Tensor, interval: tuple[float, float] | None) -> Tensor:
     return (low < sigma) & (sigma <= high)
 
 
-def rescale(
-    guided: Tensor, prompt: Tensor, x: Tensor, sigma: Tensor, factor: Tensor, scaling: Scaling
-) -> Tensor:
+def rescale(guided: Tensor, prompt: Tensor, x: Tensor, sigma: Tensor, factor: Tensor, scaling: Scaling) -> Tensor:
     """Give guided (B, ...) the contrast it has under the prompt alone: Lin et al. 2024, section 3.4.
 
     The rule is one of the network's raw output, so the estimates of x0 go there and back. factor (B,) is

@@ -42,9 +42,7 @@ def imported(source: str) -> set[str]:
                 names |= {alias.name for alias in node.names}
             case ast.ImportFrom(level=0, module=str(module)):
                 names.add(module)
-            case ast.Call(
-                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__")
-            ):
+            case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__")):
                 names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     return {name.partition(".")[0] for name in names}
 
@@ -60,9 +58,7 @@ def violations(package: str, source: str) -> set[str]:
 MODULES = [(package, path) for package in OURS for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-@pytest.mark.parametrize(
-    "package, path", MODULES, ids=[path.relative_to(ROOT).as_posix() for _, path in MODULES]
-)
+@pytest.mark.parametrize("package, path", MODULES, ids=[path.relative_to(ROOT).as_posix() for _, path in MODULES])
 def test_imports_follow_the_arrows(package: str, path: Path) -> None:
     assert violations(package, path.read_text()) == set()
 

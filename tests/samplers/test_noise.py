@@ -59,9 +59,7 @@ def test_the_generator_reads_32_bits_of_its_seed() -> None:
 
 @pytest.mark.parametrize("seed", [-1, SEEDS])
 def test_seeds_out_of_range_are_refused(seed: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"seed {seed} is out of range; give an integer from 0 to 4294967295"
-    ):
+    with pytest.raises(ValueError, match=f"seed {seed} is out of range; give an integer from 0 to 4294967295"):
         noise([seed], "decoder", 0, (4,))
 
 

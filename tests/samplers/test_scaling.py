@@ -71,9 +71,7 @@ def test_target_stands_for_x0_and_output_inverts(scaling: Scaling, noised: tuple
     # eps cannot carry x0 where there is almost none of it: float32 of x is then all that can be asked
     tolerance = 1e-5 * (1 + per_row(sigma, x).expand_as(x))
     assert ((scaling.x0(target, x, sigma) - x0).abs() <= tolerance).all()
-    torch.testing.assert_close(
-        scaling.output(scaling.x0(target, x, sigma), x, sigma), target, atol=3e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(scaling.output(scaling.x0(target, x, sigma), x, sigma), target, atol=3e-4, rtol=1e-4)
     torch.testing.assert_close(scaling.x0(scaling.output(x0, x, sigma), x, sigma), x0, atol=1e-2, rtol=1e-3)
 
 
@@ -94,9 +92,7 @@ def test_targets_are_those_of_the_papers() -> None:
     sigma = flow.sigma(1000 * time)
     torch.testing.assert_close(flow.target(x0, eps, sigma), eps - x0)
     t = time.reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(
-        flow.network_input(x0 + per_row(sigma, x0) * eps, sigma), (1 - t) * x0 + t * eps
-    )
+    torch.testing.assert_close(flow.network_input(x0 + per_row(sigma, x0) * eps, sigma), (1 - t) * x0 + t * eps)
     torch.testing.assert_close(flow.timestep(sigma), 1000 * time)
 
 
@@ -114,9 +110,7 @@ def test_min_snr_weights(gamma: float) -> None:
 
 
 @pytest.mark.parametrize("scaling", every_scaling())
-def test_min_snr_asks_the_same_of_every_parameterisation(
-    scaling: Scaling, noised: tuple[torch.Tensor, ...]
-) -> None:
+def test_min_snr_asks_the_same_of_every_parameterisation(scaling: Scaling, noised: tuple[torch.Tensor, ...]) -> None:
     """The weighted error of the output is min(SNR, gamma) times the error of x0, whatever the output is."""
     x0, eps, sigma, x = noised
     near = sigma < 100  # beyond, eps carries no x0 in float32
@@ -141,9 +135,7 @@ def test_denoiser_of_a_perfect_network(scaling: Scaling, noised: tuple[torch.Ten
         assert torch.equal(timestep, scaling.timestep(sigma)) and seen.std() < 3
         return scaling.output(best(x, sigma).x0, x, sigma)
 
-    torch.testing.assert_close(
-        denoiser(network, scaling)(x, sigma).x0, best(x, sigma).x0, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(denoiser(network, scaling)(x, sigma).x0, best(x, sigma).x0, atol=1e-4, rtol=1e-4)
 
 
 def test_half_precision_outputs_are_read_in_float32() -> None:
@@ -157,7 +149,5 @@ def test_half_precision_outputs_are_read_in_float32() -> None:
 
 
 def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="parameterisation 'epsilon' is unknown; choose from: eps, v, x0, flow"
-    ):
+    with pytest.raises(ValueError, match="parameterisation 'epsilon' is unknown; choose from: eps, v, x0, flow"):
         Scaling.from_betas("epsilon", BETAS["linear"])  # type: ignore[arg-type]

@@ -96,9 +96,7 @@ def test_ddim_equals_euler() -> None:
 def test_eta_one_is_ancestral_and_between_is_neither() -> None:
     schedule, denoise = karras(9, 0.03, 14.0), mixture(pictures(4, SHAPE), width=0.2)
     ancestral = run("euler_ancestral", denoise, schedule, [1, 2], SHAPE)
-    torch.testing.assert_close(
-        run("euler", denoise, schedule, [1, 2], SHAPE, {"eta": torch.ones(2)}), ancestral
-    )
+    torch.testing.assert_close(run("euler", denoise, schedule, [1, 2], SHAPE, {"eta": torch.ones(2)}), ancestral)
     torch.testing.assert_close(run("ddpm", denoise, schedule, [1, 2], SHAPE), ancestral)
     mixed = run("euler", denoise, schedule, [1, 2], SHAPE, {"eta": torch.tensor([1.0, 0.5])})
     torch.testing.assert_close(mixed[0], ancestral[0])
@@ -117,9 +115,7 @@ def test_img2img_follows_the_path_from_its_level() -> None:
         state = start_from(sampler, x0, eps, sigma)
         torch.testing.assert_close(state.x, x0 + sigma[0] * eps)
         for i in range(index, 60):
-            state = advance(
-                sampler, gaussian, state, levels(schedule, [i] * 3), levels(schedule, [i + 1] * 3)
-            )
+            state = advance(sampler, gaussian, state, levels(schedule, [i] * 3), levels(schedule, [i + 1] * 3))
         exact = gaussian_path(x0 + sigma[0] * eps, sigma, torch.full((3,), 0.1))
         torch.testing.assert_close(state.x, exact, atol=2e-3, rtol=0)
 

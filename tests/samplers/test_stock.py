@@ -101,9 +101,7 @@ def test_ddim(kind: str, eta: float, one: bool, spacing: str, offset: int) -> No
     """Where the steps divide the training steps; elsewhere stock lands beside the level it reads next."""
     told = {"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": one}
     scheduler = DDIMScheduler(**BETAS, **told, clip_sample=False, prediction_type=PREDICTION[kind])
-    assert_same(
-        "ddim", kind, scheduler, 10, eta, spaced(spacing, offset) | {"final": "zero" if one else "sigma_min"}
-    )
+    assert_same("ddim", kind, scheduler, 10, eta, spaced(spacing, offset) | {"final": "zero" if one else "sigma_min"})
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.9])
@@ -189,12 +187,8 @@ def test_dpmpp_from_clamped_zero_snr() -> None:
     assert_same("dpmpp_2m", "v", scheduler, 10, ours={"beyond_last": True})
 
 
-@pytest.mark.parametrize(
-    "sampler, stock", [("euler", EulerDiscreteScheduler), ("heun", HeunDiscreteScheduler)]
-)
-@pytest.mark.parametrize(
-    "option, builder", [("use_karras_sigmas", karras), ("use_exponential_sigmas", exponential)]
-)
+@pytest.mark.parametrize("sampler, stock", [("euler", EulerDiscreteScheduler), ("heun", HeunDiscreteScheduler)])
+@pytest.mark.parametrize("option, builder", [("use_karras_sigmas", karras), ("use_exponential_sigmas", exponential)])
 def test_respaced_levels(sampler: str, stock: type, option: str, builder: Callable) -> None:
     scheduler = stock(**BETAS, **{option: True}, timestep_spacing="linspace")
     table = training_sigmas(scheduler.betas)
@@ -202,17 +196,13 @@ def test_respaced_levels(sampler: str, stock: type, option: str, builder: Callab
     assert_same(sampler, "eps", scheduler, 12, schedule=schedule)
 
 
-@pytest.mark.parametrize(
-    "option, builder", [("use_karras_sigmas", karras), ("use_exponential_sigmas", exponential)]
-)
+@pytest.mark.parametrize("option, builder", [("use_karras_sigmas", karras), ("use_exponential_sigmas", exponential)])
 def test_respaced_levels_of_dpmpp(option: str, builder: Callable) -> None:
     """The levels alone: stock tells the network a rounded timestep there, and we the true one."""
     scheduler = DPMSolverMultistepScheduler(**BETAS, **{option: True})
     scheduler.set_timesteps(12)
     table = training_sigmas(scheduler.betas)
-    torch.testing.assert_close(
-        builder(12, table[0].item(), table[-1].item()).sigmas.float(), scheduler.sigmas
-    )
+    torch.testing.assert_close(builder(12, table[0].item(), table[-1].item()).sigmas.float(), scheduler.sigmas)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -268,6 +258,4 @@ def test_training_levels(kind: str, stock: str, rescale: bool) -> None:
     )
     torch.testing.assert_close(betas, scheduler.betas, atol=1e-7, rtol=1e-6)
     sigmas = ((1 - scheduler.alphas_cumprod.double()) / scheduler.alphas_cumprod.double()).sqrt()
-    torch.testing.assert_close(
-        training_sigmas(betas), sigmas, atol=0, rtol=1e-3 if kind == "cosine" else 1e-5
-    )
+    torch.testing.assert_close(training_sigmas(betas), sigmas, atol=0, rtol=1e-3 if kind == "cosine" else 1e-5)
