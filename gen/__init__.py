@@ -1,7 +1,7 @@
 """Painting: rows, conditions, families of checkpoints, the search over candidates, and the Python face.
 
-`from gen import TextToImage` is the way in. Names are imported when first asked for (PEP 562), so that the command
-line can say `--help` without loading torch.
+`from gen import TextToImage` is the way in. Names are imported when first asked for (PEP 562), so that the
+command line can say `--help` without loading torch.
 """
 
 from importlib import import_module

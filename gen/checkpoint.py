@@ -1,8 +1,9 @@
 """From a name to a model and back: bundled name, diffusers folder, hub id.
 
-Owns what lies on disk: which files a model has, what a missing or damaged one is called, what the model itself says
-it knows (`unclip.json`), and its hash. Weights are safetensors only, never pickle, and no code is ever taken from a
-checkpoint. Text towers that are stored twice are loaded once. What the parts do together is a family's to say.
+Owns what lies on disk: which files a model has, what a missing or damaged one is called, what the model
+itself says it knows (`unclip.json`), and its hash. Weights are safetensors only, never pickle, and no code is
+ever taken from a checkpoint. Text towers that are stored twice are loaded once. What the parts do together is
+a family's to say.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
 HUB_FILES = ["*.json", "*.txt", "*.safetensors"]  # what is fetched: never pickle, never code
 HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin"]
-OURS: dict[str, type] = {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer}  # not in diffusers' top level
+OURS: dict[str, type] = {
+    "StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer
+}  # not in diffusers' top level
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,13 @@ def load(
     folder = find(name_or_path)
     index = read_json(folder / INDEX)
     modules: dict[str, Any] = {}
-    clip = CLIP.from_pretrained(folder / "clip", device, dtype) if (folder / "clip").is_dir() else None
+    clip = load_clip(folder / "clip", device, dtype) if (folder / "clip").is_dir() else None
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
         if name in ("safety_checker", "feature_extractor"):
             continue  # nothing here uses them
-        kind, part = part_class(*entry, where=folder / INDEX), folder / name
+        kind, part = part_class(entry[0], entry[1], folder / INDEX), folder / name
         tower = shared_tower(kind, clip, folder, name)
         modules[name] = tower if tower is not None else load_part(kind, part, device, dtype)
     return Parts(index.get("_class_name", ""), modules, clip, Card.read(folder), folder)
@@ -180,6 +183,11 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
     return module.to(device).eval().requires_grad_(False)
 
 
+def load_clip(folder: Path, device: torch.device | str, dtype: torch.dtype) -> CLIP:
+    """The whole CLIP that ranks."""
+    return CLIP.from_pretrained(folder, device, dtype)
+
+
 def shared_tower(kind: type, clip: CLIP | None, folder: Path, name: str) -> nn.Module | None:
     """The text tower of `clip`, when part `name` stores the very same one; else None."""
     if clip is None or not isinstance(clip.model, CLIPModel):
@@ -204,7 +212,7 @@ def shared_tower(kind: type, clip: CLIP | None, folder: Path, name: str) -> nn.M
 
 
 def same_weights(part: Path, whole: Path) -> bool:
-    """Whether every tensor of `part` stands bit for bit in `whole`; names may lack their `text_model.` prefix."""
+    """Whether every tensor of `part` stands bit for bit in `whole`; names may lack a `text_model.`."""
     files = [path / "model.safetensors" for path in (part, whole)]
     if not all(path.exists() for path in files):
         return False  # sharded: too large to be worth comparing
@@ -248,7 +256,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError that names the file when it is missing, damaged or something else."""
+    """A JSON object from a file; ValueError that names the file when it is missing or damaged."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -272,9 +280,10 @@ def damaged(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars while a part loads; a missing weight is raised by us, so the libraries need not report."""
+    """No progress bars while a part loads; a missing weight is raised by us and needs no report."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("transformers.modeling_utils", "diffusers.models.modeling_utils")]
+    names = ("transformers.modeling_utils", "diffusers.models.modeling_utils")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     transformers.utils.logging.disable_progress_bar()
     for logger in loggers:

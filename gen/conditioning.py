@@ -1,8 +1,9 @@
 """What the networks are told, apart from x and its noise level.
 
-A `Condition` belongs to no row: it lives once in a `Table`, and rows carry its index, so the sixteen candidates of a
-prompt share one null and one encoding of their text. `TextTower` turns texts into what conditions are made of. Nothing
-here knows rows, samplers or guidance; which numbers mean "null" is a family's to say.
+A `Condition` belongs to no row: it lives once in a `Table`, and rows carry its index, so the sixteen
+candidates of a prompt share one null and one encoding of their text. `TextTower` turns texts into what
+conditions are made of. Nothing here knows rows, samplers or guidance; which numbers mean "null" is a family's
+to say.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Table:
         return len(self.conditions) - 1
 
     def gather(self, indices: Sequence[int]) -> Conditions:
-        """The conditions at `indices`, stacked; the last answer is kept, for rows change less often than they step."""
+        """The conditions at `indices`, stacked; the last answer is kept, since most ticks ask the same."""
         key = tuple(indices)
         if self._last is None or self._last[0] != key:
             chosen = [self.conditions[index] for index in key]
@@ -93,8 +94,8 @@ class TextTower:
     def __call__(self, texts: Sequence[str], clip_skip: int | None = None) -> TextFeatures:
         """Encode texts; longer ones are cut with a warning. `clip_skip` layers are left out of the tokens.
 
-        As in diffusers the encoder gets no mask unless its configuration says `use_attention_mask`: the UNet was
-        trained on the padding's states too.
+        As in diffusers the encoder gets no mask unless its configuration says `use_attention_mask`: the UNet
+        was trained on the padding's states too.
         """
         length = self.tokenizer.model_max_length
         encoded = self.tokenizer(

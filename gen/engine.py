@@ -1,9 +1,10 @@
 """Rows in flight: the one loop that every picture and every prior embedding goes through.
 
-An `Engine` holds rows of any prompts, settings and noise levels over one network. A tick takes every row one step:
-it lists the evaluations (row, condition, weight), asks the network for all of them at once, weighs the answers back
-into their rows and lets `samplers.advance` move the state. Rows are admitted, dropped and finished one by one, and
-none ever depends on the others. The engine knows no prompts, no autoencoder and no ranking.
+An `Engine` holds rows of any prompts, settings and noise levels over one network. A tick takes every row one
+step: it lists the evaluations (row, condition, weight), asks the network for all of them at once, weighs the
+answers back into their rows and lets `samplers.advance` move the state. Rows are admitted, dropped and
+finished one by one, and none ever depends on the others. The engine knows no prompts, no autoencoder and no
+ranking.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ class Engine:
             for row in members:
                 eta = SAMPLERS[row.sampler].defaults.get("eta", 0.0) if row.eta is None else row.eta
                 live.append(Live(row, NoiseStream([row.seed], self.stage, shape), eta))
-            unit = [one.stream.at(0)[0] if one.row.start is None else one.row.start.float().cpu() for one in live]
+            unit = [
+                one.stream.at(0)[0] if one.row.start is None else one.row.start.float().cpu() for one in live
+            ]
             scales = torch.tensor([row.schedule.start_scale for row in members])
             state = start(members[0].sampler, torch.stack(unit).to(self.device), scales.to(self.device))
             if key in self.lanes:
@@ -213,7 +216,8 @@ class Engine:
             return None, {}
         # block 0 was the start, so the step from level i draws block i + 1
         blocks = [
-            one.stream.at(one.index + 1) if one.eta else torch.zeros(1, *one.stream.shape) for one in lane.rows
+            one.stream.at(one.index + 1) if one.eta else torch.zeros(1, *one.stream.shape)
+            for one in lane.rows
         ]
         eta = torch.tensor([one.eta for one in lane.rows], device=self.device)
         return torch.cat(blocks).to(self.device, non_blocking=True), {"eta": eta}

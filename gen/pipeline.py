@@ -1,8 +1,8 @@
 """TextToImage: words in, ranked pictures out; the face that people call from Python.
 
 A call becomes a `Request`, checked before any network runs; its candidates become rows of one engine, painted
-together, decoded in chunks and scored by CLIP on the device; a search says which are kept. Every picture has a record
-that paints it again. Here the parts are put in order; each step itself is another module's.
+together, decoded in chunks and scored by CLIP on the device; a search says which are kept. Every picture has
+a record that paints it again. Here the parts are put in order; each step itself is another module's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -143,8 +144,8 @@ class TextToImage:
     ) -> Result:
         """Paint candidates of every prompt, rank them and keep the best.
 
-        Raises ValueError, before any network runs, for what this model cannot paint; `Cancelled` when the callback
-        cancels.
+        Raises ValueError, before any network runs, for what this model cannot paint; `Cancelled` when the
+        callback cancels.
         """
         request = Request(
             prompt=prompt,
@@ -212,7 +213,7 @@ class TextToImage:
         return self.model.decode(torch.stack(self._latents([candidate], None, None, False)))[0]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write the model as a stock diffusers folder with its CLIP and card beside; see `checkpoint.save`."""
+        """Write a stock diffusers folder with the CLIP and the card beside; see `checkpoint.save`."""
         parts = self.model.parts()
         return checkpoint.save(folder, stable_unclip.CLASSES[0], parts, self.model.clip, self.card, dtype)
 
@@ -226,15 +227,13 @@ class TextToImage:
         """Every candidate painted, as (C, h, w) latents in the candidates' order."""
         model, table = self.model, Table()
         with ExitStack() as stack:
-            look = self._look(candidates, callback, stack.enter_context(Progress()) if progress else None)
+            look = self._look(candidates, callback, stack.enter_context(bar()) if progress else None)
             told = model.tell(candidates, table, batch_size, look)
             rows = [
                 Row(
                     key=key,
                     seed=candidate.seed,
-                    schedule=model.levels.schedule(
-                        candidate.settings.sampler, candidate.settings.num_inference_steps
-                    ),
+                    schedule=model.levels.schedule(candidate.settings.sampler, candidate.settings.num_inference_steps),
                     sampler=candidate.settings.sampler,
                     prompt=prompt,
                     null=null,
@@ -257,19 +256,21 @@ class TextToImage:
         return [painted[key] for key in range(len(candidates))]
 
     def _look(
-        self, candidates: Sequence[Candidate], callback: Callback | None, bar: Progress | None
+        self, candidates: Sequence[Candidate], callback: Callback | None, shown: Progress | None
     ) -> Callable[[Engine], None]:
         """What happens after every tick: the bar moves and the callback looks."""
         steps = {
             "prior": sum(each.settings.prior_num_inference_steps for each in candidates if each.settings.prior),
             "decoder": sum(each.settings.num_inference_steps for each in candidates),
         }
-        tasks = {} if bar is None else {name: bar.add_task(name, total=n) for name, n in steps.items() if n}
+        tasks = {} if shown is None else {name: shown.add_task(name, total=n) for name, n in steps.items() if n}
 
         def look(engine: Engine) -> None:
-            if bar is not None:
-                bar.update(tasks[engine.stage], completed=engine.num_steps_taken)
-            for taken in engine.last if callback is not None else []:
+            if shown is not None:
+                shown.update(tasks[engine.stage], completed=engine.num_steps_taken)
+            if callback is None:
+                return
+            for taken in engine.last:
                 step = Step(
                     stage=engine.stage,
                     seeds=[one.row.seed for one in taken.rows],
@@ -307,7 +308,7 @@ class TextToImage:
         )
 
     def _score(self, pixels: Tensor, texts: Sequence[str]) -> list[float]:
-        """CLIP's cosine of each picture (B, 3, H, W) with its text, of the 8-bit picture that a file will hold."""
+        """CLIP's cosine of each picture (B, 3, H, W) with its text, read as 8-bit, as a file holds it."""
         assert self.model.clip is not None, "a ranking is refused where there is no CLIP"
         rounded = (pixels * 255).round() / 255
         known = list(dict.fromkeys(texts))  # every text is encoded once
@@ -318,6 +319,11 @@ class TextToImage:
         """All that paints a picture again, and how it scored."""
         made: dict[str, JSON] = {"version": RECORD_VERSION, "model": self.name, "model_hash": self.hash}
         return candidate.to_json() | made | {"score": score}
+
+
+def bar() -> Progress:
+    """A progress bar on standard error, which leaves standard output to the results."""
+    return Progress(console=Console(stderr=True))
 
 
 def as_output(pictures: Sequence[Tensor], output_type: str) -> Images:

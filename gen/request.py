@@ -1,8 +1,9 @@
 """What was asked: every mistake a user can make is found here, before any network runs.
 
-`Request` holds the user's words, named as in diffusers, unchecked. `Request.resolve` checks them against what a model
-can do (`Abilities`) and fills in what was left out, giving a `Job`: prompts, one seed per candidate, and `Settings`,
-which with the model, the prompt and the seed are all that a picture depends on. It knows no network and no file.
+`Request` holds the user's words, named as in diffusers, unchecked. `Request.resolve` checks them against what
+a model can do (`Abilities`) and fills in what was left out, giving a `Job`: prompts, one seed per candidate,
+and `Settings`, which with the model, the prompt and the seed are all that a picture depends on. It knows no
+network and no file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from samplers.sample import SAMPLERS
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 TENSORS = ("latents", "prior_latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds")
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
@@ -94,7 +95,11 @@ class Candidate:
 
     def to_json(self) -> dict[str, JSON]:
         """Prompt, seed and settings, and the names of tensors handed in, which JSON does not hold."""
-        record: dict[str, JSON] = {"prompt": self.prompt, "seed": self.seed, "settings": self.settings.to_json()}
+        record: dict[str, JSON] = {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "settings": self.settings.to_json(),
+        }
         given = [name for name in TENSORS if getattr(self, name) is not None]
         return record | ({"given": list(given)} if given else {})
 
@@ -102,7 +107,9 @@ class Candidate:
     def from_json(cls, record: Mapping[str, Any], able: Abilities) -> Candidate:
         """The candidate of a record, checked as a request is; ValueError says what the record lacks."""
         if given := record.get("given"):
-            raise ValueError(f"this picture was painted from given tensors ({', '.join(given)}), not from words alone")
+            raise ValueError(
+                f"the picture was painted from tensors ({', '.join(given)}) that its record lacks"
+            )
         try:
             prompt, seed, told = record["prompt"], record["seed"], record["settings"]
         except KeyError as error:
@@ -230,7 +237,7 @@ class Request:
         )
         if len(negatives) != num_prompts:
             raise ValueError(
-                f"negative_prompt has {len(negatives)} texts for {num_prompts} prompts; give one text or one for each"
+                f"negative_prompt has {len(negatives)} texts for {num_prompts} prompts; give one or as many"
             )
         if bad := [text for text in negatives if not isinstance(text, str)]:
             raise ValueError(f"negative_prompt is {bad[0]!r}; give a text or a list of texts")
@@ -287,7 +294,9 @@ class Request:
         if able.embedding_width is None:
             for name in ("image_embeds", "prior_latents"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} was given, but this model takes no image embedding; leave it out")
+                    raise ValueError(
+                        f"{name} was given, but this model takes no image embedding; leave it out"
+                    )
         else:
             shape_of("prior_latents", self.prior_latents, (num_prompts * n, able.embedding_width))
             shape_of("image_embeds", self.image_embeds, (num_prompts, able.embedding_width))
@@ -322,7 +331,8 @@ def check_settings(settings: Settings, able: Abilities) -> None:
         if pixels % able.size_multiple:
             below = max(pixels // able.size_multiple, 1) * able.size_multiple
             raise ValueError(
-                f"{name}={pixels} cannot be halved into latents; give a multiple of {able.size_multiple}, such as {below}"
+                f"{name}={pixels} cannot be halved into latents; give a multiple of {able.size_multiple}, "
+                f"such as {below}"
             )
     whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
     real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
@@ -332,7 +342,9 @@ def check_settings(settings: Settings, able: Abilities) -> None:
         real("eta", settings.eta, 0.0, 1.0)
         if "eta" not in SAMPLERS[settings.sampler].defaults:
             takes = ", ".join(name for name, sampler in sorted(SAMPLERS.items()) if "eta" in sampler.defaults)
-            raise ValueError(f"eta={settings.eta}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
+            raise ValueError(
+                f"eta={settings.eta}, but sampler '{settings.sampler}' takes none; choose from: {takes}"
+            )
     if settings.guidance_interval is not None:
         interval = settings.guidance_interval
         if len(interval) != 2 or not all(real("guidance_interval", end, 0.0) >= 0 for end in interval):

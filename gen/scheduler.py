@@ -1,14 +1,15 @@
 """What a diffusers scheduler configuration says, in this project's words.
 
-`NoiseLevels` is built from a stock scheduler object and answers three questions: how the network is parameterised
-(`scaling`), which sampler the checkpoint itself uses, and which levels a run of a given sampler steps through. A
-sampler other than the checkpoint's own means what it means in diffusers: that class, built `from_config` of the
-checkpoint's. The stock object is only read; nothing here steps it, and nothing here knows networks.
+`NoiseLevels` is built from a stock scheduler object and answers three questions: how the network is
+parameterised (`scaling`), which sampler the checkpoint itself uses, and which levels a run of a given sampler
+steps through. A sampler other than the checkpoint's own means what it means in diffusers: that class, built
+`from_config` of the checkpoint's. The stock object is only read; nothing here steps it, and nothing here
+knows networks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -19,7 +20,9 @@ from samplers.schedule import EXACT_ZERO_SNR_SIGMA, ZERO_SNR_SIGMA, Schedule, ex
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
-STOCK: dict[str, tuple[str, dict[str, str]]] = {  # our sampler -> the diffusers class that it equals, with options
+STOCK: dict[
+    str, tuple[str, dict[str, str]]
+] = {  # our sampler -> the diffusers class that it equals, with options
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -30,7 +33,7 @@ STOCK: dict[str, tuple[str, dict[str, str]]] = {  # our sampler -> the diffusers
 }
 SIGMA_SPACE = ("euler", "euler_ancestral", "heun")  # stock holds x as it is, not at unit variance
 
-# What we can do of each option; a checkpoint that asks for anything else is refused, never painted differently.
+# What we can do of each option; a checkpoint that asks for anything else is refused.
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "prediction_type": tuple(KINDS),
     "clip_sample": (False,),
@@ -54,18 +57,23 @@ class NoiseLevels:
     sampler: str  # the checkpoint's own
     scaling: Scaling
     where: str  # the file it was read from, for errors
+    _known: dict[tuple[str, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, stock: SchedulerMixin, where: str) -> NoiseLevels:
         """Read a stock scheduler; ValueError for a class or an option that has no equal here."""
         name = type(stock).__name__
-        options = {"algorithm_type": stock.config["algorithm_type"]} if "algorithm_type" in stock.config else {}
+        options = (
+            {"algorithm_type": stock.config["algorithm_type"]} if "algorithm_type" in stock.config else {}
+        )
         own = [sampler for sampler, told in STOCK.items() if told == (name, options)]
         if not own:
             choices = ", ".join(sorted({stock_name for stock_name, _ in STOCK.values()}))
-            raise ValueError(f"{where}: scheduler {name} {options or ''} is not supported; choose from: {choices}")
+            raise ValueError(
+                f"{where}: scheduler {name} {options or ''} is not supported; choose from: {choices}"
+            )
         check_options(stock, where)
-        # Both stand-ins for a level without signal are read as the last timestep, so the lower one is the table's.
+        # The lower stand-in for a level without signal: the higher one is then the last timestep as well.
         scaling = Scaling.from_betas(KINDS[stock.config["prediction_type"]], stock.betas, ZERO_SNR_SIGMA)
         return cls(stock, own[0], scaling, where)
 
@@ -76,6 +84,11 @@ class NoiseLevels:
 
     def schedule(self, sampler: str, num_steps: int) -> Schedule:
         """The levels that the stock class of this sampler visits in so many steps."""
+        if (sampler, num_steps) not in self._known:
+            self._known[sampler, num_steps] = self._schedule(sampler, num_steps)
+        return self._known[sampler, num_steps]
+
+    def _schedule(self, sampler: str, num_steps: int) -> Schedule:
         name, options = STOCK[sampler]
         stock = self.stock
         if sampler != self.sampler:
@@ -115,4 +128,6 @@ def check_options(stock: SchedulerMixin, where: str) -> None:
     for option, allowed in ALLOWED.items():
         if option in stock.config and stock.config[option] not in allowed:
             told = ", ".join(repr(value) for value in allowed)
-            raise ValueError(f"{where}: {option}={stock.config[option]!r} is not supported; choose from: {told}")
+            raise ValueError(
+                f"{where}: {option}={stock.config[option]!r} is not supported; choose from: {told}"
+            )

@@ -1,8 +1,8 @@
 """Tiny random models of the real classes, written as the ecosystem's own folders.
 
 `make_tiny_stable_unclip` writes a diffusers StableUnCLIPPipeline folder with the reranking CLIP in `clip/`
-beside it and an `unclip.json`, small enough for a network call to take milliseconds. The weights are random but
-large enough that words, image embedding and noise level all show in the picture.
+beside it and an `unclip.json`, small enough for a network call to take milliseconds. The weights are random
+but large enough that words, image embedding and noise level all show in the picture.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def make_tiny_stable_unclip(
     ).save_pretrained(folder / "clip")
     for part in ("clip", "text_encoder", "prior_text_encoder"):
         config = folder / part / "config.json"
-        # or transformers loads float16 weights as they are beside diffusers' float32, and stock fails on the mix
+        # or transformers loads float16 weights as such beside diffusers' float32, and stock fails on the mix
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     unclip = {
         "knows": "nothing: random weights for tests",

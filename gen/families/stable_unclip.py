@@ -1,8 +1,9 @@
 """Stable unCLIP, which is also the layout of this project's own models.
 
-The UNet reads the prompt's text tokens by cross-attention and a noised CLIP image embedding through its class input;
-the embedding comes from a prior, from the caller, or is left out (zeros). Null is the empty (or negative) prompt with
-zeros over the whole class input. `StableUnCLIP` is the wall to those networks: it knows no rows and no ranking.
+The UNet reads the prompt's text tokens by cross-attention and a noised CLIP image embedding through its class
+input; the embedding comes from a prior, from the caller, or is left out (zeros). Null is the empty (or
+negative) prompt with zeros over the whole class input. `StableUnCLIP` is the wall to those networks: it knows
+no rows and no ranking.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ class StableUnCLIP:
         }
         if self.prior is not None:
             told["prior embedding_dim"] = (self.prior.network.config.embedding_dim, width)
-            told["prior num_embeddings"] = (self.prior.network.config.num_embeddings, self.prior.text.shape[0])
+            told["prior num_embeddings"] = (
+                self.prior.network.config.num_embeddings,
+                self.prior.text.shape[0],
+            )
         for name, (given, fitting) in told.items():
             if given != fitting:
                 raise ValueError(f"{where}: {name} is {given}, but the other parts need {fitting}")
@@ -198,7 +202,9 @@ class StableUnCLIP:
             if candidate.prompt_embeds is None:
                 asked.setdefault(settings.clip_skip, {})[candidate.prompt] = torch.empty(0)
             if candidate.negative_prompt_embeds is None and settings.guidance_scale != 1:
-                asked[None][settings.negative_prompt] = torch.empty(0)  # as in diffusers, no layer is skipped here
+                asked[None][settings.negative_prompt] = torch.empty(
+                    0
+                )  # as in diffusers, no layer is skipped here
         for clip_skip, texts in asked.items():
             if texts:
                 states = self.text(list(texts), clip_skip).tokens.to(self.unet.dtype)
@@ -211,7 +217,11 @@ class StableUnCLIP:
 
         tokens: list[tuple[Tensor, Tensor | None]] = []
         for candidate in candidates:
-            settings, words, null = candidate.settings, candidate.prompt_embeds, candidate.negative_prompt_embeds
+            settings, words, null = (
+                candidate.settings,
+                candidate.prompt_embeds,
+                candidate.negative_prompt_embeds,
+            )
             said = asked[settings.clip_skip][candidate.prompt] if words is None else handed(words)
             if settings.guidance_scale == 1:
                 tokens.append((said, None))
@@ -239,7 +249,9 @@ class StableUnCLIP:
         seeds = [candidates[index].seed for index in indices]
         levels = torch.tensor([candidates[index].settings.noise_level for index in indices])
         fresh = noise(seeds, "image_noise", 0, (self.embedding_width,)).to(self.device)
-        vectors = self.noise_image_embeddings(torch.stack([embeds[index] for index in indices]), levels, fresh)
+        vectors = self.noise_image_embeddings(
+            torch.stack([embeds[index] for index in indices]), levels, fresh
+        )
         return dict(zip(indices, vectors.to(self.unet.dtype).unbind(0), strict=True))
 
     def noise_image_embeddings(self, image_embeds: Tensor, noise_level: Tensor, noise: Tensor) -> Tensor:
@@ -250,7 +262,9 @@ class StableUnCLIP:
         level = noise_level.to(image_embeds.device)
         mean, std = self.image_normalizer.mean.float(), self.image_normalizer.std.float()
         noised = self.image_noising.add_noise((image_embeds - mean) / std, timesteps=level, noise=noise)
-        told = get_timestep_embedding(level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        told = get_timestep_embedding(
+            level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         return torch.cat([noised * std + mean, told.to(noised.dtype)], dim=1)
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
