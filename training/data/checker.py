@@ -26,9 +26,7 @@ FACTS = ("background", "count", "extra", "colour", "shape", "size", "relation")
 
 _FAR = 64.0  # RGB distance beyond which a border is none of the three backgrounds (they lie 195 apart)
 _SECOND = 0.2  # share of a component's inside from which another colour is another thing
-_BESIDE = (
-    40.0  # RGB distance from a component's own line of colours beyond which a pixel is of another colour
-)
+_BESIDE = 40.0  # RGB distance from a component's own line of colours beyond which a pixel is of another colour
 _ENTRY_NAMES = (*PALETTE, *BACKGROUNDS)
 _ENTRIES = np.array([*PALETTE.values(), *BACKGROUNDS.values()], dtype=np.float32)
 _PALETTE_RGB = np.array(list(PALETTE.values()), dtype=np.float32)
@@ -78,11 +76,9 @@ def read(picture: NDArray[np.uint8]) -> Reading:
     pixels = picture.astype(np.float32)
     background, ground = _background(pixels)
     coverage = _coverage(pixels, ground)
-    things = []
-    for component in _components(coverage >= 0.5):
-        for part in _one_colour_each(pixels, ground, component):
-            things.append(_see(pixels, ground, part))
-    return Reading(background, tuple(things))
+    solid = coverage >= 0.5
+    parts = [part for piece in _components(solid) for part in _one_colour_each(pixels, ground, piece)]
+    return Reading(background, tuple(_see(pixels, ground, part, solid & ~part) for part in parts))
 
 
 def right(reading: Reading, claim: Claim) -> bool:
@@ -220,12 +216,13 @@ def _nearest_entry(pixels: Floats, entries: Floats | None = None) -> NDArray[np.
     return ((pixels[..., None, :] - entries) ** 2).sum(axis=-1).argmin(axis=-1)
 
 
-def _see(pixels: Floats, ground: Floats, part: Mask) -> Seen:
+def _see(pixels: Floats, ground: Floats, part: Mask, others: Mask) -> Seen:
+    """Colour from the part's inside; shape and place from all it covers, faint tips and soft edges included."""
     colour = np.median(pixels[_inside(part)], axis=0).astype(np.float32)
     name = _ENTRY_NAMES[int(_nearest_entry(colour))]
     line = colour - ground
     cover = np.clip((pixels - ground) @ line / max(float(line @ line), 1.0), 0, 1).astype(np.float32)
-    cover *= _grown(part)  # the soft edge belongs to the thing
+    cover *= _grown(_grown(_grown(part))) & ~_grown(others)
     middles = np.arange(RESOLUTION, dtype=np.float32) + 0.5
     mass = max(float(cover.sum()), 1.0)
     x, y = float(cover.sum(axis=0) @ middles / mass), float(cover.sum(axis=1) @ middles / mass)
