@@ -1,0 +1,1 @@
+"""Training: from captioned pictures to CLIP, autoencoder, prior and decoder, and their measure."""

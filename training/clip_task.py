@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from clip_core.loss import contrastive_loss, equal_captions
 from clip_core.tokenizer import train_tokenizer
-from training.data.folder import FolderDataset
+from training.data.pictures import Pictures
 from training.recipe import Recipe
 from training.sheets import grid
 from training.task import Task, held_back
@@ -39,14 +39,12 @@ class ClipRecipe(Recipe):
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
 
 
-class ClipTask(Task):
+class ClipTask(Task[CLIPModel]):
     """Symmetric InfoNCE over all processes' batches, equal captions counted as matches."""
-
-    network: CLIPModel
 
     def __init__(self, recipe: ClipRecipe) -> None:
         super().__init__()
-        self.dataset = FolderDataset(recipe.data, recipe.resolution)
+        self.dataset: Pictures = Pictures(recipe.data, recipe.resolution)
         self.tokenizer = train_tokenizer(
             (example.text for example in self.dataset.examples), recipe.vocab_size, recipe.max_length
         )
@@ -75,6 +73,8 @@ class ClipTask(Task):
         self.network.set_attn_implementation(recipe.attention)
         self.held = held_back(len(self.dataset))
         mean, std = _channel_statistics(self.dataset)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.processor = CLIPImageProcessor(
@@ -85,11 +85,13 @@ class ClipTask(Task):
         )
 
     def groups(self) -> list[list[int]]:
+        """All but the examples kept for `measure`."""
         last = len(self.dataset) - self.held
         groups = ([index for index in group if index < last] for group in self.dataset.groups())
         return [group for group in groups if group]
 
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
+        """The contrastive loss, and how many captions find their own picture in the batch."""
         pixels, captions = batch
         image, text = self._embed(self.network, pixels, captions)
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -105,7 +107,7 @@ class ClipTask(Task):
         return {"loss": loss, "batch_top1": right, "temperature": scale.detach().float().exp()}
 
     @torch.no_grad()
-    def measure(self, network: nn.Module) -> dict[str, float]:
+    def measure(self, network: CLIPModel) -> dict[str, float]:
         """Text to image retrieval, top 1 of 100 held-back pairs, averaged over as many hundreds as there are."""
         pixels, captions = self._held_batch(self.held)
         image, text = self._embed(network, pixels, captions)
@@ -118,19 +120,20 @@ class ClipTask(Task):
         return {f"retrieval_top1_of_{pool}": torch.stack(rates).mean().item()}
 
     @torch.no_grad()
-    def sheet(self, network: nn.Module) -> Image.Image:
+    def sheet(self, network: CLIPModel) -> Image.Image:
         """Held-back captions, each under the picture that the network thinks it tells of."""
         pixels, captions = self._held_batch(32)
         image, text = self._embed(network, pixels, captions)
         best = (F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T).argmax(dim=1)
         return grid(pixels[best].float() / 127.5 - 1, columns=8, captions=captions, scale=3)
 
-    def save(self, network: nn.Module, folder: Path) -> None:
+    def save(self, network: CLIPModel, folder: Path) -> None:
+        """A transformers CLIP folder with tokenizer and preprocessing."""
         network.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
-    def _embed(self, network: nn.Module, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def _embed(self, network: CLIPModel, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, E) each, not normalised."""
         tokens = self.tokenizer(list(captions), padding="longest", truncation=True, return_tensors="pt")
         ids = tokens.input_ids.to(pixels.device)  # padding to the longest is enough: the text tower is causal
@@ -144,7 +147,7 @@ class ClipTask(Task):
         return torch.stack([pixels for pixels, _ in pairs]).to(self.mean.device), [text for _, text in pairs]
 
 
-def _channel_statistics(dataset: FolderDataset, most: int = 1000) -> tuple[Tensor, Tensor]:
+def _channel_statistics(dataset: Pictures, most: int = 1000) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each colour channel in [0, 1], (3, 1, 1), over at most `most` pictures."""
     step = max(1, len(dataset) // most)
     values = torch.stack([dataset[index][0] for index in range(0, len(dataset), step)]).float() / 255

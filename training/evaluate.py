@@ -243,9 +243,7 @@ def paint(
         began = time.perf_counter()
         seeds = [seed + prompt.seed for prompt in batch]
         texts = [prompt.text for prompt in batch]
-        painted = model(
-            texts, num_images_per_prompt=num_candidates, rerank=True, seed=seeds, prior=MODES[mode]
-        )
+        painted = model(texts, num_images_per_prompt=num_candidates, rerank=True, seed=seeds, prior=MODES[mode])
         seconds = (time.perf_counter() - began) / len(batch)
         outcomes = []
         for number, prompt in enumerate(batch):
@@ -273,8 +271,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     for mode in dict.fromkeys(outcome.mode for outcome in outcomes):
         groups = dict.fromkeys(outcome.group for outcome in outcomes if outcome.mode == mode)
         summary[mode] = {
-            group: _rates([each for each in outcomes if (each.mode, each.group) == (mode, group)])
-            for group in groups
+            group: _rates([each for each in outcomes if (each.mode, each.group) == (mode, group)]) for group in groups
         }
     return summary
 
@@ -337,9 +334,7 @@ def bootstrap(shares: np.ndarray) -> list[float]:
 
 
 @torch.no_grad()
-def retrieval(
-    clip: TwoTowers, prompts: Sequence[Prompt], device: torch.device | str = "cpu"
-) -> dict[str, Any]:
+def retrieval(clip: TwoTowers, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> dict[str, Any]:
     """CLIP's choice among the prompts' true pictures: share of captions that find theirs first, and back."""
     pictures = np.stack([prompt.picture() for prompt in prompts])  # (B, H, W, 3)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float() / 255
@@ -351,9 +346,7 @@ def retrieval(
     back = (similarity.argmax(dim=0) == own).tolist()
     kinds = dict.fromkeys(prompt.claim.kind for prompt in prompts)
     by_kind = {
-        kind: float(
-            np.mean([hit for hit, prompt in zip(found, prompts, strict=True) if prompt.claim.kind == kind])
-        )
+        kind: float(np.mean([hit for hit, prompt in zip(found, prompts, strict=True) if prompt.claim.kind == kind]))
         for kind in kinds
     }
     return {

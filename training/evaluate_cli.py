@@ -100,16 +100,12 @@ def measure(
     if limit is not None:
         groups = dict.fromkeys(prompt.group for prompt in prompts)
         some = {group: [prompt for prompt in prompts if prompt.group == group][:limit] for group in groups}
-        some["retrieval"] = [
-            prompt for prompt in prompts if prompt.group == "retrieval"
-        ]  # cheap, and one number
+        some["retrieval"] = [prompt for prompt in prompts if prompt.group == "retrieval"]  # cheap, and one number
         prompts = [prompt for each in some.values() for prompt in each]
     painter = TextToImage.from_pretrained(model, device)
     clip = painter.model.clip
     if clip is None:
-        raise ValueError(
-            f"model {model!r} has no clip/ to rank with, so there is no best of {number} to measure"
-        )
+        raise ValueError(f"model {model!r} has no clip/ to rank with, so there is no best of {number} to measure")
     where = painter.model.device
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:

@@ -24,12 +24,21 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from training.checkpoints import CheckpointError, latest, load_checkpoint, read_state, replace_folder, save_checkpoint
+from training.checkpoints import (
+    CheckpointError,
+    latest,
+    load_checkpoint,
+    read_state,
+    replace_folder,
+    save_checkpoint,
+)
 from training.order import Order
 from training.recipe import Recipe, TrainSection
 from training.task import Task
 
 logger = logging.getLogger(__name__)
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,12 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
             raise
     scores: dict[str, float] = {}
     if accelerator.is_main_process:
-        if latest(out / "checkpoints") is None or not (out / "model").exists() or checkpoint is None or step > state["step"]:
+        if (
+            latest(out / "checkpoints") is None
+            or not (out / "model").exists()
+            or checkpoint is None
+            or step > state["step"]
+        ):
             save()
         scores = task.measure(kept)
         _write_sheet(task, kept, out / "sheets" / "final.png")
@@ -169,7 +183,7 @@ def _batches(
     start, stop = (count * config.accumulate * world + rank for count in (first_step, config.steps))
     loader = DataLoader(
         task.dataset,
-        batch_sampler=order.batches(start, stop, world),  # type: ignore[arg-type]  # an iterator serves
+        batch_sampler=order.batches(start, stop, world),
         num_workers=config.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -194,7 +208,7 @@ def _average(network: nn.Module, decay: float | None) -> AveragedModel | None:
         return None
 
     @torch.no_grad()
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+    def update(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
         kept = min(decay, (1 + int(count)) / (10 + int(count)))
         torch._foreach_lerp_(averages, values, 1 - kept)
 
@@ -228,10 +242,21 @@ def _bar(shown: bool, name: str, step: int, steps: int) -> Iterator[Any]:
         yield lambda *_: None
     elif not console.is_terminal:
         yield lambda step, values, seconds: logger.info(
-            "%s %d/%d %.0f s  %s", name, step, steps, seconds, "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+            "%s %d/%d %.0f s  %s",
+            name,
+            step,
+            steps,
+            seconds,
+            "  ".join(f"{key} {value:.4f}" for key, value in values.items()),
         )
     else:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=console) as bar:
             handle = bar.add_task(name, total=steps, completed=step, note="")
 

@@ -31,9 +31,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of this source tree, `+` behind it where files differ from it; None outside a checkout."""
-    if (
-        _git("ls-files", "--error-unmatch", Path(__file__).name) is None
-    ):  # installed inside some other repository
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed inside some other repository
         return None
     revision = _git("rev-parse", "HEAD")
     if revision is None:

@@ -1,7 +1,8 @@
 """A recipe: what to train, on what, how long. YAML on disk, checked before any work starts.
 
 A recipe file holds one part (clip, vae, prior, decoder), or a `bundle` that puts trained parts together. Keys can be
-overridden on the command line as `train.steps=2000`. Unknown keys, wrong types and impossible values are one-line errors.
+overridden on the command line as `train.steps=2000`. Unknown keys, wrong types and
+impossible values are one-line errors.
 """
 
 from __future__ import annotations

@@ -25,5 +25,11 @@ def grid(pixels: Tensor, columns: int, captions: Sequence[str] = (), scale: int 
         if index < len(captions):
             letters = max(1, width // 5)
             text = captions[index]
-            draw.text((left + 1, top + height), f"{text[:letters]}\n{text[letters : 2 * letters]}", "black", font, spacing=1)
+            draw.text(
+                (left + 1, top + height),
+                f"{text[:letters]}\n{text[letters : 2 * letters]}",
+                "black",
+                font,
+                spacing=1,
+            )
     return sheet

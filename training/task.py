@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class Task(nn.Module, ABC):
+
+class Task(nn.Module, ABC, Generic[Network]):
     """One trainable part. `forward(batch, rng)` gives its losses, so data-parallel wrappers see one module.
 
     `network` is what is trained, averaged and saved. Frozen networks may be submodules too; only parameters that ask
     for gradients are optimised, and only those of `network` are checkpointed.
     """
 
-    network: nn.Module
+    network: Network
     dataset: Dataset[Any]
 
     @abstractmethod
@@ -35,15 +37,15 @@ class Task(nn.Module, ABC):
         return [[index] for index in range(len(self.dataset))]  # type: ignore[arg-type]
 
     @abstractmethod
-    def sheet(self, network: nn.Module) -> Image.Image:
+    def sheet(self, network: Network) -> Image.Image:
         """A picture of what `network` (the trained one or its average) does now."""
 
     @abstractmethod
-    def measure(self, network: nn.Module) -> dict[str, float]:
+    def measure(self, network: Network) -> dict[str, float]:
         """Scores on examples kept out of training, by name."""
 
     @abstractmethod
-    def save(self, network: nn.Module, folder: Path) -> None:
+    def save(self, network: Network, folder: Path) -> None:
         """Write `network` into the empty `folder` in its ecosystem's format."""
 
 

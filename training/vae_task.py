@@ -13,9 +13,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from training.data.folder import FolderDataset
+from training.data.pictures import Pictures
 from training.recipe import Recipe
 from training.sheets import grid
 from training.task import Task, held_back
@@ -30,23 +30,23 @@ class VaeRecipe(Recipe):
     kl_weight: float = Field(1e-4, ge=0)  # of the mean KL of one latent value, beside the mean error of one pixel
 
 
-class VaeTask(Task):
+class VaeTask(Task[AutoencoderKL]):
     """Mean absolute and squared error in [-1, 1] plus a small KL divergence to the unit Gaussian."""
-
-    network: AutoencoderKL
 
     def __init__(self, recipe: VaeRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.dataset = FolderDataset(recipe.data, recipe.resolution)
+        self.dataset: Pictures = Pictures(recipe.data, recipe.resolution)
         torch.manual_seed(recipe.train.seed)
         self.network = AutoencoderKL(**recipe.network, sample_size=recipe.resolution)
         self.held = held_back(len(self.dataset))
 
     def groups(self) -> list[list[int]]:
+        """All but the examples kept for `measure`."""
         return [[index] for index in range(len(self.dataset) - self.held)]
 
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
+        """Reconstruction error, and the KL divergence of one latent value."""
         pixels = to_signed(batch[0])  # (B, 3, H, W)
         posterior = self.network.encode(pixels).latent_dist
         decoded = self.network.decode(posterior.sample(rng)).sample.float()
@@ -55,25 +55,26 @@ class VaeTask(Task):
         return {"loss": error + self.recipe.kl_weight * kl, "error": error, "kl": kl}
 
     @torch.no_grad()
-    def sheet(self, network: nn.Module) -> Image.Image:
+    def sheet(self, network: AutoencoderKL) -> Image.Image:
         """Held-back pictures above their reconstructions."""
         pixels = self._held_pixels(network, 16)
         return grid(torch.cat([pixels, _reconstruct(network, pixels)]), columns=16)
 
     @torch.no_grad()
-    def measure(self, network: nn.Module) -> dict[str, float]:
+    def measure(self, network: AutoencoderKL) -> dict[str, float]:
         """Peak signal-to-noise ratio of held-back reconstructions, in dB over the range [-1, 1]."""
         pixels = self._held_pixels(network, 64)
         error = (_reconstruct(network, pixels) - pixels).square().mean(dim=(1, 2, 3))
         return {"psnr": (10 * torch.log10(4 / error)).mean().item()}
 
     @torch.no_grad()
-    def save(self, network: nn.Module, folder: Path) -> None:
+    def save(self, network: AutoencoderKL, folder: Path) -> None:
+        """The autoencoder with its `scaling_factor` measured on held-back pictures."""
         latents = network.encode(self._held_pixels(network, 256)).latent_dist.mean
         network.register_to_config(scaling_factor=1 / latents.std().item())
         network.save_pretrained(folder)
 
-    def _held_pixels(self, network: nn.Module, most: int) -> Tensor:
+    def _held_pixels(self, network: AutoencoderKL, most: int) -> Tensor:
         first = len(self.dataset) - self.held
         chosen = range(first, first + min(most, self.held))
         device = next(network.parameters()).device
@@ -85,5 +86,5 @@ def to_signed(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def _reconstruct(network: nn.Module, pixels: Tensor) -> Tensor:
+def _reconstruct(network: AutoencoderKL, pixels: Tensor) -> Tensor:
     return network.decode(network.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)

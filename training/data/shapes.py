@@ -54,10 +54,10 @@ _GAP = 2  # pixels kept free between two objects and between an object and the b
 _AXIS_LEAD = 6  # pixels by which a relation's axis leads the other, so no relation is a close call
 _SUB = OVERSAMPLING
 _UNIT = 1000  # shape outlines are integers in thousandths of the radius
-_STAR = (
-    ((0, -1000), (247, -340), (951, -309), (399, 130), (588, 809))
-    + ((0, 420), (-588, 809), (-399, 130), (-951, -309), (-247, -340))
-)  # fmt: skip  # outer radius 1, inner radius 0.42
+_STAR = (  # outer radius 1, inner radius 0.42
+    *((0, -1000), (247, -340), (951, -309), (399, 130), (588, 809)),
+    *((0, 420), (-588, 809), (-399, 130), (-951, -309), (-247, -340)),
+)
 _TRIANGLE = ((0, -1000), (866, 500), (-866, 500))
 _HEART_POINT = ((-840, -180), (840, -180), (0, 970))
 _HEART_LOBES = ((-420, -330, 450), (420, -330, 450))  # x, y, radius
@@ -74,6 +74,7 @@ class Noun:
     size: str | None = None
 
     def text(self) -> str:
+        """The words, without an article."""
         return " ".join(word for word in (self.size, self.colour, self.shape) if word)
 
 
@@ -114,13 +115,16 @@ class Claim:
         return "relation" if self.relation else "count" if self.count > 1 else "one"
 
     def nouns(self) -> tuple[Noun, ...]:
+        """The kinds of object named."""
         return (self.first,) if self.second is None else (self.first, self.second)
 
     def to_json(self) -> dict[str, Any]:
+        """The claim as plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Claim:
+        """What `to_json` gave, as a claim again."""
         second = fields.get("second")
         return cls(**{**fields, "first": Noun(**fields["first"]), "second": Noun(**second) if second else None})
 
@@ -189,9 +193,7 @@ def full_claim(claim: Claim, rng: random.Random) -> Claim:
     """The claim with every size and background that it leaves open chosen at random."""
     first = replace(claim.first, size=claim.first.size or _size(rng, claim.count))
     second = claim.second and replace(claim.second, size=claim.second.size or _size(rng, 1))
-    return replace(
-        claim, first=first, second=second, background=claim.background or _choice(rng, tuple(BACKGROUNDS))
-    )
+    return replace(claim, first=first, second=second, background=claim.background or _choice(rng, tuple(BACKGROUNDS)))
 
 
 def place(claim: Claim, rng: random.Random) -> Scene:
@@ -311,9 +313,7 @@ def _leave_out(claim: Claim, rng: random.Random) -> Claim:
     second = claim.second
     if second is not None and rng.random() >= 0.7:
         second = replace(second, size=None)
-    return replace(
-        claim, first=first, second=second, background=claim.background if rng.random() < 0.6 else None
-    )
+    return replace(claim, first=first, second=second, background=claim.background if rng.random() < 0.6 else None)
 
 
 def _drop(noun: Noun, rng: random.Random) -> Thing:
@@ -344,9 +344,7 @@ def _related(relation: str | None, things: Sequence[Thing]) -> bool:
     return along >= across + _AXIS_LEAD
 
 
-def _disc(
-    dx: NDArray[np.int64], dy: NDArray[np.int64], disc: tuple[int, int, int], reach: int
-) -> NDArray[np.bool_]:
+def _disc(dx: NDArray[np.int64], dy: NDArray[np.int64], disc: tuple[int, int, int], reach: int) -> NDArray[np.bool_]:
     x, y, radius = (value * reach for value in disc)
     return (dx - x) ** 2 + (dy - y) ** 2 <= radius**2
 

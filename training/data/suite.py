@@ -74,18 +74,14 @@ def load(path: Path = SHAPES_TEST) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ValueError(
-            f"prompt file {path} cannot be read ({error.strerror}); give an existing file"
-        ) from None
+        raise ValueError(f"prompt file {path} cannot be read ({error.strerror}); give an existing file") from None
     for number, line in enumerate(lines, 1):
         try:
             fields = json.loads(line)
             claim = Claim.from_json(fields["claim"])
             prompt = Prompt(fields["id"], fields["group"], claim, fields["seed"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number} is not a test prompt ({error}); see {SHAPES_TEST.name}"
-            ) from None
+            raise ValueError(f"{path}:{number} is not a test prompt ({error}); see {SHAPES_TEST.name}") from None
         if prompt.text != fields["text"]:
             raise ValueError(f"{path}:{number} says {fields['text']!r}, but its claim reads {prompt.text!r}")
         prompts.append(prompt)
@@ -102,13 +98,9 @@ def make() -> list[Prompt]:
     draw = random.Random(_SEED).random  # the one method that no Python version changes
     claims: dict[str, list[Claim]] = {}
     for group, number in GROUPS.items():
-        source = (
-            _held_out_pairs(draw) if group == "held_out" else _random_claims(draw, group, everything=False)
-        )
+        source = _held_out_pairs(draw) if group == "held_out" else _random_claims(draw, group, everything=False)
         claims[group] = _distinct(source, number)
-    named = [
-        _distinct(_random_claims(draw, kind, everything=True), number) for kind, number in RETRIEVAL.items()
-    ]
+    named = [_distinct(_random_claims(draw, kind, everything=True), number) for kind, number in RETRIEVAL.items()]
     claims["retrieval"] = [claim for part in named for claim in part]
     return [
         Prompt(f"{group}-{number:03d}", group, claim, int(draw() * 2**31))

@@ -1,0 +1,99 @@
+"""Put trained parts together as one model: a stock diffusers folder in the Stable unCLIP layout.
+
+The CLIP's text tower is stored where stock pipelines look for it, the whole CLIP lies beside in `clip/`, and
+`unclip.json` says what the model knows, how it was trained and what it reached. Trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, PriorTransformer, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from pydantic import Field
+from transformers import CLIPModel, CLIPTextModel
+
+from gen import checkpoint
+from training.checkpoints import replace_folder
+from training.data.examples import Skipped
+from training.data.pictures import find_examples
+from training.frozen import load_clip, load_vae, text_encoder, transformers_model
+from training.recipe import RecipeError, Section
+
+
+class BundleRecipe(Section):
+    """Keys of a recipe with `task: bundle`: the folders of trained parts, and what the model says of itself."""
+
+    task: Literal["bundle"]
+    out: str  # the model folder to write; one that is there is replaced
+    data: str  # the image folder all was trained on: its words are what the model knows
+    clip: str
+    vae: str
+    prior: str
+    decoder: str
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the weights on disk
+    knows: str  # one sentence for people
+    defaults: dict[str, Any] = Field(default_factory=dict)  # generation settings, by their names in gen's `Settings`
+    training: dict[str, Any] = Field(default_factory=dict)  # hardware, time, sizes: whatever should be told
+    scores: str | None = None  # a JSON file of measured scores, included when it is there
+
+
+def bundle(recipe: BundleRecipe) -> Path:
+    """Write the model folder, whole or not at all; return it.
+
+    Raises RecipeError when two parts were not trained for each other, ValueError when one is missing.
+    """
+    clip, vae = load_clip(recipe.clip), load_vae(recipe.vae)
+    network = transformers_model(clip)
+    prior, decoder = Path(recipe.prior), Path(recipe.decoder)
+    unet = UNet2DConditionModel.from_pretrained(decoder)
+    if unet.config.cross_attention_dim != network.config.text_config.hidden_size:
+        raise RecipeError(f"{decoder} was trained with another CLIP than {recipe.clip}: the text widths differ")
+    parts = {
+        "tokenizer": clip.tokenizer,
+        "text_encoder": _plain_text_encoder(network),
+        "unet": unet,
+        "scheduler": DDIMScheduler.from_pretrained(decoder / "scheduler"),
+        "vae": vae,
+        "image_normalizer": StableUnCLIPImageNormalizer.from_pretrained(decoder / "image_normalizer"),
+        "image_noising_scheduler": DDPMScheduler.from_pretrained(decoder / "image_noising_scheduler"),
+        "prior": PriorTransformer.from_pretrained(prior),
+        "prior_tokenizer": clip.tokenizer,
+        "prior_text_encoder": text_encoder(network),
+        "prior_scheduler": DDIMScheduler.from_pretrained(prior / "scheduler"),
+    }
+    scores = json.loads(Path(recipe.scores).read_text()) if recipe.scores and Path(recipe.scores).exists() else {}
+    card = checkpoint.Card(
+        knows=recipe.knows,
+        words=tuple(sorted(_words(Path(recipe.data)))),
+        defaults=recipe.defaults,
+        scores=scores,
+        more={"training": recipe.training},
+    )
+    out = Path(recipe.out)
+
+    def write(folder: Path) -> None:
+        checkpoint.save(folder, "StableUnCLIPPipeline", parts, clip, card, getattr(torch, recipe.dtype))
+
+    replace_folder(out, write)
+    return out
+
+
+def _plain_text_encoder(network: CLIPModel) -> CLIPTextModel:
+    """The text half of a CLIP without its projection, as a CLIPTextModel sharing the weights."""
+    tower = network.text_model
+    if isinstance(tower, CLIPTextModel):
+        return tower
+    with torch.device("meta"):
+        model = CLIPTextModel(network.config.text_config)
+    model.text_model = tower
+    return model.eval()
+
+
+def _words(data: Path) -> set[str]:
+    """Every word of the captions, as `Card.unknown_words` splits them."""
+    captions = " ".join(example.text for example in find_examples(data, Skipped()))
+    return set("".join(letter if letter.isalnum() else " " for letter in captions.lower()).split())

@@ -1,0 +1,48 @@
+"""What frozen encoders make of a data set, computed once: latents and image embeddings.
+
+An entry is keyed by the content of the data (pictures and captions) and by the encoder's weights, so a changed picture
+or a retrained encoder never meets an old entry. Entries are safetensors files in `.cache/` inside the data folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from training.data.pictures import Pictures
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the safetensors files in a model folder: names the encoder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encoded(dataset: Pictures, encoder: Path, encode: Callable[[Tensor], Tensor], *, batch_size: int = 128) -> Tensor:
+    """`encode` of every picture, (N, ...) float32 on the CPU, from the cache or computed into it.
+
+    `encoder` is the folder that `encode` was loaded from; `encode` takes uint8 pixels (B, 3, H, W).
+    """
+    key = hashlib.sha256(f"{dataset.digest} {weights_digest(encoder)}".encode()).hexdigest()[:24]
+    path = dataset.folder / ".cache" / f"{key}.safetensors"
+    if path.exists():
+        return load_file(path)["encoded"]
+    batches = DataLoader(dataset, batch_size=batch_size)
+    shown = track(batches, f"encoding with {encoder}", console=Console(stderr=True))
+    rows = torch.cat([encode(pixels).float().cpu() for pixels, _ in shown]).contiguous()
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"encoded": rows}, partial)
+    partial.rename(path)
+    return rows

@@ -1,0 +1,200 @@
+"""Train the decoder: a UNet that paints latents from text tokens, an image embedding, or both.
+
+The network is diffusers' UNet2DConditionModel in the Stable unCLIP layout. Each example drops its text, its image
+embedding or both at random (Ho & Salimans 2022), so one decoder serves text alone, the unCLIP way (Ramesh et al. 2022)
+and guidance. The loss is weighted by Min-SNR-gamma (Hang et al. 2023).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gen.conditioning import TextTower
+from gen.families.stable_unclip import StableUnCLIP
+from gen.pipeline import TextToImage
+from gen.scheduler import NoiseLevels
+from training.data.pictures import Pictures
+from training.frozen import image_embeddings, latents, load_clip, load_vae, transformers_model
+from training.recipe import Recipe, Section
+from training.sheets import grid
+from training.task import Task, held_back
+
+
+class Kinds(Section):
+    """How often the decoder sees which conditions; the shares sum to one."""
+
+    both: float = Field(default=0.40, ge=0)  # text and image
+    text: float = Field(default=0.40, ge=0)  # text and zeros
+    image: float = Field(default=0.10, ge=0)  # the empty prompt and image
+    none: float = Field(default=0.10, ge=0)  # the empty prompt and zeros: what guidance takes as null
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Kinds:
+        total = self.both + self.text + self.image + self.none
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of kinds sum to {total:g}; they must sum to 1")
+        return self
+
+
+class DecoderRecipe(Recipe):
+    """Keys of a recipe with `task: decoder`."""
+
+    task: Literal["decoder"]
+    clip: str  # the folder of a trained CLIP
+    vae: str  # the folder of a trained autoencoder
+    resolution: int = Field(gt=0)  # pixels
+    network: dict[str, Any]  # UNet2DConditionModel's configuration; what follows from CLIP and VAE is filled in
+    scheduler: dict[str, Any]  # DDIMScheduler's configuration: betas and prediction_type
+    snr_gamma: float | None = Field(5.0, gt=0)  # None: every noise level weighs the same
+    kinds: Kinds = Field(default_factory=Kinds)
+    noised_share: float = Field(0.5, ge=0, le=1)  # of image embeddings that are noised to a random level
+    max_noise_level: int = Field(500, ge=0, lt=1000)
+    attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
+
+
+class Encoded(Dataset[tuple[Tensor, Tensor, str]]):
+    """Latent (C, h, w), image embedding (E,) and caption of every picture."""
+
+    def __init__(self, dataset: Pictures, latents: Tensor, embeddings: Tensor) -> None:
+        self.captions = [example.text for example in dataset.examples]
+        self.latents, self.embeddings = latents, embeddings
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
+        return self.latents[index], self.embeddings[index], self.captions[index]
+
+
+class DecoderTask(Task[UNet2DConditionModel]):
+    """The weighted error of the network's own output at uniformly drawn timesteps."""
+
+    def __init__(self, recipe: DecoderRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        clip, self.vae = load_clip(recipe.clip), load_vae(recipe.vae)
+        self.clip_model = transformers_model(clip)
+        self.clip_model.set_attn_implementation(recipe.attention)
+        pictures = Pictures(recipe.data, recipe.resolution)
+        embeddings = image_embeddings(pictures, clip, recipe.clip)
+        self.dataset: Encoded = Encoded(pictures, latents(pictures, self.vae, recipe.vae), embeddings)
+        self.held = held_back(len(self.dataset))
+        torch.manual_seed(recipe.train.seed)
+        self.network = _unet(recipe, self.vae.config.latent_channels, embeddings.shape[1], self.clip_model.config)
+        if recipe.attention == "eager":
+            self.network.set_attn_processor(AttnProcessor())
+        width = embeddings.shape[1]
+        self.normalizer = StableUnCLIPImageNormalizer(width).requires_grad_(False)
+        self.normalizer.mean.copy_(embeddings.mean(dim=0, keepdim=True))
+        self.normalizer.std.copy_(embeddings.std(dim=0, keepdim=True).clamp(min=1e-6))
+        self.image_noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        self.levels = NoiseLevels.of(DDIMScheduler(**recipe.scheduler), "recipe key 'scheduler'")
+        self.text = TextTower(clip.tokenizer, self.clip_model.text_model)
+
+    def model(self, unet: UNet2DConditionModel) -> StableUnCLIP:
+        """The decoder as a model that paints, without a prior."""
+        return StableUnCLIP(
+            unet=unet,
+            vae=self.vae,
+            text=self.text,
+            levels=self.levels,
+            image_normalizer=self.normalizer,
+            image_noising=self.image_noising,
+        )
+
+    def groups(self) -> list[list[int]]:
+        """All but the examples kept for `measure`."""
+        return [[index] for index in range(len(self.dataset) - self.held)]
+
+    def forward(self, batch: tuple[Tensor, Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
+        """The loss at random timesteps and conditions; `error` is the same unweighted."""
+        x0, embeddings, captions = batch  # (B, C, h, w), (B, E), B
+        rows, device = len(captions), x0.device
+        with_text, with_image = self._draw_kinds(rows, rng)
+        with torch.no_grad():
+            words = [text if kept else "" for text, kept in zip(captions, with_text.tolist(), strict=True)]
+            tokens = self.text(words).tokens  # (B, L, D)
+            vector = self._class_input(embeddings, rng) * with_image[:, None]  # (B, 2E); zeros are the null
+        scaling = self.levels.scaling
+        timestep = torch.randint(self.levels.num_train_timesteps, (rows,), generator=rng, device=device)
+        sigma = scaling.sigma(timestep)
+        eps = torch.randn(x0.shape, generator=rng, device=device)
+        x = x0 + sigma.reshape(-1, 1, 1, 1) * eps
+        output = self.network(
+            scaling.network_input(x, sigma), timestep, encoder_hidden_states=tokens, class_labels=vector
+        ).sample.float()
+        error = (output - scaling.target(x0, eps, sigma)).square().mean(dim=(1, 2, 3))  # (B,)
+        return {
+            "loss": (error * scaling.loss_weight(sigma, self.recipe.snr_gamma)).mean(),
+            "error": error.mean(),
+        }
+
+    @torch.no_grad()
+    def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
+        """The loss over held-back pictures with fixed noise."""
+        first = len(self.dataset) - self.held
+        trained, self.network = self.network, network
+        losses = []
+        for start in range(first, len(self.dataset), 64):
+            items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
+            x0, embeddings = (torch.stack(part).to(self.vae.device) for part in list(zip(*items, strict=True))[:2])
+            rng = torch.Generator(self.vae.device).manual_seed(start)
+            losses.append(self((x0, embeddings, [item[2] for item in items]), rng)["loss"])
+        self.network = trained
+        return {"held_back_loss": torch.stack(losses).mean().item()}
+
+    @torch.no_grad()
+    def sheet(self, network: UNet2DConditionModel) -> Image.Image:
+        """Held-back captions painted from text alone."""
+        captions = [
+            self.dataset[index][2] for index in range(len(self.dataset) - min(self.held, 24), len(self.dataset))
+        ]
+        painter = TextToImage(self.model(network))
+        painted = painter(captions, num_inference_steps=20, guidance_scale=4.0, seed=0, output_type="pt", rerank=False)
+        assert isinstance(painted.images, Tensor), "output_type is pt"
+        return grid(painted.images * 2 - 1, columns=8, captions=captions, scale=2)
+
+    def save(self, network: UNet2DConditionModel, folder: Path) -> None:
+        """The UNet in `folder`; what belongs to it (scheduler, image normaliser and noising) in folders inside."""
+        network.save_pretrained(folder)
+        self.levels.stock.save_pretrained(folder / "scheduler")
+        self.normalizer.save_pretrained(folder / "image_normalizer")
+        self.image_noising.save_pretrained(folder / "image_noising_scheduler")
+
+    def _draw_kinds(self, rows: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Which rows keep their text and which their image embedding, (B,) bool each."""
+        kinds = self.recipe.kinds
+        draw = torch.rand(rows, generator=rng, device=rng.device)
+        with_text = draw < kinds.both + kinds.text
+        with_image = (draw < kinds.both) | (draw >= 1 - kinds.image)
+        return with_text, with_image
+
+    def _class_input(self, embeddings: Tensor, rng: torch.Generator) -> Tensor:
+        """The UNet's class input (B, 2E), some of the embeddings noised (Ho et al. 2022, "Cascaded diffusion")."""
+        rows, device = len(embeddings), embeddings.device
+        level = torch.randint(self.recipe.max_noise_level + 1, (rows,), generator=rng, device=device)
+        level = level * (torch.rand(rows, generator=rng, device=device) < self.recipe.noised_share)
+        noise = torch.randn(embeddings.shape, generator=rng, device=device)
+        return self.model(self.network).noise_image_embeddings(embeddings, level, noise)
+
+
+def _unet(recipe: DecoderRecipe, channels: int, width: int, clip_config: Any) -> UNet2DConditionModel:
+    """The recipe's UNet with what CLIP and autoencoder decide."""
+    return UNet2DConditionModel(
+        **recipe.network,
+        in_channels=channels,
+        out_channels=channels,
+        cross_attention_dim=clip_config.text_config.hidden_size,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=2 * width,
+    )

@@ -1,0 +1,70 @@
+"""Trained parts that a later task reads and never changes: the CLIP and the autoencoder of a model in the making."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModelWithProjection
+
+from clip_core.clip import CLIP
+from training.data.cache import encoded
+from training.data.examples import DataError
+from training.data.pictures import Pictures
+
+
+def load_clip(folder: str | Path) -> CLIP:
+    """A trained CLIP, frozen.
+
+    Raises ValueError when the folder holds none; the message names it.
+    """
+    clip = CLIP.from_pretrained(str(_trained(folder)))
+    transformers_model(clip)
+    return clip
+
+
+def transformers_model(clip: CLIP) -> CLIPModel:
+    """The network of a CLIP that transformers loaded: the only kind that a diffusers folder can hold.
+
+    Raises DataError for an open_clip model.
+    """
+    if not isinstance(clip.model, CLIPModel):
+        raise DataError(f"a {type(clip.model).__name__} cannot be built upon; convert it (clip_core.convert) first")
+    return clip.model
+
+
+def load_vae(folder: str | Path) -> AutoencoderKL:
+    """A trained autoencoder, frozen; raises as `load_clip` does."""
+    return AutoencoderKL.from_pretrained(str(_trained(folder))).requires_grad_(False).eval()
+
+
+def text_encoder(model: CLIPModel) -> CLIPTextModelWithProjection:
+    """The text half of a CLIP with its projection, sharing the weights."""
+    with torch.device("meta"):
+        tower = CLIPTextModelWithProjection(model.config.text_config)
+    tower.text_model, tower.text_projection = model.text_model, model.text_projection
+    return tower.eval()
+
+
+def image_embeddings(dataset: Pictures, clip: CLIP, folder: str | Path) -> Tensor:
+    """CLIP image embeddings of a data set, (N, E), not normalised."""
+    return encoded(dataset, Path(folder), lambda pixels: clip.image(pixels.to(clip.device).float() / 255))
+
+
+def latents(dataset: Pictures, vae: AutoencoderKL, folder: str | Path) -> Tensor:
+    """Latents of a data set at unit variance, (N, C, h, w): the posterior's mean times `scaling_factor`."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        signed = pixels.to(vae.device).float() / 127.5 - 1
+        return vae.encode(signed).latent_dist.mean * vae.config.scaling_factor
+
+    return encoded(dataset, Path(folder), encode)
+
+
+def _trained(folder: str | Path) -> Path:
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path} holds no trained part (no config.json); train it first or name another folder")
+    return path

@@ -1,0 +1,160 @@
+"""Train the prior: from CLIP's reading of a caption to CLIP's view of a picture (Ramesh et al. 2022, section 2.2).
+
+The network is diffusers' PriorTransformer. It predicts the clean image embedding, normalised to unit variance, and
+drops its text at random for guidance.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMScheduler, PriorTransformer
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from gen.conditioning import stacked
+from gen.prior import Prior
+from gen.request import Candidate, Settings
+from gen.scheduler import NoiseLevels
+from training.data.pictures import Pictures
+from training.frozen import image_embeddings, load_clip, text_encoder, transformers_model
+from training.recipe import Recipe
+from training.sheets import grid
+from training.task import Task, held_back
+
+
+class PriorRecipe(Recipe):
+    """Keys of a recipe with `task: prior`."""
+
+    task: Literal["prior"]
+    clip: str  # the folder of a trained CLIP
+    resolution: int = Field(gt=0)  # pixels
+    network: dict[str, Any]  # PriorTransformer's configuration; widths and lengths follow from CLIP
+    scheduler: dict[str, Any]  # DDIMScheduler's configuration; prediction_type is `sample`
+    drop_text: float = Field(0.1, ge=0, lt=1)
+    attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains faster in bfloat16 on the CPU
+
+
+class Embedded(Dataset[tuple[Tensor, str]]):
+    """Image embedding (E,) and caption of every picture."""
+
+    def __init__(self, dataset: Pictures, embeddings: Tensor) -> None:
+        self.captions = [example.text for example in dataset.examples]
+        self.embeddings = embeddings
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return self.embeddings[index], self.captions[index]
+
+
+class PriorTask(Task[PriorTransformer]):
+    """The squared error of the predicted embedding at uniformly drawn timesteps."""
+
+    def __init__(self, recipe: PriorRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        clip = load_clip(recipe.clip)
+        network = transformers_model(clip)
+        network.set_attn_implementation(recipe.attention)
+        self.text_encoder, self.tokenizer = text_encoder(network), clip.tokenizer
+        self.pictures = Pictures(recipe.data, recipe.resolution)
+        embeddings = image_embeddings(self.pictures, clip, recipe.clip)
+        self.dataset: Embedded = Embedded(self.pictures, embeddings)
+        self.held = held_back(len(self.dataset))
+        width = embeddings.shape[1]
+        if (text_width := network.config.text_config.hidden_size) != width:
+            raise ValueError(
+                f"{recipe.clip}: the text width is {text_width} and the embedding width"
+                f" {width}; a PriorTransformer needs them equal"
+            )
+        torch.manual_seed(recipe.train.seed)
+        self.network = PriorTransformer(
+            **recipe.network, embedding_dim=width, num_embeddings=clip.tokenizer.model_max_length
+        )
+        if recipe.attention == "eager":
+            self.network.set_attn_processor(AttnProcessor())
+        # normalisation is measured from the data and saved with the weights; it is not trained
+        self.network.clip_mean.requires_grad_(False).copy_(embeddings.mean(dim=0, keepdim=True))
+        self.network.clip_std.requires_grad_(False).copy_(embeddings.std(dim=0, keepdim=True).clamp(min=1e-6))
+        self.levels = NoiseLevels.of(DDIMScheduler(**recipe.scheduler), "recipe key 'scheduler'")
+
+    def prior(self, network: PriorTransformer) -> Prior:
+        """The prior as generation uses it."""
+        return Prior(network, self.tokenizer, self.text_encoder, self.levels)
+
+    def groups(self) -> list[list[int]]:
+        """All but the examples kept for `measure`."""
+        return [[index] for index in range(len(self.dataset) - self.held)]
+
+    def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
+        """The loss at random timesteps."""
+        embeddings, captions = batch
+        rows, device = len(captions), embeddings.device
+        x0 = (embeddings - self.network.clip_mean) / self.network.clip_std  # (B, E)
+        dropped = torch.rand(rows, generator=rng, device=device) < self.recipe.drop_text
+        words = ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+        prior = self.prior(self.network)
+        with torch.no_grad():
+            told = prior.conditions(words)
+        scaling = self.levels.scaling
+        timestep = torch.randint(self.levels.num_train_timesteps, (rows,), generator=rng, device=device)
+        sigma = scaling.sigma(timestep)
+        eps = torch.randn(x0.shape, generator=rng, device=device)
+        output = self.network(
+            scaling.network_input(x0 + sigma[:, None] * eps, sigma),
+            timestep,
+            proj_embedding=stacked([each.vector for each in told]),
+            encoder_hidden_states=stacked([each.tokens for each in told]),
+            attention_mask=stacked([each.mask for each in told]),
+        ).predicted_image_embedding.float()
+        return {"loss": F.mse_loss(output, scaling.target(x0, eps, sigma))}
+
+    @torch.no_grad()
+    def measure(self, network: PriorTransformer) -> dict[str, float]:
+        """Cosine between sampled and true embeddings of held-back pictures, and top 1 of 100 by it."""
+        embeddings, captions = self._held(200)
+        sampled = F.normalize(self._sample(network, captions) - network.clip_mean, dim=-1)
+        true = F.normalize(embeddings - network.clip_mean, dim=-1)
+        pool = min(100, len(captions))
+        right = [
+            (sampled[first : first + pool] @ true[first : first + pool].T).argmax(dim=1).cpu() == torch.arange(pool)
+            for first in range(0, len(captions) - pool + 1, pool)
+        ]
+        return {
+            "cosine": (sampled * true).sum(dim=1).mean().item(),
+            f"top1_of_{pool}": torch.cat(right).float().mean().item(),
+        }
+
+    @torch.no_grad()
+    def sheet(self, network: PriorTransformer) -> Image.Image:
+        """Held-back captions, each under the held-back picture nearest to its sampled embedding."""
+        embeddings, _ = self._held(self.held)
+        captions = self._held(24)[1]
+        sampled = F.normalize(self._sample(network, captions) - network.clip_mean, dim=-1)
+        nearest = (sampled @ F.normalize(embeddings - network.clip_mean, dim=-1).T).argmax(dim=1)
+        first = len(self.dataset) - self.held
+        pixels = torch.stack([self.pictures[first + int(index)][0] for index in nearest])
+        return grid(pixels.float() / 127.5 - 1, columns=8, captions=captions, scale=3)
+
+    def save(self, network: PriorTransformer, folder: Path) -> None:
+        """The prior in `folder`, its scheduler in a folder inside."""
+        network.save_pretrained(folder)
+        self.levels.stock.save_pretrained(folder / "scheduler")
+
+    def _held(self, most: int) -> tuple[Tensor, list[str]]:
+        first = len(self.dataset) - self.held
+        items = [self.dataset[index] for index in range(first, first + min(most, self.held))]
+        return torch.stack([embedding for embedding, _ in items]).to(self.network.device), [text for _, text in items]
+
+    def _sample(self, network: PriorTransformer, captions: list[str]) -> Tensor:
+        settings = Settings(prior=True, prior_num_inference_steps=20, prior_guidance_scale=1.0)
+        asked = [Candidate(prompt=text, seed=seed, settings=settings) for seed, text in enumerate(captions)]
+        return self.prior(network).sample(asked)
