@@ -313,7 +313,7 @@ def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) 
     last = MAX_SEED - (n - 1)
     if seed is None:
         starts = [secrets.randbelow(last + 1)] * num_prompts
-    elif isinstance(seed, int):
+    elif isinstance(seed, str) or not isinstance(seed, Sequence):
         starts = [whole("seed", seed, 0, last)] * num_prompts
     else:
         starts = [whole("seed", value, 0, last) for value in seed]

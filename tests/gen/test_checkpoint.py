@@ -1,0 +1,205 @@
+"""Folders: what is loaded once, what is refused by name, and what is written for stock diffusers to read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableUnCLIPPipeline
+from safetensors.torch import load_file, save_file
+
+from gen import TextToImage, checkpoint
+from gen.checkpoint import Card
+from gen.scheduler import NoiseLevels
+from tests.tiny import make_tiny_stable_unclip
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def test_text_towers_stored_twice_are_loaded_once(tiny: TextToImage) -> None:
+    model = tiny.model
+    assert model.prior is not None and model.clip is not None
+    whole = model.clip.model.text_model
+    assert model.text.encoder is whole and model.prior.text_encoder.text_model is whole
+    assert model.prior.text_encoder.text_projection is model.clip.model.text_projection
+
+
+def test_a_tower_of_its_own_is_loaded_as_such(folder: Path) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    name = next(key for key in weights if "token_embedding" in key)
+    weights[name] = weights[name] + 1
+    save_file(weights, path, metadata={"format": "pt"})
+    model = TextToImage.from_pretrained(folder, device="cpu").model
+    assert model.clip is not None and model.text.encoder is not model.clip.model.text_model
+    apart = (model.text.encoder.embeddings.token_embedding.weight - weights[name]).abs().max()
+    assert apart == 0
+
+
+def test_without_a_clip_beside_it_a_stock_folder_paints_and_does_not_rank(folder: Path) -> None:
+    asked = {"seed": 1, "output_type": "latent"}
+    ranked = TextToImage.from_pretrained(folder, device="cpu")("a star", **asked)
+    shutil.rmtree(folder / "clip")
+    (folder / "unclip.json").unlink()
+    model = TextToImage.from_pretrained(folder, device="cpu")
+    settings = model.model.abilities.defaults  # stock's own, for want of a card
+    assert (settings.num_inference_steps, settings.guidance_scale, settings.prior) == (20, 10.0, True)
+    plain = model("a star", num_inference_steps=4, guidance_scale=3.0, prior_num_inference_steps=3, **asked)
+    assert torch.allclose(plain.images, ranked.images, atol=1e-5)
+    assert plain.scores is None and ranked.scores is not None
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pickled(path: Path) -> None:
+    path.rename(path.with_name("diffusion_pytorch_model.bin"))
+
+
+def no_text(path: Path) -> None:
+    path.write_text("{")
+
+
+def without_conv_in(path: Path) -> None:
+    weights = load_file(path)
+    del weights["conv_in.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
+    (UNET, Path.unlink, "unet' has no .safetensors file"),
+    (UNET, cut, "unet/diffusion_pytorch_model.safetensors' is damaged"),
+    (UNET, pickled, "is pickle and is never read"),
+    (UNET, without_conv_in, "unet' is damaged: weight conv_in.weight is missing"),
+    ("unet/config.json", Path.unlink, "unet/config.json' is missing"),
+    ("vae/config.json", no_text, "vae/config.json' is damaged"),
+    ("vae", shutil.rmtree, "vae' is missing"),
+    ("text_encoder/model.safetensors", cut, "text_encoder/model.safetensors' is damaged"),
+    ("clip/model.safetensors", cut, "clip/model.safetensors.* is damaged"),
+    ("scheduler/scheduler_config.json", Path.unlink, "scheduler' cannot be loaded"),
+    ("tokenizer/tokenizer.json", no_text, "tokenizer' cannot be loaded"),
+    ("prior_scheduler/scheduler_config.json", no_text, "prior_scheduler' cannot be loaded"),
+    ("model_index.json", Path.unlink, "has no model_index.json"),
+    ("model_index.json", no_text, "model_index.json' is damaged"),
+    ("unclip.json", no_text, "unclip.json' is damaged"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
+def test_missing_and_damaged_files_are_named(
+    folder: Path, name: str, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(folder / name)
+    with pytest.raises(ValueError, match=message) as caught:
+        TextToImage.from_pretrained(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def edited(path: Path, **change: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model_index.json", {"unet": ["os", "system"]}, "os.system is no class of diffusers or transformers"),
+        ("model_index.json", {"_class_name": "KolorsPipeline"}, "KolorsPipeline; ours are: StableUnCLIP"),
+        ("unclip.json", {"defaults": {"steps": 3}}, "unclip.json: setting 'steps' is unknown"),
+        ("unclip.json", {"defaults": {"num_inference_steps": 0}}, "unclip.json: num_inference_steps=0"),
+        ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample=True is not supported"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow'"),
+    ],
+)
+def test_what_a_folder_must_not_ask_for(folder: Path, name: str, change: dict[str, object], message: str) -> None:
+    edited(folder / name, **change)
+    with pytest.raises(ValueError, match=message):
+        TextToImage.from_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shapes65", "model 'shapes65' is unknown; give a bundled name"),
+        ("./nowhere/at_all", "is unknown"),
+        ("nobody/nothing-at-all", "cannot be fetched from the hub"),
+    ],
+)
+def test_unknown_models(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        TextToImage.from_pretrained(name, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_file_is_refused_clearly(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    with pytest.raises(ValueError, match="is a single file, which is not read yet"):
+        TextToImage.from_pretrained(path, device="cpu")
+
+
+def test_save_writes_what_stock_loads_and_paints_the_same(tiny: TextToImage, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "saved", dtype=torch.float16)
+    assert next(tiny.model.unet.parameters()).dtype == torch.float32  # the model in memory keeps its own
+    for path in folder.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    again = TextToImage.from_pretrained(folder, device="cpu")
+    assert again.card == tiny.card and again.hash != tiny.hash
+    stock = StableUnCLIPPipeline.from_pretrained(folder)  # without arguments, float16 on disk
+    assert {module.dtype for module in stock.components.values() if isinstance(module, torch.nn.Module)} == {
+        torch.float32
+    }
+    rounded = again("a star", seed=2, output_type="pt")
+    assert (rounded.images - tiny("a star", seed=2, output_type="pt").images).abs().max() < 0.1
+    exact = TextToImage.from_pretrained(tiny.save(tmp_path / "exact"), device="cpu")
+    before, after = (model("a star", seed=2, output_type="pt") for model in (tiny, exact))
+    assert torch.equal(before.images, after.images) and before.scores == after.scores
+
+
+def test_the_hash_is_of_what_pictures_depend_on(folder: Path) -> None:
+    before = checkpoint.load(folder).hash
+    edited(folder / "unclip.json", knows="something else")
+    assert checkpoint.load(folder).hash == before
+    edited(folder / "scheduler" / "scheduler_config.json", beta_end=0.013)
+    assert checkpoint.load(folder).hash != before
+
+
+def test_the_card(tmp_path: Path) -> None:
+    card = Card(knows="shapes", words=("a", "red", "star"), defaults={"eta": 0.5}, more={"hours": 2})
+    (tmp_path / "unclip.json").write_text(json.dumps(card.to_json()))
+    assert Card.read(tmp_path) == card
+    assert card.unknown_words("A photo of a red-ish star!") == ["photo", "of", "ish"]
+    assert Card().unknown_words("anything") == []
+    assert Card.read(tmp_path / "nowhere") == Card()
+
+
+@pytest.mark.parametrize(
+    ("stock", "message"),
+    [
+        (PNDMScheduler(), "scheduler PNDMScheduler  is not supported; choose from: DDIMScheduler"),
+        (
+            DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
+            "algorithm_type.*is not supported",
+        ),
+        (DPMSolverMultistepScheduler(solver_order=3), "solver_order=3"),
+        (DDIMScheduler(thresholding=True, clip_sample=False), "thresholding=True"),
+    ],
+)
+def test_schedulers_without_an_equal_here(stock: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NoiseLevels.of(stock, "scheduler")
+
+
+def test_another_seed_is_another_model(tmp_path: Path) -> None:
+    one, same, other = (make_tiny_stable_unclip(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    hashes = [checkpoint.load(path).hash for path in (one, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -1,0 +1,194 @@
+"""The Python face: what comes back, in which order, and how it is painted again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gen import Cancelled, Step, TextToImage
+from gen.checkpoint import Card
+from gen.search import best_of, drawing_order
+
+LEVEL = 1 / 255
+PROMPTS = ["a small red circle", "a large blue square"]
+
+
+def test_ranked_flat_and_best_first(tiny: TextToImage) -> None:
+    everything = tiny(PROMPTS, num_images_per_prompt=6, seed=3, output_type="pt")
+    assert everything.images.shape == (12, 3, 64, 64) and everything.scores is not None
+    kept = tiny(PROMPTS, num_images_per_prompt=6, keep=2, seed=3, output_type="pt")
+    assert kept.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2 and kept.scores is not None
+    for first in (0, 6):
+        scores = everything.scores[first : first + 6]
+        assert scores == sorted(scores, reverse=True) and len(set(scores)) == 6
+    assert kept.seeds == everything.seeds[:2] + everything.seeds[6:8]
+    assert kept.scores == pytest.approx(everything.scores[:2] + everything.scores[6:8], abs=1e-5)
+    assert torch.allclose(kept.images, everything.images[[0, 1, 6, 7]], atol=LEVEL)
+    # every score and every seed of all that were painted, kept or not
+    assert [each.seed for each in kept.candidates] == [*range(3, 9)] * 2
+    assert sum(each.kept for each in kept.candidates) == 4
+    assert sorted(each.score for each in kept.candidates) == pytest.approx(sorted(everything.scores), abs=1e-5)
+
+
+def test_scores_are_clips_own_of_the_picture_on_file(tiny: TextToImage) -> None:
+    result = tiny(PROMPTS, seed=3)
+    clip = tiny.model.clip
+    assert clip is not None and result.scores is not None
+    for image, prompt, score in zip(result.images, result.prompts, result.scores, strict=True):
+        assert isinstance(image, Image.Image)
+        pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 255
+        assert clip.score(pixels, prompt).item() == pytest.approx(score, abs=1e-5)
+
+
+def test_without_ranking_drawing_order(tiny: TextToImage) -> None:
+    result = tiny(PROMPTS, num_images_per_prompt=3, seed=[10, 20], rerank=False)
+    assert result.scores is None and result.seeds == [10, 11, 12, 20, 21, 22]
+    assert all(record["score"] is None for record in result.records)
+
+
+def test_no_seed_draws_one_and_reports_it(tiny: TextToImage) -> None:
+    drawn = tiny("a star", num_images_per_prompt=2, rerank=False, output_type="pt")
+    again = tiny("a star", num_images_per_prompt=2, rerank=False, output_type="pt", seed=drawn.seeds[0])
+    assert torch.equal(drawn.images, again.images)
+
+
+def test_output_types_show_one_picture(tiny: TextToImage) -> None:
+    asked: dict[str, Any] = {"seed": 4, "num_images_per_prompt": 2, "height": 32, "width": 48}
+    pil, pt, np_, latent = (tiny("a star", output_type=kind, **asked).images for kind in ("pil", "pt", "np", "latent"))
+    assert pt.shape == (2, 3, 32, 48) and np_.shape == (2, 32, 48, 3) and latent.shape == (2, 4, 4, 6)
+    assert pt.min() >= 0 and pt.max() <= 1
+    assert np.array_equal(np_, pt.permute(0, 2, 3, 1).numpy())
+    assert [picture.size for picture in pil] == [(48, 32)] * 2
+    assert np.array_equal(np.stack([np.asarray(p) for p in pil]), (np_ * 255).round().astype(np.uint8))
+    with torch.no_grad():
+        assert torch.allclose(tiny.model.decode(latent), pt, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"prior": False, "negative_prompt": "a star", "guidance_interval": (0.2, 9.0)},
+        {"sampler": "dpmpp_2m_sde", "num_inference_steps": 6, "guidance_rescale": 0.5, "height": 32},
+        {"eta": 1.0, "noise_level": 100, "clip_skip": 1, "prior_guidance_scale": 2.0},
+    ],
+)
+def test_a_record_paints_its_picture_again(tiny: TextToImage, words: dict[str, Any]) -> None:
+    result = tiny(PROMPTS, num_images_per_prompt=3, keep=2, seed=30, output_type="pt", **words)
+    records = json.loads(json.dumps(result.records))  # as it comes back from a file
+    for image, record, seed, prompt in zip(result.images, records, result.seeds, result.prompts, strict=True):
+        assert (record["seed"], record["prompt"]) == (seed, prompt)
+        assert record["model_hash"] == tiny.hash and len(tiny.hash) == 64
+        again = tiny.repaint(record)
+        assert again.shape == image.shape and (again - image).abs().max() <= LEVEL
+        other = tiny.repaint(record | {"seed": seed + 100})
+        assert (other - image).abs().max() > LEVEL
+
+
+def test_repaint_refuses_what_it_cannot_repeat(tiny: TextToImage) -> None:
+    (record,) = tiny("a star", seed=1).records
+    with pytest.raises(ValueError, match="and this is"):
+        tiny.repaint(record | {"model_hash": "0" * 64})
+    given = tiny("a star", seed=1, latents=torch.zeros(1, 4, 8, 8)).records[0]
+    with pytest.raises(ValueError, match=r"painted from tensors \(latents\)"):
+        tiny.repaint(given)
+
+
+def test_a_callback_looks(tiny: TextToImage) -> None:
+    steps: list[Step] = []
+    result = tiny(PROMPTS, seed=1, rerank=False, output_type="latent", callback=steps.append)
+    assert [(step.stage, step.steps_left) for step in steps] == [
+        *[("prior", [left] * 2) for left in (2, 1, 0)],
+        *[("decoder", [left] * 2) for left in (3, 2, 1, 0)],
+    ]
+    assert steps[0].x0.shape == (2, 16) and steps[-1].seeds == [1, 1]
+    assert torch.allclose(steps[-1].x0, result.images, atol=1e-5)  # a step to level 0 ends at its estimate
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_a_callback_cancels(tiny: TextToImage, stage: str) -> None:
+    seen: list[Step] = []
+
+    def stop(step: Step) -> None:
+        seen.append(step)
+        if step.stage == stage and step.steps_left[0] == 1:
+            step.cancel()
+
+    with pytest.raises(Cancelled, match=f"cancelled in the {stage} with 1 steps left"):
+        tiny("a star", seed=1, callback=stop)
+    assert (seen[-1].stage, seen[-1].steps_left) == (stage, [1])
+    assert tiny("a star", seed=1).seeds == [1]  # and the model paints on
+
+
+def test_progress_goes_to_standard_error_and_only_when_asked(
+    tiny: TextToImage, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny("a star", seed=1)
+    assert capfd.readouterr() == ("", "")
+    tiny("a star", seed=1, progress=True)
+    told = capfd.readouterr()
+    assert told.out == "" and "decoder" in told.err and "prior" in told.err
+
+
+def test_one_text_is_encoded_once(tiny: TextToImage) -> None:
+    """Sixteen candidates ask the text tower for two texts: the prompt and the null."""
+    count = 0
+
+    def counted(_: Any, words: Any, told: dict[str, Any]) -> None:
+        nonlocal count
+        count += len(told["input_ids"])
+
+    hook = tiny.model.text.encoder.register_forward_pre_hook(counted, with_kwargs=True)
+    tiny("a star", num_images_per_prompt=16, seed=1, prior=False, rerank=False)
+    hook.remove()
+    assert count == 2
+
+
+def test_too_long_a_prompt_is_cut_and_said(tiny: TextToImage, caplog: pytest.LogCaptureFixture) -> None:
+    tiny("a red circle " * 20 + "zebra", seed=1, prior=False, rerank=False)
+    assert any("zebra" in record.getMessage() for record in caplog.records)
+
+
+def test_bfloat16_paints_nearly_the_same(tiny_folder: Any, tiny: TextToImage) -> None:
+    half = TextToImage.from_pretrained(tiny_folder, device="cpu", dtype=torch.bfloat16)
+    one, other = (model("a star", seed=3, output_type="pt", prior=False) for model in (tiny, half))
+    assert one.images.dtype == other.images.dtype == torch.float32
+    assert 0 < (one.images - other.images).abs().mean() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_paints_the_cpus_picture(tiny_folder: Any, tiny: TextToImage) -> None:
+    gpu = TextToImage.from_pretrained(tiny_folder, device="cuda")
+    for words in ({}, {"sampler": "dpmpp_2m_sde"}, {"sampler": "heun", "guidance_rescale": 0.5}):
+        one, other = (model(PROMPTS, seed=3, output_type="pt", **words) for model in (tiny, gpu))
+        assert (one.images - other.images).abs().max() < 0.02
+
+
+def test_search_orders() -> None:
+    assert best_of([0.1, 0.3, 0.3, 0.9, float("nan"), 0.2], 3, 2) == [[1, 2], [3, 5]]
+    assert drawing_order(4, 2) == [[0, 1], [2, 3]]
+
+
+def test_importing_gen_loads_nothing_heavy() -> None:
+    code = "import sys, gen; dir(gen); print([name for name in ('torch', 'diffusers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    code = "from gen import TextToImage, Request, Card"
+    assert (
+        "cannot import name 'Card'"
+        in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    )
+
+
+def test_a_model_in_memory_has_no_hash(tiny: TextToImage) -> None:
+    bare = TextToImage(tiny.model)
+    assert bare.hash == "" and bare.card == tiny.card and isinstance(bare.card, Card)
+    record = bare("a star", seed=1, output_type="pt").records[0]
+    assert record["model_hash"] == "" and bare.repaint(record).shape == (3, 64, 64)

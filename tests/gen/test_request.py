@@ -1,0 +1,191 @@
+"""Every mistake a user can make is one clear line, and is made before any network runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gen import Request, TextToImage
+from gen.request import MAX_SEED, Candidate, Settings, candidate_seeds
+from tests.tiny import WIDTH
+
+GOOD = {"prompt": "a red circle"}
+EMBEDS = torch.zeros(1, 32, WIDTH)
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": ""}, "prompt is empty"),
+    ({"prompt": " \n"}, "prompt is empty"),
+    ({"prompt": ["a star", ""]}, "prompt is empty"),
+    ({"prompt": []}, "empty list"),
+    ({"prompt": [3]}, "prompt is 3"),
+    ({"prompt": None}, "prompt is missing"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 .* 1 or more"),
+    ({"keep": 5, "num_images_per_prompt": 4}, "keep=5 is more than num_images_per_prompt=4"),
+    ({"keep": 0}, "keep=0 .* 1 or more"),
+    ({"keep": 1, "num_images_per_prompt": 2, "rerank": False}, "keep=1 of 2 needs a ranking.*rerank=False"),
+    ({"rerank": True, "prompt": None, "image_embeds": torch.zeros(1, WIDTH)}, "needs the prompt as text"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0 .* from 1 to 1000"),
+    ({"num_inference_steps": 1001}, "from 1 to 1000"),
+    ({"num_inference_steps": 2.5}, "whole number"),
+    ({"num_inference_steps": True}, "whole number"),
+    ({"prior_num_inference_steps": 0}, "prior_num_inference_steps=0 .* from 1 to 1000"),
+    ({"height": 60}, "height=60 cannot be halved .* multiple of 8, such as 56"),
+    ({"width": 0}, "width=0 .* 1 or more"),
+    ({"sampler": "eular"}, "sampler 'eular' is unknown; choose from: ddim, ddpm, dpmpp_2m, .*heun"),
+    ({"guidance_scale": 0.5}, r"guidance_scale=0.5 .* 1 or more \(1 turns guidance off\)"),
+    ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+    ({"prior_guidance_scale": -1}, "prior_guidance_scale=-1"),
+    ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 .* from 0 to 1"),
+    ({"guidance_interval": (3.0, 1.0)}, "upside down"),
+    ({"guidance_interval": (3.0,)}, "not a pair"),
+    ({"eta": 2.0}, "eta=2.0 .* from 0 to 1"),
+    ({"eta": 0.5, "sampler": "heun"}, "eta=0.5, but sampler 'heun' takes none; choose from: ddim"),
+    ({"clip_skip": 2}, "clip_skip=2 .* from 0 to 1"),
+    ({"noise_level": 1000}, "noise_level=1000 .* from 0 to 999"),
+    ({"noise_level": -1}, "noise_level=-1"),
+    ({"prior": "yes"}, "prior='yes'"),
+    ({"seed": -1}, "seed=-1 .* from 0 to 4294967295"),
+    ({"seed": 2**32}, "seed=4294967296"),
+    ({"seed": MAX_SEED, "num_images_per_prompt": 2}, "from 0 to 4294967294"),
+    ({"seed": [1, 2]}, "seed has 2 numbers for 1 prompts"),
+    ({"seed": 1.5}, "seed=1.5 .* whole number"),
+    ({"seed": "x"}, "seed='x' .* whole number"),
+    ({"output_type": "jpg"}, "output_type 'jpg' is unknown; choose from: pil, pt, np, latent"),
+    ({"latents": torch.zeros(1, 4, 4, 8)}, r"latents has shape \(1, 4, 4, 8\); give \(1, 4, 8, 8\)"),
+    ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "latents has numbers that are not finite"),
+    ({"latents": [1]}, "latents is a list"),
+    ({"prior_latents": torch.zeros(2, WIDTH)}, "prior_latents has shape"),
+    ({"image_embeds": torch.zeros(1, 3)}, "image_embeds has shape"),
+    ({"image_embeds": torch.zeros(1, WIDTH), "prior": True}, "prior=True and image_embeds"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 32, WIDTH)}, "prior reads the prompt as text"),
+    ({"prompt_embeds": torch.zeros(1, 32, 3)}, "prompt_embeds has shape"),
+    ({"prompt_embeds": torch.zeros(1, 20, WIDTH)}, "prompt_embeds has shape"),
+    ({"prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS[:, 1:]}, "negative_prompt_embeds has shape"),
+    ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
+    ({"negative_prompt": [1]}, "negative_prompt is 1"),
+    ({"negative_prompt": "a", "negative_prompt_embeds": EMBEDS}, "both given"),
+]
+
+
+@pytest.fixture
+def no_network_runs(tiny: TextToImage) -> Iterator[None]:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a network ran before the request was checked")
+
+    model = tiny.model
+    assert model.prior is not None and model.clip is not None
+    modules = [model.unet, model.vae, model.text.encoder, model.prior.network, model.clip.model]
+    hooks = [module.register_forward_pre_hook(refuse) for module in modules]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_mistakes(tiny: TextToImage, no_network_runs: None, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        tiny(**(GOOD | words))
+    assert "\n" not in str(caught.value)
+
+
+def test_batch_size_below_one(tiny: TextToImage, no_network_runs: None) -> None:
+    with pytest.raises(ValueError, match="batch_size=0"):
+        tiny("a star", batch_size=0)
+
+
+def test_one_bad_request_refuses_all(tiny: TextToImage, no_network_runs: None) -> None:
+    with pytest.raises(ValueError, match="prompt is empty"):
+        tiny.paint([Request(prompt="a star"), Request(prompt="")])
+
+
+def test_no_network_runs_is_able_to_fail(tiny: TextToImage, no_network_runs: None) -> None:
+    with pytest.raises(AssertionError, match="a network ran"):
+        tiny("a star")
+
+
+@pytest.mark.parametrize(
+    ("words", "ignored"),
+    [
+        ({"negative_prompt": "blue", "guidance_scale": 1.0}, "negative_prompt"),
+        ({"prior": False, "prior_guidance_scale": 2.0}, "prior_guidance_scale"),
+        ({"prior": False, "noise_level": 5}, "noise_level"),
+        ({"prior": False, "prior_num_inference_steps": 5}, "prior_num_inference_steps"),
+        ({"prompt_embeds": EMBEDS, "clip_skip": 1}, "clip_skip"),
+    ],
+)
+def test_what_is_ignored_is_said(tiny: TextToImage, words: dict[str, Any], ignored: str) -> None:
+    with pytest.warns(UserWarning, match=f"{ignored} is ignored"):
+        Request(**(GOOD | words)).resolve(tiny.model.abilities)
+
+
+def test_a_model_without_prior_or_clip_says_so(tiny: TextToImage) -> None:
+    able = replace(tiny.model.abilities, prior_max_steps=0, can_rank=False)
+    with pytest.raises(ValueError, match="has no prior"):
+        Request(prompt="a star", prior=True).resolve(able)
+    plain = replace(able, defaults=replace(able.defaults, prior=False))
+    with pytest.raises(ValueError, match="no clip/ to rank with"):
+        Request(prompt="a star", rerank=True).resolve(plain)
+    with pytest.raises(ValueError, match="keep=1 of 2 needs a ranking"):
+        Request(prompt="a star", keep=1, num_images_per_prompt=2).resolve(plain)
+    assert Request(prompt="a star").resolve(plain).rank is False
+
+
+def test_seeds() -> None:
+    assert candidate_seeds(5, 2, 3) == (5, 6, 7, 5, 6, 7)
+    assert candidate_seeds([5, 1], 2, 2) == (5, 6, 1, 2)
+    assert candidate_seeds(MAX_SEED, 1, 1) == (MAX_SEED,)
+    drawn = candidate_seeds(None, 2, 3)
+    assert drawn[:3] == drawn[3:] and drawn[1] == drawn[0] + 1 and 0 <= drawn[0] <= MAX_SEED - 2
+    assert len({candidate_seeds(None, 1, 1) for _ in range(8)}) > 1
+
+
+def test_drawing_a_seed_leaves_torchs_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    candidate_seeds(None, 1, 4)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_settings_go_through_json(tiny: TextToImage) -> None:
+    able = tiny.model.abilities
+    job = Request(prompt="a star", seed=3, guidance_interval=(0.1, 2.0), sampler="heun").resolve(able)
+    (candidate,) = job.candidates
+    again = Candidate.from_json(json.loads(json.dumps(candidate.to_json())), able)
+    assert (again.prompt, again.seed, again.settings) == ("a star", 3, candidate.settings)
+    assert isinstance(again.settings.guidance_interval, tuple)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": None}, "seed=None"),
+        ({"settings": {"sampler": "no"}}, "sampler 'no' is unknown"),
+        ({"settings": {"stepz": 3}}, "record: setting 'stepz' is unknown; choose from: height"),
+        ({"given": ["latents"]}, re.escape("painted from tensors (latents)")),
+    ],
+)
+def test_damaged_records(tiny: TextToImage, change: dict[str, Any], message: str) -> None:
+    record = Request(prompt="a star", seed=3).resolve(tiny.model.abilities).candidates[0].to_json()
+    with pytest.raises(ValueError, match=message):
+        Candidate.from_json(record | change, tiny.model.abilities)
+    with pytest.raises(ValueError, match="the record has no 'prompt'"):
+        Candidate.from_json({}, tiny.model.abilities)
+
+
+def test_settings_defaults_are_the_models_own(tiny: TextToImage) -> None:
+    settings = Request(prompt="a star").resolve(tiny.model.abilities).candidates[0].settings
+    assert settings == Settings(
+        height=64,
+        width=64,
+        num_inference_steps=4,  # unclip.json
+        guidance_scale=3.0,
+        prior=True,
+        prior_num_inference_steps=3,
+        prior_guidance_scale=4.0,  # stock's
+        sampler="ddim",  # scheduler_config.json
+    )
