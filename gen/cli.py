@@ -95,6 +95,7 @@ def generate(
     """
     started = time.perf_counter()
     with _speaking("generate"), _output_folder(out) as folder:
+        _check_text(prompt, negative or "")
         painter = _load(model)
         loaded = time.perf_counter()
         from gen.request import Request
@@ -161,7 +162,7 @@ def generate(
         "peak_memory_bytes": _peak_memory(),
     }
     if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(answer))
     elif quiet:
         print(*(one["path"] for one in pictures), sep="\n")
     else:
@@ -183,6 +184,7 @@ def score(
 ) -> None:
     """Say how well IMAGE fits each TEXT: the cosine of their CLIP embeddings, from -1 to 1."""
     with _speaking("score"):
+        _check_text(*texts)
         if any(not text.strip() for text in texts):
             raise ValueError("a text is empty; say in words what the picture may show")
         paths = [image, *(more or [])]
@@ -194,7 +196,7 @@ def score(
         for text, value in zip(texts, row, strict=True)
     ]
     if as_json:
-        print(json.dumps({"model": model, "scores": scores}, ensure_ascii=False))
+        print(json.dumps({"model": model, "scores": scores}))
     else:
         for one in scores:
             print(f"{one['score']:7.4f}  {one['image']}  {one['text']}")
@@ -208,7 +210,7 @@ def info(
     with _speaking("info"):
         facts = _facts(model)
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts))
         return
     print(f"{facts['name']}: {facts['family']} in {facts['folder']}, hash {facts['hash'][:12]}")
     for name, part in facts["parts"].items():
@@ -247,7 +249,7 @@ def reproduce(
     }
     answer |= {"record": record}
     if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(answer))
     else:
         verdict = "painted again" if difference <= TOLERANCE else "painted differently"
         levels = "level" if difference == 1 else "levels"
@@ -291,6 +293,15 @@ def _in_options(message: str) -> str:
         if "_" in name:  # the others are English words too, and mean themselves without a value
             message = re.sub(rf"\b{name}\b", option, message)
     return message
+
+
+def _check_text(*texts: str) -> None:
+    """ValueError for bytes of the command line that are no text; Python holds them as lone surrogates."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{text!r} is not text in UTF-8; set the terminal to UTF-8") from None
 
 
 def _load(name: str) -> "TextToImage":

@@ -251,6 +251,8 @@ def test_ignored_settings_are_told_in_one_line(tiny: Path, tmp_path: Path, capsy
 MISTAKES = {
     "unknown model": ("--model nowhere", "'nowhere' is unknown"),
     "model path without a model": ("--model /", "model_index.json"),
+    "unknown hub id": ("--model nobody/nothing", "cannot be fetched"),
+    "a single file": ("--model pyproject.toml", "is a single file"),
     "unknown sampler": ("--sampler eular", "sampler 'eular' is unknown; choose from: "),
     "keep more than n": ("-n 4 --keep 5", "--keep 5 is more than -n 4"),
     "keep none": ("--keep 0", "--keep 0 is out of range; give a whole number of 1 or more"),
@@ -287,6 +289,9 @@ def test_an_empty_prompt_is_refused(
     said = refused(capsys, "generate", prompt, "--model", tiny, "--out", tmp_path / "out")
     assert "prompt is empty" in said and not (tmp_path / "out").exists()
     assert "PROMPT" in refused(capsys, "generate", "--out", tmp_path / "out")
+    latin = os.fsdecode(b"ein gr\xfcner Kreis")  # as Python holds bytes that are not UTF-8
+    assert "UTF-8" in refused(capsys, "generate", latin, "--model", tiny, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def spoil(model: Path, how: str) -> str:
