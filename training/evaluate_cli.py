@@ -24,7 +24,7 @@ def evaluate(
     number: Annotated[int, typer.Option("-n", "--num-images", metavar="N", help="Candidates a prompt.")] = 16,
     prior: Annotated[
         bool | None,
-        typer.Option("--prior/--no-prior", help="Through the prior, or from the text alone. [default: both]"),
+        typer.Option("--prior/--no-prior", help="Through the prior, or from the text alone (default: both)"),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Added to every prompt's own seed.")] = 0,
     limit: Annotated[
@@ -32,10 +32,10 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Pictures painted together. [default: 64, on a GPU 1024]"),
+        typer.Option(metavar="N", help="Pictures painted together (default: 64, on a GPU 1024)"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda. [default: a GPU where there is one]")
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda (default: a GPU where there is one)")
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where outcomes and pictures are kept; run again to go on.")
