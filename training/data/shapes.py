@@ -53,6 +53,7 @@ BACKGROUND_WORDINGS = ("on a {} background", "on {}", "against a {} background")
 _GAP = 2  # pixels kept free between two objects and between an object and the border
 _AXIS_LEAD = 6  # pixels by which a relation's axis leads the other, so no relation is a close call
 _SUB = OVERSAMPLING
+_SQUARE_SIDE = 0.85  # half the side of a square, of the radius
 _UNIT = 1000  # shape outlines are integers in thousandths of the radius
 _STAR = (  # outer radius 1, inner radius 0.42
     *((0, -1000), (247, -340), (951, -309), (399, 130), (588, 809)),
@@ -235,7 +236,8 @@ def shape_mask(shape: str, x: float, y: float, radius: float) -> NDArray[np.bool
     if shape == "circle":
         return _disc(dx, dy, (0, 0, _UNIT), reach)
     if shape == "square":
-        return (np.abs(dx) <= 850 * reach) & (np.abs(dy) <= 850 * reach)
+        side = round(_SQUARE_SIDE * _UNIT) * reach
+        return (np.abs(dx) <= side) & (np.abs(dy) <= side)
     if shape == "cross":
         narrow, long = 330 * reach, 940 * reach
         return ((np.abs(dx) <= narrow) & (np.abs(dy) <= long)) | ((np.abs(dx) <= long) & (np.abs(dy) <= narrow))
@@ -327,11 +329,17 @@ def _drop(noun: Noun, rng: random.Random) -> Thing:
 
 
 def _apart(things: Sequence[Thing]) -> bool:
-    return all(
-        (a.x - b.x) ** 2 + (a.y - b.y) ** 2 >= (a.radius + b.radius + _GAP) ** 2
-        for i, a in enumerate(things)
-        for b in things[:i]
-    )
+    return all(_clear(a, b) for i, a in enumerate(things) for b in things[:i])
+
+
+def _clear(a: Thing, b: Thing) -> bool:
+    """Whether two objects keep the gap: by their circles, and by their sides where both are squares."""
+    dx, dy = abs(a.x - b.x), abs(a.y - b.y)
+    if dx**2 + dy**2 < (a.radius + b.radius + _GAP) ** 2:
+        return False
+    if a.noun.shape == b.noun.shape == "square":  # corners reach beyond the circle
+        return max(dx, dy) >= _SQUARE_SIDE * (a.radius + b.radius) + _GAP
+    return True
 
 
 def _related(relation: str | None, things: Sequence[Thing]) -> bool:
