@@ -37,9 +37,7 @@ class CLIP:
         self.preprocess = preprocess or Preprocess().with_size(max(self.towers.image_size))
         if self.preprocess.output_size not in (None, self.towers.image_size):
             given, wanted = self.preprocess.output_size, self.towers.image_size
-            raise ValueError(
-                f"pictures are prepared at {given}, the image tower takes {wanted}; make them equal"
-            )
+            raise ValueError(f"pictures are prepared at {given}, the image tower takes {wanted}; make them equal")
 
     @classmethod
     def from_pretrained(
@@ -60,10 +58,9 @@ class CLIP:
         return cls(model.eval().requires_grad_(False), tokenizer, preprocess).to(device)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The library's own model: transformers' CLIPModel or open_clip's."""
-        model: nn.Module = self.towers.model
-        return model
+        return self.towers.model
 
     @property
     def tokenizer(self) -> Any:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    StrictDataclassError,
 )
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError, safe_open
@@ -52,7 +53,7 @@ def load(name_or_folder: str | Path, dtype: torch.dtype, attn_implementation: st
     """Find out what kind of CLIP it is and load it; see `clip_core.clip.CLIP.from_pretrained`."""
     name = str(name_or_folder)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return _load_folder(folder, dtype, attn_implementation, network=False)
     if folder.is_file():
         raise ValueError(f"{name} is a file; give the CLIP folder that it lies in")
@@ -83,7 +84,7 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
         config = CLIPConfig.from_dict(values)
         with torch.device("meta"):  # shapes without memory, and no random numbers drawn
             model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ValueError(f"{folder / 'config.json'} does not describe a CLIP: {_line(error)}") from error
     weights = _read_weights(folder)
     _check_shapes(folder, model, weights)
@@ -122,9 +123,7 @@ def _check_shapes(folder: Path, model: nn.Module, weights: dict[str, Tensor]) ->
     expected = model.state_dict()
     missing = sorted(expected.keys() - weights.keys())
     if missing:
-        raise ValueError(
-            f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, such as {missing[0]}"
-        )
+        raise ValueError(f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, such as {missing[0]}")
     for key, tensor in expected.items():
         if tensor.shape != weights[key].shape:
             given, wanted = tuple(weights[key].shape), tuple(tensor.shape)
@@ -154,9 +153,7 @@ def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
         raise ValueError(f"{path} is damaged: it has no model_cfg with a text_cfg")
     tower = text.get("hf_model_name")
     if tower and not network and not Path(tower).is_dir():
-        raise ValueError(
-            f"{path} takes its text tower {tower!r} from the hub; give a hub id to allow the network"
-        )
+        raise ValueError(f"{path} takes its text tower {tower!r} from the hub; give a hub id to allow the network")
     if text.get("hf_tokenizer_name") and not any(folder.glob("tokenizer*")) and not _has_tokenizer(folder):
         raise ValueError(f"{folder / 'tokenizer.json'} is missing; {path} declares a Hugging Face tokenizer")
     if not any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS):
@@ -180,16 +177,11 @@ def _load_open_clip_name(name: str, dtype: torch.dtype) -> Loaded:
     architecture, _, tag = name.rpartition("/")
     config = get_pretrained_cfg(architecture, tag)
     if not config:
-        tags = (
-            ", ".join(list_pretrained_tags_by_model(architecture))
-            or "no tags: see open_clip.list_pretrained()"
-        )
+        tags = ", ".join(list_pretrained_tags_by_model(architecture)) or "no tags: see open_clip.list_pretrained()"
         raise ValueError(f"open_clip knows no {name!r}; give NAME/TAG; {architecture!r} has: {tags}")
     repository, _, file = config.get("hf_hub", "").rpartition("/")
     if not repository:
-        raise ValueError(
-            f"{OPEN_CLIP_PREFIX}{name} is only offered as a pickle, which is never read; choose another"
-        )
+        raise ValueError(f"{OPEN_CLIP_PREFIX}{name} is only offered as a pickle, which is never read; choose another")
     file = Path(file).with_suffix(".safetensors").name if file else OPEN_CLIP_WEIGHTS[0]
     try:
         weights = hf_hub_download(repository, file)

@@ -35,9 +35,7 @@ def contrastive_loss(
         scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=image.device)
         # clamp() may have no gradient at the limit, and a temperature that reached it could not come back
         scale = scale - (scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
-        logits = (
-            scale.exp() * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
-        )  # (B, B)
+        logits = scale.exp() * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T  # (B, B)
         same = torch.eye(rows, dtype=torch.bool, device=image.device)
         if captions_equal is not None:
             same = same | captions_equal.to(image.device, torch.bool)

@@ -35,9 +35,7 @@ FIXED_POINT = 2**22  # Pillow's PRECISION_BITS: weights are rounded to 22 binary
 class Preprocess:
     """How a picture becomes the tower's input; sizes in pixels, (height, width)."""
 
-    resize: int | tuple[int, int] | None = (
-        224  # an int: the shorter side becomes it; a pair: exactly; None: as is
-    )
+    resize: int | tuple[int, int] | None = 224  # an int: the shorter side becomes it; a pair: exactly; None: as is
     crop: tuple[int, int] | None = (
         224,
         224,
@@ -49,9 +47,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.resample not in RESAMPLE:
-            raise ValueError(
-                f"resample {self.resample!r} is unknown; choose from: {', '.join(sorted(RESAMPLE))}"
-            )
+            raise ValueError(f"resample {self.resample!r} is unknown; choose from: {', '.join(sorted(RESAMPLE))}")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Preprocess":
@@ -61,9 +57,7 @@ class Preprocess:
         if not path.is_file() and nested.is_file():
             path = nested
         if not path.is_file():
-            raise ValueError(
-                f"{path} is missing; it says how pictures are sized and normalised for this CLIP"
-            )
+            raise ValueError(f"{path} is missing; it says how pictures are sized and normalised for this CLIP")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             return cls.from_config(config.get("image_processor", config))
@@ -107,9 +101,7 @@ class Preprocess:
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         mode = config.get("resize_mode") or "shortest"
         if mode not in ("shortest", "squash") or (mode == "shortest" and height != width):
-            raise ValueError(
-                f"resize_mode {mode!r} to {height}x{width} is not supported; square shortest, or squash"
-            )
+            raise ValueError(f"resize_mode {mode!r} to {height}x{width} is not supported; square shortest, or squash")
         return cls(
             resize=(height, width) if mode == "squash" else height,
             crop=None if mode == "squash" else (height, width),

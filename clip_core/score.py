@@ -11,11 +11,7 @@ from torch.nn import functional as F
 
 def cosine(image: Tensor, text: Tensor) -> Tensor:
     """Cosine of each image (B, E) with its text (B, E), or with one text (1, E) or (E,): (B,) float32."""
-    if (
-        image.ndim != 2
-        or text.shape[-1] != image.shape[1]
-        or (text.ndim == 2 and len(text) not in (1, len(image)))
-    ):
+    if image.ndim != 2 or text.shape[-1] != image.shape[1] or (text.ndim == 2 and len(text) not in (1, len(image))):
         given = f"image {tuple(image.shape)} and text {tuple(text.shape)}"
         raise ValueError(f"{given} do not pair; give (B, E) and as many texts, or one")
     with torch.autocast(image.device.type, enabled=False):  # half precision would tie near candidates

@@ -27,9 +27,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     embedding's size from `len(tokenizer)`. `max_length` counts the begin and end tokens.
     """
     if vocab_size < NUM_FIXED:
-        raise ValueError(
-            f"vocab_size is {vocab_size}; give at least {NUM_FIXED}: all bytes twice, begin and end"
-        )
+        raise ValueError(f"vocab_size is {vocab_size}; give at least {NUM_FIXED}: all bytes twice, begin and end")
     if max_length < 3:
         raise ValueError(f"max_length is {max_length}; give at least 3: begin, one token, end")
     if isinstance(captions, str):

@@ -62,13 +62,9 @@ class TransformersTowers:
     def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
         config, eos = model.config.text_config, tokenizer.eos_token_id
         if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} ids, the text tower only {config.vocab_size}"
-            )
+            raise ValueError(f"the tokenizer has {len(tokenizer)} ids, the text tower only {config.vocab_size}")
         if tokenizer.padding_side != "right":
-            raise ValueError(
-                "the tokenizer pads on the left; CLIP counts positions from the start: pad right"
-            )
+            raise ValueError("the tokenizer pads on the left; CLIP counts positions from the start: pad right")
         highest = eos == tokenizer.vocab_size - 1
         if eos == LEGACY_EOS_ID or not (
             config.eos_token_id == eos or (config.eos_token_id == LEGACY_EOS_ID and highest)
@@ -147,9 +143,7 @@ class OpenClipTowers:
 
     def _hugging_face_text(self, tower: Any, tokens: Tokens, clip_skip: int | None) -> TextFeatures:
         if clip_skip is not None:
-            raise ValueError(
-                "clip_skip needs a CLIP text tower; this model's is a Hugging Face one: give None"
-            )
+            raise ValueError("clip_skip needs a CLIP text tower; this model's is a Hugging Face one: give None")
         mask = (tokens.input_ids != tower.config.pad_token_id).long()  # as HFTextEncoder.forward masks
         out = tower.transformer(input_ids=tokens.input_ids, attention_mask=mask)
         embedding = tower.proj(tower.pooler(out, mask))
@@ -174,9 +168,7 @@ def make_towers(model: nn.Module, tokenizer: Any) -> Towers:
 def _skip(states: Sequence[Tensor], clip_skip: int) -> Tensor:
     """As diffusers' encode_prompt: 0 the last layer's states, 1 those before it, and so on."""
     if not 0 <= clip_skip < len(states):
-        raise ValueError(
-            f"clip_skip is {clip_skip}; give 0 to {len(states) - 1} for this text tower, or None"
-        )
+        raise ValueError(f"clip_skip is {clip_skip}; give 0 to {len(states) - 1} for this text tower, or None")
     return states[-(clip_skip + 1)]
 
 

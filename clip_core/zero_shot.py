@@ -10,9 +10,7 @@ from clip_core.clip import CLIP
 
 
 @torch.no_grad()
-def class_weights(
-    clip: CLIP, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
-) -> Tensor:
+def class_weights(clip: CLIP, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)) -> Tensor:
     """One unit vector per class, (K, E): the mean of its templates' unit embeddings (ibid. 3.1.4)."""
     if not names or not templates or not all("{}" in template for template in templates):
         given = f"{len(names)} names and the templates {list(templates)}"

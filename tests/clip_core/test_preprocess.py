@@ -45,9 +45,7 @@ def test_tensor_path_equals_pillow(size: tuple[int, int], resample: str) -> None
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_stock_transformers(size: tuple[int, int], tmp_path: Path) -> None:
     options = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
-    CLIPImageProcessor(**options, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(
-        tmp_path
-    )
+    CLIPImageProcessor(**options, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
     ours = Preprocess.from_folder(tmp_path).from_images([picture(*size)])
     pillow = CLIPImageProcessorPil.from_pretrained(tmp_path)(picture(*size), return_tensors="pt").pixel_values
     torch.testing.assert_close(ours, pillow, atol=1e-5, rtol=0)
@@ -76,9 +74,7 @@ def test_painted_floats_score_as_their_saved_file() -> None:
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     saved = [Image.fromarray((row.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for row in pixels]
     preprocess = Preprocess(resize=40, crop=(40, 40))
-    torch.testing.assert_close(
-        preprocess.from_pixels(pixels), preprocess.from_images(saved), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(preprocess.from_pixels(pixels), preprocess.from_images(saved), atol=1e-5, rtol=0)
     outside = torch.tensor([-0.2, 1.3]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8)
     none = Preprocess(resize=None, crop=None, mean=(0, 0, 0), std=(1, 1, 1))
     assert none.from_pixels(outside)[:, 0, 0, 0].tolist() == [0, 1]
@@ -114,9 +110,7 @@ def test_config_goes_round(config: dict) -> None:
     preprocess = Preprocess.from_config(config)
     again = Preprocess.from_config(json.loads(json.dumps(preprocess.to_config())))
     assert again == preprocess
-    expected = CLIPImageProcessorPil(**preprocess.to_config())(
-        picture(70, 60), return_tensors="pt"
-    ).pixel_values
+    expected = CLIPImageProcessorPil(**preprocess.to_config())(picture(70, 60), return_tensors="pt").pixel_values
     torch.testing.assert_close(preprocess.from_images([picture(70, 60)]), expected, atol=1e-5, rtol=0)
 
 
