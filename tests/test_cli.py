@@ -350,12 +350,12 @@ def test_interrupted_leaves_whole_files_only(seconds: float, tiny: Path, tmp_pat
     arguments = ["generate", PROMPT, "-n", "64", "--steps", "900", "--model", str(tiny), "--out", str(out)]
     process = subprocess.Popen([*UNCLIP, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # generous: only a busy machine needs it
         while not out.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130, said
