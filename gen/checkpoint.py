@@ -36,9 +36,7 @@ ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
 HUB_FILES = ["*.json", "*.txt", "*.safetensors"]  # what is fetched: never pickle, never code
 HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin"]
-OURS: dict[str, type] = {
-    "StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer
-}  # not in diffusers' top level
+OURS: dict[str, type] = {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer}  # not in diffusers' top level
 
 
 @dataclass(frozen=True)

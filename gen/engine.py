@@ -132,9 +132,7 @@ class Engine:
             for row in members:
                 eta = SAMPLERS[row.sampler].defaults.get("eta", 0.0) if row.eta is None else row.eta
                 live.append(Live(row, NoiseStream([row.seed], self.stage, shape), eta))
-            unit = [
-                one.stream.at(0)[0] if one.row.start is None else one.row.start.float().cpu() for one in live
-            ]
+            unit = [one.stream.at(0)[0] if one.row.start is None else one.row.start.float().cpu() for one in live]
             scales = torch.tensor([row.schedule.start_scale for row in members])
             state = start(members[0].sampler, torch.stack(unit).to(self.device), scales.to(self.device))
             if key in self.lanes:
@@ -215,10 +213,7 @@ class Engine:
         if not any(one.eta for one in lane.rows) and SAMPLERS[lane.sampler].defaults["eta"] == 0:
             return None, {}
         # block 0 was the start, so the step from level i draws block i + 1
-        blocks = [
-            one.stream.at(one.index + 1) if one.eta else torch.zeros(1, *one.stream.shape)
-            for one in lane.rows
-        ]
+        blocks = [one.stream.at(one.index + 1) if one.eta else torch.zeros(1, *one.stream.shape) for one in lane.rows]
         eta = torch.tensor([one.eta for one in lane.rows], device=self.device)
         return torch.cat(blocks).to(self.device, non_blocking=True), {"eta": eta}
 

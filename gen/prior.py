@@ -55,9 +55,7 @@ class Prior:
             Row(
                 key=key,
                 seed=candidate.seed,
-                schedule=self.levels.schedule(
-                    self.levels.sampler, candidate.settings.prior_num_inference_steps
-                ),
+                schedule=self.levels.schedule(self.levels.sampler, candidate.settings.prior_num_inference_steps),
                 sampler=self.levels.sampler,
                 prompt=known[candidate.prompt],
                 null=known[""],
@@ -80,7 +78,8 @@ class Prior:
         """What the prior is told of each text: token states, text embedding and mask."""
         features = self.text(texts)
         embedding = self.text_encoder.text_projection(features.pooled)  # (B, E)
-        return [Condition(*each) for each in zip(features.tokens, embedding, features.mask, strict=True)]
+        tokens, vectors = (told.to(self.network.dtype) for told in (features.tokens, embedding))
+        return [Condition(*each) for each in zip(tokens, vectors, features.mask, strict=True)]
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """The wall to diffusers: (M, E) noisy embeddings -> the network's own output."""

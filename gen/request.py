@@ -107,9 +107,7 @@ class Candidate:
     def from_json(cls, record: Mapping[str, Any], able: Abilities) -> Candidate:
         """The candidate of a record, checked as a request is; ValueError says what the record lacks."""
         if given := record.get("given"):
-            raise ValueError(
-                f"the picture was painted from tensors ({', '.join(given)}) that its record lacks"
-            )
+            raise ValueError(f"the picture was painted from tensors ({', '.join(given)}) that its record lacks")
         try:
             prompt, seed, told = record["prompt"], record["seed"], record["settings"]
         except KeyError as error:
@@ -169,9 +167,7 @@ class Request:
         n = whole("num_images_per_prompt", self.num_images_per_prompt, 1)
         keep = n if self.keep is None else whole("keep", self.keep, 1)
         if keep > n:
-            raise ValueError(
-                f"keep={keep} is more than num_images_per_prompt={n}; keep at most what is painted"
-            )
+            raise ValueError(f"keep={keep} is more than num_images_per_prompt={n}; keep at most what is painted")
         rank = self._rank(able)
         if keep < n and not rank:
             why = "rerank=False" if able.can_rank else "this model has no clip/ to rank with"
@@ -211,9 +207,9 @@ class Request:
         if self.prompt is None:
             source = self.prompt_embeds if self.prompt_embeds is not None else self.image_embeds
             if source is None:
-                raise ValueError(
-                    "prompt is missing; give a text, a list of texts, prompt_embeds or image_embeds"
-                )
+                raise ValueError("prompt is missing; give a text, a list of texts, prompt_embeds or image_embeds")
+            if not isinstance(source, Tensor) or source.ndim < 2 or not len(source):
+                raise ValueError("without a prompt, prompt_embeds or image_embeds must be a tensor of one or more")
             return ("",) * len(source)
         prompts = (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
         if not prompts:
@@ -259,9 +255,7 @@ class Request:
             given.setdefault("eta", None)  # the model's own eta is its own sampler's
         if self.image_embeds is not None:
             if self.prior:
-                raise ValueError(
-                    "prior=True and image_embeds were both given; an image embedding needs no prior"
-                )
+                raise ValueError("prior=True and image_embeds were both given; an image embedding needs no prior")
             given["prior"] = False
         settings = able.defaults.updated(given, "request")
         check_settings(settings, able)
@@ -273,8 +267,7 @@ class Request:
     def _warn_ignored(self, settings: Settings) -> None:
         ignored = {
             "negative_prompt": settings.guidance_scale == 1 and self.negative_prompt is not None,
-            "negative_prompt_embeds": settings.guidance_scale == 1
-            and self.negative_prompt_embeds is not None,
+            "negative_prompt_embeds": settings.guidance_scale == 1 and self.negative_prompt_embeds is not None,
             "clip_skip": self.prompt_embeds is not None and self.clip_skip is not None,
             "prior_latents": not settings.prior and self.prior_latents is not None,
             "prior_num_inference_steps": not settings.prior and self.prior_num_inference_steps is not None,
@@ -284,9 +277,7 @@ class Request:
         reason = {"clip_skip": "prompt_embeds was given", "negative_prompt": "guidance_scale is 1"}
         reason["negative_prompt_embeds"] = reason["negative_prompt"]
         for name in (name for name, holds in ignored.items() if holds):
-            warnings.warn(
-                f"{name} is ignored: {reason.get(name, 'the prior is off')}", UserWarning, stacklevel=4
-            )
+            warnings.warn(f"{name} is ignored: {reason.get(name, 'the prior is off')}", UserWarning, stacklevel=4)
 
     def _check_tensors(self, settings: Settings, able: Abilities, num_prompts: int, n: int) -> None:
         cells = (settings.height // able.size_multiple, settings.width // able.size_multiple)
@@ -294,9 +285,7 @@ class Request:
         if able.embedding_width is None:
             for name in ("image_embeds", "prior_latents"):
                 if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} was given, but this model takes no image embedding; leave it out"
-                    )
+                    raise ValueError(f"{name} was given, but this model takes no image embedding; leave it out")
         else:
             shape_of("prior_latents", self.prior_latents, (num_prompts * n, able.embedding_width))
             shape_of("image_embeds", self.image_embeds, (num_prompts, able.embedding_width))
@@ -318,9 +307,7 @@ def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) 
     else:
         starts = [whole("seed", value, 0, last) for value in seed]
         if len(starts) != num_prompts:
-            raise ValueError(
-                f"seed has {len(starts)} numbers for {num_prompts} prompts; give one, or one for each"
-            )
+            raise ValueError(f"seed has {len(starts)} numbers for {num_prompts} prompts; give one, or one for each")
     return tuple(start + k for start in starts for k in range(n))
 
 
@@ -342,17 +329,13 @@ def check_settings(settings: Settings, able: Abilities) -> None:
         real("eta", settings.eta, 0.0, 1.0)
         if "eta" not in SAMPLERS[settings.sampler].defaults:
             takes = ", ".join(name for name, sampler in sorted(SAMPLERS.items()) if "eta" in sampler.defaults)
-            raise ValueError(
-                f"eta={settings.eta}, but sampler '{settings.sampler}' takes none; choose from: {takes}"
-            )
+            raise ValueError(f"eta={settings.eta}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
     if settings.guidance_interval is not None:
         interval = settings.guidance_interval
         if len(interval) != 2 or not all(real("guidance_interval", end, 0.0) >= 0 for end in interval):
             raise ValueError(f"guidance_interval={interval} is not a pair (lowest, highest) of noise levels")
         if interval[0] > interval[1]:
-            raise ValueError(
-                f"guidance_interval={interval} is upside down; give (lowest, highest) noise level"
-            )
+            raise ValueError(f"guidance_interval={interval} is upside down; give (lowest, highest) noise level")
     if settings.clip_skip is not None:
         whole("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
     if not isinstance(settings.prior, bool):
@@ -372,15 +355,8 @@ def entries(tensor: Tensor | None) -> dict[int, Tensor]:
 
 def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` if it is a whole number of [low, high] (None: no end), else ValueError."""
-    allowed = (
-        f"a whole number from {low} to {high}" if high is not None else f"a whole number of {low} or more"
-    )
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or value < low
-        or (high is not None and value > high)
-    ):
+    allowed = f"a whole number from {low} to {high}" if high is not None else f"a whole number of {low} or more"
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         raise ValueError(f"{name}={value!r} is out of range; give {allowed}")
     return value
 
@@ -389,9 +365,7 @@ def real(name: str, value: object, low: float, high: float = math.inf, hint: str
     """`value` if it is a finite number of [low, high], else ValueError."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
-        allowed = (
-            f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of {low:g} or more"
-        )
+        allowed = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of {low:g} or more"
         raise ValueError(f"{name}={value!r} is out of range; give {allowed}" + (f" ({hint})" if hint else ""))
     return float(value)  # type: ignore[arg-type]
 

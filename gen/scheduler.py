@@ -20,9 +20,7 @@ from samplers.schedule import EXACT_ZERO_SNR_SIGMA, ZERO_SNR_SIGMA, Schedule, ex
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
-STOCK: dict[
-    str, tuple[str, dict[str, str]]
-] = {  # our sampler -> the diffusers class that it equals, with options
+STOCK: dict[str, tuple[str, dict[str, str]]] = {  # our sampler -> the diffusers class that it equals, with options
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -63,15 +61,11 @@ class NoiseLevels:
     def of(cls, stock: SchedulerMixin, where: str) -> NoiseLevels:
         """Read a stock scheduler; ValueError for a class or an option that has no equal here."""
         name = type(stock).__name__
-        options = (
-            {"algorithm_type": stock.config["algorithm_type"]} if "algorithm_type" in stock.config else {}
-        )
+        options = {"algorithm_type": stock.config["algorithm_type"]} if "algorithm_type" in stock.config else {}
         own = [sampler for sampler, told in STOCK.items() if told == (name, options)]
         if not own:
             choices = ", ".join(sorted({stock_name for stock_name, _ in STOCK.values()}))
-            raise ValueError(
-                f"{where}: scheduler {name} {options or ''} is not supported; choose from: {choices}"
-            )
+            raise ValueError(f"{where}: scheduler {name} {options or ''} is not supported; choose from: {choices}")
         check_options(stock, where)
         # The lower stand-in for a level without signal: the higher one is then the last timestep as well.
         scaling = Scaling.from_betas(KINDS[stock.config["prediction_type"]], stock.betas, ZERO_SNR_SIGMA)
@@ -117,9 +111,7 @@ class NoiseLevels:
                 high, low = levels.sigmas[0].item(), levels.sigmas[num_steps - 1].item()
                 if multistep:
                     low, high = self.scaling.sigmas[0].item(), self.scaling.sigmas[-1].item()
-                return respaced(
-                    num_steps, low, high, last=levels.sigmas[-1].item(), unit_variance=not sigma_space
-                )
+                return respaced(num_steps, low, high, last=levels.sigmas[-1].item(), unit_variance=not sigma_space)
         return levels
 
 
@@ -128,6 +120,4 @@ def check_options(stock: SchedulerMixin, where: str) -> None:
     for option, allowed in ALLOWED.items():
         if option in stock.config and stock.config[option] not in allowed:
             told = ", ".join(repr(value) for value in allowed)
-            raise ValueError(
-                f"{where}: {option}={stock.config[option]!r} is not supported; choose from: {told}"
-            )
+            raise ValueError(f"{where}: {option}={stock.config[option]!r} is not supported; choose from: {told}")

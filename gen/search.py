@@ -17,9 +17,7 @@ def best_of(scores: Sequence[float], num_images_per_prompt: int, keep: int) -> l
     """Per prompt the indices of its `keep` best candidates, best first; of equals the earlier one."""
     best = keep_best(torch.tensor(scores, dtype=torch.float64).view(-1, num_images_per_prompt), keep)
     firsts = range(0, len(scores), num_images_per_prompt)
-    return [
-        [first + index for index in indices] for first, indices in zip(firsts, best.tolist(), strict=True)
-    ]
+    return [[first + index for index in indices] for first, indices in zip(firsts, best.tolist(), strict=True)]
 
 
 def drawing_order(num_candidates: int, num_images_per_prompt: int) -> list[list[int]]:

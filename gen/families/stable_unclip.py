@@ -202,9 +202,7 @@ class StableUnCLIP:
             if candidate.prompt_embeds is None:
                 asked.setdefault(settings.clip_skip, {})[candidate.prompt] = torch.empty(0)
             if candidate.negative_prompt_embeds is None and settings.guidance_scale != 1:
-                asked[None][settings.negative_prompt] = torch.empty(
-                    0
-                )  # as in diffusers, no layer is skipped here
+                asked[None][settings.negative_prompt] = torch.empty(0)  # as in diffusers, no layer is skipped here
         for clip_skip, texts in asked.items():
             if texts:
                 states = self.text(list(texts), clip_skip).tokens.to(self.unet.dtype)
@@ -249,9 +247,7 @@ class StableUnCLIP:
         seeds = [candidates[index].seed for index in indices]
         levels = torch.tensor([candidates[index].settings.noise_level for index in indices])
         fresh = noise(seeds, "image_noise", 0, (self.embedding_width,)).to(self.device)
-        vectors = self.noise_image_embeddings(
-            torch.stack([embeds[index] for index in indices]), levels, fresh
-        )
+        vectors = self.noise_image_embeddings(torch.stack([embeds[index] for index in indices]), levels, fresh)
         return dict(zip(indices, vectors.to(self.unet.dtype).unbind(0), strict=True))
 
     def noise_image_embeddings(self, image_embeds: Tensor, noise_level: Tensor, noise: Tensor) -> Tensor:
@@ -262,9 +258,7 @@ class StableUnCLIP:
         level = noise_level.to(image_embeds.device)
         mean, std = self.image_normalizer.mean.float(), self.image_normalizer.std.float()
         noised = self.image_noising.add_noise((image_embeds - mean) / std, timesteps=level, noise=noise)
-        told = get_timestep_embedding(
-            level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0
-        )
+        told = get_timestep_embedding(level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0)
         return torch.cat([noised * std + mean, told.to(noised.dtype)], dim=1)
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:

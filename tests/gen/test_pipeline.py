@@ -47,6 +47,10 @@ def test_scores_are_clips_own_of_the_picture_on_file(tiny: TextToImage) -> None:
         assert clip.score(pixels, prompt).item() == pytest.approx(score, abs=1e-5)
 
 
+def test_sizes_the_unet_halves_unevenly(tiny: TextToImage) -> None:
+    assert tiny("a star", seed=1, height=72, width=40, output_type="pt").images.shape == (1, 3, 72, 40)
+
+
 def test_without_ranking_drawing_order(tiny: TextToImage) -> None:
     result = tiny(PROMPTS, num_images_per_prompt=3, seed=[10, 20], rerank=False)
     assert result.scores is None and result.seeds == [10, 11, 12, 20, 21, 22]

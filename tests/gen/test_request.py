@@ -25,6 +25,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "empty list"),
     ({"prompt": [3]}, "prompt is 3"),
     ({"prompt": None}, "prompt is missing"),
+    ({"prompt": None, "image_embeds": 3}, "must be a tensor"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(0, 32, WIDTH)}, "must be a tensor of one or more"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 .* 1 or more"),
     ({"keep": 5, "num_images_per_prompt": 4}, "keep=5 is more than num_images_per_prompt=4"),
     ({"keep": 0}, "keep=0 .* 1 or more"),

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
 from gen import Request, TextToImage
 from gen.conditioning import Table
-from gen.engine import Engine, Row
+from gen.engine import Engine, Lane, Live, Row
 from gen.request import Candidate, Settings
 from gen.scheduler import STOCK
+from samplers.noise import NoiseStream, noise
+from tests.tiny import WIDTH
 
 LEVEL = 1 / 255  # one 8-bit level
 PLAIN = Request(prompt="a small red circle", seed=7, rerank=False, output_type="pt")
@@ -126,6 +130,49 @@ def test_rows_admitted_late_or_one_by_one_are_the_same(tiny: TextToImage, sample
     for key, x in found.items():
         assert (x - whole[key]).abs().max() < 1e-4 * whole[key].abs().max().clamp(min=1)
     assert sorted(found) == sorted(whole)
+
+
+@pytest.mark.parametrize("sampler", sorted(STOCK))
+def test_going_on_from_step_k_equals_never_stopping(tiny: TextToImage, sampler: str) -> None:
+    """What a row is after k steps is its tensors and its count: a fresh engine with fresh streams goes on."""
+    rows, table = rows_of(tiny, 4, sampler=sampler)
+    whole = finish(engine_of(tiny, table), rows=rows)
+    first, second = engine_of(tiny, table), engine_of(tiny, table)
+    with torch.no_grad():
+        first.admit(rows)
+        for _ in range(3):
+            first.tick()
+        for key, lane in first.lanes.items():
+            fresh = [
+                Live(one.row, NoiseStream([one.row.seed], "decoder", one.stream.shape), one.eta, one.index)
+                for one in lane.rows
+            ]
+            second.lanes[key] = Lane(lane.sampler, fresh, lane.state)
+        found = finish(second, rows=[])
+    assert sorted(found) == sorted(whole)
+    for key, x in found.items():
+        assert torch.equal(x, whole[key])
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0])
+def test_guidance_rescale_is_diffusers(tiny: TextToImage, factor: float) -> None:
+    """By hand with the stock scheduler and diffusers' own rescale_noise_cfg, of the raw output (v here)."""
+    model, scale = tiny.model, 6.0
+    asked: dict[str, Any] = {"seed": 3, "prior": False, "rerank": False, "output_type": "latent"}
+    asked |= {"num_inference_steps": 5, "guidance_scale": scale}
+    ours = tiny("a star", guidance_rescale=factor, **asked).images
+    scheduler = DDIMScheduler.from_config(model.levels.stock.config)
+    scheduler.set_timesteps(5)
+    x, none = noise([3], "decoder", 0, (4, 8, 8)), torch.zeros(1, 2 * WIDTH)
+    with torch.no_grad():
+        words, null = model.text(["a star"]).tokens, model.text([""]).tokens
+        for t in scheduler.timesteps:
+            prompt = model.unet(x, t, words, class_labels=none).sample
+            away = model.unet(x, t, null, class_labels=none).sample
+            guided = rescale_noise_cfg(away + scale * (prompt - away), prompt, factor)
+            x = scheduler.step(guided, t, x).prev_sample
+    assert (ours - x).abs().max() < 1e-4
+    assert (ours - tiny("a star", **asked).images).abs().max() > 1e-2
 
 
 def test_a_tick_asks_the_network_once_for_all_rows(tiny: TextToImage) -> None:
