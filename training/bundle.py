@@ -20,7 +20,7 @@ from gen import checkpoint
 from training.checkpoints import replace_folder
 from training.data.examples import Skipped
 from training.data.pictures import find_examples
-from training.frozen import load_clip, load_vae, text_encoder, transformers_model
+from training.frozen import load_clip, load_vae, text_encoder, trained, transformers_model
 from training.recipe import RecipeError, Section
 
 
@@ -48,10 +48,18 @@ def bundle(recipe: BundleRecipe) -> Path:
     """
     clip, vae = load_clip(recipe.clip), load_vae(recipe.vae)
     network = transformers_model(clip)
-    prior, decoder = Path(recipe.prior), Path(recipe.decoder)
-    unet = UNet2DConditionModel.from_pretrained(decoder)
-    if unet.config.cross_attention_dim != network.config.text_config.hidden_size:
-        raise RecipeError(f"{decoder} was trained with another CLIP than {recipe.clip}: the text widths differ")
+    prior, decoder = trained(recipe.prior), trained(recipe.decoder)
+    unet, prior_network = UNet2DConditionModel.from_pretrained(decoder), PriorTransformer.from_pretrained(prior)
+    width = network.config.projection_dim
+    for what, given, needed in (
+        (f"{decoder}: text width", unet.config.cross_attention_dim, network.config.text_config.hidden_size),
+        (f"{decoder}: class input", unet.config.projection_class_embeddings_input_dim, 2 * width),
+        (f"{decoder}: latent channels", unet.config.in_channels, vae.config.latent_channels),
+        (f"{prior}: embedding width", prior_network.config.embedding_dim, width),
+        (f"{prior}: text length", prior_network.config.num_embeddings, clip.tokenizer.model_max_length),
+    ):
+        if given != needed:
+            raise RecipeError(f"{what} is {given}, but {recipe.clip} and {recipe.vae} need {needed}; train it on them")
     parts = {
         "tokenizer": clip.tokenizer,
         "text_encoder": _plain_text_encoder(network),
@@ -60,7 +68,7 @@ def bundle(recipe: BundleRecipe) -> Path:
         "vae": vae,
         "image_normalizer": StableUnCLIPImageNormalizer.from_pretrained(decoder / "image_normalizer"),
         "image_noising_scheduler": DDPMScheduler.from_pretrained(decoder / "image_noising_scheduler"),
-        "prior": PriorTransformer.from_pretrained(prior),
+        "prior": prior_network,
         "prior_tokenizer": clip.tokenizer,
         "prior_text_encoder": text_encoder(network),
         "prior_scheduler": DDIMScheduler.from_pretrained(prior / "scheduler"),
@@ -74,6 +82,8 @@ def bundle(recipe: BundleRecipe) -> Path:
         more={"training": recipe.training},
     )
     out = Path(recipe.out)
+    if out.exists() and not (out / checkpoint.INDEX).exists():
+        raise RecipeError(f"out {recipe.out!r} exists and is no model folder; it would be replaced, so choose another")
 
     def write(folder: Path) -> None:
         checkpoint.save(folder, "StableUnCLIPPipeline", parts, clip, card, getattr(torch, recipe.dtype))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,16 +28,20 @@ class CheckpointError(ValueError):
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a fresh folder, then put it in place of `folder` with renames."""
+    """Have `write` fill a fresh folder, then put it in place of `folder` with renames; all or nothing."""
     partial = folder.with_name(folder.name + _PARTIAL)
     retired = folder.with_name(folder.name + _RETIRED)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write(partial)
-    for path in partial.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    try:
+        write(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(retired, ignore_errors=True)
     if folder.exists():
         folder.rename(retired)
@@ -62,6 +67,9 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint `step` under `folder` and drop all but the newest `keep`. `extra` must be JSON."""
     target = folder / f"{_PREFIX}{step:08d}"
+    for suffix in (_PARTIAL, _RETIRED):  # what a kill left
+        for path in folder.glob(f"{_PREFIX}*{suffix}"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def write(partial: Path) -> None:
         save_file(_cpu(network.state_dict()), partial / "network.safetensors")
@@ -86,7 +94,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads((checkpoint / "state.json").read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / 'state.json'} cannot be read ({error}); remove {checkpoint}") from None
 
 
@@ -104,10 +112,25 @@ def load_checkpoint(
             average.load_state_dict(load_file(checkpoint / "average.safetensors"))
         _join_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
         _set_random_state(load_file(checkpoint / "random.safetensors"))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{checkpoint} cannot be resumed ({reason}); remove it") from None
     return state
+
+
+def load_weights(network: nn.Module, folder: Path) -> None:
+    """Start `network` from the safetensors of a trained one in `folder`.
+
+    Raises CheckpointError when there are none or they are of another shape.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors to start from; name the folder of a trained part")
+    try:
+        network.load_state_dict({name: value for file in files for name, value in load_file(file).items()})
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder} cannot be started from: {reason}") from None
 
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -44,12 +44,21 @@ def train(
 
         typer.echo(f"wrote {bundle(check(BundleRecipe, fields))}")
         return
+    from accelerate import PartialState
+
+    from training.loop import check_place
     from training.loop import train as run
     from training.parts import PART_TASKS
 
     recipe_class, task_class = PART_TASKS[part]
     checked = check(recipe_class, fields)
-    outcome = run(task_class(checked), checked)
+    check_place(checked)
+    task = task_class(checked)
+    outcome = run(task, checked)
+    if not PartialState().is_main_process:
+        return
+    if task.skipped.counts:
+        typer.echo(f"of the data in {checked.data}, {task.skipped}", err=True)
     scores = "  ".join(f"{name} {value:.4f}" for name, value in outcome.scores.items())
     typer.echo(f"wrote {outcome.folder} after {outcome.step} steps, {outcome.seconds:.0f} s  {scores}")
 

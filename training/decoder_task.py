@@ -8,7 +8,7 @@ and guidance. The loss is weighted by Min-SNR-gamma (Hang et al. 2023).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
@@ -25,9 +25,14 @@ from gen.pipeline import TextToImage
 from gen.scheduler import NoiseLevels
 from training.data.pictures import Pictures
 from training.frozen import image_embeddings, latents, load_clip, load_vae, transformers_model
-from training.recipe import Recipe, Section
+from training.recipe import Recipe, RecipeError, Section, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
+
+FILLED_IN = (  # options of the UNet that CLIP and the autoencoder decide
+    *("in_channels", "out_channels", "cross_attention_dim"),
+    *("class_embed_type", "projection_class_embeddings_input_dim"),
+)
 
 
 class Kinds(Section):
@@ -53,8 +58,10 @@ class DecoderRecipe(Recipe):
     clip: str  # the folder of a trained CLIP
     vae: str  # the folder of a trained autoencoder
     resolution: int = Field(gt=0)  # pixels
-    network: dict[str, Any]  # UNet2DConditionModel's configuration; what follows from CLIP and VAE is filled in
-    scheduler: dict[str, Any]  # DDIMScheduler's configuration: betas and prediction_type
+    network: Annotated[  # UNet2DConditionModel's configuration; what follows from CLIP and VAE is filled in
+        dict[str, Any], options_of(UNet2DConditionModel, FILLED_IN)
+    ]
+    scheduler: Annotated[dict[str, Any], options_of(DDIMScheduler)]  # betas and prediction_type
     snr_gamma: float | None = Field(5.0, gt=0)  # None: every noise level weighs the same
     kinds: Kinds = Field(default_factory=Kinds)
     noised_share: float = Field(0.5, ge=0, le=1)  # of image embeddings that are noised to a random level
@@ -83,9 +90,16 @@ class DecoderTask(Task[UNet2DConditionModel]):
         super().__init__()
         self.recipe = recipe
         clip, self.vae = load_clip(recipe.clip), load_vae(recipe.vae)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if recipe.resolution % factor:
+            raise RecipeError(
+                f"resolution is {recipe.resolution} and the autoencoder in {recipe.vae} divides it by {factor};"
+                f" choose a multiple of {factor}"
+            )
         self.clip_model = transformers_model(clip)
         self.clip_model.set_attn_implementation(recipe.attention)
         pictures = Pictures(recipe.data, recipe.resolution)
+        self.skipped = pictures.skipped
         embeddings = image_embeddings(pictures, clip, recipe.clip)
         self.dataset: Encoded = Encoded(pictures, latents(pictures, self.vae, recipe.vae), embeddings)
         self.held = held_back(len(self.dataset))
@@ -98,7 +112,7 @@ class DecoderTask(Task[UNet2DConditionModel]):
         self.normalizer.mean.copy_(embeddings.mean(dim=0, keepdim=True))
         self.normalizer.std.copy_(embeddings.std(dim=0, keepdim=True).clamp(min=1e-6))
         self.image_noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-        self.levels = NoiseLevels.of(DDIMScheduler(**recipe.scheduler), "recipe key 'scheduler'")
+        self.levels = NoiseLevels.of(built(DDIMScheduler, "scheduler", recipe.scheduler), "recipe key 'scheduler'")
         self.text = TextTower(clip.tokenizer, self.clip_model.text_model)
 
     def model(self, unet: UNet2DConditionModel) -> StableUnCLIP:
@@ -190,11 +204,11 @@ class DecoderTask(Task[UNet2DConditionModel]):
 
 def _unet(recipe: DecoderRecipe, channels: int, width: int, clip_config: Any) -> UNet2DConditionModel:
     """The recipe's UNet with what CLIP and autoencoder decide."""
-    return UNet2DConditionModel(
-        **recipe.network,
+    decided = dict(
         in_channels=channels,
         out_channels=channels,
         cross_attention_dim=clip_config.text_config.hidden_size,
         class_embed_type="projection",
         projection_class_embeddings_input_dim=2 * width,
     )
+    return built(UNet2DConditionModel, "network", {**recipe.network, **decided})

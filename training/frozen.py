@@ -20,7 +20,7 @@ def load_clip(folder: str | Path) -> CLIP:
 
     Raises ValueError when the folder holds none; the message names it.
     """
-    clip = CLIP.from_pretrained(str(_trained(folder)))
+    clip = CLIP.from_pretrained(str(trained(folder)))
     transformers_model(clip)
     return clip
 
@@ -37,7 +37,7 @@ def transformers_model(clip: CLIP) -> CLIPModel:
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
     """A trained autoencoder, frozen; raises as `load_clip` does."""
-    return AutoencoderKL.from_pretrained(str(_trained(folder))).requires_grad_(False).eval()
+    return AutoencoderKL.from_pretrained(str(trained(folder))).requires_grad_(False).eval()
 
 
 def text_encoder(model: CLIPModel) -> CLIPTextModelWithProjection:
@@ -63,7 +63,8 @@ def latents(dataset: Pictures, vae: AutoencoderKL, folder: str | Path) -> Tensor
     return encoded(dataset, Path(folder), encode)
 
 
-def _trained(folder: str | Path) -> Path:
+def trained(folder: str | Path) -> Path:
+    """The folder of a trained part; DataError when it holds none."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise DataError(f"{path} holds no trained part (no config.json); train it first or name another folder")

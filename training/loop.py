@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import is_tensorboard_available
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -28,6 +32,7 @@ from training.checkpoints import (
     CheckpointError,
     latest,
     load_checkpoint,
+    load_weights,
     read_state,
     replace_folder,
     save_checkpoint,
@@ -37,8 +42,6 @@ from training.recipe import Recipe, TrainSection
 from training.task import Task
 
 logger = logging.getLogger(__name__)
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,38 @@ def learning_rate(train: TrainSection, step: int) -> float:
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def check_place(recipe: Recipe) -> None:
+    """Refuse what would stop a run only after hours of reading data; cheap, and writes nothing.
+
+    Raises CheckpointError when `recipe.out` holds a checkpoint of another recipe, ValueError when it cannot be
+    written, when TensorBoard is missing or when the device cannot compute as asked.
+    """
+    if not is_tensorboard_available():
+        raise ValueError("training logs to TensorBoard, which is not installed; pip install 'unclip[train]'")
+    if recipe.train.mixed_precision == "fp16" and PartialState().device.type == "cpu":
+        raise ValueError("train.mixed_precision is 'fp16' and the device is a CPU; choose bf16 or no, or use a GPU")
+    out = Path(recipe.out)
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"out {recipe.out!r} cannot be written: {nearest} is no folder that lets us; choose another")
+    checkpoint = latest(out / "checkpoints")
+    if checkpoint is not None and read_state(checkpoint).get("recipe") != recipe.digest():
+        raise CheckpointError(
+            f"{checkpoint} was made by another recipe; choose another `out` or remove {out / 'checkpoints'}"
+        )
+
+
 def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     """Train `task` by its recipe in `recipe.out`, going on from the newest checkpoint there.
 
     Writes `checkpoints/`, `sheets/`, `logs/` (TensorBoard) and `model/` (the average, or the trained weights without
-    one). On Ctrl-C a checkpoint is written before KeyboardInterrupt goes on.
+    one). On Ctrl-C the step is finished and a checkpoint written before KeyboardInterrupt goes on. Of many processes
+    only the main one writes.
 
-    Raises CheckpointError when the folder holds a checkpoint of another recipe, ValueError when the data is too small.
+    Raises what `check_place` does, CheckpointError when a checkpoint is damaged, ValueError when the data is too small
+    and FloatingPointError when the loss is no longer a number; nothing is saved then.
     """
+    check_place(recipe)
     config = recipe.train
     out = Path(recipe.out)
     accelerator = Accelerator(
@@ -79,16 +106,14 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     )
     order = Order(task.groups(), config.batch_size, config.seed)
     task.to(accelerator.device)
+    if recipe.init is not None:
+        load_weights(task.network, Path(recipe.init))
     average = _average(task.network, config.ema_decay)
     optimizer = torch.optim.AdamW(_decayed(task.network, config.weight_decay), config.learning_rate, config.betas)
 
     step, seconds = 0, 0.0
     checkpoint = latest(out / "checkpoints")
     if checkpoint is not None:
-        if read_state(checkpoint).get("recipe") != recipe.digest():
-            raise CheckpointError(
-                f"{checkpoint} was made by another recipe; choose another `out` or remove {out / 'checkpoints'}"
-            )
         state = load_checkpoint(checkpoint, network=task.network, average=average, optimizer=optimizer)
         step, seconds = state["step"], state["seconds"]
         if accelerator.scaler is not None:
@@ -98,9 +123,15 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     accelerator.init_trackers(recipe.task)
     kept = average.module if average is not None else task.network
     started = time.monotonic() - seconds
+    saved = None if checkpoint is None else step  # the step of the newest checkpoint
 
     def save() -> None:
+        nonlocal saved
+        saved = step
         if accelerator.is_main_process:
+            # the model first: a kill between the two must not leave the last checkpoint beside an older model
+            with _evaluating(kept):
+                replace_folder(out / "model", lambda folder: task.save(kept, folder))
             extra: dict[str, Any] = {"recipe": recipe.digest(), "seconds": time.monotonic() - started}
             if accelerator.scaler is not None:
                 extra["scaler"] = accelerator.scaler.state_dict()
@@ -113,43 +144,41 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
                 extra=extra,
                 keep=config.keep_checkpoints,
             )
-            replace_folder(out / "model", lambda folder: task.save(kept, folder))
 
     batches = _batches(task, order, config, accelerator, first_step=step)
-    with _bar(progress and accelerator.is_main_process, recipe.task, step, config.steps) as show:
-        try:
-            while step < config.steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, step)
-                losses = _step(model, batches, optimizer, accelerator, config)
-                step += 1
-                if average is not None:
-                    average.update_parameters(task.network)
-                if step % config.log_every == 0 or step == config.steps:
-                    values = {name: value.item() for name, value in losses.items()}  # the loop's only device sync
-                    if not math.isfinite(values["loss"]):
-                        raise FloatingPointError(f"loss is {values['loss']} at step {step}; lower train.learning_rate")
-                    accelerator.log({**values, "learning_rate": learning_rate(config, step - 1)}, step=step)
-                    show(step, values, time.monotonic() - started)
-                if step % config.save_every == 0 and step < config.steps:
+    shown = progress and accelerator.is_main_process
+    with _bar(shown, recipe.task, step, config.steps) as show, _deferred_interrupt() as interrupted:
+        while step < config.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            losses = _step(model, batches, optimizer, accelerator, config)
+            step += 1
+            if average is not None:
+                _follow(average, task.network, config.ema_decay or 0.0)
+            logged = step % config.log_every == 0 or step == config.steps
+            saves = step % config.save_every == 0 and step < config.steps
+            if logged or saves:
+                values = _finite(losses, step, accelerator)
+            if logged:
+                accelerator.log({**values, "learning_rate": learning_rate(config, step - 1)}, step=step)
+                show(step, values, time.monotonic() - started)
+            if saves:
+                save()
+            if step % config.sheet_every == 0 and step < config.steps and accelerator.is_main_process:
+                _write_sheet(task, kept, out / "sheets" / f"{step:08d}.png")
+            if _all_stop(accelerator, interrupted(), logged):
+                if saved != step:
                     save()
-                if step % config.sheet_every == 0 and accelerator.is_main_process:
-                    _write_sheet(task, kept, out / "sheets" / f"{step:08d}.png")
-        except KeyboardInterrupt:
-            save()
-            raise
+                raise KeyboardInterrupt
     scores: dict[str, float] = {}
     if accelerator.is_main_process:
-        if (
-            latest(out / "checkpoints") is None
-            or not (out / "model").exists()
-            or checkpoint is None
-            or step > state["step"]
-        ):
+        if saved != step or not (out / "model").exists():
             save()
-        scores = task.measure(kept)
+        with _evaluating(kept):
+            scores = task.measure(kept)
         _write_sheet(task, kept, out / "sheets" / "final.png")
         accelerator.log(scores, step=step)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return Outcome(out / "model", step, time.monotonic() - started, scores)
 
@@ -175,6 +204,49 @@ def _step(
     return {name: value.detach() for name, value in losses.items()}
 
 
+def _finite(losses: dict[str, Tensor], step: int, accelerator: Accelerator) -> dict[str, float]:
+    """The losses as numbers: the loop's only wait for the device. FloatingPointError when one is not a number."""
+    values = {name: value.item() for name, value in losses.items()}
+    watched = ["loss"] if accelerator.scaler is not None else ["loss", "grad_norm"]  # float16 skips steps that overflow
+    for name in watched:
+        if name in values and not math.isfinite(values[name]):
+            raise FloatingPointError(f"{name} is {values[name]} at step {step}; lower train.learning_rate")
+    return values
+
+
+def _all_stop(accelerator: Accelerator, interrupted: bool, meet: bool) -> bool:
+    """Whether to stop here. Many processes ask each other where they `meet`: one alone would leave the rest waiting."""
+    if accelerator.num_processes == 1 or not meet:
+        return interrupted and accelerator.num_processes == 1
+    return bool(accelerator.reduce(torch.tensor(float(interrupted), device=accelerator.device)).item() > 0)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of the step, so that no checkpoint holds half of one; a second Ctrl-C does not wait."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the processes that read data too; they stop when the training process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _batches(
     task: Task, order: Order, config: TrainSection, accelerator: Accelerator, first_step: int
 ) -> Iterator[tuple[Any, torch.Generator]]:
@@ -186,6 +258,8 @@ def _batches(
         batch_sampler=order.batches(start, stop, world),
         num_workers=config.workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # or every start would draw from the state that dropout reads
     )
     for number, batch in zip(range(start, stop, world), loader, strict=True):
         rng = torch.Generator(accelerator.device).manual_seed((config.seed * 1_000_003 + number) % 2**32)
@@ -203,16 +277,22 @@ def _move(batch: Any, device: torch.device) -> Any:
 
 
 def _average(network: nn.Module, decay: float | None) -> AveragedModel | None:
-    """An exponential moving average whose decay warms up as (1 + n) / (10 + n), so early weights fade."""
-    if decay is None:
-        return None
+    """A copy of the network that will follow it; None without a decay."""
+    return None if decay is None else AveragedModel(network)
 
-    @torch.no_grad()
-    def update(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
-        kept = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averages, values, 1 - kept)
 
-    return AveragedModel(network, multi_avg_fn=update, use_buffers=False)
+@torch.no_grad()
+def _follow(average: AveragedModel, network: nn.Module, decay: float) -> None:
+    """An exponential moving average whose decay warms up as (1 + n) / (10 + n), so early weights fade.
+
+    Not AveragedModel's own update, which waits for the device at every step.
+    """
+    count = int(average.n_averaged)  # on the CPU
+    kept = min(decay, (1 + count) / (10 + count)) if count else 0.0
+    torch._foreach_lerp_(list(average.module.parameters()), list(network.parameters()), 1 - kept)
+    for held, current in zip(average.module.buffers(), network.buffers(), strict=True):
+        held.copy_(current)
+    average.n_averaged += 1
 
 
 def _decayed(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -227,11 +307,22 @@ def _decayed(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _write_sheet(task: Task, network: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.png")
-    network.eval()
-    with torch.no_grad():
+    with _evaluating(network):
         task.sheet(network).save(partial)
-    network.train()
     shutil.move(partial, path)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Look at a network without dropout, gradients or a trace in the random state, then train on as before."""
+    training = network.training
+    network.eval()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        network.train(training)
 
 
 @contextmanager

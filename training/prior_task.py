@@ -7,7 +7,7 @@ drops its text at random for guidance.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, PriorTransformer
@@ -24,7 +24,7 @@ from gen.request import Candidate, Settings
 from gen.scheduler import NoiseLevels
 from training.data.pictures import Pictures
 from training.frozen import image_embeddings, load_clip, text_encoder, transformers_model
-from training.recipe import Recipe
+from training.recipe import Recipe, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
 
@@ -35,8 +35,10 @@ class PriorRecipe(Recipe):
     task: Literal["prior"]
     clip: str  # the folder of a trained CLIP
     resolution: int = Field(gt=0)  # pixels
-    network: dict[str, Any]  # PriorTransformer's configuration; widths and lengths follow from CLIP
-    scheduler: dict[str, Any]  # DDIMScheduler's configuration; prediction_type is `sample`
+    network: Annotated[  # PriorTransformer's configuration; widths and lengths follow from CLIP
+        dict[str, Any], options_of(PriorTransformer, ["embedding_dim", "num_embeddings"])
+    ]
+    scheduler: Annotated[dict[str, Any], options_of(DDIMScheduler)]  # prediction_type is `sample`
     drop_text: float = Field(0.1, ge=0, lt=1)
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains faster in bfloat16 on the CPU
 
@@ -66,6 +68,7 @@ class PriorTask(Task[PriorTransformer]):
         network.set_attn_implementation(recipe.attention)
         self.text_encoder, self.tokenizer = text_encoder(network), clip.tokenizer
         self.pictures = Pictures(recipe.data, recipe.resolution)
+        self.skipped = self.pictures.skipped
         embeddings = image_embeddings(self.pictures, clip, recipe.clip)
         self.dataset: Embedded = Embedded(self.pictures, embeddings)
         self.held = held_back(len(self.dataset))
@@ -76,15 +79,14 @@ class PriorTask(Task[PriorTransformer]):
                 f" {width}; a PriorTransformer needs them equal"
             )
         torch.manual_seed(recipe.train.seed)
-        self.network = PriorTransformer(
-            **recipe.network, embedding_dim=width, num_embeddings=clip.tokenizer.model_max_length
-        )
+        sizes = {"embedding_dim": width, "num_embeddings": clip.tokenizer.model_max_length}
+        self.network = built(PriorTransformer, "network", {**recipe.network, **sizes})
         if recipe.attention == "eager":
             self.network.set_attn_processor(AttnProcessor())
         # normalisation is measured from the data and saved with the weights; it is not trained
         self.network.clip_mean.requires_grad_(False).copy_(embeddings.mean(dim=0, keepdim=True))
         self.network.clip_std.requires_grad_(False).copy_(embeddings.std(dim=0, keepdim=True).clamp(min=1e-6))
-        self.levels = NoiseLevels.of(DDIMScheduler(**recipe.scheduler), "recipe key 'scheduler'")
+        self.levels = NoiseLevels.of(built(DDIMScheduler, "scheduler", recipe.scheduler), "recipe key 'scheduler'")
 
     def prior(self, network: PriorTransformer) -> Prior:
         """The prior as generation uses it."""

@@ -8,13 +8,14 @@ impossible values are one-line errors.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 
 class RecipeError(ValueError):
@@ -55,6 +56,7 @@ class Recipe(Section):
     task: str
     data: str  # an image folder
     out: str  # where checkpoints, logs, sheets and the finished model go
+    init: str | None = None  # the folder of a trained network of the same shape to start from; None: random
     train: TrainSection
 
     def digest(self) -> str:
@@ -68,6 +70,7 @@ class Recipe(Section):
 
 
 S = TypeVar("S", bound=Section)
+N = TypeVar("N")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise RecipeError(f"recipe {path} must be a mapping of keys to values")
@@ -94,7 +97,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
                 raise RecipeError(f"recipe key {key!r} goes through {name!r}, which is a value")
-        inner[last] = yaml.safe_load(value)
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"override {override!r} is not YAML after the '='") from None
     return fields
 
 
@@ -114,7 +120,36 @@ def check(section: type[S], fields: dict[str, Any]) -> S:
             ) from None
         if first["type"] == "missing":
             raise RecipeError(f"recipe key {key!r} is missing") from None
+        if first["type"] == "value_error":  # our own validators say what was given
+            raise RecipeError(f"recipe{' key ' + repr(key) if key else ''}: {first['ctx']['error']}") from None
         raise RecipeError(f"recipe key {key!r} is {first['input']!r}: {first['msg']}") from None
+
+
+def options_of(network: type, filled_in: Sequence[str] = ()) -> AfterValidator:
+    """Checks that a mapping's keys are options of a library's class; `filled_in` are not the recipe's to say."""
+    allowed = sorted(set(inspect.signature(network).parameters) - {"self", "args", "kwargs", *filled_in})
+
+    def check_keys(fields: dict[str, Any]) -> dict[str, Any]:
+        for key in fields:
+            if key in filled_in:
+                raise ValueError(f"{key!r} of {network.__name__} follows from the other parts; leave it out")
+            if key not in allowed:
+                raise ValueError(f"{key!r} is no option of {network.__name__}; choose from: {', '.join(allowed)}")
+        return fields
+
+    return AfterValidator(check_keys)
+
+
+def built(network: Callable[..., N], key: str, options: dict[str, Any]) -> N:
+    """A library's object from the options at a recipe's key.
+
+    Raises RecipeError, in one line, with whatever the library says of options that do not go together.
+    """
+    try:
+        return network(**options)
+    except Exception as error:  # libraries raise all kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecipeError(f"recipe key {key!r} makes no {getattr(network, '__name__', 'network')}: {reason}") from error
 
 
 def _keys(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

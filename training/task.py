@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from training.data.examples import Skipped
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -27,6 +29,7 @@ class Task(nn.Module, ABC, Generic[Network]):
 
     network: Network
     dataset: Dataset[Any]
+    skipped: Skipped  # what was left out of the data, told when training ends
 
     @abstractmethod
     def forward(self, batch: Any, rng: torch.Generator) -> dict[str, Tensor]:

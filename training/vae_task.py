@@ -7,16 +7,16 @@ variance, as Rombach et al. 2022, appendix G, do.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from training.data.pictures import Pictures
-from training.recipe import Recipe
+from training.recipe import Recipe, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
 
@@ -26,8 +26,18 @@ class VaeRecipe(Recipe):
 
     task: Literal["vae"]
     resolution: int = Field(gt=0)  # pixels; a multiple of the network's reduction
-    network: dict[str, Any]  # AutoencoderKL's configuration
+    network: Annotated[dict[str, Any], options_of(AutoencoderKL, ["sample_size"])]  # AutoencoderKL's configuration
     kl_weight: float = Field(1e-4, ge=0)  # of the mean KL of one latent value, beside the mean error of one pixel
+
+    @model_validator(mode="after")
+    def _halves(self) -> VaeRecipe:
+        factor = 2 ** (len(self.network.get("block_out_channels", [0])) - 1)
+        if self.resolution % factor:
+            raise ValueError(
+                f"resolution is {self.resolution} and the autoencoder divides it by {factor};"
+                f" choose a multiple of {factor}"
+            )
+        return self
 
 
 class VaeTask(Task[AutoencoderKL]):
@@ -37,8 +47,9 @@ class VaeTask(Task[AutoencoderKL]):
         super().__init__()
         self.recipe = recipe
         self.dataset: Pictures = Pictures(recipe.data, recipe.resolution)
+        self.skipped = self.dataset.skipped
         torch.manual_seed(recipe.train.seed)
-        self.network = AutoencoderKL(**recipe.network, sample_size=recipe.resolution)
+        self.network = built(AutoencoderKL, "network", {**recipe.network, "sample_size": recipe.resolution})
         self.held = held_back(len(self.dataset))
 
     def groups(self) -> list[list[int]]:

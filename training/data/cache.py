@@ -7,6 +7,7 @@ or a retrained encoder never meets an old entry. Entries are safetensors files i
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from training.data.pictures import Pictures
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the safetensors files in a model folder: names the encoder."""
+    """SHA-256 of the weights and configurations in a model folder: names the encoder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -38,11 +39,11 @@ def encoded(dataset: Pictures, encoder: Path, encode: Callable[[Tensor], Tensor]
     path = dataset.folder / ".cache" / f"{key}.safetensors"
     if path.exists():
         return load_file(path)["encoded"]
+    path.parent.mkdir(exist_ok=True)  # before the work, so that a folder that cannot be written is told at once
     batches = DataLoader(dataset, batch_size=batch_size)
     shown = track(batches, f"encoding with {encoder}", console=Console(stderr=True))
     rows = torch.cat([encode(pixels).float().cpu() for pixels, _ in shown]).contiguous()
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # many processes may compute the same at once
     save_file({"encoded": rows}, partial)
     partial.rename(path)
     return rows

@@ -10,6 +10,7 @@ import csv
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def read_folder(folder: Path, skipped: Skipped) -> Iterator[Example]:
             break
     else:
         raise DataError(f"{folder} has no {' or '.join(METADATA_NAMES)}; write one with columns file_name and text")
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_told(rows, folder / name), 1):
         file_name = str(row.get("file_name") or "")
         if not file_name:
             skipped.add("row without file_name", f"row {number}")
@@ -55,10 +56,8 @@ def write_folder(folder: str | Path, pictures: Iterable[Captioned]) -> int:
     Everything is written under a temporary name that becomes `folder` at the end, so a broken run leaves no half set.
     Raises DataError when `folder` exists.
     """
-    folder = Path(folder)
-    partial = fresh_folder(folder)
     count = 0
-    with (partial / METADATA_NAMES[0]).open("w", encoding="utf-8") as lines:
+    with fresh_folder(Path(folder)) as partial, (partial / METADATA_NAMES[0]).open("w", encoding="utf-8") as lines:
         for pixels, text, group in pictures:
             name = f"{count // _PER_DIRECTORY:03d}/{count:06d}.png"
             (partial / name).parent.mkdir(exist_ok=True)
@@ -66,22 +65,40 @@ def write_folder(folder: str | Path, pictures: Iterable[Captioned]) -> int:
             row = {"file_name": name, "text": text} | ({"group": group} if group is not None else {})
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    partial.rename(folder)
     return count
 
 
-def fresh_folder(folder: Path) -> Path:
-    """An empty folder beside `folder`, to be renamed to it when it is full."""
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, renamed to it when all went well and removed when not.
+
+    Raises DataError when `folder` exists or cannot be made.
+    """
     if folder.exists():
         raise DataError(f"{folder} exists already; remove it or choose another folder")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be made ({error.strerror}); choose another folder") from None
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _told(rows: Iterator[dict[str, object]], path: Path) -> Iterator[dict[str, object]]:
+    try:
+        yield from rows
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, object]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:  # spreadsheets begin a file with a byte-order mark
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -95,5 +112,5 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, object]]:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, object]]:
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         yield from csv.DictReader(lines)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from training.data.folder import METADATA_NAMES, read_folder
 from training.data.shards import read_shards
 
 logger = logging.getLogger(__name__)
+
+# what Pillow and the decoders under it raise on damaged files, and on pictures too large to be meant
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class Pictures(Dataset[tuple[Tensor, str]]):
@@ -73,7 +78,7 @@ class Pictures(Dataset[tuple[Tensor, str]]):
         except FileNotFoundError:
             self.skipped.add("missing file", example.name)
             return False
-        except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
+        except DAMAGE:
             self.skipped.add("damaged picture", example.name)
             return False
         digest.update(hashlib.sha256(content).digest())

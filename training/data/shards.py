@@ -10,7 +10,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,11 @@ def read_shards(folder: Path, skipped: Skipped) -> Iterator[Example]:
             with tarfile.open(path, "r:") as shard:
                 members = [member for member in shard if member.isfile()]
                 for key, files in groupby(members, key=_key):
-                    example = _example(path, shard, key, {Path(member.name).suffix: member for member in files})
+                    try:
+                        example = _example(path, shard, key, {_suffix(member): member for member in files})
+                    except ValueError:  # JSON or UTF-8
+                        skipped.add("damaged caption", f"{path.name}:{key}")
+                        continue
                     if example is None:
                         skipped.add("sample without a picture", f"{path.name}:{key}")
                     else:
@@ -47,30 +51,25 @@ def write_shards(folder: str | Path, pictures: Iterable[Captioned], *, per_shard
 
     Everything is written under a temporary name that becomes `folder` at the end. Raises DataError when it exists.
     """
-    folder = Path(folder)
-    partial = fresh_folder(folder)
-    shard: tarfile.TarFile | None = None
     count = 0
-    try:
-        for pixels, text, group in pictures:
-            number, place = divmod(count, per_shard)
-            if place == 0:
-                if shard is not None:
-                    shard.close()
-                shard = tarfile.open(partial / f"{number:05d}.tar", "w")  # noqa: SIM115 - closed below
-            assert shard is not None
-            key = f"{number:05d}{place:04d}"
-            encoded = io.BytesIO()
-            Image.fromarray(pixels).save(encoded, "PNG")
-            _add(shard, f"{key}.png", encoded.getvalue())
-            _add(shard, f"{key}.txt", text.encode())
-            _add(shard, f"{key}.json", json.dumps({"key": key, "caption": text, "group": group}).encode())
-            count += 1
-    finally:
-        if shard is not None:
-            shard.close()
-    partial.rename(folder)
+    remaining = iter(pictures)
+    with fresh_folder(Path(folder)) as partial:
+        while portion := list(islice(remaining, 1)):
+            number = count // per_shard
+            with tarfile.open(partial / f"{number:05d}.tar", "w") as shard:
+                for place, (pixels, text, group) in enumerate(chain(portion, islice(remaining, per_shard - 1))):
+                    key = f"{number:05d}{place:04d}"
+                    encoded = io.BytesIO()
+                    Image.fromarray(pixels).save(encoded, "PNG")
+                    _add(shard, f"{key}.png", encoded.getvalue())
+                    _add(shard, f"{key}.txt", text.encode())
+                    _add(shard, f"{key}.json", json.dumps({"key": key, "caption": text, "group": group}).encode())
+                    count += 1
     return count
+
+
+def _suffix(member: tarfile.TarInfo) -> str:
+    return Path(member.name).suffix.lower()
 
 
 def _key(member: tarfile.TarInfo) -> str:
@@ -81,7 +80,9 @@ def _example(path: Path, shard: tarfile.TarFile, key: str, files: dict[str, tarf
     picture = next((files[suffix] for suffix in PICTURES if suffix in files), None)
     if picture is None:
         return None
-    told: dict[str, Any] = json.loads(_read(shard, files[".json"])) if ".json" in files else {}
+    told: Any = json.loads(_read(shard, files[".json"])) if ".json" in files else {}
+    if not isinstance(told, dict):
+        raise ValueError("not a JSON object")
     text = _read(shard, files[".txt"]).decode() if ".txt" in files else str(told.get("caption") or "")
     group = told.get("group")
     return Example(
