@@ -33,26 +33,25 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     if isinstance(captions, str):
         raise ValueError("captions is one string; give an iterable of strings")
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*symbols, *(symbol + WORD_END for symbol in symbols)])}
-    merges: list[tuple[str, str]] = []
-    for left, right in _learn_merges(captions, vocab_size, symbols):
-        token = left + right
-        if token not in vocab:
-            if len(vocab) == vocab_size - 2:
-                break
-            vocab[token] = len(vocab)
-        merges.append((left, right))
-    return _clip_tokenizer(vocab, merges, max_length)
+    ends = [symbol + WORD_END for symbol in symbols]
+    merges = _learn_merges(captions, vocab_size - 2, symbols, ends)
+    tokens = dict.fromkeys([*symbols, *ends, *(left + right for left, right in merges)])  # each once, in order
+    return _clip_tokenizer({token: i for i, token in enumerate(tokens)}, merges, max_length)
 
 
-def _learn_merges(captions: Iterable[str], vocab_size: int, symbols: list[str]) -> list[tuple[str, str]]:
-    """Merges in the order learned, over words split as `CLIPTokenizer` splits them; some may be too many."""
+def _learn_merges(
+    captions: Iterable[str], vocab_size: int, symbols: list[str], ends: list[str]
+) -> list[tuple[str, str]]:
+    """Merges in the order learned, over words split as `CLIPTokenizer` splits them."""
     split = _clip_tokenizer({symbol: i for i, symbol in enumerate(symbols)}, [], 3).backend_tokenizer
     learner = Tokenizer(BPE(end_of_word_suffix=WORD_END))
     learner.normalizer, learner.pre_tokenizer = split.normalizer, split.pre_tokenizer
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,  # a pair seen once is chance
+        # Pairs seen equally often are merged in the order of their ids. Word ends would get theirs in the order
+        # of a hash table, another in every process; as "special" tokens they have them from the start.
+        special_tokens=ends,
         initial_alphabet=symbols,
         end_of_word_suffix=WORD_END,
         show_progress=False,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +26,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from clip_core.clip import CLIP, Tokens
 from clip_core.preprocess import Preprocess
-from tests.tiny import LENGTH, WIDTH, tiny_clip, tiny_tokenizer
+from tests.tiny import (
+    LENGTH,
+    WIDTH,
+    decoder_scheduler,
+    tiny_clip,
+    tiny_tokenizer,
+    tiny_unet,
+    tiny_vae,
+)
 
 TEXTS = ["a small red circle", "", "🙂 ünïcode", "a large green star above a blue square " * 9]
 
@@ -104,16 +113,22 @@ def test_a_text_does_not_depend_on_its_batch(clip: CLIP) -> None:
 @pytest.mark.parametrize("clip_skip", [0, 1, 2])
 @torch.no_grad()
 def test_clip_skip_follows_diffusers(clip: CLIP, folder: Path, clip_skip: int) -> None:
-    tower = CLIPTextModel.from_pretrained(folder).eval()
-    out = tower(clip.tokenize(TEXTS).input_ids, output_hidden_states=True)
-    expected = tower.final_layer_norm(out.hidden_states[-(clip_skip + 1)])  # encode_prompt
-    ours = clip.text(TEXTS, clip_skip=clip_skip)
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        # with a projection, since diffusers' clip_skip reads `.text_model`, which a bare CLIPTextModel has no more
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(folder).eval(),
+        tokenizer=clip.tokenizer,
+        unet=tiny_unet(None),
+        scheduler=decoder_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    expected, _ = pipeline.encode_prompt(TEXTS, "cpu", 1, False, clip_skip=clip_skip)
+    ours, last = clip.text(TEXTS, clip_skip=clip_skip), clip.text(TEXTS)
     torch.testing.assert_close(ours.tokens, expected)
-    torch.testing.assert_close(ours.embedding, clip.text(TEXTS).embedding)
-    if clip_skip == 0:
-        torch.testing.assert_close(ours.tokens, out.last_hidden_state)
-    else:
-        assert (ours.tokens - out.last_hidden_state).abs().max() > 0.01
+    torch.testing.assert_close(ours.embedding, last.embedding)
+    assert (clip_skip == 0) == ((ours.tokens - last.tokens).abs().max().item() < 1e-5)
 
 
 def test_clip_skip_out_of_range(clip: CLIP) -> None:

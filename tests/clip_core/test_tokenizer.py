@@ -74,10 +74,13 @@ def test_same_captions_same_tokenizer(tokenizer: CLIPTokenizer) -> None:
     def once() -> Iterator[str]:
         yield from CAPTIONS
 
-    again = train_tokenizer(once(), vocab_size=570, max_length=32)
-    for part in ("vocab", "merges"):
-        models = [json.loads(t.backend_tokenizer.to_str())["model"][part] for t in (again, tokenizer)]
-        assert models[0] == models[1]
+    def learned(tokenizer: CLIPTokenizer) -> dict:
+        return json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+
+    for _ in range(20):  # every training seeds the library's hash tables anew, and these captions are full of ties
+        again = learned(train_tokenizer(once(), vocab_size=570, max_length=32))
+        assert again["merges"] == learned(tokenizer)["merges"]
+        assert again["vocab"] == learned(tokenizer)["vocab"]
 
 
 def test_smaller_vocabulary_is_a_prefix(tokenizer: CLIPTokenizer) -> None:
