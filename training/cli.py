@@ -13,7 +13,12 @@ import typer
 
 PARTS = ("clip", "vae", "prior", "decoder", "bundle")
 
-data = typer.Typer(help="Write training data.", no_args_is_help=True)
+data = typer.Typer(no_args_is_help=True)
+
+
+@data.callback()
+def data_kinds() -> None:
+    """Write training data."""  # also what makes `shapes` a word to type: typer drops the name of an only command
 
 
 def train(
