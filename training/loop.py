@@ -106,13 +106,13 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     )
     order = Order(task.groups(), config.batch_size, config.seed)
     task.to(accelerator.device)
-    if recipe.init is not None:
+    checkpoint = latest(out / "checkpoints")
+    if recipe.init is not None and checkpoint is None:
         load_weights(task.network, Path(recipe.init))
     average = _average(task.network, config.ema_decay)
     optimizer = torch.optim.AdamW(_decayed(task.network, config.weight_decay), config.learning_rate, config.betas)
 
     step, seconds = 0, 0.0
-    checkpoint = latest(out / "checkpoints")
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, network=task.network, average=average, optimizer=optimizer)
         step, seconds = state["step"], state["seconds"]

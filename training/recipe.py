@@ -66,6 +66,8 @@ class Recipe(Section):
             fields.pop(key)
         for key in ("workers", "log_every", "save_every", "sheet_every", "keep_checkpoints"):
             fields["train"].pop(key)
+        if self.init is None:  # checkpoints from before the key was there keep their name
+            fields.pop("init")
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
