@@ -14,7 +14,6 @@ import torch.distributed as dist
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
@@ -101,7 +100,7 @@ class ClipTask(Task[CLIPModel]):
         pixels, captions = batch
         image, text = self._embed(self.network, pixels, captions)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            image, text = torch.cat(all_gather(image)), torch.cat(all_gather(text))
+            image, text = Gathered.apply(image), Gathered.apply(text)
             everyones: list[list[str]] = [[]] * dist.get_world_size()
             dist.all_gather_object(everyones, list(captions))
             captions = [caption for part in everyones for caption in part]
@@ -151,6 +150,24 @@ class ClipTask(Task[CLIPModel]):
         first = len(self.dataset) - self.held
         pairs = [self.dataset[index] for index in range(first, first + min(most, self.held))]
         return torch.stack([pixels for pixels, _ in pairs]).to(self.mean.device), [text for _, text in pairs]
+
+
+class Gathered(torch.autograd.Function):
+    """Every process's rows in the order of processes, (world * B, E); each gets the gradient of its own from all."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """The rows of all."""
+        everyones = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyones, rows.contiguous())
+        return torch.cat(everyones)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        """The sum over all processes, which each computed the whole loss; their mean follows as for every weight."""
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def _channel_statistics(dataset: Pictures, most: int = 1000) -> tuple[Tensor, Tensor]:
