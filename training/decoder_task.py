@@ -137,7 +137,8 @@ class DecoderTask(Task[UNet2DConditionModel]):
         with_text, with_image = self._draw_kinds(rows, rng)
         with torch.no_grad():
             words = [text if kept else "" for text, kept in zip(captions, with_text.tolist(), strict=True)]
-            tokens = self.text(words).tokens  # (B, L, D)
+            said = list(dict.fromkeys(words))  # the empty prompt is encoded once
+            tokens = self.text(said).tokens[[said.index(text) for text in words]]  # (B, L, D)
             vector = self._class_input(embeddings, rng) * with_image[:, None]  # (B, 2E); zeros are the null
         scaling = self.levels.scaling
         timestep = torch.randint(self.levels.num_train_timesteps, (rows,), generator=rng, device=device)
