@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact import levels, mixture, pictures
+from tests.samplers.exact import levels, mixture, pictures
 from torch import Tensor
 
 from samplers.noise import noise

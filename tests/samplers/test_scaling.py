@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact import mixture, pictures
+from tests.samplers.exact import mixture, pictures
 
 from samplers.scaling import KINDS, Scaling, denoiser
 from samplers.schedule import make_betas, training_sigmas, zero_terminal_snr

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from exact import DEVIATION, MEAN, double, gaussian, gaussian_path, levels, mixture, pictures, run
+from tests.samplers.exact import DEVIATION, MEAN, double, gaussian, gaussian_path, levels, mixture, pictures, run
 from torch import Tensor
 
 from samplers.noise import noise

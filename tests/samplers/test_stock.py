@@ -14,7 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
-from exact import mixture, pictures, run
+from tests.samplers.exact import mixture, pictures, run
 from torch import Tensor
 
 from samplers.scaling import Scaling, denoiser
