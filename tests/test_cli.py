@@ -344,11 +344,22 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(
         assert "cannot be written" in refused(capsys, "generate", PROMPT, "--model", tiny, "--out", closed / "out")
 
 
+def heed_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("seconds", [0.0, 6.0])  # while libraries load, and about when it paints
 def test_interrupted_leaves_whole_files_only(seconds: float, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["generate", PROMPT, "-n", "64", "--steps", "900", "--model", str(tiny), "--out", str(out)]
-    process = subprocess.Popen([*UNCLIP, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*UNCLIP, *arguments],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
     try:
         deadline = time.monotonic() + 300  # generous: only a busy machine needs it
         while not out.exists() and time.monotonic() < deadline:
