@@ -49,7 +49,7 @@ def bundle(recipe: BundleRecipe) -> Path:
     clip, vae = load_clip(recipe.clip), load_vae(recipe.vae)
     network = transformers_model(clip)
     prior, decoder = trained(recipe.prior), trained(recipe.decoder)
-    unet, prior_network = UNet2DConditionModel.from_pretrained(decoder), PriorTransformer.from_pretrained(prior)
+    unet, prior_network = _part(UNet2DConditionModel, decoder), _part(PriorTransformer, prior)
     width = network.config.projection_dim
     for what, given, needed in (
         (f"{decoder}: text width", unet.config.cross_attention_dim, network.config.text_config.hidden_size),
@@ -64,14 +64,14 @@ def bundle(recipe: BundleRecipe) -> Path:
         "tokenizer": clip.tokenizer,
         "text_encoder": _plain_text_encoder(network),
         "unet": unet,
-        "scheduler": DDIMScheduler.from_pretrained(decoder / "scheduler"),
+        "scheduler": _part(DDIMScheduler, decoder / "scheduler"),
         "vae": vae,
-        "image_normalizer": StableUnCLIPImageNormalizer.from_pretrained(decoder / "image_normalizer"),
-        "image_noising_scheduler": DDPMScheduler.from_pretrained(decoder / "image_noising_scheduler"),
+        "image_normalizer": _part(StableUnCLIPImageNormalizer, decoder / "image_normalizer"),
+        "image_noising_scheduler": _part(DDPMScheduler, decoder / "image_noising_scheduler"),
         "prior": prior_network,
         "prior_tokenizer": clip.tokenizer,
         "prior_text_encoder": text_encoder(network),
-        "prior_scheduler": DDIMScheduler.from_pretrained(prior / "scheduler"),
+        "prior_scheduler": _part(DDIMScheduler, prior / "scheduler"),
     }
     scores = json.loads(Path(recipe.scores).read_text()) if recipe.scores and Path(recipe.scores).exists() else {}
     card = checkpoint.Card(
@@ -90,6 +90,11 @@ def bundle(recipe: BundleRecipe) -> Path:
 
     replace_folder(out, write)
     return out
+
+
+def _part(kind: type, folder: Path) -> Any:
+    """One part by its library's loader; safetensors alone, where the library would fall back to pickle."""
+    return checkpoint.load_part(kind, folder, "cpu", torch.float32)
 
 
 def _plain_text_encoder(network: CLIPModel) -> CLIPTextModel:

@@ -163,7 +163,7 @@ class Gathered(torch.autograd.Function):
         return torch.cat(everyones)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """The sum over all processes, which each computed the whole loss; their mean follows as for every weight."""
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
 from clip_core.clip import CLIP
+from gen.checkpoint import load_part
 from training.data.cache import encoded
 from training.data.examples import DataError
 from training.data.pictures import Pictures
@@ -37,7 +38,9 @@ def transformers_model(clip: CLIP) -> CLIPModel:
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
     """A trained autoencoder, frozen; raises as `load_clip` does."""
-    return AutoencoderKL.from_pretrained(str(trained(folder))).requires_grad_(False).eval()
+    vae = load_part(AutoencoderKL, trained(folder), "cpu", torch.float32)
+    assert isinstance(vae, AutoencoderKL)
+    return vae
 
 
 def text_encoder(model: CLIPModel) -> CLIPTextModelWithProjection:

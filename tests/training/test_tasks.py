@@ -1,0 +1,314 @@
+"""Each part learns: it overfits one batch in seconds, measures what it must, and is saved as its library's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PriorTransformer, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+
+from clip_core.clip import CLIP
+from tests.training.tiny_recipes import WIDTH, recipes
+from training.data.pictures import Pictures
+from training.frozen import load_clip, load_vae
+from training.parts import PART_TASKS
+from training.recipe import check
+from training.task import Task, held_back
+
+PARTS = ["clip", "vae", "prior", "decoder"]
+RECIPES = {"clip": (250, 1e-3), "vae": (60, 1e-2), "prior": (100, 1e-2), "decoder": (100, 1e-2)}  # steps and rate
+
+
+def make(part: str, data: Path, trained: Path, **changes: Any) -> Any:
+    """The part's task, reading the tiny CLIP and autoencoder that `trained` holds."""
+    recipe_class, task_class = PART_TASKS[part]
+    return task_class(check(recipe_class, recipes(data, trained)[part] | changes))
+
+
+def first_batch(task: Task[Any], size: int = 8) -> Any:
+    return default_collate([task.dataset[index] for index in range(size)])
+
+
+def losses(task: Task[Any], seed: int = 0) -> dict[str, Tensor]:
+    return task(first_batch(task), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_it_overfits_one_batch(part: str, few_shapes: Path, trained: Path) -> None:
+    """The same batch with the same noise again and again."""
+    keys: dict[str, Any] = {"drop_text": 0.0} if part == "prior" else {}
+    task = make(part, few_shapes, trained, **keys)
+    num_steps, rate = RECIPES[part]
+    optimizer = torch.optim.Adam((value for value in task.network.parameters() if value.requires_grad), rate)
+    before = losses(task)["loss"].item()
+    for _ in range(num_steps):
+        loss = losses(task)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = losses(task)["loss"].item()
+    assert after < 0.5 * before, (before, after)
+    if part == "clip":
+        assert losses(task)["batch_top1"] == 1  # hard negatives told apart
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_loss_is_a_function_of_batch_and_generator(part: str, few_shapes: Path, trained: Path) -> None:
+    task = make(part, few_shapes, trained)
+    state = torch.get_rng_state()
+    first = losses(task)
+    assert torch.equal(torch.get_rng_state(), state)  # no noise from anywhere else
+    torch.manual_seed(5)
+    assert torch.equal(losses(task)["loss"], first["loss"])
+    assert all(value.ndim == 0 and value.isfinite() for value in first.values())
+    if part != "clip":  # which draws nothing
+        assert not torch.equal(losses(task, seed=1)["loss"], first["loss"])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_only_the_network_is_trained(part: str, few_shapes: Path, trained: Path) -> None:
+    task = make(part, few_shapes, trained)
+    losses(task)["loss"].backward()
+    own = {id(parameter) for parameter in task.network.parameters()}
+    for name, parameter in task.named_parameters():
+        if id(parameter) in own and parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} is trained but has no say in the loss"
+        else:
+            assert parameter.grad is None and not parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_held_back_examples_are_in_no_group(part: str, few_shapes: Path, trained: Path) -> None:
+    task = make(part, few_shapes, trained)
+    indices = sorted(index for group in task.groups() for index in group)
+    assert indices == list(range(len(task.dataset) - task.held))  # type: ignore[arg-type]
+    if part == "clip":
+        assert [len(group) for group in task.groups()] == [4] * 9 + [4 - task.held]  # contrasts meet
+    assert [held_back(number) for number in (1, 40, 1000, 60_000)] == [1, 1, 20, 512]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_sheets_and_scores(part: str, few_shapes: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make(part, few_shapes, trained)
+    task.held = 6
+    trained_network = task.network
+    sheet, scores = task.sheet(task.network), task.measure(task.network)
+    assert isinstance(sheet, Image.Image) and min(sheet.size) >= 64
+    assert scores and all(isinstance(value, float) and value == value for value in scores.values())
+    assert task.network is trained_network
+    assert task.measure(task.network) == scores
+
+
+def test_what_was_left_out_is_known(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (few_shapes / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["file_name"] = str(few_shapes / row["file_name"])
+    rows[3]["text"] = ""
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for part in PARTS:
+        task = make(part, tmp_path, trained)
+        assert task.skipped.counts == {"empty caption": 1}
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------
+
+
+def test_clip_is_a_transformers_folder_and_ours(few_shapes: Path, trained: Path) -> None:
+    folder = trained / "clip" / "model"
+    model, tokenizer = CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, CLIPTokenizerFast)
+    eos = model.config.text_config.eos_token_id
+    assert eos == tokenizer.eos_token_id != 2
+    assert tokenizer.model_max_length == model.config.text_config.max_position_embeddings == 32
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    pictures = Pictures(few_shapes, 64)
+    batch = [pictures[index] for index in range(6)]
+    images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels, _ in batch]
+    ids = tokenizer([text for _, text in batch], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        stock = model(**ids, pixel_values=processor(images, return_tensors="pt").pixel_values)
+        clip = load_clip(folder)
+        image, text = clip.image(images), clip.text([text for _, text in batch]).embedding
+    assert torch.allclose(torch.nn.functional.normalize(image, dim=-1), stock.image_embeds, atol=1e-4)
+    assert torch.allclose(torch.nn.functional.normalize(text, dim=-1), stock.text_embeds, atol=1e-4)
+
+
+def test_clip_is_trained_as_it_is_read(few_shapes: Path, trained: Path) -> None:
+    """The loss of the saved model, through the face that everyone else uses, is the loss in training."""
+    task = make("clip", few_shapes, trained)
+    clip = CLIP.from_pretrained(trained / "clip" / "model")
+    task.network.load_state_dict(clip.model.state_dict())
+    pixels, captions = first_batch(task)
+    with torch.no_grad():
+        image, text = clip.image(pixels.float() / 255), clip.text(list(captions)).embedding
+        own_image, own_text = task._embed(task.network, pixels, list(captions))
+    assert torch.allclose(image, own_image, atol=1e-4) and torch.allclose(text, own_text, atol=1e-4)
+
+
+def test_clip_preprocessing_is_measured(few_shapes: Path, trained: Path) -> None:
+    pictures = Pictures(few_shapes, 64)
+    values = torch.stack([pixels for pixels, _ in (pictures[index] for index in range(len(pictures)))]).double() / 255
+    told = json.loads((trained / "clip" / "model" / "preprocessor_config.json").read_text())
+    assert told["image_mean"] == pytest.approx(values.mean(dim=(0, 2, 3)).tolist(), abs=1e-4)
+    assert told["image_std"] == pytest.approx(values.std(dim=(0, 2, 3)).tolist(), abs=1e-4)
+
+
+# --- the autoencoder --------------------------------------------------------------------------------------
+
+
+def test_latents_are_saved_at_unit_variance(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    task = make("vae", few_shapes, trained)
+    task.held = len(task.dataset)  # all are held back, so all are measured
+    (tmp_path / "vae").mkdir()
+    task.save(task.network, tmp_path / "vae")
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    pixels = torch.stack([task.dataset[index][0] for index in range(len(task.dataset))]).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    assert latents.shape == (40, 4, 8, 8)
+    assert latents.std().item() == pytest.approx(1, abs=1e-3)
+    assert vae.config.scaling_factor != 0.18215  # diffusers' default
+
+
+# --- the prior --------------------------------------------------------------------------------------------
+
+
+def image_embeddings(data: Path, clip: CLIP) -> Tensor:
+    pictures = Pictures(data, 64)
+    with torch.no_grad():
+        return clip.image(torch.stack([pictures[index][0] for index in range(len(pictures))]).float() / 255)
+
+
+def test_the_priors_normalisation_is_measured_and_saved(few_shapes: Path, trained: Path) -> None:
+    prior = PriorTransformer.from_pretrained(trained / "prior" / "model")
+    embeddings = image_embeddings(few_shapes, load_clip(trained / "clip" / "model"))
+    assert embeddings.shape == (40, WIDTH)
+    assert torch.allclose(prior.clip_mean[0], embeddings.mean(dim=0), atol=1e-4)
+    assert torch.allclose(prior.clip_std[0], embeddings.std(dim=0), rtol=1e-3, atol=1e-5)
+    assert prior.config.embedding_dim == WIDTH and prior.config.num_embeddings == 32
+    scheduler = DDIMScheduler.from_pretrained(trained / "prior" / "model" / "scheduler")
+    assert scheduler.config.prediction_type == "sample"
+
+
+def test_the_prior_drops_its_text_as_often_as_asked(few_shapes: Path, trained: Path) -> None:
+    task = make("prior", few_shapes, trained, drop_text=0.3)
+    told: list[str] = []
+
+    class Listening(type(task.prior(task.network))):  # type: ignore[misc]
+        def conditions(self, texts: list[str]) -> Any:
+            told.extend(texts)
+            return super().conditions(texts)
+
+    stock = task.prior(task.network)
+    task.prior = lambda network: Listening(network, stock.tokenizer, stock.text_encoder, stock.levels)
+    for seed in range(60):
+        losses(task, seed)
+    assert told.count("") / len(told) == pytest.approx(0.3, abs=0.07)
+    assert set(told) == {"", *first_batch(task)[1]}
+
+
+def test_a_prior_needs_one_width(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    fields = recipes(few_shapes, tmp_path)["clip"] | {"projection_dim": 24}
+    recipe_class, task_class = PART_TASKS["clip"]
+    task = task_class(check(recipe_class, fields))
+    (tmp_path / "clip" / "model").mkdir(parents=True)
+    task.save(task.network, tmp_path / "clip" / "model")
+    with pytest.raises(ValueError, match=r"the text width is 16 and the embedding width 24; a PriorTransformer needs"):
+        make("prior", few_shapes, tmp_path)
+
+
+# --- the decoder ------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """Stands where the UNet stands and keeps what it is told, one row at a time."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.unet, self.tokens, self.vectors, self.timesteps = unet, [], [], []  # type: ignore[var-annotated]
+        unet.register_forward_pre_hook(self.keep, with_kwargs=True)
+
+    def keep(self, module: Any, given: Any, words: dict[str, Any]) -> None:
+        self.timesteps.extend(given[1].tolist())
+        self.tokens.extend(words["encoder_hidden_states"])
+        self.vectors.extend(words["class_labels"])
+
+
+def test_the_decoder_sees_four_kinds_in_the_shares_asked_for(few_shapes: Path, trained: Path) -> None:
+    shares = {"both": 0.4, "text": 0.3, "image": 0.2, "none": 0.1}
+    task = make("decoder", few_shapes, trained, kinds=shares)
+    asked = Asked(task.network)
+    captions = list(first_batch(task)[2])
+    with torch.no_grad():
+        for seed in range(80):
+            losses(task, seed)
+        empty, *told = task.text(["", *captions]).tokens
+    rows = len(asked.tokens)
+    found = dict.fromkeys(shares, 0)
+    for index, (tokens, vector) in enumerate(zip(asked.tokens, asked.vectors, strict=True)):
+        assert vector.shape == (2 * WIDTH,)
+        with_image, null = bool(vector.any()), torch.allclose(tokens, empty, atol=1e-5)
+        if not null:  # then it is the row's own caption
+            assert torch.allclose(tokens, told[index % 8], atol=1e-5)
+        found[{(False, True): "both", (False, False): "text", (True, True): "image", (True, False): "none"}[null, with_image]] += 1  # noqa: E501 # fmt: skip
+    for kind, share in shares.items():
+        assert found[kind] / rows == pytest.approx(share, abs=0.06), found
+    assert min(asked.timesteps) < 50 and max(asked.timesteps) > 950
+
+
+def test_the_class_input_is_what_stock_makes_of_an_embedding(few_shapes: Path, trained: Path) -> None:
+    """Normalised by measured mean and deviation, noised to a level, and the level told beside it."""
+    task = make("decoder", few_shapes, trained, noised_share=0.0, kinds={"both": 1.0, "text": 0, "image": 0, "none": 0})
+    asked = Asked(task.network)
+    losses(task)
+    embeddings = first_batch(task)[1]
+    vectors = torch.stack(asked.vectors)
+    assert torch.allclose(vectors[:, :WIDTH], embeddings, atol=0.1 * embeddings.abs().max().item())  # level 0: almost
+    assert (vectors[:, WIDTH:] == vectors[:1, WIDTH:]).all()
+    noised = make(
+        "decoder", few_shapes, trained, noised_share=1.0, kinds={"both": 1.0, "text": 0, "image": 0, "none": 0}
+    )
+    asked = Asked(noised.network)
+    losses(noised)
+    levels = torch.stack(asked.vectors)[:, WIDTH:]
+    assert len(levels.unique(dim=0)) > 4
+
+
+def test_the_image_normaliser_is_measured_and_saved(few_shapes: Path, trained: Path) -> None:
+    folder = trained / "decoder" / "model"
+    normalizer = StableUnCLIPImageNormalizer.from_pretrained(folder / "image_normalizer")
+    embeddings = image_embeddings(few_shapes, load_clip(trained / "clip" / "model"))
+    assert torch.allclose(normalizer.mean[0], embeddings.mean(dim=0), atol=1e-4)
+    assert torch.allclose(normalizer.std[0], embeddings.std(dim=0), rtol=1e-3, atol=1e-5)
+    unet = UNet2DConditionModel.from_pretrained(folder)
+    assert unet.config.class_embed_type == "projection"
+    assert unet.config.projection_class_embeddings_input_dim == 2 * WIDTH
+    assert unet.config.cross_attention_dim == WIDTH and unet.config.in_channels == 4
+    assert DDIMScheduler.from_pretrained(folder / "scheduler").config.prediction_type == "v_prediction"
+    assert DDPMScheduler.from_pretrained(folder / "image_noising_scheduler").config.num_train_timesteps == 1000
+
+
+def test_the_decoder_reads_the_autoencoders_latents(few_shapes: Path, trained: Path) -> None:
+    task = make("decoder", few_shapes, trained)
+    vae = load_vae(trained / "vae" / "model")
+    pictures = Pictures(few_shapes, 64)
+    pixels = torch.stack([pictures[index][0] for index in range(4)]).float() / 127.5 - 1
+    with torch.no_grad():
+        expected = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    assert torch.allclose(torch.stack([task.dataset[index][0] for index in range(4)]), expected, atol=1e-4)
+
+
+def test_a_size_that_the_autoencoder_cannot_halve(few_shapes: Path, trained: Path) -> None:
+    with pytest.raises(ValueError, match=r"resolution is 60 and the autoencoder in .* divides it by 8"):
+        make("decoder", few_shapes, trained, resolution=60)
+
+
+@pytest.mark.parametrize(("part", "missing"), [("prior", "clip"), ("decoder", "clip"), ("decoder", "vae")])
+def test_a_part_that_is_not_there_is_named(few_shapes: Path, trained: Path, part: str, missing: str) -> None:
+    with pytest.raises(ValueError, match="nowhere holds no trained part"):
+        make(part, few_shapes, trained, **{missing: "nowhere"})
