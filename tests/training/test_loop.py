@@ -1,11 +1,13 @@
 """The loop: its schedule, average and accumulation exact; killed and resumed it ends with the same bits."""
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +395,77 @@ def test_an_out_that_cannot_be_written(tmp_path: Path) -> None:
         check_place(recipe(tmp_path / "file" / "inside"))
 
 
+# --- what a person sees -----------------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take anything for a terminal
+    train(Line(), recipe(tmp_path))
+    shown = capsys.readouterr()
+    assert "line" in shown.err and "12/12" in shown.err and "loss" in shown.err and shown.out == ""
+
+
+def test_a_file_gets_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO, "training.loop"):
+        train(Line(), recipe(tmp_path / "told", log_every=6))
+        train(Line(), recipe(tmp_path / "quiet"), progress=False)
+    lines = [record.getMessage() for record in caplog.records if record.name == "training.loop"]
+    assert len(lines) == 2 and lines[0].startswith("line 6/12 ") and " loss " in lines[0]
+    assert capsys.readouterr() == ("", "")
+
+
 # --- many processes ---------------------------------------------------------------------------------------
+
+
+def two_processes(code: str, folder: Path, meanwhile: Callable[[], Any] = lambda: None) -> str:
+    """Train the `task` by the `recipe` that `code` makes in two processes; what they say."""
+    (folder / "script.py").write_text(
+        code
+        + """
+import sys
+from training.loop import train
+try:
+    outcome = train(task, recipe, progress=False)
+    sys.stdout.write(f"scores {len(outcome.scores)}\\n")
+except KeyboardInterrupt:
+    sys.stdout.write("interrupted\\n")
+"""
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", folder / "script.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        meanwhile()
+        said, _ = running.communicate(timeout=120)
+    finally:
+        running.terminate()  # and torch.distributed.run ends its processes
+    assert running.returncode == 0, said
+    return said
+
+
+def test_an_interrupt_of_one_process_stops_both_and_is_resumed(tmp_path: Path) -> None:
+    code = f"""
+import os
+from pathlib import Path
+from tests.training.line import Line, at_forward, interrupt, recipe
+before = {{}} if os.environ["RANK"] == "0" else {{"before": at_forward(5, interrupt)}}
+task = Line(noise=0.1, **before)
+recipe = recipe(Path({str(tmp_path / "out")!r}), log_every=3, batch_size=4)
+"""
+    assert two_processes(code, tmp_path).count("interrupted") == 2
+    assert checkpoint(tmp_path / "out").name == "step-00000006"  # where they next meet
+    task = Line(noise=0.1)
+    train(task, recipe(tmp_path / "out", log_every=3, batch_size=4), progress=False)
+    assert len(task.seen) == 6
 
 
 def test_two_processes_train_as_one_and_only_one_writes(few_shapes: Path, tmp_path: Path) -> None:
@@ -405,30 +477,13 @@ def test_two_processes_train_as_one_and_only_one_writes(few_shapes: Path, tmp_pa
         name: check(ClipRecipe, fields | {"out": str(tmp_path / name), "train": train_keys | {"batch_size": size}})
         for name, size in sizes.items()
     }
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"""
-import sys
+    code = f"""
 from training.clip_task import ClipRecipe, ClipTask
-from training.loop import train
 recipe = ClipRecipe.model_validate_json({asked["two"].model_dump_json()!r})
 task = ClipTask(recipe)
-outcome = train(task, recipe, progress=False)
-sys.stdout.write(f"scores {{len(outcome.scores)}}\\n")
 """
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    running = subprocess.Popen(
-        [*command, str(script)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        train(ClipTask(asked["one"]), asked["one"], progress=False)
-        said, _ = running.communicate(timeout=120)
-    finally:
-        running.terminate()  # and torch.distributed.run ends its processes
-    assert running.returncode == 0, said
-    assert sorted(re.findall(r"scores \d", said)) == ["scores 0", "scores 1"]
+    said = two_processes(code, tmp_path, lambda: train(ClipTask(asked["one"]), asked["one"], progress=False))
+    assert sorted(re.findall(r"scores \d", said)) == ["scores 0", "scores 1"]  # the main process alone measures
     two, one = state(tmp_path / "two"), state(tmp_path / "one")
     for key, value in one.items():
         if key.endswith("exp_avg"):  # gradients, clipped and averaged
