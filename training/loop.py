@@ -116,6 +116,11 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, network=task.network, average=average, optimizer=optimizer)
         step, seconds = state["step"], state["seconds"]
+        if (before := state.get("processes", 1)) != accelerator.num_processes:
+            logger.warning(
+                "%s was trained by %d processes and goes on with %d: batches and noise are not those of one run",
+                *(checkpoint, before, accelerator.num_processes),
+            )
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -133,6 +138,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
             with _evaluating(kept):
                 replace_folder(out / "model", lambda folder: task.save(kept, folder))
             extra: dict[str, Any] = {"recipe": recipe.digest(), "seconds": time.monotonic() - started}
+            extra["processes"] = accelerator.num_processes
             if accelerator.scaler is not None:
                 extra["scaler"] = accelerator.scaler.state_dict()
             save_checkpoint(
