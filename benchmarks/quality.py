@@ -23,9 +23,7 @@ def main(
     model: Annotated[str, typer.Option(help="Bundled name, diffusers folder or hub id.")] = "shapes64",
     number: Annotated[int, typer.Option("-n", help="Candidates a prompt.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; a GPU where there is one.")] = None,
-    work: Annotated[Path, typer.Option(help="Where an interrupted evaluation goes on.")] = Path(
-        "runs/quality"
-    ),
+    work: Annotated[Path, typer.Option(help="Where an interrupted evaluation goes on.")] = Path("runs/quality"),
     result: Annotated[Path, typer.Option(help="The file kept.")] = RESULT,
 ) -> None:
     """Measure quality."""

@@ -57,9 +57,7 @@ def run(words: list[str], out: Path, keep: int) -> dict[str, float]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     errors = process.stderr.read()
-    _, status, usage = os.wait4(
-        process.pid, 0
-    )  # this child's own peak, where getrusage gives the largest of all
+    _, status, usage = os.wait4(process.pid, 0)  # this child's own peak, where getrusage gives the largest of all
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
     written = [path for path in out.rglob("*.png") if path.name != "sheet.png"]

@@ -46,11 +46,7 @@ def verbs() -> dict[str, Verb]:
     ours = [verb for verb in found.values() if verb.entry.module.partition(".")[0] in OWN_PACKAGES]
     theirs = [verb for verb in found.values() if verb not in ours]
     # What drives `gen` comes before what drives `training`, then other packages' verbs; each by name.
-    return {
-        verb.name: verb
-        for part in (ours, theirs)
-        for verb in sorted(part, key=lambda v: (v.entry.module, v.name))
-    }
+    return {verb.name: verb for part in (ours, theirs) for verb in sorted(part, key=lambda v: (v.entry.module, v.name))}
 
 
 def help_text(installed: dict[str, Verb]) -> str:

@@ -95,9 +95,7 @@ def contact_sheet(
     Small pictures are enlarged by a whole factor without smoothing, so the sheet shows what was painted.
     """
     if not pictures or len(pictures) != len(captions):
-        raise ValueError(
-            f"{len(pictures)} pictures with {len(captions)} captions; give one caption per picture"
-        )
+        raise ValueError(f"{len(pictures)} pictures with {len(captions)} captions; give one caption per picture")
     columns = columns or max(4, round(len(pictures) ** 0.5))
     columns = min(columns, len(pictures))
     width, height = _tile_size(pictures[0].size)
@@ -115,15 +113,11 @@ def contact_sheet(
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = GAP + index % columns * (width + GAP), top + index // columns * (height + LINE + GAP)
         larger = width >= picture.width
-        tile = picture.resize(
-            (width, height), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
-        )
+        tile = picture.resize((width, height), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
         sheet.paste(tile, (x, y))
         # Every tile has a thin outline, or a white picture would have no edge on the white sheet.
         kept = index < num_kept
-        outline = (
-            (x - 3, y - 3, x + width + 2, y + height + 2) if kept else (x - 1, y - 1, x + width, y + height)
-        )
+        outline = (x - 3, y - 3, x + width + 2, y + height + 2) if kept else (x - 1, y - 1, x + width, y + height)
         draw.rectangle(outline, outline=FRAME if kept else (200, 200, 200), width=3 if kept else 1)
         draw.text((x, y + height + 3), _fit(draw, caption, font, width), INK, font)
     return sheet
@@ -138,9 +132,7 @@ def _tile_size(size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _fit(
-    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> str:
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Text in one line, cut with an ellipsis where it is wider than the room it has."""
     text = " ".join(text.split())
     if draw.textlength(text, font) <= width:

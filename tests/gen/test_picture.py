@@ -108,9 +108,7 @@ def test_largest_difference_is_in_levels_of_one_channel() -> None:
 
 def test_sheet_shows_every_pixel_as_painted() -> None:
     pictures = [noise(seed) for seed in range(16)]
-    sheet = np.asarray(
-        contact_sheet(pictures, [f"seed {s}" for s in range(16)], num_kept=4, title="a prompt")
-    )
+    sheet = np.asarray(contact_sheet(pictures, [f"seed {s}" for s in range(16)], num_kept=4, title="a prompt"))
     scale = round(TILE / 64)
     for picture in pictures:
         large = np.asarray(picture).repeat(scale, axis=0).repeat(scale, axis=1)
@@ -124,9 +122,7 @@ def test_sheet_shows_every_pixel_as_painted() -> None:
 
 def test_sheet_takes_any_size_and_long_captions() -> None:
     for size in ((1, 1), (64, 40), (700, 300), (2000, 2000)):
-        sheet = contact_sheet(
-            [noise(0, size)] * 3, ["a caption far too long for its tile " * 5] * 3, title="w " * 500
-        )
+        sheet = contact_sheet([noise(0, size)] * 3, ["a caption far too long for its tile " * 5] * 3, title="w " * 500)
         assert sheet.width < 1500 and sheet.height < 800
     with pytest.raises(ValueError, match="one caption per picture"):
         contact_sheet([noise(0)], [])

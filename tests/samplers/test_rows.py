@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.samplers.exact import levels, mixture, pictures
 from torch import Tensor
 
 from samplers.noise import noise
 from samplers.sample import SAMPLERS, advance
 from samplers.schedule import karras
 from samplers.state import Denoise, Prediction, State, start, start_from
+from tests.samplers.exact import levels, mixture, pictures
 
 SHAPE, SEEDS = (2, 3, 3), [11, 12, 13, 14, 15]
 SCHEDULE = karras(5, 0.05, 10.0)

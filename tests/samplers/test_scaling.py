@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.samplers.exact import mixture, pictures
 
 from samplers.scaling import KINDS, Scaling, denoiser
 from samplers.schedule import make_betas, training_sigmas, zero_terminal_snr
 from samplers.state import per_row
+from tests.samplers.exact import mixture, pictures
 
 BETAS = {
     "linear": make_betas("linear", 1000, 0.0001, 0.02),

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from tests.samplers.exact import DEVIATION, MEAN, double, gaussian, gaussian_path, levels, mixture, pictures, run
 from torch import Tensor
 
 from samplers.noise import noise
 from samplers.sample import SAMPLERS, advance, needs_noise
 from samplers.schedule import Schedule, exponential, from_betas, karras, make_betas
 from samplers.state import HISTORY, Prediction, State, start, start_from
+from tests.samplers.exact import DEVIATION, MEAN, double, gaussian, gaussian_path, levels, mixture, pictures, run
 
 SHAPE = (2, 3, 3)
 

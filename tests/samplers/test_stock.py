@@ -14,7 +14,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
-from tests.samplers.exact import mixture, pictures, run
 from torch import Tensor
 
 from samplers.scaling import Scaling, denoiser
@@ -29,6 +28,7 @@ from samplers.schedule import (
     training_sigmas,
     zero_terminal_snr,
 )
+from tests.samplers.exact import mixture, pictures, run
 
 SHAPE, SEEDS = (4, 3, 3), [0, 7, 2**32 - 1]
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -127,9 +127,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(clip: CLIP, tmp_pat
     assert len(painted) == 6  # three batches of two prompts
     again = replace(model, stop_after=None, calls=[])
     seen: list[tuple[int, int]] = []
-    result = measured(
-        again, clip, tmp_path / "parts", progress=lambda done, total: seen.append((done, total))
-    )
+    result = measured(again, clip, tmp_path / "parts", progress=lambda done, total: seen.append((done, total)))
     assert not painted & {(text, prior) for texts, prior in again.calls for text in texts}
     assert seen[0] == (6, 24) and seen[-1] == (24, 24)
     for groups in (*result["painted"].values(), *whole["painted"].values()):
@@ -140,9 +138,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(clip: CLIP, tmp_pat
 
 def test_a_folder_holds_one_evaluation(clip: CLIP, tmp_path: Path) -> None:
     measured(Draughtsman(), clip, tmp_path, number=1)
-    with pytest.raises(
-        ValueError, match="holds an evaluation of num_candidates 4, not 2; remove it, or give"
-    ):
+    with pytest.raises(ValueError, match="holds an evaluation of num_candidates 4, not 2; remove it, or give"):
         measured(Draughtsman(), clip, tmp_path, number=1, num_candidates=2)
     with pytest.raises(ValueError, match="holds an evaluation of model 'drawn', not 'other'"):
         measured(Draughtsman(), clip, tmp_path, number=1, about={"model": "other"})
@@ -153,9 +149,7 @@ def test_a_folder_holds_one_evaluation(clip: CLIP, tmp_path: Path) -> None:
 
 def test_a_line_cut_short_is_dropped_and_a_damaged_one_refused(tmp_path: Path) -> None:
     path = tmp_path / "candidates.jsonl"
-    outcomes = [
-        Outcome(f"one-{i:03d}", "one", "prior", 1.0, (Candidate(i, 0.5, ("shape",)),)) for i in range(3)
-    ]
+    outcomes = [Outcome(f"one-{i:03d}", "one", "prior", 1.0, (Candidate(i, 0.5, ("shape",)),)) for i in range(3)]
     Ledger(path, {"model": "m"}).append(outcomes)
     whole = path.read_text()
     path.write_text(whole[:-20])

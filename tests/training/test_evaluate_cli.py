@@ -46,9 +46,7 @@ def test_json_is_all_that_standard_output_holds(model: Path, tmp_path: Path) -> 
 
 def test_the_same_seeds_give_the_same_outcome(model: Path, tmp_path: Path) -> None:
     first, second = (
-        measure(
-            str(model), "shapes", number=2, limit=1, batch_size=rows, out=tmp_path / str(rows), quiet=True
-        )
+        measure(str(model), "shapes", number=2, limit=1, batch_size=rows, out=tmp_path / str(rows), quiet=True)
         for rows in (2, 8)
     )
     for result in (first, second):
@@ -70,9 +68,7 @@ def test_the_same_seeds_give_the_same_outcome(model: Path, tmp_path: Path) -> No
         (("--seed", -1), "seed is -1; give one from 0 to"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
-    model: Path, tmp_path: Path, words: tuple[object, ...], message: str
-) -> None:
+def test_mistakes_are_told_in_one_line(model: Path, tmp_path: Path, words: tuple[object, ...], message: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         run("--model", model, "--out", tmp_path / "out", *words)
     assert message in str(error.value)
@@ -80,7 +76,5 @@ def test_mistakes_are_told_in_one_line(
 
 
 def test_the_verb_itself_imports_nothing_heavy() -> None:
-    words = (
-        "import sys, training.evaluate_cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
-    )
+    words = "import sys, training.evaluate_cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words]).returncode == 0

@@ -22,19 +22,12 @@ def of(prompts: list[Prompt], group: str) -> list[Prompt]:
 
 def test_the_committed_file_is_what_the_code_makes(tmp_path: Path) -> None:
     write(tmp_path / "again.jsonl")
-    assert (tmp_path / "again.jsonl").read_bytes() == SHAPES_TEST.read_bytes(), (
-        "run training.data.suite.write()"
-    )
+    assert (tmp_path / "again.jsonl").read_bytes() == SHAPES_TEST.read_bytes(), "run training.data.suite.write()"
 
 
 def test_there_are_enough_of_every_group(prompts: list[Prompt]) -> None:
     assert Counter(prompt.group for prompt in prompts) == GROUPS | {"retrieval": sum(RETRIEVAL.values())}
-    assert (
-        GROUPS["one"] >= 60
-        and GROUPS["relation"] >= 80
-        and GROUPS["count"] >= 40
-        and GROUPS["held_out"] >= 30
-    )
+    assert GROUPS["one"] >= 60 and GROUPS["relation"] >= 80 and GROUPS["count"] >= 40 and GROUPS["held_out"] >= 30
     assert len({prompt.id for prompt in prompts}) == len(prompts)
     for group in ("one", "relation", "count"):
         assert {prompt.claim.kind for prompt in of(prompts, group)} == {group}
