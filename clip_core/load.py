@@ -95,7 +95,7 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
             if buffer.is_meta:  # not stored in the file: the one kind that CLIP has counts the positions
                 assert name == "position_ids", name
                 setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
-    return Loaded(model, _load_tokenizer(folder), Preprocess.from_folder(folder))
+    return Loaded(model, load_tokenizer(folder), Preprocess.from_folder(folder))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -130,7 +130,8 @@ def _check_shapes(folder: Path, model: nn.Module, weights: dict[str, Tensor]) ->
             raise ValueError(f"{folder / WEIGHTS} holds {key} as {given}; config.json asks for {wanted}")
 
 
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a folder; ValueError that names a missing or damaged file."""
     if not _has_tokenizer(folder):  # transformers would make an empty one up
         raise ValueError(f"{folder / 'tokenizer.json'} is missing (and so are vocab.json and merges.txt)")
     try:

@@ -27,15 +27,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.clip import CLIP
+from clip_core.load import load_tokenizer
 from gen.request import JSON
 
 ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
-HUB_FILES = ["*.json", "*.txt", "*.safetensors"]  # what is fetched: never pickle, never code
+HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]  # what is fetched: never pickle, never code, no single file
 HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin"]
+UNUSED = ("safety_checker", "feature_extractor")  # parts that nothing here asks
 OURS: dict[str, type] = {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer}  # not in diffusers' top level
 
 
@@ -56,7 +58,10 @@ class Card:
         if not path.exists():
             return cls()
         told = read_json(path)
-        known = {name: told.pop(name) for name in ("knows", "words", "defaults", "scores") if name in told}
+        known: dict[str, Any] = {}
+        for name, kind in {"knows": str, "words": list, "defaults": dict, "scores": dict}.items():
+            if name in told and not isinstance(known.setdefault(name, told.pop(name)), kind):
+                raise ValueError(f"model file '{path}' is damaged ({name} is no {kind.__name__}); correct it")
         known["words"] = tuple(known.get("words", ()))
         return cls(**known, more=told)
 
@@ -142,15 +147,17 @@ def load(
     index = read_json(folder / INDEX)
     modules: dict[str, Any] = {}
     clip = load_clip(folder / "clip", device, dtype) if (folder / "clip").is_dir() else None
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
-            continue
-        if name in ("safety_checker", "feature_extractor"):
-            continue  # nothing here uses them
-        kind, part = part_class(entry[0], entry[1], folder / INDEX), folder / name
+    for name, (library, class_name) in listed(index).items():
+        kind = part_class(library, class_name, folder / INDEX)
         tower = shared_tower(kind, clip, folder, name)
-        modules[name] = tower if tower is not None else load_part(kind, part, device, dtype)
+        modules[name] = tower if tower is not None else load_part(kind, folder / name, device, dtype)
     return Parts(index.get("_class_name", ""), modules, clip, Card.read(folder), folder)
+
+
+def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The parts that model_index.json lists and that are used here, each as (library, class)."""
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name not in UNUSED}
+    return {name: (entry[0], entry[1]) for name, entry in entries.items() if len(entry) == 2 and all(entry)}
 
 
 def part_class(library: str, name: str, where: Path) -> type:
@@ -167,6 +174,8 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
     """One part from its folder by its library's own loader; networks must find every weight."""
     if not folder.is_dir():
         raise ValueError(f"model part '{folder}' is missing; the folder is not complete")
+    if issubclass(kind, CLIPTokenizer):
+        return load_tokenizer(folder)
     if not issubclass(kind, nn.Module):
         with damaged(folder):
             return kind.from_pretrained(folder)  # type: ignore[attr-defined]
@@ -194,10 +203,9 @@ def shared_tower(kind: type, clip: CLIP | None, folder: Path, name: str) -> nn.M
         return None
     for path in (folder / name, folder / "clip"):
         check_weights(path)
-    own, whole = read_json(folder / name / "config.json"), read_json(folder / "clip" / "config.json")
-    ignored = {"architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
-    theirs = whole["text_config"]
-    if any(own[key] != theirs.get(key, own[key]) for key in own.keys() - ignored):
+    own = CLIPTextConfig.from_dict(read_json(folder / name / "config.json")).to_dict()  # defaults filled in
+    whole = clip.model.config.text_config.to_dict()
+    if any(own[key] != whole.get(key) for key in own.keys() - {"architectures", "transformers_version", "dtype"}):
         return None
     if not same_weights(folder / name, folder / "clip"):
         return None
@@ -249,7 +257,10 @@ def check_weights(folder: Path) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a part: those its shard index names, or those that lie there."""
     if shards := sorted(folder.glob("*.safetensors.index.json")):
-        return [folder / name for name in sorted(set(read_json(shards[0])["weight_map"].values()))]
+        named = read_json(shards[0]).get("weight_map")
+        if not isinstance(named, dict):
+            raise ValueError(f"model file '{shards[0]}' is damaged (it has no weight_map); fetch or save it again")
+        return [folder / name for name in sorted(set(named.values()))]
     return sorted(folder.glob("*.safetensors"))
 
 

@@ -399,11 +399,11 @@ def _facts(name: str) -> dict[str, Any]:
     """Everything `info` tells, from the folder's files; no weight is read, only their headers."""
     from safetensors import safe_open
 
-    from gen.checkpoint import INDEX, Card, check_weights, find, folder_hash, read_json, weight_files
+    from gen.checkpoint import INDEX, Card, check_weights, find, folder_hash, listed, read_json, weight_files
 
     folder = find(name)
     index = read_json(folder / INDEX)
-    classes = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and entry[1]}
+    classes = {part: class_name for part, (_, class_name) in listed(index).items()}
     hashed = sorted([*classes, "clip"])
     if (folder / "clip").is_dir():
         classes["clip"] = read_json(folder / "clip" / "config.json").get("architectures", ["CLIPModel"])[0]

@@ -514,6 +514,19 @@ def test_info_and_the_pictures_name_one_hash(painted: Path, tiny: Path, capsys: 
     assert answer(capsys, "info", tiny)["hash"] == read_png(kept(painted))[1]["model_hash"]
 
 
+def test_parts_that_nothing_uses_are_in_no_hash(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copy_of(tiny, tmp_path)
+    index = json.loads((model / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    (model / "feature_extractor").mkdir()
+    (model / "feature_extractor" / "preprocessor_config.json").write_text("{}")
+    told = answer(capsys, "info", model)
+    assert told["hash"] == answer(capsys, "info", tiny)["hash"] and "feature_extractor" not in told["parts"]
+
+
 def test_info_refuses_unknown_and_damaged_models(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

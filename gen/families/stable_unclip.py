@@ -59,6 +59,8 @@ class StableUnCLIP:
         """Put the parts of a folder together; ValueError when one is missing or two do not fit."""
         needed = ["unet", "vae", "tokenizer", "text_encoder", "scheduler", "image_normalizer"]
         needed.append("image_noising_scheduler")
+        if "prior" in parts.modules:
+            needed += ["prior_tokenizer", "prior_text_encoder", "prior_scheduler"]
         for name in needed:
             if name not in parts.modules:
                 raise ValueError(f"model part '{parts.folder / name}' is missing from model_index.json")
@@ -101,6 +103,9 @@ class StableUnCLIP:
         for name, (given, fitting) in told.items():
             if given != fitting:
                 raise ValueError(f"{where}: {name} is {given}, but the other parts need {fitting}")
+        length, positions = self.text.shape[0], self.text.encoder.config.max_position_embeddings
+        if length > positions:  # transformers says 10**30 where no file says how long a text may be
+            raise ValueError(f"{where}: model_max_length of the tokenizer is {length}, text_encoder has {positions}")
         try:
             check_settings(self.abilities.defaults, self.abilities)
         except ValueError as error:

@@ -86,7 +86,10 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     ("text_encoder/model.safetensors", cut, "text_encoder/model.safetensors' is damaged"),
     ("clip/model.safetensors", cut, "clip/model.safetensors.* is damaged"),
     ("scheduler/scheduler_config.json", Path.unlink, "scheduler' cannot be loaded"),
-    ("tokenizer/tokenizer.json", no_text, "tokenizer' cannot be loaded"),
+    ("tokenizer/tokenizer.json", no_text, "tokenizer/tokenizer.json is damaged"),
+    ("tokenizer/tokenizer.json", Path.unlink, "tokenizer/tokenizer.json is missing"),
+    ("prior_tokenizer", shutil.rmtree, "prior_tokenizer' is missing"),
+    ("tokenizer/tokenizer_config.json", Path.unlink, "model_max_length of the tokenizer is 1.*, text_encoder has 32"),
     ("prior_scheduler/scheduler_config.json", no_text, "prior_scheduler' cannot be loaded"),
     ("model_index.json", Path.unlink, "has no model_index.json"),
     ("model_index.json", no_text, "model_index.json' is damaged"),
@@ -113,6 +116,11 @@ def edited(path: Path, **change: object) -> None:
     [
         ("model_index.json", {"unet": ["os", "system"]}, "os.system is no class of diffusers or transformers"),
         ("model_index.json", {"_class_name": "KolorsPipeline"}, "KolorsPipeline; ours are: StableUnCLIP"),
+        ("model_index.json", {"prior_tokenizer": [None, None]}, "prior_tokenizer' is missing from model_index.json"),
+        ("model_index.json", {"vae": []}, "vae' is missing from model_index.json"),
+        ("unclip.json", {"words": 3}, "unclip.json' is damaged .words is no list"),
+        ("unclip.json", {"defaults": [1]}, "unclip.json' is damaged .defaults is no dict"),
+        ("unclip.json", {"defaults": {"guidance_interval": 3}}, "guidance_interval=3 is not a pair"),
         ("unclip.json", {"defaults": {"steps": 3}}, "unclip.json: setting 'steps' is unknown"),
         ("unclip.json", {"defaults": {"num_inference_steps": 0}}, "unclip.json: num_inference_steps=0"),
         ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample=True is not supported"),
@@ -137,6 +145,31 @@ def test_unknown_models(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         TextToImage.from_pretrained(name, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_shard_index_that_names_no_files(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json' is damaged \(it has no weight_map\)"):
+        TextToImage.from_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_cannot_be_used(tiny_folder: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used") as caught:
+        TextToImage.from_pretrained(tiny_folder, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tower_with_other_settings_is_not_shared(folder: Path) -> None:
+    """Equal weights, and an activation that one config says and the other leaves to the default."""
+    path = folder / "clip" / "config.json"
+    config = json.loads(path.read_text())
+    del config["text_config"]["hidden_act"]  # quick_gelu, then
+    path.write_text(json.dumps(config))
+    edited(folder / "text_encoder" / "config.json", hidden_act="gelu")
+    model = TextToImage.from_pretrained(folder, device="cpu").model
+    assert model.clip is not None and model.text.encoder is not model.clip.model.text_model
+    assert model.text.encoder.config.hidden_act == "gelu"
 
 
 def test_a_single_file_is_refused_clearly(tmp_path: Path) -> None:
