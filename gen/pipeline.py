@@ -93,7 +93,7 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,  # of the networks; rows are always float32
     ) -> TextToImage:
         """Load a model; what is unknown, missing or damaged is a ValueError of one line that names it."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         parts = checkpoint.load(name_or_path, device, dtype)
         if parts.family not in stable_unclip.CLASSES:
             told = ", ".join(stable_unclip.CLASSES)
@@ -226,6 +226,9 @@ class TextToImage:
     ) -> list[Tensor]:
         """Every candidate painted, as (C, h, w) latents in the candidates' order."""
         model, table = self.model, Table()
+        # before the text tower and the prior run: a scheduler may refuse the sampler
+        chosen = [candidate.settings for candidate in candidates]
+        schedules = [model.levels.schedule(each.sampler, each.num_inference_steps) for each in chosen]
         with ExitStack() as stack:
             look = self._look(candidates, callback, stack.enter_context(bar()) if progress else None)
             told = model.tell(candidates, table, batch_size, look)
@@ -233,7 +236,7 @@ class TextToImage:
                 Row(
                     key=key,
                     seed=candidate.seed,
-                    schedule=model.levels.schedule(candidate.settings.sampler, candidate.settings.num_inference_steps),
+                    schedule=schedules[key],
                     sampler=candidate.settings.sampler,
                     prompt=prompt,
                     null=null,
@@ -295,6 +298,7 @@ class TextToImage:
                     scores += self._score(chunk, texts)
         order = drawing_order(len(candidates), n) if scores is None else best_of(scores, n, job.keep)
         kept = [index for group in order for index in group]
+        among = set(kept)
         return Result(
             images=as_output([latents[i] if job.output_type == "latent" else pixels[i] for i in kept], job.output_type),
             scores=None if scores is None else [scores[i] for i in kept],
@@ -302,7 +306,7 @@ class TextToImage:
             prompts=[candidates[i].prompt for i in kept],
             records=[self._record(candidates[i], None if scores is None else scores[i]) for i in kept],
             candidates=[
-                Ranked(i // n, candidate.seed, None if scores is None else scores[i], i in set(kept))
+                Ranked(i // n, candidate.seed, None if scores is None else scores[i], i in among)
                 for i, candidate in enumerate(candidates)
             ],
         )
@@ -319,6 +323,15 @@ class TextToImage:
         """All that paints a picture again, and how it scored."""
         made: dict[str, JSON] = {"version": RECORD_VERSION, "model": self.name, "model_hash": self.hash}
         return candidate.to_json() | made | {"score": score}
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """The device; ValueError where torch does not know it or cannot reach it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"device '{device}' cannot be used ({reason}); give cpu, cuda, ..., or leave it out") from None
 
 
 def bar() -> Progress:

@@ -75,7 +75,7 @@ class Settings:
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"{origin}: setting '{unknown[0]}' is unknown; choose from: {', '.join(known)}")
         interval = values.get("guidance_interval")
-        if interval is not None:
+        if isinstance(interval, list):  # as JSON and YAML hold it
             values = {**values, "guidance_interval": tuple(interval)}
         return replace(self, **values)
 
@@ -112,6 +112,8 @@ class Candidate:
             prompt, seed, told = record["prompt"], record["seed"], record["settings"]
         except KeyError as error:
             raise ValueError(f"the record has no {error}; give one that a picture was saved with") from None
+        if not isinstance(prompt, str) or not isinstance(told, Mapping):
+            raise ValueError("the record is damaged: its prompt is no text or its settings no object")
         settings = able.defaults.updated(told, "record")
         check_settings(settings, able)
         return cls(prompt=prompt, seed=whole("seed", seed, 0, MAX_SEED), settings=settings)
@@ -165,6 +167,8 @@ class Request:
         """
         prompts = self._prompts()
         n = whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+        if n > MAX_SEED:
+            raise ValueError(f"num_images_per_prompt={n} is more than there are seeds; give at most {MAX_SEED}")
         keep = n if self.keep is None else whole("keep", self.keep, 1)
         if keep > n:
             raise ValueError(f"keep={keep} is more than num_images_per_prompt={n}; keep at most what is painted")
@@ -211,12 +215,10 @@ class Request:
             if not isinstance(source, Tensor) or source.ndim < 2 or not len(source):
                 raise ValueError("without a prompt, prompt_embeds or image_embeds must be a tensor of one or more")
             return ("",) * len(source)
-        prompts = (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+        prompts = texts("prompt", self.prompt)
         if not prompts:
             raise ValueError("prompt is an empty list; give at least one text")
         for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt is {prompt!r}; give a text or a list of texts")
             if not prompt.strip():
                 raise ValueError(f"prompt is empty ({prompt!r}); say in words what to paint")
         return prompts
@@ -226,17 +228,13 @@ class Request:
             return ("",) * num_prompts
         if self.negative_prompt_embeds is not None:
             raise ValueError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-        negatives = (
-            (self.negative_prompt,) * num_prompts
-            if isinstance(self.negative_prompt, str)
-            else tuple(self.negative_prompt)
-        )
+        negatives = texts("negative_prompt", self.negative_prompt)
+        if isinstance(self.negative_prompt, str):
+            negatives *= num_prompts
         if len(negatives) != num_prompts:
             raise ValueError(
                 f"negative_prompt has {len(negatives)} texts for {num_prompts} prompts; give one or as many"
             )
-        if bad := [text for text in negatives if not isinstance(text, str)]:
-            raise ValueError(f"negative_prompt is {bad[0]!r}; give a text or a list of texts")
         return negatives
 
     def _rank(self, able: Abilities) -> bool:
@@ -291,7 +289,7 @@ class Request:
             shape_of("image_embeds", self.image_embeds, (num_prompts, able.embedding_width))
         length, width = able.text_shape
         words, null = self.prompt_embeds, self.negative_prompt_embeds
-        if words is not None and words.ndim == 3 and null is not None:
+        if isinstance(words, Tensor) and words.ndim == 3 and null is not None:
             length = words.shape[1]  # any length, when words and null agree on it
         shape_of("prompt_embeds", words, (num_prompts, length, width))
         shape_of("negative_prompt_embeds", null, (num_prompts, length, width))
@@ -321,6 +319,7 @@ def check_settings(settings: Settings, able: Abilities) -> None:
                 f"{name}={pixels} cannot be halved into latents; give a multiple of {able.size_multiple}, "
                 f"such as {below}"
             )
+    texts("negative_prompt", settings.negative_prompt)
     whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
     real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
     real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
@@ -332,9 +331,10 @@ def check_settings(settings: Settings, able: Abilities) -> None:
             raise ValueError(f"eta={settings.eta}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
     if settings.guidance_interval is not None:
         interval = settings.guidance_interval
-        if len(interval) != 2 or not all(real("guidance_interval", end, 0.0) >= 0 for end in interval):
+        if not isinstance(interval, tuple) or len(interval) != 2:
             raise ValueError(f"guidance_interval={interval} is not a pair (lowest, highest) of noise levels")
-        if interval[0] > interval[1]:
+        low, high = (real("guidance_interval", end, 0.0) for end in interval)
+        if low > high:
             raise ValueError(f"guidance_interval={interval} is upside down; give (lowest, highest) noise level")
     if settings.clip_skip is not None:
         whole("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
@@ -346,6 +346,15 @@ def check_settings(settings: Settings, able: Abilities) -> None:
         whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
         real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
     whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    """One text or a list of them as a tuple, else ValueError."""
+    given = (value,) if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
+    for text in given:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {text!r}; give a text or a list of texts")
+    return given
 
 
 def entries(tensor: Tensor | None) -> dict[int, Tensor]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from gen import Request, TextToImage
 from gen.request import MAX_SEED, Candidate, Settings, candidate_seeds
-from tests.tiny import WIDTH
+from tests.tiny import WIDTH, make_tiny_stable_unclip
 
 GOOD = {"prompt": "a red circle"}
 EMBEDS = torch.zeros(1, 32, WIDTH)
@@ -24,6 +27,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a star", ""]}, "prompt is empty"),
     ({"prompt": []}, "empty list"),
     ({"prompt": [3]}, "prompt is 3"),
+    ({"prompt": 3}, "prompt is 3"),
+    ({"num_images_per_prompt": 2**33}, "more than there are seeds"),
     ({"prompt": None}, "prompt is missing"),
     ({"prompt": None, "image_embeds": 3}, "must be a tensor"),
     ({"prompt": None, "prompt_embeds": torch.zeros(0, 32, WIDTH)}, "must be a tensor of one or more"),
@@ -46,6 +51,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 .* from 0 to 1"),
     ({"guidance_interval": (3.0, 1.0)}, "upside down"),
     ({"guidance_interval": (3.0,)}, "not a pair"),
+    ({"guidance_interval": 3.0}, "not a pair"),
+    ({"guidance_interval": ("low", 3.0)}, "guidance_interval='low'"),
     ({"eta": 2.0}, "eta=2.0 .* from 0 to 1"),
     ({"eta": 0.5, "sampler": "heun"}, "eta=0.5, but sampler 'heun' takes none; choose from: ddim"),
     ({"clip_skip": 2}, "clip_skip=2 .* from 0 to 1"),
@@ -71,22 +78,32 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS[:, 1:]}, "negative_prompt_embeds has shape"),
     ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
     ({"negative_prompt": [1]}, "negative_prompt is 1"),
+    ({"negative_prompt": 1}, "negative_prompt is 1"),
+    ({"prompt_embeds": [1], "negative_prompt_embeds": EMBEDS}, "prompt_embeds is a list"),
     ({"negative_prompt": "a", "negative_prompt_embeds": EMBEDS}, "both given"),
 ]
 
 
-@pytest.fixture
-def no_network_runs(tiny: TextToImage) -> Iterator[None]:
+@contextmanager
+def no_networks(painter: TextToImage) -> Iterator[None]:
     def refuse(*_: Any) -> None:
         raise AssertionError("a network ran before the request was checked")
 
-    model = tiny.model
+    model = painter.model
     assert model.prior is not None and model.clip is not None
     modules = [model.unet, model.vae, model.text.encoder, model.prior.network, model.clip.model]
     hooks = [module.register_forward_pre_hook(refuse) for module in modules]
-    yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.fixture
+def no_network_runs(tiny: TextToImage) -> Iterator[None]:
+    with no_networks(tiny):
+        yield
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)
@@ -99,6 +116,14 @@ def test_mistakes(tiny: TextToImage, no_network_runs: None, words: dict[str, Any
 def test_batch_size_below_one(tiny: TextToImage, no_network_runs: None) -> None:
     with pytest.raises(ValueError, match="batch_size=0"):
         tiny("a star", batch_size=0)
+
+
+def test_a_sampler_that_the_checkpoint_cannot_be_read_as(tmp_path: Path) -> None:
+    """Stock builds DDIM from a config without `clip_sample` as one that clips, which has no equal here."""
+    stock = EulerDiscreteScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    model = TextToImage.from_pretrained(make_tiny_stable_unclip(tmp_path / "model", scheduler=stock), device="cpu")
+    with no_networks(model), pytest.raises(ValueError, match="as ddim: clip_sample=True is not supported"):
+        model("a star", sampler="ddim")
 
 
 def test_one_bad_request_refuses_all(tiny: TextToImage, no_network_runs: None) -> None:
@@ -168,6 +193,8 @@ def test_settings_go_through_json(tiny: TextToImage) -> None:
         ({"seed": None}, "seed=None"),
         ({"settings": {"sampler": "no"}}, "sampler 'no' is unknown"),
         ({"settings": {"stepz": 3}}, "record: setting 'stepz' is unknown; choose from: height"),
+        ({"settings": 3}, "settings no object"),
+        ({"prompt": 3}, "prompt is no text"),
         ({"given": ["latents"]}, re.escape("painted from tensors (latents)")),
     ],
 )
