@@ -433,11 +433,14 @@ def _facts(name: str) -> dict[str, Any]:
 
 
 def _tree(told: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """Nested facts as lines, one fact each; a list of words in one line."""
+    """Nested facts as lines, one fact each; a list of words in one line, of sentences one to a line."""
     for name, value in told.items():
         if isinstance(value, dict):
             yield f"{indent}{name}:"
             yield from _tree(value, indent + "  ")
+        elif isinstance(value, list) and any(isinstance(one, str) and " " in one for one in value):
+            yield f"{indent}{name}:"
+            yield from (f"{indent}  {one}" for one in value)
         elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
             yield f"{indent}{name}:"
             for number, one in enumerate(value, 1):
