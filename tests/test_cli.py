@@ -514,9 +514,7 @@ def test_info_and_the_pictures_name_one_hash(painted: Path, tiny: Path, capsys: 
     assert answer(capsys, "info", tiny)["hash"] == read_png(kept(painted))[1]["model_hash"]
 
 
-def test_parts_that_nothing_uses_are_in_no_hash(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parts_that_nothing_uses_are_in_no_hash(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = copy_of(tiny, tmp_path)
     index = json.loads((model / "model_index.json").read_text())
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
