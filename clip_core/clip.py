@@ -6,7 +6,6 @@ trains a CLIP calls the same methods, since none of them forbids gradients.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from clip_core.load import load
 from clip_core.preprocess import Preprocess
 from clip_core.score import cosine
-from clip_core.towers import TextFeatures, Tokens, make_towers
+from clip_core.text import Tokens, warn_cut
+from clip_core.towers import TextFeatures, make_towers
 
 __all__ = ["CLIP", "TextFeatures", "Tokens"]
-
-logger = logging.getLogger(__name__)
 
 
 class CLIP:
@@ -104,9 +102,7 @@ class CLIP:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("texts must be one string or a list of at least one string")
         tokens, lengths = self.towers.tokenize(texts)
-        for text, length in zip(texts, lengths, strict=True):
-            if length > self.max_length:
-                logger.warning("a text of %d tokens is cut to %d: %r", length, self.max_length, text)
+        warn_cut(texts, lengths, self.max_length)
         return tokens
 
     def text(self, texts: str | Sequence[str] | Tokens, clip_skip: int | None = None) -> TextFeatures:

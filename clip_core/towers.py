@@ -15,15 +15,9 @@ from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from clip_core.text import TextTower, Tokens, skip, tokenize
+
 LEGACY_EOS_ID = 2  # in a config from before transformers 4.31: pool the highest id, whichever it is
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Texts as ids, padded to one length L, on the CPU."""
-
-    input_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, L) bool, true up to and with the end of the text
 
 
 @dataclass(frozen=True)
@@ -80,22 +74,12 @@ class TransformersTowers:
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tokens, list[int]]:
         """As the tokenizer pads and cuts by itself."""
-        texts = list(texts)
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
-        batch = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        return Tokens(batch.input_ids, batch.attention_mask.bool()), lengths
+        return tokenize(self.tokenizer, texts, self.max_length)
 
     def text(self, tokens: Tokens, clip_skip: int | None) -> TextFeatures:
         """States and projection as CLIPTextModelWithProjection gives them."""
-        # No mask, as diffusers: pads come after the end, so they change no state but their own.
-        tower = self.model.text_model
-        out = tower(input_ids=tokens.input_ids, output_hidden_states=clip_skip is not None)
-        states = out.last_hidden_state  # (B, L, D)
-        if clip_skip is not None:
-            states = tower.final_layer_norm(_skip(out.hidden_states, clip_skip))
-        return TextFeatures(states, self.model.text_projection(out.pooler_output), tokens.attention_mask)
+        states = TextTower(self.tokenizer, self.model.text_model).read(tokens, clip_skip)
+        return TextFeatures(states.tokens, self.model.text_projection(states.pooled), states.mask)
 
     def image(self, pixel_values: Tensor) -> Tensor:
         """As CLIPVisionModelWithProjection."""
@@ -138,7 +122,7 @@ class OpenClipTowers:
             out = tower.forward_intermediates(text=tokens.input_ids, normalize=False)
         else:
             out = tower.forward_intermediates(tokens.input_ids, output_fmt="NLC")
-        states = tower.ln_final(_skip(out["text_intermediates"], clip_skip or 0))  # (B, L, D)
+        states = tower.ln_final(skip(out["text_intermediates"], clip_skip or 0))  # (B, L, D)
         return TextFeatures(states, out["text_features"], tokens.attention_mask)
 
     def _hugging_face_text(self, tower: Any, tokens: Tokens, clip_skip: int | None) -> TextFeatures:
@@ -163,13 +147,6 @@ def make_towers(model: nn.Module, tokenizer: Any) -> Towers:
         return OpenClipTowers(model, tokenizer)
     known = "transformers CLIPModel, open_clip CLIP, open_clip CustomTextCLIP"
     raise ValueError(f"a {type(model).__name__} is not a CLIP that can be used here; give one of: {known}")
-
-
-def _skip(states: Sequence[Tensor], clip_skip: int) -> Tensor:
-    """As diffusers' encode_prompt: 0 the last layer's states, 1 those before it, and so on."""
-    if not 0 <= clip_skip < len(states):
-        raise ValueError(f"clip_skip is {clip_skip}; give 0 to {len(states) - 1} for this text tower, or None")
-    return states[-(clip_skip + 1)]
 
 
 def _up_to_first(input_ids: Tensor, token: int) -> Tensor:

@@ -31,6 +31,7 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModel
 
 from clip_core.clip import CLIP
 from clip_core.load import load_tokenizer
+from clip_core.text import with_projection, without_projection
 from gen.request import JSON
 
 ASSETS = Path(__file__).parent / "assets"
@@ -209,12 +210,7 @@ def shared_tower(kind: type, clip: CLIP | None, folder: Path, name: str) -> nn.M
         return None
     if not same_weights(folder / name, folder / "clip"):
         return None
-    if issubclass(kind, CLIPTextModel):
-        return clip.model.text_model
-    with torch.device("meta"):
-        tower = CLIPTextModelWithProjection(clip.model.config.text_config)
-    tower.text_model, tower.text_projection = clip.model.text_model, clip.model.text_projection
-    return tower.eval()
+    return without_projection(clip.model) if issubclass(kind, CLIPTextModel) else with_projection(clip.model)
 
 
 def same_weights(part: Path, whole: Path) -> bool:

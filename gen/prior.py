@@ -14,7 +14,8 @@ from diffusers import PriorTransformer
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from gen.conditioning import Condition, Conditions, Table, TextTower
+from clip_core.text import TextTower
+from gen.conditioning import Condition, Conditions, Table
 from gen.engine import Engine, Row
 from gen.request import Candidate
 from gen.scheduler import NoiseLevels

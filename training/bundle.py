@@ -14,13 +14,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PriorTransformer, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from pydantic import Field
-from transformers import CLIPModel, CLIPTextModel
 
+from clip_core.text import with_projection, without_projection
 from gen import checkpoint
 from training.checkpoints import replace_folder
 from training.data.examples import Skipped
 from training.data.pictures import find_examples
-from training.frozen import load_clip, load_vae, text_encoder, trained, transformers_model
+from training.frozen import load_clip, load_vae, trained, transformers_model
 from training.recipe import RecipeError, Section
 
 
@@ -62,7 +62,7 @@ def bundle(recipe: BundleRecipe) -> Path:
             raise RecipeError(f"{what} is {given}, but {recipe.clip} and {recipe.vae} need {needed}; train it on them")
     parts = {
         "tokenizer": clip.tokenizer,
-        "text_encoder": _plain_text_encoder(network),
+        "text_encoder": without_projection(network),
         "unet": unet,
         "scheduler": _part(DDIMScheduler, decoder / "scheduler"),
         "vae": vae,
@@ -70,7 +70,7 @@ def bundle(recipe: BundleRecipe) -> Path:
         "image_noising_scheduler": _part(DDPMScheduler, decoder / "image_noising_scheduler"),
         "prior": prior_network,
         "prior_tokenizer": clip.tokenizer,
-        "prior_text_encoder": text_encoder(network),
+        "prior_text_encoder": with_projection(network),
         "prior_scheduler": _part(DDIMScheduler, prior / "scheduler"),
     }
     scores = json.loads(Path(recipe.scores).read_text()) if recipe.scores and Path(recipe.scores).exists() else {}
@@ -95,17 +95,6 @@ def bundle(recipe: BundleRecipe) -> Path:
 def _part(kind: type, folder: Path) -> Any:
     """One part by its library's loader; safetensors alone, where the library would fall back to pickle."""
     return checkpoint.load_part(kind, folder, "cpu", torch.float32)
-
-
-def _plain_text_encoder(network: CLIPModel) -> CLIPTextModel:
-    """The text half of a CLIP without its projection, as a CLIPTextModel sharing the weights."""
-    tower = network.text_model
-    if isinstance(tower, CLIPTextModel):
-        return tower
-    with torch.device("meta"):
-        model = CLIPTextModel(network.config.text_config)
-    model.text_model = tower
-    return model.eval()
 
 
 def _words(data: Path) -> set[str]:

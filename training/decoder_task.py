@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gen.conditioning import TextTower
+from clip_core.text import TextTower
 from gen.families.stable_unclip import StableUnCLIP
 from gen.pipeline import TextToImage
 from gen.scheduler import NoiseLevels

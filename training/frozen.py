@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPModel, CLIPTextModelWithProjection
+from transformers import CLIPModel
 
 from clip_core.clip import CLIP
 from gen.checkpoint import load_part
@@ -41,14 +41,6 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     vae = load_part(AutoencoderKL, trained(folder), "cpu", torch.float32)
     assert isinstance(vae, AutoencoderKL)
     return vae
-
-
-def text_encoder(model: CLIPModel) -> CLIPTextModelWithProjection:
-    """The text half of a CLIP with its projection, sharing the weights."""
-    with torch.device("meta"):
-        tower = CLIPTextModelWithProjection(model.config.text_config)
-    tower.text_model, tower.text_projection = model.text_model, model.text_projection
-    return tower.eval()
 
 
 def image_embeddings(dataset: Pictures, clip: CLIP, folder: str | Path) -> Tensor:

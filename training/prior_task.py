@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from clip_core.text import with_projection
 from gen.conditioning import stacked
 from gen.prior import Prior
 from gen.request import Candidate, Settings
 from gen.scheduler import NoiseLevels
 from training.data.pictures import Pictures
-from training.frozen import image_embeddings, load_clip, text_encoder, transformers_model
+from training.frozen import image_embeddings, load_clip, transformers_model
 from training.recipe import Recipe, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
@@ -66,7 +67,7 @@ class PriorTask(Task[PriorTransformer]):
         clip = load_clip(recipe.clip)
         network = transformers_model(clip)
         network.set_attn_implementation(recipe.attention)
-        self.text_encoder, self.tokenizer = text_encoder(network), clip.tokenizer
+        self.text_encoder, self.tokenizer = with_projection(network), clip.tokenizer
         self.pictures = Pictures(recipe.data, recipe.resolution)
         self.skipped = self.pictures.skipped
         embeddings = image_embeddings(self.pictures, clip, recipe.clip)

@@ -21,8 +21,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from clip_core.clip import CLIP
+from clip_core.text import TextTower
 from gen.checkpoint import CARD, Card, Parts
-from gen.conditioning import Condition, Conditions, Table, TextTower
+from gen.conditioning import Condition, Conditions, Table
 from gen.engine import Engine
 from gen.prior import Prior
 from gen.request import Abilities, Candidate, Settings, check_settings

@@ -172,7 +172,7 @@ def test_long_text_is_cut_with_a_warning(clip: CLIP, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         tokens = clip.tokenize(TEXTS)
     assert tokens.input_ids.shape == (4, LENGTH) and tokens.input_ids[3, -1] == clip.tokenizer.eos_token_id
-    ours = [record.getMessage() for record in caplog.records if record.name == "clip_core.clip"]
+    ours = [record.getMessage() for record in caplog.records if record.name == "clip_core.text"]
     assert len(ours) == len(caplog.records) == 1 and "is cut to 32: 'a large green star" in ours[0]
 
 

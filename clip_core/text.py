@@ -1,0 +1,113 @@
+"""CLIP's text tower: half of a whole CLIP, and what stands alone as `text_encoder` in a diffusers folder.
+
+Owns how texts become ids and ids become states, as diffusers reads them: padded to one length, the padding's
+states included. It knows no pictures and no files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as ids, padded to one length L, on the CPU."""
+
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) bool, true up to and with the end of the text
+
+
+@dataclass(frozen=True, eq=False)
+class TextStates:
+    """What a text tower says of B texts, before any projection."""
+
+    tokens: Tensor  # (B, L, D) states after the final layer norm
+    pooled: Tensor  # (B, D) the state at the end of the text
+    mask: Tensor  # (B, L) bool, true up to and with the end of the text
+
+
+@dataclass(frozen=True, eq=False)
+class TextTower:
+    """A CLIPTextModel with its tokenizer."""
+
+    tokenizer: Any  # a CLIPTokenizer
+    encoder: Any  # a CLIPTextModel
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Length L in tokens and width D."""
+        return self.tokenizer.model_max_length, self.encoder.config.hidden_size
+
+    def __call__(self, texts: Sequence[str], clip_skip: int | None = None) -> TextStates:
+        """Encode texts; longer ones are cut with a warning."""
+        length, _ = self.shape
+        tokens, lengths = tokenize(self.tokenizer, texts, length)
+        warn_cut(texts, lengths, length)
+        return self.read(tokens, clip_skip)
+
+    def read(self, tokens: Tokens, clip_skip: int | None = None) -> TextStates:
+        """States of the last layer, or of the one `clip_skip` layers before it (diffusers' meaning), normed.
+
+        No mask goes in, as in diffusers, unless the configuration says `use_attention_mask`: pads come after
+        the end, so they change no state but their own, and UNets were trained on those too.
+        """
+        device = self.encoder.device
+        mask = tokens.attention_mask.to(device)
+        out = self.encoder(
+            input_ids=tokens.input_ids.to(device),
+            attention_mask=mask if getattr(self.encoder.config, "use_attention_mask", False) else None,
+            output_hidden_states=clip_skip is not None,
+        )
+        states = out.last_hidden_state  # (B, L, D)
+        if clip_skip is not None:
+            states = self.encoder.final_layer_norm(skip(out.hidden_states, clip_skip))
+        return TextStates(states, out.pooler_output, mask)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tokens, list[int]]:
+    """Ids as a CLIPTokenizer pads and cuts by itself, and how many tokens each text has before it is cut."""
+    texts = list(texts)
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return Tokens(batch.input_ids, batch.attention_mask.bool()), lengths
+
+
+def warn_cut(texts: Sequence[str], lengths: Sequence[int], length: int) -> None:
+    """Say in the log which texts are longer than a tower reads."""
+    for text, given in zip(texts, lengths, strict=True):
+        if given > length:
+            logger.warning("a text of %d tokens is cut to %d: %r", given, length, text)
+
+
+def skip(states: Sequence[Tensor], clip_skip: int) -> Tensor:
+    """As diffusers' encode_prompt: 0 the last layer's states, 1 those before it, and so on."""
+    if not 0 <= clip_skip < len(states):
+        raise ValueError(f"clip_skip is {clip_skip}; give 0 to {len(states) - 1} for this text tower, or None")
+    return states[-(clip_skip + 1)]
+
+
+def without_projection(model: CLIPModel) -> CLIPTextModel:
+    """The text half of a whole CLIP, sharing its weights."""
+    if isinstance(model.text_model, CLIPTextModel):
+        return model.text_model
+    with torch.device("meta"):
+        tower = CLIPTextModel(model.config.text_config)
+    tower.text_model = model.text_model
+    return tower.eval()
+
+
+def with_projection(model: CLIPModel) -> CLIPTextModelWithProjection:
+    """The text half of a whole CLIP with its projection, sharing the weights."""
+    with torch.device("meta"):
+        tower = CLIPTextModelWithProjection(model.config.text_config)
+    tower.text_model, tower.text_projection = model.text_model, model.text_projection
+    return tower.eval()
