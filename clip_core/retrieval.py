@@ -46,8 +46,8 @@ def top1_of_n(query: Tensor, gallery: Tensor, n: int = 100) -> float:
     Text to image: captions as query, pictures as gallery. Who calls sees to it that no two captions of a
     group are true of one picture. N must be a multiple of n.
     """
-    if query.shape != gallery.shape or n < 2 or len(query) == 0 or len(query) % n:
+    if query.shape != gallery.shape or n < 1 or len(query) == 0 or len(query) % n:
         given = f"{tuple(query.shape)} queries, {tuple(gallery.shape)} items and n = {n}"
-        raise ValueError(f"{given}; give as many items as queries, a multiple of n, n >= 2")
+        raise ValueError(f"{given}; give as many items as queries, a multiple of n, n >= 1")
     places = [ranks(query[i : i + n], gallery[i : i + n]) for i in range(0, len(query), n)]
     return (torch.cat(places) == 0).float().mean().item()

@@ -15,14 +15,21 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from clip_core.loss import contrastive_loss, equal_captions
+from clip_core.clip import CLIP
+from clip_core.convert import save_transformers
+from clip_core.loss import clamp_logit_scale_, contrastive_loss, equal_captions
+from clip_core.preprocess import Preprocess
+from clip_core.retrieval import top1_of_n
+from clip_core.text import Tokens
 from clip_core.tokenizer import train_tokenizer
 from training.data.pictures import Pictures
 from training.recipe import Recipe, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
+
+Channels = tuple[float, float, float]
 
 FILLED_IN = (  # options of the towers that the tokenizer and the recipe's other keys decide
     *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"),
@@ -78,16 +85,12 @@ class ClipTask(Task[CLIPModel]):
         self.network.set_attn_implementation(recipe.attention)
         self.held = held_back(len(self.dataset))
         mean, std = _channel_statistics(self.dataset)
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-        self.processor = CLIPImageProcessor(
-            size={"shortest_edge": recipe.resolution},
-            crop_size={"height": recipe.resolution, "width": recipe.resolution},
-            image_mean=mean.flatten().tolist(),
-            image_std=std.flatten().tolist(),
-        )
+        size = recipe.resolution
+        self.preprocess = Preprocess(resize=size, crop=(size, size), mean=mean, std=std)
+
+    def clip(self, network: CLIPModel) -> CLIP:
+        """The network as everyone else will read it."""
+        return CLIP(network, self.tokenizer, self.preprocess)
 
     def groups(self) -> list[list[int]]:
         """All but the examples kept for `measure`."""
@@ -98,6 +101,7 @@ class ClipTask(Task[CLIPModel]):
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """The contrastive loss, and how many captions find their own picture in the batch."""
         pixels, captions = batch
+        clamp_logit_scale_(self.network.logit_scale.detach())  # what the last optimiser step left
         image, text = self._embed(self.network, pixels, captions)
         if dist.is_initialized() and dist.get_world_size() > 1:
             image, text = Gathered.apply(image), Gathered.apply(text)
@@ -116,13 +120,9 @@ class ClipTask(Task[CLIPModel]):
         """Text to image retrieval, top 1 of 100 held-back pairs, averaged over as many hundreds as there are."""
         pixels, captions = self._held_batch(self.held)
         image, text = self._embed(network, pixels, captions)
-        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         pool = min(100, len(captions))
-        rates = []
-        for first in range(0, len(captions) - pool + 1, pool):
-            best = (text[first : first + pool] @ image[first : first + pool].T).argmax(dim=1)
-            rates.append((best == torch.arange(pool, device=best.device)).float().mean())
-        return {f"retrieval_top1_of_{pool}": torch.stack(rates).mean().item()}
+        whole = len(captions) // pool * pool
+        return {f"retrieval_top1_of_{pool}": top1_of_n(text[:whole], image[:whole], pool)}
 
     @torch.no_grad()
     def sheet(self, network: CLIPModel) -> Image.Image:
@@ -134,22 +134,20 @@ class ClipTask(Task[CLIPModel]):
 
     def save(self, network: CLIPModel, folder: Path) -> None:
         """A transformers CLIP folder with tokenizer and preprocessing."""
-        network.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        save_transformers(self.clip(network), folder)
 
     def _embed(self, network: CLIPModel, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, E) each, not normalised."""
-        tokens = self.tokenizer(list(captions), padding="longest", truncation=True, return_tensors="pt")
-        ids = tokens.input_ids.to(pixels.device)  # padding to the longest is enough: the text tower is causal
-        image = network.vision_model(pixel_values=(pixels.float() / 255 - self.mean) / self.std).pooler_output
-        text = network.text_model(input_ids=ids).pooler_output
-        return network.visual_projection(image), network.text_projection(text)
+        clip = self.clip(network)
+        # padding to the longest is enough, and quicker: the text tower is causal
+        batch = self.tokenizer(list(captions), padding="longest", truncation=True, return_tensors="pt")
+        tokens = Tokens(batch.input_ids, batch.attention_mask.bool())
+        return clip.image(pixels.float() / 255), clip.text(tokens).embedding
 
     def _held_batch(self, most: int) -> tuple[Tensor, list[str]]:
         first = len(self.dataset) - self.held
         pairs = [self.dataset[index] for index in range(first, first + min(most, self.held))]
-        return torch.stack([pixels for pixels, _ in pairs]).to(self.mean.device), [text for _, text in pairs]
+        return torch.stack([pixels for pixels, _ in pairs]).to(self.network.device), [text for _, text in pairs]
 
 
 class Gathered(torch.autograd.Function):
@@ -170,8 +168,10 @@ class Gathered(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _channel_statistics(dataset: Pictures, most: int = 1000) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each colour channel in [0, 1], (3, 1, 1), over at most `most` pictures."""
+def _channel_statistics(dataset: Pictures, most: int = 1000) -> tuple[Channels, Channels]:
+    """Mean and deviation of each colour channel in [0, 1], over about `most` pictures."""
     step = max(1, len(dataset) // most)
     values = torch.stack([dataset[index][0] for index in range(0, len(dataset), step)]).float() / 255
-    return values.mean(dim=(0, 2, 3)).reshape(3, 1, 1), values.std(dim=(0, 2, 3)).clamp(min=1e-3).reshape(3, 1, 1)
+    (*mean,) = values.mean(dim=(0, 2, 3)).tolist()
+    (*std,) = values.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

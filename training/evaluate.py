@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
+from clip_core.retrieval import ranks
 from training.data import checker
 from training.data.checker import FACTS, faults, read
 from training.data.suite import Prompt
@@ -338,12 +338,8 @@ def retrieval(clip: TwoTowers, prompts: Sequence[Prompt], device: torch.device |
     """CLIP's choice among the prompts' true pictures: share of captions that find theirs first, and back."""
     pictures = np.stack([prompt.picture() for prompt in prompts])  # (B, H, W, 3)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float() / 255
-    image = F.normalize(clip.image(pixels).float(), dim=-1)  # (B, E)
-    text = F.normalize(clip.text([prompt.text for prompt in prompts]).embedding.float(), dim=-1)  # (B, E)
-    similarity = text @ image.T
-    own = torch.arange(len(prompts), device=similarity.device)
-    found = (similarity.argmax(dim=1) == own).tolist()
-    back = (similarity.argmax(dim=0) == own).tolist()
+    image, text = clip.image(pixels), clip.text([prompt.text for prompt in prompts]).embedding  # (B, E)
+    found, back = (ranks(text, image) == 0).tolist(), (ranks(image, text) == 0).tolist()
     kinds = dict.fromkeys(prompt.claim.kind for prompt in prompts)
     by_kind = {
         kind: float(np.mean([hit for hit, prompt in zip(found, prompts, strict=True) if prompt.claim.kind == kind]))

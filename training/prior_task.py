@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from clip_core.retrieval import top1_of_n
+from clip_core.score import cosine
 from clip_core.text import with_projection
 from gen.conditioning import stacked
 from gen.prior import Prior
@@ -124,16 +126,12 @@ class PriorTask(Task[PriorTransformer]):
     def measure(self, network: PriorTransformer) -> dict[str, float]:
         """Cosine between sampled and true embeddings of held-back pictures, and top 1 of 100 by it."""
         embeddings, captions = self._held(200)
-        sampled = F.normalize(self._sample(network, captions) - network.clip_mean, dim=-1)
-        true = F.normalize(embeddings - network.clip_mean, dim=-1)
+        sampled, true = self._sample(network, captions) - network.clip_mean, embeddings - network.clip_mean
         pool = min(100, len(captions))
-        right = [
-            (sampled[first : first + pool] @ true[first : first + pool].T).argmax(dim=1).cpu() == torch.arange(pool)
-            for first in range(0, len(captions) - pool + 1, pool)
-        ]
+        whole = len(captions) // pool * pool
         return {
-            "cosine": (sampled * true).sum(dim=1).mean().item(),
-            f"top1_of_{pool}": torch.cat(right).float().mean().item(),
+            "cosine": cosine(sampled, true).mean().item(),
+            f"top1_of_{pool}": top1_of_n(sampled[:whole], true[:whole], pool),
         }
 
     @torch.no_grad()

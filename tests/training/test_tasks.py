@@ -1,6 +1,7 @@
 """Each part learns: it overfits one batch in seconds, measures what it must, and is saved as its library's own."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,14 @@ def test_clip_is_trained_as_it_is_read(few_shapes: Path, trained: Path) -> None:
         image, text = clip.image(pixels.float() / 255), clip.text(list(captions)).embedding
         own_image, own_text = task._embed(task.network, pixels, list(captions))
     assert torch.allclose(image, own_image, atol=1e-4) and torch.allclose(text, own_text, atol=1e-4)
+
+
+def test_the_temperature_stays_in_range(few_shapes: Path, trained: Path) -> None:
+    task = make("clip", few_shapes, trained)
+    for given, kept in ((9.0, 100.0), (-3.0, 1.0), (2.0, math.exp(2))):
+        task.network.logit_scale.data.fill_(given)
+        assert losses(task)["temperature"].item() == pytest.approx(kept, rel=1e-5)
+        assert task.network.logit_scale.exp().item() == pytest.approx(kept, rel=1e-5)
 
 
 def test_clip_preprocessing_is_measured(few_shapes: Path, trained: Path) -> None:
