@@ -24,15 +24,21 @@ _RETIRED = ".old"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says why and what to do."""
+    """A checkpoint cannot be used or written; the message says why and what to do."""
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a fresh folder, then put it in place of `folder` with renames; all or nothing."""
+    """Have `write` fill a fresh folder, then put it in place of `folder` with renames; all or nothing.
+
+    Raises CheckpointError where no folder can be made.
+    """
     partial = folder.with_name(folder.name + _PARTIAL)
     retired = folder.with_name(folder.name + _RETIRED)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
     try:
         write(partial)
         for path in partial.rglob("*"):
@@ -162,4 +168,6 @@ def _random_state() -> dict[str, Tensor]:
 def _set_random_state(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([states[key] for key in sorted(states) if key.startswith("cuda.")])
+        for index in range(torch.cuda.device_count()):  # of another number of devices, those that both have
+            if (state := states.get(f"cuda.{index}")) is not None:
+                torch.cuda.set_rng_state(state, index)

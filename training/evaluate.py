@@ -116,12 +116,15 @@ class Ledger:
         """
         self.path = path
         self.outcomes: list[Outcome] = []
-        whole = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = whole[: whole.rfind("\n") + 1].splitlines()
-        if not lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-            return
+        try:
+            whole = path.read_text(encoding="utf-8") if path.exists() else ""
+            lines = whole[: whole.rfind("\n") + 1].splitlines()
+            if not lines:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+                return
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror}); give another folder") from None
         try:
             found = json.loads(lines[0])
             self.outcomes = [Outcome.from_json(json.loads(line)) for line in lines[1:]]

@@ -31,7 +31,12 @@ class VaeRecipe(Recipe):
 
     @model_validator(mode="after")
     def _halves(self) -> VaeRecipe:
-        factor = 2 ** (len(self.network.get("block_out_channels", [0])) - 1)
+        channels = self.network.get("block_out_channels", [0])
+        if not isinstance(channels, list):
+            raise ValueError(
+                f"network.block_out_channels is {channels!r}; give a list, one number a halving and one more"
+            )
+        factor = 2 ** (len(channels) - 1)
         if self.resolution % factor:
             raise ValueError(
                 f"resolution is {self.resolution} and the autoencoder divides it by {factor};"

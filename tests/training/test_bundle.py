@@ -90,6 +90,8 @@ def test_a_bundle_is_replaced_whole_and_another_folder_never(few_shapes: Path, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "scores.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"scores.json/model cannot be written .*; choose another folder"):
+        bundle(check(BundleRecipe, fields | {"out": str(tmp_path / "scores.json" / "model")}))
     with pytest.raises(RecipeError, match=r"out '.*mine' exists and is no model folder"):
         bundle(check(BundleRecipe, fields | {"out": str(tmp_path / "mine")}))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"

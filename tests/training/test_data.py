@@ -141,6 +141,7 @@ def test_what_cannot_be_used_is_left_out_counted_and_told(folder: Path, caplog: 
         {"file_name": "gone.png", "text": "no file"},
         {"file_name": "000/000001.png", "text": "  "},
         {"file_name": "000/000002.png"},
+        {"file_name": "000/000002.png", "text": "half a pair \ud83d"},
         {"text": "no name"},
         {"file_name": "000/000003.png", "text": "good too"},
     ]
@@ -148,7 +149,8 @@ def test_what_cannot_be_used_is_left_out_counted_and_told(folder: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         data = Pictures(folder, 8)
     assert [example.text for example in data.examples] == ["good", "good too"]
-    counts = {"damaged picture": 3, "missing file": 1, "empty caption": 2, "row without file_name": 1}
+    counts = {"damaged picture": 3, "missing file": 1, "empty caption": 2, "damaged caption": 1}
+    counts["row without file_name"] = 1
     assert data.skipped.counts == counts
     (record,) = caplog.records
     assert "3 skipped: damaged picture (first: half.png)" in record.getMessage()

@@ -162,6 +162,13 @@ def test_a_line_cut_short_is_dropped_and_a_damaged_one_refused(tmp_path: Path) -
         Ledger(path, {"model": "m"})
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file" / "candidates.jsonl", Path("/proc/unclip/candidates.jsonl")):
+        with pytest.raises(ValueError, match=r"candidates.jsonl cannot be written \(.*\); give another folder"):
+            Ledger(path, {})
+
+
 def test_no_two_candidates_of_the_suite_share_a_seed() -> None:
     seeds = [prompt.seed + k for prompt in load() for k in range(16)]
     assert len(set(seeds)) == len(seeds) and max(seeds) < 2**31

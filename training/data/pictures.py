@@ -72,6 +72,11 @@ class Pictures(Dataset[tuple[Tensor, str]]):
             self.skipped.add("empty caption", example.name)
             return False
         try:
+            text = example.text.encode()
+        except UnicodeEncodeError:  # half a pair of surrogates, as JSON may hold
+            self.skipped.add("damaged caption", example.name)
+            return False
+        try:
             content = example.content()
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
@@ -82,7 +87,7 @@ class Pictures(Dataset[tuple[Tensor, str]]):
             self.skipped.add("damaged picture", example.name)
             return False
         digest.update(hashlib.sha256(content).digest())
-        digest.update(example.text.encode())
+        digest.update(text)
         return True
 
 
