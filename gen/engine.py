@@ -238,7 +238,7 @@ class Engine:
         estimate = denoiser(lambda x, timestep: self.network(x, timestep, told), self.scaling)
 
         def denoise(x: Tensor, sigma: Tensor) -> Prediction:
-            guided = in_interval(sigma, (low, high))  # type: ignore[arg-type]  # per row
+            guided = in_interval(sigma, (low, high))
             each = estimate(x[rows], sigma[rows]).x0  # (M, ...)
             x0 = combine(each, torch.where(guided[rows], weights, unguided), rows, len(x))
             if rescaled:

@@ -27,8 +27,11 @@ def cfg_terms(scale: float) -> dict[str, float]:
     return {"prompt": 1.0} if scale == 1 else {"null": 1.0 - scale, "prompt": scale}
 
 
-def in_interval(sigma: Tensor, interval: tuple[float, float] | None) -> Tensor:
-    """Where guidance holds, (B,) bool: low < sigma <= high (Kynkäänniemi et al. 2024); None: everywhere."""
+def in_interval(sigma: Tensor, interval: tuple[float | Tensor, float | Tensor] | None) -> Tensor:
+    """Where guidance holds, (B,) bool: low < sigma <= high (Kynkäänniemi et al. 2024); None: everywhere.
+
+    The ends are numbers, or (B,) for each row its own.
+    """
     if interval is None:
         return torch.ones_like(sigma, dtype=torch.bool)
     low, high = interval
