@@ -61,10 +61,7 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(metavar="W", help="Weight of the prompt against the null; 1 is off.")
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="S", help="Candidate k is painted from seed S + k (default: drawn, and told)."),
-    ] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Candidate k is painted from seed S + k.")] = 0,
     sampler: Annotated[
         str | None, typer.Option(metavar="NAME", help="euler, ddim, dpmpp_2m, ...; a wrong name lists all.")
     ] = None,

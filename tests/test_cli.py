@@ -239,6 +239,7 @@ def test_words_the_model_never_saw_are_told(tiny: Path, tmp_path: Path, capsys: 
     assert "has never seen: dog" in capsys.readouterr().err
     told = answer(capsys, "generate", PROMPT, *common)
     assert (told["unknown_words"], told["note"]) == ([], None)
+    assert [one["seed"] for one in told["pictures"]] == [0], "the same command paints the same picture"
 
 
 def test_ignored_settings_are_told_in_one_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
