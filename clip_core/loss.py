@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # Radford et al. 2021, section 2.5
-MAX_LOGIT_SCALE = math.log(100.0)  # ibid.: logits are never scaled by more than 100
+MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5: logits are never scaled by more than 100
 
 
 def contrastive_loss(

@@ -44,14 +44,6 @@ class NoiseStream:
         blocks = [self._block(row, step) for row, step in enumerate(steps)]
         return torch.stack(blocks) if blocks else torch.empty(0, *self.shape)
 
-    def select(self, rows: Sequence[int]) -> NoiseStream:
-        """The streams of the rows that go on, at the blocks they have reached (the generators are shared)."""
-        kept = NoiseStream([], "decoder", self.shape)
-        kept._starts = [self._starts[row] for row in rows]
-        kept._rngs = [self._rngs[row] for row in rows]
-        kept._steps = [self._steps[row] for row in rows]
-        return kept
-
     def _block(self, row: int, step: int) -> Tensor:
         if step < self._steps[row]:  # back in time: the stream has to be drawn again
             self._rngs[row].manual_seed(self._starts[row])

@@ -51,18 +51,6 @@ class Level:
     index: Tensor  # (B,) int64, 0 at the row's first level
     steps_left: Tensor  # (B,) int64, 0 at the row's last level
 
-    def select(self, rows: Tensor) -> Level:
-        """The levels of these rows."""
-        return Level(self.sigma[rows], self.index[rows], self.steps_left[rows])
-
-    def cat(self, other: Level) -> Level:
-        """These levels, then the other's."""
-        return Level(
-            torch.cat([self.sigma, other.sigma]),
-            torch.cat([self.index, other.index]),
-            torch.cat([self.steps_left, other.steps_left]),
-        )
-
 
 @dataclass(frozen=True)
 class Prediction:

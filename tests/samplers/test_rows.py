@@ -140,12 +140,3 @@ def test_rows_from_the_middle_share_a_step(sampler: str) -> None:
     entered = start_from(sampler, pictures(1, SHAPE), noise([7], "decoder", 0, SHAPE), level.sigma)
     both = move(sampler, entered.cat(alone(sampler, 12, 3)), [7, 12], [3, 3])
     assert_equal(both, move(sampler, entered, [7], [3]).cat(alone(sampler, 12, 4)))
-
-
-def test_levels_select_and_cat_like_their_rows() -> None:
-    every = levels(SCHEDULE, [0, 2, 5])
-    assert every.sigma[2] == 0 and every.steps_left.tolist() == [5, 3, 0]
-    turned = every.select(torch.tensor([2, 0])).cat(levels(SCHEDULE, [1]))
-    expected = levels(SCHEDULE, [5, 0, 1])
-    for name in ("sigma", "index", "steps_left"):
-        assert torch.equal(getattr(turned, name), getattr(expected, name))
