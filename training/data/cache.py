@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from training.data.examples import DataError
 from training.data.pictures import Pictures
 
 
@@ -33,13 +35,19 @@ def weights_digest(folder: Path) -> str:
 def encoded(dataset: Pictures, encoder: Path, encode: Callable[[Tensor], Tensor], *, batch_size: int = 128) -> Tensor:
     """`encode` of every picture, (N, ...) float32 on the CPU, from the cache or computed into it.
 
-    `encoder` is the folder that `encode` was loaded from; `encode` takes uint8 pixels (B, 3, H, W).
+    `encoder` is the folder that `encode` was loaded from; `encode` takes uint8 pixels (B, 3, H, W). Raises
+    DataError where the data's folder cannot be written.
     """
     key = hashlib.sha256(f"{dataset.digest} {weights_digest(encoder)}".encode()).hexdigest()[:24]
     path = dataset.folder / ".cache" / f"{key}.safetensors"
     if path.exists():
         return load_file(path)["encoded"]
-    path.parent.mkdir(exist_ok=True)  # before the work, so that a folder that cannot be written is told at once
+    try:  # before the work, so that a folder that cannot be written is told at once
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"{path.parent} cannot be written ({error.strerror}); give data in a folder that can") from None
     batches = DataLoader(dataset, batch_size=batch_size)
     shown = track(batches, f"encoding with {encoder}", console=Console(stderr=True))
     rows = torch.cat([encode(pixels).float().cpu() for pixels, _ in shown]).contiguous()
