@@ -30,6 +30,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.clip import CLIP
+from clip_core.convert import to_transformers
 from clip_core.load import load_tokenizer
 from clip_core.text import with_projection, without_projection
 from gen.request import JSON
@@ -332,6 +333,7 @@ def save(
         library = "stable_diffusion" if type(part).__name__ in OURS else type(part).__module__.split(".")[0]
         entries[name] = [library, type(part).__name__]
     if clip is not None:
+        clip = to_transformers(clip)
         save_part(clip.model, folder / "clip", dtype)
         clip.tokenizer.save_pretrained(folder / "clip")
         write_json(folder / "clip" / "preprocessor_config.json", clip.preprocess.to_config())

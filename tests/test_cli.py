@@ -17,7 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 
-from gen import command
+from gen import cli, command
 from gen.picture import read_png
 from tests.tiny import make_tiny_stable_unclip
 
@@ -187,6 +187,16 @@ def test_a_filled_folder_is_left_alone(tiny: Path, tmp_path: Path, capsys: pytes
     assert answer(capsys, *common)["out"] == str(out / "002")
     assert answer(capsys, *common)["out"] == str(out / "003")
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_two_runs_at_once_take_two_folders(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with cli._output_folder(out) as first, cli._output_folder(out) as second, cli._output_folder(out) as third:
+        assert (first, second, third) == (out, out / "002", out / "003")
+        for folder in (first, second):
+            (folder / "0001.png").write_bytes(b"")
+    left = sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
+    assert left == ["0001.png", "002", "002/0001.png", "003"], "nothing hidden stays"
 
 
 def test_generate_tells_people_pictures_sheet_and_scores(
