@@ -68,17 +68,19 @@ def test_its_clip_finds_pictures(model: TextToImage) -> None:
     assert found["text_to_image"]["rate"] >= 0.8
 
 
-def test_the_best_of_sixteen_is_mostly_right(model: TextToImage) -> None:
-    prompts = [prompt for prompt in load() if prompt.group == "one"][:8]
+def test_it_paints_what_it_is_asked(model: TextToImage) -> None:
+    prompts = [prompt for prompt in load() if prompt.group == "one"][:12]
     result = model(
         [prompt.text for prompt in prompts],
-        num_images_per_prompt=16,
+        num_images_per_prompt=8,
         keep=1,
         seed=[prompt.seed for prompt in prompts],
         output_type="np",
     )
     pictures = (torch.as_tensor(result.images) * 255).round().to(torch.uint8).numpy()
-    assert sum(right(read(picture), prompt.claim) for picture, prompt in zip(pictures, prompts, strict=True)) >= 6
+    assert (
+        sum(right(read(picture), prompt.claim) for picture, prompt in zip(pictures, prompts, strict=True)) >= 4
+    )  # untrained: 0
 
 
 def test_it_says_what_it_knows(model: TextToImage) -> None:
