@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from training.evaluate import fault_table, table
+from training.evaluate import fault_table, in_words, table
 from training.evaluate_cli import measure
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
@@ -30,6 +30,8 @@ def main(
     found = measure(model, "shapes", number=number, device=device, out=work)
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    words = result.with_name(f"{result.stem}_card.json")  # what a bundle recipe names as `scores`
+    words.write_text(json.dumps(in_words(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{table(found)}\n\n{fault_table(found)}")
 
 

@@ -382,6 +382,21 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def in_words(result: dict[str, Any]) -> dict[str, str]:
+    """The result as lines for a model's card: measure and mode -> all candidates, best and any of N."""
+    number = result["num_candidates"]
+    lines = {"measured": f"{result['date'][:10]} on {result['on']}, weights as bundled, default settings"}
+    for group, words in _MEASURES.items():
+        for mode, groups in result["painted"].items():
+            if group in groups:
+                all_, best, any_ = (_cell(groups[group][name]) for name in ("all", "best", "any"))
+                line = f"all candidates {all_}, best of {number} {best}, any of {number} {any_}"
+                lines[f"{words}, --{mode.replace('_', '-')}"] = line
+    if found := result.get("retrieval"):
+        lines[f"CLIP text to image retrieval, top 1 of {found['captions']}"] = _cell(found["text_to_image"])
+    return lines
+
+
 def fault_table(result: dict[str, Any]) -> str:
     """Which facts are wrong, in markdown: share of all candidates / of the chosen ones."""
     lines = [f"| wrong fact, all / best | {' | '.join(FACTS)} |", "|---" * (len(FACTS) + 1) + "|"]
