@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +27,58 @@ class Condition:
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Conditions gathered for one network call, one per evaluation."""
+    """Conditions gathered for one network call of M evaluations.
 
-    tokens: Tensor | None  # (M, L, D)
-    vector: Tensor | None  # (M, V)
-    mask: Tensor | None  # (M, L)
+    A network that takes a tensor per evaluation reads `tokens`, `vector` and `mask`; what can be worked out once
+    for all evaluations that are told the same is worked out for the distinct ones.
+    """
+
+    each: tuple[Condition, ...]  # M of them
+
+    @cached_property
+    def tokens(self) -> Tensor | None:
+        """(M, L, D)."""
+        return stacked([condition.tokens for condition in self.each])
+
+    @cached_property
+    def vector(self) -> Tensor | None:
+        """(M, V)."""
+        return stacked([condition.vector for condition in self.each])
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(M, L)."""
+        return stacked([condition.mask for condition in self.each])
+
+    @cached_property
+    def distinct(self) -> Distinct[Condition]:
+        """Every condition once, and which of them each evaluation is told."""
+        return Distinct.among(self.each)
+
+    @cached_property
+    def distinct_tokens(self) -> Distinct[Tensor]:
+        """Every text's token states (L, D) once; candidates that differ in their vector share these."""
+        tokens = [condition.tokens for condition in self.each if condition.tokens is not None]
+        assert len(tokens) == len(self.each), "asked of a network that takes no tokens"
+        return Distinct.among(tokens)
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Distinct(Generic[T]):
+    """M things of which some are one and the same object: thing m is `unique[of[m]]`."""
+
+    unique: tuple[T, ...]  # U of them, in the order of their first use
+    of: tuple[int, ...]  # (M,), ascending for the conditions of a tick, which come grouped
+
+    @classmethod
+    def among(cls, things: Sequence[T]) -> Distinct[T]:
+        """Tell things apart by identity."""
+        known: dict[int, T] = {id(thing): thing for thing in things}
+        place = {name: position for position, name in enumerate(known)}
+        return cls(tuple(known.values()), tuple(place[id(thing)] for thing in things))
 
 
 @dataclass(eq=False)
@@ -45,16 +94,10 @@ class Table:
         return len(self.conditions) - 1
 
     def gather(self, indices: Sequence[int]) -> Conditions:
-        """The conditions at `indices`, stacked; the last answer is kept, since most ticks ask the same."""
+        """The conditions at `indices`; the last answer is kept, since most ticks ask the same."""
         key = tuple(indices)
         if self._last is None or self._last[0] != key:
-            chosen = [self.conditions[index] for index in key]
-            gathered = Conditions(
-                stacked([condition.tokens for condition in chosen]),
-                stacked([condition.vector for condition in chosen]),
-                stacked([condition.mask for condition in chosen]),
-            )
-            self._last = (key, gathered)
+            self._last = (key, Conditions(tuple(self.conditions[index] for index in key)))
         return self._last[1]
 
 
