@@ -22,6 +22,7 @@ from torch import Tensor
 
 from clip_core.clip import CLIP
 from clip_core.text import TextTower
+from gen.attention import reading
 from gen.checkpoint import CARD, Card, Parts
 from gen.conditioning import Condition, Conditions, Table
 from gen.engine import Engine
@@ -195,13 +196,16 @@ class StableUnCLIP:
                 known[key] = table.add(Condition(words, vector))
             return known[key]
 
-        return [
-            (add(words, vectors.get(index, zeros)), None if null is None else add(null, zeros))
-            for index, (words, null) in enumerate(tokens)
-        ]
+        # nulls first: evaluations come in the table's order, and those that read one text are then side by side
+        nulls = [None if null is None else add(null, zeros) for _, null in tokens]
+        return [(add(words, vectors.get(k, zeros)), nulls[k]) for k, (words, _) in enumerate(tokens)]
 
     def _tokens(self, candidates: Sequence[Candidate]) -> list[tuple[Tensor, Tensor | None]]:
-        """Token states (L, D) of prompt and null, every text encoded once."""
+        """Token states (L, D) of prompt and null, every text encoded once.
+
+        Each is a tensor object of this call alone, even where it views another's memory: what is kept beside it
+        (`gen.attention`) then goes when the table does.
+        """
         asked: dict[int | None, dict[str, Tensor]] = {None: {}}
         for candidate in candidates:
             settings = candidate.settings
@@ -210,14 +214,15 @@ class StableUnCLIP:
             if candidate.negative_prompt_embeds is None and settings.guidance_scale != 1:
                 asked[None][settings.negative_prompt] = torch.empty(0)  # as in diffusers, no layer is skipped here
         for clip_skip, texts in asked.items():
-            if texts:
-                states = self.text(list(texts), clip_skip).tokens.to(self.unet.dtype)
-                asked[clip_skip] = dict(zip(texts, states.unbind(0), strict=True))
+            empty = {"": self._empty.to(self.device, self.unet.dtype)[:]} if clip_skip is None and "" in texts else {}
+            unknown = [text for text in texts if text not in empty]
+            states = self.text(unknown, clip_skip).tokens.to(self.unet.dtype) if unknown else []
+            asked[clip_skip] = empty | dict(zip(unknown, states, strict=True))
 
         given: dict[int, Tensor] = {}
 
         def handed(embeds: Tensor) -> Tensor:
-            return given.setdefault(id(embeds), embeds.to(self.device, self.unet.dtype))
+            return given.setdefault(id(embeds), embeds.to(self.device, self.unet.dtype)[:])
 
         tokens: list[tuple[Tensor, Tensor | None]] = []
         for candidate in candidates:
@@ -232,6 +237,12 @@ class StableUnCLIP:
             else:
                 tokens.append((said, asked[None][settings.negative_prompt] if null is None else handed(null)))
         return tokens
+
+    @cached_property
+    @torch.no_grad()
+    def _empty(self) -> Tensor:
+        """Token states (L, D) of the empty prompt, which most pictures are guided away from."""
+        return self.text([""]).tokens[0]
 
     def _vectors(
         self, candidates: Sequence[Candidate], max_rows: int | None, look: Callable[[Engine], None] | None
@@ -274,6 +285,7 @@ class StableUnCLIP:
             timestep,
             encoder_hidden_states=told.tokens,
             class_labels=told.vector,
+            cross_attention_kwargs=reading(self.unet, told.distinct_tokens),
             return_dict=False,
         )[0]
 

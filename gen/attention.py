@@ -1,0 +1,394 @@
+"""Attention that reaches the UNet: one switch for its kernel, and the prompt's keys and values computed once.
+
+`set_attention` puts a processor of ours on every `Attention` of a diffusers network (diffusers' own
+`set_attention_backend` does not reach a UNet's processors), `restore_attention` puts the former ones back; the
+network itself is never touched. What a processor computes is what diffusers' AttnProcessor2_0 and
+AttnAddedKVProcessor2_0 compute. Where the caller says through `cross_attention_kwargs` which text each evaluation
+reads (`reading`), keys and values of a text are computed once per layer, kept for as long as that text's tokens
+live, and read by all its candidates without a copy for each. Nothing here knows rows, samplers or families.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnAddedKVProcessor,
+    SlicedAttnProcessor,
+    XFormersAttnAddedKVProcessor,
+    XFormersAttnProcessor,
+)
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gen.conditioning import Distinct
+
+logger = logging.getLogger(__name__)
+
+# What ours stands in for. Others carry weights or do more (IP-Adapter, PAG, ...) and are not replaced.
+STOCK = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    SlicedAttnProcessor,
+    SlicedAttnAddedKVProcessor,
+    XFormersAttnProcessor,
+    XFormersAttnAddedKVProcessor,
+)
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+"""kernel(query (B, heads, Q, d), key (B, heads, K, d), value like key, additive mask, scale) -> like query
+
+The mask broadcasts to (B, heads, Q, K); None: every key is seen. Every kernel sums its scores in float32 or
+better, which is what diffusers' `upcast_attention` and `upcast_softmax` ask for.
+"""
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, backend: SDPBackend | None = None
+) -> Tensor:
+    if backend is None:
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise ImportError(f"it is not installed ({error}); pip install 'unclip[xformers]'") from None
+    if mask is not None:  # it does not broadcast
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (B, length, heads, d)
+    return memory_efficient_attention(query, key, value, attn_bias=mask, scale=scale).transpose(1, 2)
+
+
+KERNELS: dict[str, Kernel] = {
+    "sdpa": _sdpa,  # torch chooses
+    "flash": partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "cudnn": partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "efficient": partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "math": partial(_sdpa, backend=SDPBackend.MATH),
+    "xformers": _xformers,
+}
+AUTO, TORCHS_CHOICE = "auto", "sdpa"
+CHOICES = (AUTO, *KERNELS)
+ANYWHERE = ("sdpa", "math")  # these take every shape on every device
+
+# What `auto` tries against torch's own choice, by kind of device; elsewhere torch's own choice is taken unmeasured.
+# On CPUs that is flash, and `math`, the only other, took 1.5 to 10 times as long at every UNet shape measured.
+CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "cudnn", "efficient", "xformers")}
+CLEARLY = 0.85  # a challenger's slowest round must take less than this share of the holder's fastest
+ROUNDS, CALLS, ROWS = 3, 10, 2  # of a measurement; ROWS as guidance makes of one picture
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is chosen by. The number of rows is no part of it, so the choice is the same in every batch."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    size: int  # d, of one head
+    queries: int  # of one row, however many rows are read at once
+    keys: int
+    mask: tuple[int, int] | None = None  # (heads, queries) that the mask tells apart, 1: all alike; None: no mask
+
+    def example(self, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+        """Arguments of a kernel, always the same ones."""
+        rng = torch.Generator(self.device).manual_seed(0)
+
+        def per_head(length: int) -> Tensor:
+            of_row = (rows, length, self.heads, self.size)
+            return torch.randn(of_row, generator=rng, dtype=self.dtype, device=self.device).transpose(1, 2)
+
+        query, key, value = per_head(self.queries), per_head(self.keys), per_head(self.keys)
+        mask = None
+        if self.mask is not None:
+            mask = torch.zeros(rows, *self.mask, self.keys, dtype=self.dtype, device=self.device)
+        return query, key, value, mask, self.size**-0.5
+
+    def __str__(self) -> str:
+        masked = "" if self.mask is None else ", masked"
+        told = f"{self.heads} heads of {self.size}, {self.queries} queries, {self.keys} keys{masked}"
+        return f"{told}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+
+@cache
+@torch.no_grad()
+def refusal(name: str, shape: Shape) -> str | None:
+    """Why kernel `name` does not take this shape, found by running it on one row; None: it does."""
+    with warnings.catch_warnings(record=True) as caught:  # torch says as warnings why a kernel was passed over
+        warnings.simplefilter("always")
+        try:
+            KERNELS[name](*shape.example(rows=1))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, ImportError) as error:
+            reasons = [str(one.message).partition(" (Triggered")[0] for one in caught] or [str(error)]
+            return " ".join(" ".join(reasons).split())
+    return None
+
+
+@cache
+def fastest(shape: Shape) -> str:
+    """The kernel `auto` takes for this shape, measured once in the life of the process.
+
+    Torch's own choice holds unless a challenger is clearly faster in every round, so that a busy moment does not
+    change the choice, and with it the last bits of a picture, from one process to the next.
+    """
+    challengers = [name for name in CHALLENGERS.get(shape.device.type, ()) if refusal(name, shape) is None]
+    if not challengers:
+        return TORCHS_CHOICE
+    holder, held = TORCHS_CHOICE, seconds(TORCHS_CHOICE, shape)
+    for name in challengers:
+        took = seconds(name, shape)
+        if max(took) < CLEARLY * min(held):
+            holder, held = name, took
+    logger.info("attention 'auto' takes '%s' for %s", holder, shape)
+    return holder
+
+
+@torch.no_grad()
+def seconds(name: str, shape: Shape, rows: int = ROWS) -> list[float]:
+    """Seconds a call takes, the mean of each round."""
+    arguments = shape.example(rows)
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            KERNELS[name](*arguments)
+        if shape.device.type != "cpu":
+            torch.accelerator.synchronize(shape.device)
+
+    calls(1)  # the first call loads and plans
+    rounds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        calls(CALLS)
+        rounds.append((time.perf_counter() - began) / CALLS)
+    return rounds
+
+
+@cache
+def chosen(name: str, shape: Shape) -> str:
+    """The kernel that runs where `name` was asked for; where that one cannot, torch's own choice, logged once."""
+    if name == AUTO:
+        return fastest(shape)
+    if name in ANYWHERE:
+        return name
+    reason = refusal(name, shape)
+    if reason is None:
+        return name
+    logger.warning("attention '%s' does not run for %s, '%s' does it there: %s", name, shape, TORCHS_CHOICE, reason)
+    return TORCHS_CHOICE
+
+
+# --- which text each evaluation reads ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Which text each of M evaluations reads, in blocks of equally many evaluations that read the same one.
+
+    The block is the greatest common divisor of how many evaluations in a row read one text: all the candidates
+    where every text has equally many, and one evaluation at worst. A block's queries are attended to as those of
+    one long picture, which reads the keys and values of its text where they are.
+    """
+
+    unique: tuple[Tensor, ...]  # tokens; told apart, and kept beside, by identity
+    first: tuple[int, ...]  # the first evaluation that reads each
+    of_block: tuple[int, ...]  # (M / block,) the text each block reads, an index into `unique`
+    block: int
+
+    @classmethod
+    def among(cls, tokens: Distinct[Tensor]) -> Texts:
+        """Of M evaluations whose tokens are `tokens.unique[tokens.of[m]]`."""
+        block = math.gcd(*(len(list(run)) for _, run in groupby(tokens.of)))
+        first = tuple(tokens.of.index(text) for text in range(len(tokens.unique)))
+        return cls(tokens.unique, first, tokens.of[::block], block)
+
+    def of_blocks_of(self, block: int) -> list[Tensor]:
+        """The text of every block, for blocks of the own size or of one evaluation."""
+        return [self.unique[text] for text in self.of_block for _ in range(self.block // block)]
+
+
+def reading(network: nn.Module, tokens: Distinct[Tensor]) -> dict[str, Texts] | None:
+    """The network's `cross_attention_kwargs`: which text each evaluation reads; None where nothing of ours listens.
+
+    What the network makes of a text (encoder_hidden_states) must depend on those tokens alone.
+    """
+    layer = next(attentions(network), None)
+    return {"texts": Texts.among(tokens)} if layer is not None and isinstance(layer.processor, Processor) else None
+
+
+# --- the processor -----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Processor:
+    """Stands where diffusers' AttnProcessor2_0 and AttnAddedKVProcessor2_0 stand, one for each layer."""
+
+    name: str  # of the kernel that was asked for
+    former: Any  # the processor it stands in for
+    # keys and values (2, heads, L, d) beside the tokens of the text they are of, and gone with them
+    kept: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # (M, N, C) or (M, C, h, w)
+        encoder_hidden_states: Tensor | None = None,  # (M, L, D); None: self-attention
+        attention_mask: Tensor | None = None,  # additive: (M, K), or (M or M * heads, 1 or N, K)
+        temb: Tensor | None = None,  # what a spatial norm reads
+        texts: Texts | None = None,  # None: nothing is known to be shared
+    ) -> Tensor:
+        """Attention with all that `attn` has around it; arguments are named as `Attention.forward` names them."""
+        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        spatial, added = x.shape, attn.added_kv_proj_dim is not None
+        x = x.flatten(2).mT if x.ndim == 4 else x  # (M, N, C)
+        normed = x if attn.group_norm is None else attn.group_norm(x.mT).mT
+        mask = None if attention_mask is None else as_bias(attention_mask, len(x))
+        own = not attn.only_cross_attention if added else encoder_hidden_states is None  # keys of the picture itself
+
+        pairs, block = [], 1
+        if encoder_hidden_states is not None:
+            if texts is not None and not own and (mask is None or mask.shape[2] == 1):
+                block = texts.block
+            pairs.append(self._told(attn, encoder_hidden_states, texts, block))
+        elif added:
+            pairs.append(pair(attn, attn.add_k_proj(x), attn.add_v_proj(x)))
+        if own:
+            pairs.append(pair(attn, attn.to_k(normed), attn.to_v(normed)))
+        key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
+
+        x = self._attend(attn, attn.to_q(normed), key, value, mask, block)
+        x = attn.to_out[1](attn.to_out[0](x))  # (M, N, C)
+        x = x.mT.reshape(spatial) if len(spatial) == 4 else x
+        x = x + hidden_states if attn.residual_connection or added else x
+        return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+
+    def _told(self, attn: Attention, states: Tensor, texts: Texts | None, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (M / block, heads, L, d) of what is told: those kept of each text, or of every row anew."""
+        if texts is None:
+            return told_pair(attn, states)
+        missing = [place for place, text in enumerate(texts.unique) if text not in self.kept]
+        if missing:
+            with torch.no_grad():  # constants of the text, whatever else is differentiated
+                both = torch.stack(told_pair(attn, states[[texts.first[place] for place in missing]]), 1)
+            for place, one in zip(missing, both, strict=True):
+                self.kept[texts.unique[place]] = one
+        key, value = torch.stack([self.kept[text] for text in texts.of_blocks_of(block)], 1)
+        return key, value
+
+    def _attend(
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block: int
+    ) -> Tensor:
+        """Queries (M, N, heads * d), `block` rows of them to each of keys and values (M / block, heads, K, d)."""
+        rows, queries, _ = query.shape
+        folded = per_head(query.reshape(rows // block, block * queries, -1), attn.heads)
+        folded = folded if attn.norm_q is None else attn.norm_q(folded)
+        if mask is not None:  # keys behind the last one it tells of are seen, as in diffusers
+            mask = F.pad(mask, (0, max(0, key.shape[2] - mask.shape[3])))[::block]
+        shape = Shape(
+            device=key.device,
+            dtype=key.dtype,
+            heads=attn.heads,
+            size=key.shape[3],
+            queries=queries,
+            keys=key.shape[2],
+            mask=None if mask is None else (mask.shape[1], mask.shape[2]),
+        )
+        attended = KERNELS[chosen(self.name, shape)](folded, key, value, mask, attn.scale)
+        return attended.transpose(1, 2).reshape(rows, queries, -1)
+
+
+def per_head(states: Tensor, heads: int) -> Tensor:
+    """(B, length, heads * d) as (B, heads, length, d)."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def pair(attn: Attention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Projections (B, K, heads * d) as the layer's keys and values (B, heads, K, d)."""
+    key = per_head(key, attn.heads)
+    return key if attn.norm_k is None else attn.norm_k(key), per_head(value, attn.heads)
+
+
+def told_pair(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, heads, L, d) of encoder_hidden_states (B, L, D)."""
+    states = states if attn.norm_cross is None else attn.norm_encoder_hidden_states(states)
+    if attn.added_kv_proj_dim is None:
+        return pair(attn, attn.to_k(states), attn.to_v(states))
+    return pair(attn, attn.add_k_proj(states), attn.add_v_proj(states))
+
+
+def as_bias(mask: Tensor, rows: int) -> Tensor:
+    """An additive mask as diffusers hands it over, as (rows, 1 or heads, 1 or N, K)."""
+    return mask.reshape(rows, -1, 1 if mask.ndim == 2 else mask.shape[1], mask.shape[-1])
+
+
+# --- the switch --------------------------------------------------------------------------------------------------
+
+
+def attentions(network: nn.Module) -> Iterator[Attention]:
+    """Every diffusers Attention in a network."""
+    return (module for module in network.modules() if isinstance(module, Attention))
+
+
+def set_attention(network: nn.Module, name: str = AUTO) -> None:
+    """Let every Attention of a diffusers network compute with the kernel of this name (one of `CHOICES`).
+
+    Raises ValueError for an unknown name, for a kernel that this device or installation does not run in the
+    network's dtype at all, and for a network whose processors are not diffusers' plain ones. A kernel that runs
+    there but not for some shape (flash and a mask on CUDA) leaves that shape to torch's own choice and logs why.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"attention '{name}' is unknown; choose from: {', '.join(CHOICES)}")
+    layers = list(attentions(network))
+    for layer in layers:
+        if not isinstance(layer.processor, (*STOCK, Processor)):
+            kind = type(layer.processor).__name__
+            raise ValueError(f"attention '{name}' would replace a {kind}, which does more; take that one out first")
+    if not layers:
+        return
+    easy = easiest(layers[0].to_q.weight)
+    reason = None if name == AUTO else refusal(name, easy)
+    if reason is not None:
+        runs = ", ".join((AUTO, *(other for other in KERNELS if refusal(other, easy) is None)))
+        where = f"{str(easy.dtype).removeprefix('torch.')} on {easy.device}"
+        raise ValueError(f"attention '{name}' does not run in {where} ({reason}); choose from: {runs}")
+    restore_attention(network)
+    for layer in layers:
+        layer.set_processor(Processor(name, layer.processor))
+
+
+def restore_attention(network: nn.Module) -> None:
+    """Put every Attention's former processor back; one that is not ours stays."""
+    for layer in attentions(network):
+        if isinstance(layer.processor, Processor):
+            layer.set_processor(layer.processor.former)
+
+
+def easiest(weight: Tensor) -> Shape:
+    """A shape that any kernel takes which runs in the weight's dtype on its device."""
+    return Shape(weight.device, weight.dtype, heads=2, size=64, queries=64, keys=64)
