@@ -142,7 +142,7 @@ def test_progress_goes_to_standard_error_and_only_when_asked(
 
 
 def test_one_text_is_encoded_once(tiny: TextToImage) -> None:
-    """Sixteen candidates ask the text tower for two texts: the prompt and the null."""
+    """Sixteen candidates ask the text tower for two texts: the prompt and what they are guided away from."""
     count = 0
 
     def counted(_: Any, words: Any, told: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def test_one_text_is_encoded_once(tiny: TextToImage) -> None:
         count += len(told["input_ids"])
 
     hook = tiny.model.text.encoder.register_forward_pre_hook(counted, with_kwargs=True)
-    tiny("a star", num_images_per_prompt=16, seed=1, prior=False, rerank=False)
+    tiny("a star", negative_prompt="red", num_images_per_prompt=16, seed=1, prior=False, rerank=False)
     hook.remove()
     assert count == 2
 
