@@ -1,7 +1,8 @@
 """The prior: from text to a CLIP image embedding, many candidates at once (Ramesh et al. 2022, section 2.2).
 
-It is a diffusion over (E,) vectors and goes through the same engine as pictures do. It owns the wall to
-`PriorTransformer` and its text tower; it knows nothing of the decoder that paints the embedding.
+It is a diffusion over (E,) vectors and goes through the same engine as pictures do. It owns the text tower and
+which rows there are; the network is asked through `gen.prior_prefix`. It knows nothing of the decoder that paints
+the embedding.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.text import TextTower
-from gen.conditioning import Condition, Conditions, Table
+from gen.conditioning import Condition, Table
 from gen.engine import Engine, Row
+from gen.prior_prefix import CachedPrior
 from gen.request import Candidate
 from gen.scheduler import NoiseLevels
 
@@ -65,8 +67,8 @@ class Prior:
             )
             for key, candidate in enumerate(candidates)
         ]
-        width = self.network.config.embedding_dim
-        engine = Engine(self.call, self.levels.scaling, table, STAGE, lambda _: (width,), self.network.device)
+        shape, network = (self.network.config.embedding_dim,), CachedPrior(self.network)
+        engine = Engine(network, self.levels.scaling, table, STAGE, lambda _: shape, self.network.device)
         found: dict[int, Tensor] = {}
         for finished in engine.run(rows, max_rows):
             found |= {one.row.key: one.x for one in finished}
@@ -81,13 +83,3 @@ class Prior:
         embedding = self.text_encoder.text_projection(features.pooled)  # (B, E)
         tokens, vectors = (told.to(self.network.dtype) for told in (features.tokens, embedding))
         return [Condition(*each) for each in zip(tokens, vectors, features.mask, strict=True)]
-
-    def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        """The wall to diffusers: (M, E) noisy embeddings -> the network's own output."""
-        return self.network(
-            x.to(self.network.dtype),
-            timestep,
-            proj_embedding=told.vector,
-            encoder_hidden_states=told.tokens,
-            attention_mask=told.mask,
-        ).predicted_image_embedding
