@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import logging
+import math
 import random
+import runpy
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,28 +228,26 @@ def test_every_text_is_read_once_and_forgotten(tiny: TextToImage) -> None:
     prior = copy.deepcopy(tiny.model.prior)
     assert prior is not None
     shapes, length = read(prior.network), prior.text.shape[0] + 1
-    before, seen = len(kept_tensors()), []
+    seen: list[int] = []
     for max_rows in (None, 3):
         shapes.clear()
         prior.sample(candidates_of(PROMPTS, 4, 3.0), max_rows, lambda _: seen.append(num_kept(prior.network)))
         assert sum(batch for batch, tokens in shapes if tokens == length) == len(PROMPTS) + 1
         assert sum(batch for batch, tokens in shapes if tokens == 3) == 2 * 4 * len(PROMPTS) * 5
-        assert len(kept_tensors()) == before
+        assert num_kept(prior.network) == 0
     # three rows at a time are of two prompts at most, beside the empty one
     assert seen[:5] == [4] * 5 and max(seen[5:]) == 3
 
 
-def kept_tensors() -> list[Tensor]:
-    """Every live tensor that looks like keys or values of all layers, (layers, U, H, P, d); none waits for gc."""
-    return [each for each in gc.get_objects() if type(each) is Tensor and each.ndim == 5]
-
-
 def num_kept(network: PriorTransformer) -> int:
-    """Conditions whose prefix is in memory, told by the size of the storages."""
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in kept_tensors()}
+    """Conditions whose keys and values (layers, U, H, P, d) are in memory, told by the storages; none waits for gc."""
     config = network.config
-    width = config.num_attention_heads * config.attention_head_dim
-    return sum(storages.values()) // (2 * 4 * config.num_layers * width * (config.num_embeddings + 1))
+    rest = (config.num_attention_heads, config.num_embeddings + 1, config.attention_head_dim)
+    tensors = [each for each in gc.get_objects() if type(each) is Tensor and each.ndim == 5]
+    ours = [each for each in tensors if each.shape[0] == config.num_layers and each.shape[2:] == rest]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in ours}
+    one = 2 * 4 * config.num_layers * math.prod(rest)  # keys and values in float32
+    return sum(storages.values()) // one
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -419,3 +421,20 @@ def test_folds_hold_every_evaluation_once(seed: int) -> None:
         each = len(evaluations) // len(conditions)
         assert [of[evaluation] for evaluation in evaluations] == [one for one in conditions for _ in range(each)]
     assert len(folds) == len({of.count(one) for one in set(of)})
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs_and_keeps_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "prior.py"))
+    sizes = {"layers": 2, "heads": 2, "head_width": 8, "embedding_width": 16, "text_tokens": 12}
+    asked: dict[str, Any] = {"candidates": [1, 3], "prompts": 2, "steps": 3, "repeats": 2, "device": "cpu"}
+    with torch.random.fork_rng(devices=[]):
+        script["main"](**sizes, **asked, result=tmp_path / "prior.json")
+    found = json.loads((tmp_path / "prior.json").read_text())
+    assert found["sizes"].items() > sizes.items() and found["machine"] and found["versions"]
+    for one in found["measured"]:
+        assert one["max_difference"] < 1e-5 < one["largest"]
+        assert [len(seconds) for seconds in one["seconds"].values()] == [2, 2]
+    assert capsys.readouterr().out.count("\n| ") == 3  # the heading and two rows
