@@ -4,8 +4,9 @@
 `set_attention_backend` does not reach a UNet's processors), `restore_attention` puts the former ones back; the
 network itself is never touched. What a processor computes is what diffusers' AttnProcessor2_0 and
 AttnAddedKVProcessor2_0 compute. Where the caller says through `cross_attention_kwargs` which text each evaluation
-reads (`reading`), keys and values of a text are computed once per layer, kept for as long as that text's tokens
-live, and read by all its candidates without a copy for each. Nothing here knows rows, samplers or families.
+reads (`reading`), keys and values of a text are computed once per layer, outside the network's call, kept for as
+long as that text's tokens live, and read by all its candidates without a copy for each. Nothing here knows rows,
+samplers or families.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -171,15 +173,20 @@ def fastest(shape: Shape) -> str:
 
 
 @torch.no_grad()
-def seconds(name: str, shape: Shape, rows: int = ROWS) -> list[float]:
-    """Seconds a call takes, the mean of each round."""
-    arguments = shape.example(rows)
+def seconds(name: str, shape: Shape) -> list[float]:
+    """Seconds this kernel takes for two rows of this shape, the mean of each round."""
+    arguments = shape.example(ROWS)
+    return timed(lambda: KERNELS[name](*arguments), shape.device)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of a call on a device, the mean of each round."""
 
     def calls(count: int) -> None:
         for _ in range(count):
-            KERNELS[name](*arguments)
-        if shape.device.type != "cpu":
-            torch.accelerator.synchronize(shape.device)
+            call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     calls(1)  # the first call loads and plans
     rounds = []
@@ -204,6 +211,21 @@ def chosen(name: str, shape: Shape) -> str:
     return TORCHS_CHOICE
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks it and does not trace what it measures
+def kernel_for(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    size: int,
+    queries: int,
+    keys: int,
+    mask: tuple[int, int] | None,
+) -> str:
+    """`chosen`, of the fields of a shape."""
+    return chosen(name, Shape(device, dtype, heads, size, queries, keys, mask))
+
+
 # --- which text each evaluation reads ----------------------------------------------------------------------------
 
 
@@ -216,30 +238,60 @@ class Texts:
     one long picture, which reads the keys and values of its text where they are.
     """
 
-    unique: tuple[Tensor, ...]  # tokens; told apart, and kept beside, by identity
-    first: tuple[int, ...]  # the first evaluation that reads each
-    of_block: tuple[int, ...]  # (M / block,) the text each block reads, an index into `unique`
     block: int
+    of_block: tuple[int, ...]  # (M / block,) the text each block reads
+    pairs: tuple[tuple[Tensor, ...], ...]  # of each text, of each layer that reads it: keys and values (2, heads, L, d)
 
     @classmethod
-    def among(cls, tokens: Distinct[Tensor]) -> Texts:
-        """Of M evaluations whose tokens are `tokens.unique[tokens.of[m]]`."""
-        block = math.gcd(*(len(list(run)) for _, run in groupby(tokens.of)))
-        first = tuple(tokens.of.index(text) for text in range(len(tokens.unique)))
-        return cls(tokens.unique, first, tokens.of[::block], block)
+    def read(cls, of: Sequence[int], pairs: Sequence[tuple[Tensor, ...]]) -> Texts:
+        """Evaluation m reads text of[m], whose keys and values are pairs[of[m]]."""
+        block = math.gcd(*(len(list(run)) for _, run in groupby(of)))
+        return cls(block, tuple(of[::block]), tuple(pairs))
 
-    def of_blocks_of(self, block: int) -> list[Tensor]:
-        """The text of every block, for blocks of the own size or of one evaluation."""
-        return [self.unique[text] for text in self.of_block for _ in range(self.block // block)]
+    def of_layer(self, place: int, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (M / block, heads, L, d), for the own block or for 1."""
+        each = [self.pairs[text][place] for text in self.of_block for _ in range(self.block // block)]
+        key, value = torch.stack(each, 1)
+        return key, value
 
 
-def reading(network: nn.Module, tokens: Distinct[Tensor]) -> dict[str, Texts] | None:
-    """The network's `cross_attention_kwargs`: which text each evaluation reads; None where nothing of ours listens.
+@dataclass(eq=False)
+class Kept:
+    """What the processors of one network keep of texts: beside their tokens, told apart by identity, gone with them."""
 
-    What the network makes of a text (encoder_hidden_states) must depend on those tokens alone.
+    pairs: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # Texts.pairs of a text, by its tokens
+    calls: WeakKeyDictionary[Distinct[Tensor], Texts] = field(default_factory=WeakKeyDictionary)
+
+
+def reading(
+    network: nn.Module,
+    tokens: Distinct[Tensor],
+    states: Tensor | None = None,  # (U, L, D), what the layers read of each text; None: its tokens
+) -> dict[str, Texts] | None:
+    """The network's `cross_attention_kwargs`: which text each evaluation reads, and its keys and values in every layer.
+
+    A text that is new is projected here, not in the network's own call. None where `set_attention` was not called.
     """
-    layer = next(attentions(network), None)
-    return {"texts": Texts.among(tokens)} if layer is not None and isinstance(layer.processor, Processor) else None
+    first = next(attentions(network), None)
+    if first is None or not isinstance(first.processor, Processor):
+        return None
+    kept = first.processor.kept
+    if tokens not in kept.calls:
+        new = [place for place, text in enumerate(tokens.unique) if text not in kept.pairs]
+        if new:
+            told = torch.stack(tokens.unique) if states is None else states
+            for place, pairs in zip(new, projected(network, told[new]), strict=True):
+                kept.pairs[tokens.unique[place]] = pairs
+        kept.calls[tokens] = Texts.read(tokens.of, [kept.pairs[text] for text in tokens.unique])
+    return {"texts": kept.calls[tokens]}
+
+
+@torch.no_grad()  # constants of the text, whatever else is differentiated
+def projected(network: nn.Module, states: Tensor) -> list[tuple[Tensor, ...]]:
+    """Keys and values (2, heads, L, d) of every text's states (U, L, D), of each layer that reads the text."""
+    layers = (layer for layer in attentions(network) if layer.processor.place is not None)
+    pairs = [torch.stack(told_pair(layer, states), 1) for layer in layers]  # (U, 2, heads, L, d)
+    return [tuple(of_layer[text] for of_layer in pairs) for text in range(len(states))]
 
 
 # --- the processor -----------------------------------------------------------------------------------------------
@@ -251,8 +303,8 @@ class Processor:
 
     name: str  # of the kernel that was asked for
     former: Any  # the processor it stands in for
-    # keys and values (2, heads, L, d) beside the tokens of the text they are of, and gone with them
-    kept: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    place: int | None  # among the layers that read the text; None: this one does not
+    kept: Kept  # the network's
 
     def __call__(
         self,
@@ -272,12 +324,14 @@ class Processor:
         own = not attn.only_cross_attention if added else encoder_hidden_states is None  # keys of the picture itself
 
         pairs, block = [], 1
-        if encoder_hidden_states is not None:
-            if texts is not None and not own and (mask is None or mask.shape[2] == 1):
-                block = texts.block
-            pairs.append(self._told(attn, encoder_hidden_states, texts, block))
-        elif added:
-            pairs.append(pair(attn, attn.add_k_proj(x), attn.add_v_proj(x)))
+        if encoder_hidden_states is None:
+            if added:
+                pairs.append(pair(attn, attn.add_k_proj(x), attn.add_v_proj(x)))
+        elif texts is None or self.place is None:
+            pairs.append(told_pair(attn, encoder_hidden_states))
+        else:
+            block = 1 if own or (mask is not None and mask.shape[2] > 1) else texts.block
+            pairs.append(texts.of_layer(self.place, block))
         if own:
             pairs.append(pair(attn, attn.to_k(normed), attn.to_v(normed)))
         key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
@@ -288,19 +342,6 @@ class Processor:
         x = x + hidden_states if attn.residual_connection or added else x
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
-    def _told(self, attn: Attention, states: Tensor, texts: Texts | None, block: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (M / block, heads, L, d) of what is told: those kept of each text, or of every row anew."""
-        if texts is None:
-            return told_pair(attn, states)
-        missing = [place for place, text in enumerate(texts.unique) if text not in self.kept]
-        if missing:
-            with torch.no_grad():  # constants of the text, whatever else is differentiated
-                both = torch.stack(told_pair(attn, states[[texts.first[place] for place in missing]]), 1)
-            for place, one in zip(missing, both, strict=True):
-                self.kept[texts.unique[place]] = one
-        key, value = torch.stack([self.kept[text] for text in texts.of_blocks_of(block)], 1)
-        return key, value
-
     def _attend(
         self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block: int
     ) -> Tensor:
@@ -310,16 +351,9 @@ class Processor:
         folded = folded if attn.norm_q is None else attn.norm_q(folded)
         if mask is not None:  # keys behind the last one it tells of are seen, as in diffusers
             mask = F.pad(mask, (0, max(0, key.shape[2] - mask.shape[3])))[::block]
-        shape = Shape(
-            device=key.device,
-            dtype=key.dtype,
-            heads=attn.heads,
-            size=key.shape[3],
-            queries=queries,
-            keys=key.shape[2],
-            mask=None if mask is None else (mask.shape[1], mask.shape[2]),
-        )
-        attended = KERNELS[chosen(self.name, shape)](folded, key, value, mask, attn.scale)
+        apart = None if mask is None else (mask.shape[1], mask.shape[2])
+        name = kernel_for(self.name, key.device, key.dtype, attn.heads, key.shape[3], queries, key.shape[2], apart)
+        attended = KERNELS[name](folded, key, value, mask, attn.scale)
         return attended.transpose(1, 2).reshape(rows, queries, -1)
 
 
@@ -378,8 +412,10 @@ def set_attention(network: nn.Module, name: str = AUTO) -> None:
         where = f"{str(easy.dtype).removeprefix('torch.')} on {easy.device}"
         raise ValueError(f"attention '{name}' does not run in {where} ({reason}); choose from: {runs}")
     restore_attention(network)
+    places, kept = count(), Kept()
     for layer in layers:
-        layer.set_processor(Processor(name, layer.processor))
+        place = next(places) if layer.is_cross_attention else None
+        layer.set_processor(Processor(name, layer.processor, place, kept))
 
 
 def restore_attention(network: nn.Module) -> None:

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 from torch import Tensor, nn
 
 from gen import Request, TextToImage, attention
-from gen.attention import KERNELS, Processor, Shape, Texts, attentions, reading, restore_attention, set_attention
+from gen.attention import KERNELS, Kept, Processor, Shape, Texts, attentions, reading, restore_attention, set_attention
 from gen.conditioning import Distinct, Table
 from gen.engine import Engine, Row
 from gen.request import Candidate
@@ -204,7 +204,10 @@ def inputs(kind: str, of: Sequence[int]) -> dict[str, Any]:
 
 
 def painted(unet: UNet2DConditionModel, given: dict[str, Any], texts: Distinct[Tensor] | None = None) -> Tensor:
-    told = None if texts is None else reading(unet, texts)
+    told = None
+    if texts is not None:
+        states = unet.process_encoder_hidden_states(given["encoder_hidden_states"], given.get("added_cond_kwargs"))
+        told = reading(unet, texts, states[[texts.of.index(text) for text in range(len(texts.unique))]])
     return unet(**given, cross_attention_kwargs=told).sample
 
 
@@ -260,6 +263,20 @@ def test_masks_reach_every_kernel_with_texts_kept_too(kind: str, argument: str) 
         assert apart(painted(unet, given, texts), theirs) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["auto", "flash"])
+def test_torch_compile_traces_a_layer_whole(name: str) -> None:
+    """Choosing a kernel is asked and not traced, and what is kept of texts goes in as tensors."""
+    layer, given = layer_of("cross"), arguments("cross")
+    theirs = layer(**given)
+    set_attention(layer, name)
+    states = given["encoder_hidden_states"]
+    told = reading(layer, Distinct.among(states.unbind(0)), states)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert apart(compiled(**given), theirs) < 1e-5
+    assert told is not None and apart(compiled(**given, **told), theirs) < 1e-5
+
+
 def test_gradients_of_the_picture_do_not_need_the_text_again() -> None:
     """CLIP-gradient guidance differentiates the network by x, step after step, over the keys and values kept."""
     of = [0, 0, 1]
@@ -279,7 +296,7 @@ def test_gradients_of_the_picture_do_not_need_the_text_again() -> None:
 
 def test_blocks_are_as_large_as_the_counts_allow() -> None:
     def blocks(of: list[int]) -> tuple[int, tuple[int, ...]]:
-        texts = Texts.among(texts_of(of))
+        texts = Texts.read(of, [])
         return texts.block, texts.of_block
 
     assert blocks([0, 0, 0, 1, 1, 1]) == (3, (0, 1))
@@ -325,6 +342,12 @@ def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> tupl
 def engine_of(model: TextToImage, table: Table) -> Engine:
     shape = model.model.latent_shape(model.model.abilities.defaults)
     return Engine(model.model.call, model.model.levels.scaling, table, "decoder", lambda _: shape)
+
+
+def kept_by(unet: nn.Module) -> Kept:
+    """What a network's processors keep, which is one object."""
+    (kept,) = {layer.processor.kept for layer in attentions(unet)}
+    return kept
 
 
 def counted(unet: nn.Module) -> dict[str, int]:
@@ -375,15 +398,14 @@ def test_nothing_is_kept_after_the_table(own: TextToImage) -> None:
     with torch.no_grad():
         engine.admit(rows)
         engine.tick()
-    reading_text = [layer.processor for layer in attentions(unet) if layer.is_cross_attention]
-    assert {len(processor.kept) for processor in reading_text} == {3}
-    kept = weakref.ref(next(iter(reading_text[0].kept.values())))
+    kept = kept_by(unet)
+    assert len(kept.pairs) == 3 and len(kept.calls) == 1
+    key_value = weakref.ref(next(iter(kept.pairs.values()))[0])
     engine.drop({row.key for row in rows})
-    assert kept() is not None  # for the table may bring them back
+    assert key_value() is not None  # for the table may bring them back
     del engine, rows, table
     gc.collect()
-    assert kept() is None
-    assert {len(processor.kept) for processor in reading_text} == {0}
+    assert key_value() is None and len(kept.pairs) == len(kept.calls) == 0
 
 
 def test_tokens_that_the_caller_keeps_do_not_keep_keys_and_values(own: TextToImage) -> None:
@@ -393,7 +415,7 @@ def test_tokens_that_the_caller_keeps_do_not_keep_keys_and_values(own: TextToIma
     asked: dict[str, Any] = {"prior": False, "rerank": False, "output_type": "latent", "seed": 0}
     own(prompt_embeds=embeds, **asked)
     gc.collect()
-    assert {len(layer.processor.kept) for layer in attentions(unet)} == {0}
+    assert len(kept_by(unet).pairs) == len(kept_by(unet).calls) == 0
 
 
 def test_texts_side_by_side_are_read_in_one_block_each(own: TextToImage) -> None:
@@ -403,7 +425,7 @@ def test_texts_side_by_side_are_read_in_one_block_each(own: TextToImage) -> None
     candidates = [Candidate(prompt=WORDS[k // 2], seed=k, settings=asked) for k in range(4)]
     told = own.model.tell(candidates, table)
     conditions = sorted(index for prompt, null in told for index in (prompt, null) if index is not None)
-    texts = Texts.among(table.gather(conditions).distinct_tokens)
+    texts = Texts.read(table.gather(conditions).distinct_tokens.of, [])
     assert len(table.conditions) == 5 and (texts.block, texts.of_block) == (2, (0, 0, 1, 2))
 
 
