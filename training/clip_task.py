@@ -15,10 +15,11 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from clip_core.clip import CLIP
 from clip_core.convert import save_transformers
+from clip_core.load import load_tokenizer
 from clip_core.loss import clamp_logit_scale_, contrastive_loss, equal_captions
 from clip_core.preprocess import Preprocess
 from clip_core.retrieval import top1_of_n
@@ -56,10 +57,8 @@ class ClipTask(Task[CLIPModel]):
     def __init__(self, recipe: ClipRecipe) -> None:
         super().__init__()
         self.dataset: Pictures = Pictures(recipe.data, recipe.resolution)
-        self.skipped = self.dataset.skipped
-        self.tokenizer = train_tokenizer(
-            (example.text for example in self.dataset.examples), recipe.vocab_size, recipe.max_length
-        )
+        self.skipped, self.reads = self.dataset.skipped, self.dataset.digest
+        self.tokenizer = self._tokenizer(recipe)
         ids = {
             "bos_token_id": self.tokenizer.bos_token_id,
             "eos_token_id": self.tokenizer.eos_token_id,  # never 2, which transformers pools by a legacy rule
@@ -135,6 +134,14 @@ class ClipTask(Task[CLIPModel]):
     def save(self, network: CLIPModel, folder: Path) -> None:
         """A transformers CLIP folder with tokenizer and preprocessing."""
         save_transformers(self.clip(network), folder)
+
+    def _tokenizer(self, recipe: ClipRecipe) -> CLIPTokenizer:
+        """The one that the network to start from was trained with, or one learned from the captions."""
+        if recipe.init is not None:
+            return load_tokenizer(Path(recipe.init))
+        return train_tokenizer(
+            (example.text for example in self.dataset.examples), recipe.vocab_size, recipe.max_length
+        )
 
     def _embed(self, network: CLIPModel, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, E) each, not normalised."""

@@ -24,7 +24,7 @@ from gen.families.stable_unclip import StableUnCLIP
 from gen.pipeline import TextToImage
 from gen.scheduler import NoiseLevels
 from training.data.pictures import Pictures
-from training.frozen import image_embeddings, latents, load_clip, load_vae, transformers_model
+from training.frozen import image_embeddings, latents, load_clip, load_vae, reads, transformers_model
 from training.recipe import Recipe, RecipeError, Section, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
@@ -99,7 +99,7 @@ class DecoderTask(Task[UNet2DConditionModel]):
         self.clip_model = transformers_model(clip)
         self.clip_model.set_attn_implementation(recipe.attention)
         pictures = Pictures(recipe.data, recipe.resolution)
-        self.skipped = pictures.skipped
+        self.skipped, self.reads = pictures.skipped, reads(pictures, recipe.clip, recipe.vae)
         embeddings = image_embeddings(pictures, clip, recipe.clip)
         self.dataset: Encoded = Encoded(pictures, latents(pictures, self.vae, recipe.vae), embeddings)
         self.held = held_back(len(self.dataset))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers import CLIPModel
 
 from clip_core.clip import CLIP
 from gen.checkpoint import load_part
-from training.data.cache import encoded
+from training.data.cache import encoded, weights_digest
 from training.data.examples import DataError
 from training.data.pictures import Pictures
 
@@ -56,6 +57,12 @@ def latents(dataset: Pictures, vae: AutoencoderKL, folder: str | Path) -> Tensor
         return vae.encode(signed).latent_dist.mean * vae.config.scaling_factor
 
     return encoded(dataset, Path(folder), encode)
+
+
+def reads(dataset: Pictures, *folders: str | Path) -> str:
+    """A digest of the pictures and captions of a data set and of the frozen networks in `folders`."""
+    told = [dataset.digest, *(weights_digest(Path(folder)) for folder in folders)]
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()
 
 
 def trained(folder: str | Path) -> Path:

@@ -115,6 +115,11 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     step, seconds = 0, 0.0
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, network=task.network, average=average, optimizer=optimizer)
+        if state.get("reads") != task.reads:
+            raise CheckpointError(
+                f"{checkpoint} was trained on other pictures, captions or frozen networks than are in place now;"
+                f" choose another `out` or remove {out / 'checkpoints'}"
+            )
         step, seconds = state["step"], state["seconds"]
         if (before := state.get("processes", 1)) != accelerator.num_processes:
             logger.warning(
@@ -137,7 +142,8 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
             # the model first: a kill between the two must not leave the last checkpoint beside an older model
             with _evaluating(kept):
                 replace_folder(out / "model", lambda folder: task.save(kept, folder))
-            extra: dict[str, Any] = {"recipe": recipe.digest(), "seconds": time.monotonic() - started}
+            extra: dict[str, Any] = {"recipe": recipe.digest(), "reads": task.reads}
+            extra["seconds"] = time.monotonic() - started
             extra["processes"] = accelerator.num_processes
             if accelerator.scaler is not None:
                 extra["scaler"] = accelerator.scaler.state_dict()
@@ -157,6 +163,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
         while step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
+            task.progress = step / config.steps
             losses = _step(model, batches, optimizer, accelerator, config)
             step += 1
             if average is not None:

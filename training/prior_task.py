@@ -26,7 +26,7 @@ from gen.prior import Prior
 from gen.request import Candidate, Settings
 from gen.scheduler import NoiseLevels
 from training.data.pictures import Pictures
-from training.frozen import image_embeddings, load_clip, transformers_model
+from training.frozen import image_embeddings, load_clip, reads, transformers_model
 from training.recipe import Recipe, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
@@ -71,7 +71,7 @@ class PriorTask(Task[PriorTransformer]):
         network.set_attn_implementation(recipe.attention)
         self.text_encoder, self.tokenizer = with_projection(network), clip.tokenizer
         self.pictures = Pictures(recipe.data, recipe.resolution)
-        self.skipped = self.pictures.skipped
+        self.skipped, self.reads = self.pictures.skipped, reads(self.pictures, recipe.clip)
         embeddings = image_embeddings(self.pictures, clip, recipe.clip)
         self.dataset: Embedded = Embedded(self.pictures, embeddings)
         self.held = held_back(len(self.dataset))

@@ -30,6 +30,8 @@ class Task(nn.Module, ABC, Generic[Network]):
     network: Network
     dataset: Dataset[Any]
     skipped: Skipped  # what was left out of the data, told when training ends
+    reads: str  # a digest of all it reads: pictures, captions, frozen networks
+    progress: float = 0.0  # share of the steps done, in [0, 1); the loop says it before every step
 
     @abstractmethod
     def forward(self, batch: Any, rng: torch.Generator) -> dict[str, Tensor]:

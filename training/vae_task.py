@@ -28,6 +28,7 @@ class VaeRecipe(Recipe):
     resolution: int = Field(gt=0)  # pixels; a multiple of the network's reduction
     network: Annotated[dict[str, Any], options_of(AutoencoderKL, ["sample_size"])]  # AutoencoderKL's configuration
     kl_weight: float = Field(1e-4, ge=0)  # of the mean KL of one latent value, beside the mean error of one pixel
+    kl_warmup: float = Field(0.0, ge=0, lt=1)  # share of the steps over which the weight grows to it from a hundredth
 
     @model_validator(mode="after")
     def _halves(self) -> VaeRecipe:
@@ -52,7 +53,7 @@ class VaeTask(Task[AutoencoderKL]):
         super().__init__()
         self.recipe = recipe
         self.dataset: Pictures = Pictures(recipe.data, recipe.resolution)
-        self.skipped = self.dataset.skipped
+        self.skipped, self.reads = self.dataset.skipped, self.dataset.digest
         torch.manual_seed(recipe.train.seed)
         self.network = built(AutoencoderKL, "network", {**recipe.network, "sample_size": recipe.resolution})
         self.held = held_back(len(self.dataset))
@@ -68,7 +69,7 @@ class VaeTask(Task[AutoencoderKL]):
         decoded = self.network.decode(posterior.sample(rng)).sample.float()
         error = (decoded - pixels).abs().mean() + (decoded - pixels).square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return {"loss": error + self.recipe.kl_weight * kl, "error": error, "kl": kl}
+        return {"loss": error + self._kl_weight() * kl, "error": error, "kl": kl}
 
     @torch.no_grad()
     def sheet(self, network: AutoencoderKL) -> Image.Image:
@@ -89,6 +90,11 @@ class VaeTask(Task[AutoencoderKL]):
         latents = network.encode(self._held_pixels(network, 256)).latent_dist.mean
         network.register_to_config(scaling_factor=1 / latents.std().item())
         network.save_pretrained(folder)
+
+    def _kl_weight(self) -> float:
+        """Grows geometrically: under a strong weight from the start the noise hides colours and corners for long."""
+        risen = self.progress / self.recipe.kl_warmup if self.recipe.kl_warmup else 1.0
+        return self.recipe.kl_weight * 100 ** (min(risen, 1.0) - 1)
 
     def _held_pixels(self, network: AutoencoderKL, most: int) -> Tensor:
         first = len(self.dataset) - self.held

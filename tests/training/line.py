@@ -41,7 +41,7 @@ class Line(Task[Net]):
         y = (x @ torch.tensor([1.0, -2.0, 0.5, 3.0]))[:, None] + 1
         self.dataset: Dataset[Any] = TensorDataset(torch.arange(NUM_POINTS), x, y)
         self.network = Net(dropout)
-        self.skipped = Skipped()
+        self.skipped, self.reads = Skipped(), "a line"
         self.noise, self.before = noise, before
         self.seen: list[list[int]] = []  # indices of every batch
         self.weights: list[dict[str, Tensor]] = []  # before every forward pass
