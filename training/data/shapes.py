@@ -11,7 +11,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,8 @@ _HEART_POINT = ((-840, -180), (840, -180), (0, 970))
 _HEART_LOBES = ((-420, -330, 450), (420, -330, 450))  # x, y, radius
 
 T = TypeVar("T")
+Edit = Literal["any", "relation"]
+"""Which fact `contrast` may change."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def has_held_out_pair(claim: Claim) -> bool:
 
 
 def scene(seed: int) -> Scene:
-    """A random training scene: 30 % one object, 45 % two in a relation, 25 % two to four of one kind."""
+    """A random training scene: 25 % one object, 55 % two in a relation, 20 % two to four of one kind."""
     rng = random.Random(seed)
     while True:
         claim = _random_claim(rng)
@@ -168,15 +170,16 @@ def scene(seed: int) -> Scene:
             return place(claim, rng)
 
 
-def contrast(origin: Scene, seed: int) -> Scene:
+def contrast(origin: Scene, seed: int, kind: Edit = "any") -> Scene:
     """A training scene that differs from `origin` in one fact: a hard negative for contrastive training.
 
     The edits are those that contrastive models are known to miss (Yuksekgonul et al. 2023, "bags of words"):
     colours, shapes or sizes exchanged between two objects, the relation turned, one attribute or count changed.
+    `kind` "relation" asks for the relation turned or the objects exchanged, where there are two of them.
     """
     rng = random.Random(seed)
     while True:
-        claim = _edit(origin.claim, rng)
+        claim = _edit(origin.claim, rng, kind)
         if claim != origin.claim and _sayable(claim) and not held_out(claim):
             return place(claim, rng)
 
@@ -270,9 +273,9 @@ def _random_noun(rng: random.Random, count: int = 1) -> Noun:
 def _random_claim(rng: random.Random) -> Claim:
     background = _choice(rng, tuple(BACKGROUNDS))
     draw = rng.random()
-    if draw < 0.30:
+    if draw < 0.25:
         return Claim(_random_noun(rng), background=background)
-    if draw < 0.55:
+    if draw < 0.45:
         count = 2 + int(rng.random() * 3)
         return Claim(_random_noun(rng, count), count, background=background)
     while True:
@@ -290,13 +293,15 @@ def _sayable(claim: Claim) -> bool:
     return second is None or (claim.first.colour, claim.first.shape) != (second.colour, second.shape)
 
 
-def _edit(claim: Claim, rng: random.Random) -> Claim:
+def _edit(claim: Claim, rng: random.Random, kind: Edit) -> Claim:
     first, second = claim.first, claim.second
     draw = rng.random()
-    if second is not None and draw < 0.75:
-        if draw < 0.25:
+    if kind == "relation" and rng.random() < 0.95:  # not always: every turn of the relation may be held out
+        draw *= 0.55
+    if second is not None and draw < 0.80:
+        if draw < 0.35:
             return replace(claim, relation=_choice(rng, tuple(RELATIONS)))
-        if draw < 0.40:
+        if draw < 0.55:
             return replace(claim, first=second, second=first)
         field = _choice(rng, ("colour", "shape", "size"))
         mine, theirs = getattr(first, field), getattr(second, field)

@@ -1,7 +1,8 @@
 """The Shapes data set as a stream of captioned pictures, ready for `write_folder` or `write_shards`.
 
 Every fourth picture is a fresh scene and the three after it differ from it in one fact each: their shared group lets a
-contrastive batch hold the hard negatives together. Picture i of a seed is the same whatever the size of the set.
+contrastive batch hold the hard negatives together. Of two objects the first two differ in the relation, which is what CLIP
+learns last. Picture i of a seed is the same whatever the size of the set.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from training.data.shapes import caption, contrast, render, scene
+from training.data.shapes import Edit, caption, contrast, render, scene
 
-GROUP_SIZE = 4  # one scene and three contrasts
+EDITS: tuple[Edit, ...] = ("relation", "relation", "any")  # of the contrasts of a scene
+GROUP_SIZE = 1 + len(EDITS)
 _SEED_STRIDE = 1_000_000_007  # keeps the scene streams of neighbouring seeds apart
 
 
@@ -22,5 +24,5 @@ def shapes(num_pictures: int, seed: int = 0) -> Iterator[tuple[np.ndarray, str, 
         group, place = divmod(index, GROUP_SIZE)
         origin = scene(seed * _SEED_STRIDE + group * GROUP_SIZE)
         picture_seed = seed * _SEED_STRIDE + index
-        picture = origin if place == 0 else contrast(origin, picture_seed)
+        picture = origin if place == 0 else contrast(origin, picture_seed, EDITS[place - 1])
         yield render(picture), caption(picture, picture_seed), f"{group:06d}"
