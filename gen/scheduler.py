@@ -1,35 +1,137 @@
 """What a diffusers scheduler configuration says, in this project's words.
 
-`NoiseLevels` is built from a stock scheduler object and answers three questions: how the network is
-parameterised (`scaling`), which sampler the checkpoint itself uses, and which levels a run of a given sampler
-steps through. A sampler other than the checkpoint's own means what it means in diffusers: that class, built
-`from_config` of the checkpoint's. The stock object is only read; nothing here steps it, and nothing here
-knows networks.
+`NoiseLevels` is built from a stock scheduler object and answers four questions: how the network is
+parameterised (`scaling`), which sampler the checkpoint itself uses, which levels a run of a given sampler steps
+through, and what that sampler's options are. A sampler other than the checkpoint's own means what it means in
+diffusers: that class, built `from_config` of the checkpoint's, over the checkpoint's own betas. The stock object
+is only read; nothing here steps it, and nothing here knows networks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
+import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
 
+from samplers.sample import SAMPLERS
 from samplers.scaling import Kind, Scaling
-from samplers.schedule import EXACT_ZERO_SNR_SIGMA, ZERO_SNR_SIGMA, Schedule, exponential, from_betas, karras
+from samplers.schedule import (
+    EXACT_ZERO_SNR_SIGMA,
+    ZERO_SNR_SIGMA,
+    Final,
+    Schedule,
+    exponential,
+    from_timesteps,
+    karras,
+    lcm_timesteps,
+    spaced_timesteps,
+)
+
+Config = Mapping[str, Any]
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
-STOCK: dict[str, tuple[str, dict[str, str]]] = {  # our sampler -> the diffusers class that it equals, with options
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {  # our sampler -> the diffusers class that it equals, with options
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp_3m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 3}),
+    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unclip": ("UnCLIPScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
 }
-SIGMA_SPACE = ("euler", "euler_ancestral", "heun")  # stock holds x as it is, not at unit variance
+
+
+# --- Which training timesteps a class visits: (config, number of steps, number of training timesteps) -> (N,) ---
+
+Timesteps = Callable[[Config, int, int], Tensor]
+
+
+def _spaced(config: Config, num_steps: int, num_train: int, **rounding: bool) -> Tensor:
+    offset = config.get("steps_offset", 0)
+    return spaced_timesteps(num_steps, num_train, spacing=config["timestep_spacing"], steps_offset=offset, **rounding)
+
+
+def _between(config: Config, num_steps: int, num_train: int) -> Tensor:
+    return _spaced(config, num_steps, num_train, whole=False)
+
+
+def _beyond(config: Config, num_steps: int, num_train: int) -> Tensor:
+    return _spaced(config, num_steps, num_train, beyond_last=True)
+
+
+def _singlestep(config: Config, num_steps: int, num_train: int) -> Tensor:
+    return spaced_timesteps(num_steps, num_train, spacing="linspace", beyond_last=True)
+
+
+def _plms(config: Config, num_steps: int, num_train: int) -> Tensor:
+    timesteps = _spaced(config, num_steps, num_train)
+    return torch.cat([timesteps[:2], timesteps[1:]])  # the second twice: one step more than was asked for
+
+
+def _unclip(config: Config, num_steps: int, num_train: int) -> Tensor:
+    return spaced_timesteps(num_steps, num_train, spacing="linspace")
+
+
+def _lcm(config: Config, num_steps: int, num_train: int) -> Tensor:
+    return lcm_timesteps(num_steps, num_train, config["original_inference_steps"])
+
+
+# --- What there is to know of each class ---
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A diffusers scheduler class: which levels it visits, and what we can do of its options."""
+
+    timesteps: Timesteps
+    unit_variance: bool = True  # whether it holds x at unit variance; False: as it is
+    max_sigma: float = EXACT_ZERO_SNR_SIGMA  # of a level without signal
+    final: Final | None = None  # None: as its options say
+    spans_table: bool = False  # whether Karras levels span all training levels; False: those visited
+    allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # over what is in `ALLOWED`
+
+
+_SIGMA_SPACE = Stock(_between, unit_variance=False, max_sigma=ZERO_SNR_SIGMA)
+_SOLVER = Stock(_beyond, max_sigma=ZERO_SNR_SIGMA, spans_table=True)
+
+CLASSES = {
+    "DDIMScheduler": Stock(_spaced),
+    "DDPMScheduler": Stock(_spaced),
+    "DEISMultistepScheduler": replace(_SOLVER, final="sigma_min", allowed={"solver_type": ("logrho",)}),
+    "DPMSolverMultistepScheduler": replace(_SOLVER, allowed={"solver_type": ("midpoint",)}),
+    "DPMSolverSinglestepScheduler": replace(_SOLVER, timesteps=_singlestep, allowed={"solver_type": ("midpoint",)}),
+    "EulerAncestralDiscreteScheduler": _SIGMA_SPACE,
+    "EulerDiscreteScheduler": _SIGMA_SPACE,
+    "HeunDiscreteScheduler": _SIGMA_SPACE,
+    "KDPM2AncestralDiscreteScheduler": _SIGMA_SPACE,
+    "KDPM2DiscreteScheduler": _SIGMA_SPACE,
+    "LCMScheduler": Stock(_lcm, final="zero"),
+    "LMSDiscreteScheduler": _SIGMA_SPACE,
+    "PNDMScheduler": Stock(_plms),
+    "UnCLIPScheduler": Stock(
+        _unclip, allowed={"clip_sample": (True, False), "variance_type": ("fixed_small_log", "learned_range")}
+    ),
+    "UniPCMultistepScheduler": replace(_SOLVER, allowed={"solver_type": ("bh1", "bh2")}),
+}
 
 # What we can do of each option; a checkpoint that asks for anything else is refused.
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -39,11 +141,18 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
     "variance_type": ("fixed_small", None),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
+    "solver_order": (1, 2, 3),
+    "lambda_min_clipped": (-math.inf,),
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
+    "timestep_scaling": (10.0,),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
     "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
+    "use_dynamic_shifting": (False, None),
 }
 
 
@@ -55,21 +164,18 @@ class NoiseLevels:
     sampler: str  # the checkpoint's own
     scaling: Scaling
     where: str  # the file it was read from, for errors
-    _known: dict[tuple[str, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
+    _schedules: dict[tuple[str, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
+    _configs: dict[str, Config] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, stock: SchedulerMixin, where: str) -> NoiseLevels:
         """Read a stock scheduler; ValueError for a class or an option that has no equal here."""
-        name = type(stock).__name__
-        options = {"algorithm_type": stock.config["algorithm_type"]} if "algorithm_type" in stock.config else {}
-        own = [sampler for sampler, told in STOCK.items() if told == (name, options)]
-        if not own:
-            choices = ", ".join(sorted({stock_name for stock_name, _ in STOCK.values()}))
-            raise ValueError(f"{where}: scheduler {name} {options or ''} is not supported; choose from: {choices}")
-        check_options(stock, where)
+        sampler = _own_sampler(stock, where)
+        config = _checked(stock, where)
         # The lower stand-in for a level without signal: the higher one is then the last timestep as well.
-        scaling = Scaling.from_betas(KINDS[stock.config["prediction_type"]], stock.betas, ZERO_SNR_SIGMA)
-        return cls(stock, own[0], scaling, where)
+        scaling = Scaling.from_betas(KINDS[config["prediction_type"]], stock.betas, ZERO_SNR_SIGMA)
+        scaling = replace(scaling, learned_range=config.get("variance_type") == "learned_range")
+        return cls(stock, sampler, scaling, where)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -78,46 +184,81 @@ class NoiseLevels:
 
     def schedule(self, sampler: str, num_steps: int) -> Schedule:
         """The levels that the stock class of this sampler visits in so many steps."""
-        if (sampler, num_steps) not in self._known:
-            self._known[sampler, num_steps] = self._schedule(sampler, num_steps)
-        return self._known[sampler, num_steps]
+        if (sampler, num_steps) not in self._schedules:
+            self._schedules[sampler, num_steps] = self._schedule(sampler, num_steps)
+        return self._schedules[sampler, num_steps]
+
+    def options(self, sampler: str) -> dict[str, float]:
+        """This sampler's options as the configuration has them; those it does not speak of are left out."""
+        config = self._config(sampler)
+        told = {name: float(config[name]) for name in SAMPLERS[sampler].defaults if name in config}
+        if sampler == "unipc":
+            told["bh1"] = float(config["solver_type"] == "bh1")
+        if sampler == "unclip":
+            told["clip"] = config["clip_sample_range"] if config["clip_sample"] else math.inf
+        return told
+
+    def _config(self, sampler: str) -> Config:
+        """What the stock class of this sampler is told; ValueError for an option that has no equal here."""
+        if sampler not in self._configs:
+            name, options = STOCK[sampler]
+            stock, where = self.stock, self.where
+            if sampler != self.sampler:
+                stock = getattr(diffusers, name).from_config(dict(stock.config), **options)
+                where = f"{where} as {sampler}"
+            self._configs[sampler] = _checked(stock, where)
+        return self._configs[sampler]
 
     def _schedule(self, sampler: str, num_steps: int) -> Schedule:
-        name, options = STOCK[sampler]
-        stock = self.stock
-        if sampler != self.sampler:
-            stock = getattr(diffusers, name).from_config(dict(self.stock.config), **options)
-            check_options(stock, f"{self.where} as {sampler}")
-        config = stock.config
-        final = "zero"
-        if config.get("final_sigmas_type") == "sigma_min" or config.get("set_alpha_to_one") is False:
-            final = "sigma_min"
-        multistep, sigma_space = sampler.startswith("dpmpp"), sampler in SIGMA_SPACE
-        max_sigma = EXACT_ZERO_SNR_SIGMA if sampler in ("ddim", "ddpm") else ZERO_SNR_SIGMA
-        levels = from_betas(
-            stock.betas,
-            num_steps,
-            spacing=config["timestep_spacing"],
-            steps_offset=config.get("steps_offset", 0),
-            final=final,  # type: ignore[arg-type]
-            max_sigma=max_sigma,
-            unit_variance=not sigma_space,
-            whole=not sigma_space,
-            beyond_last=multistep,
+        config, stock = self._config(sampler), CLASSES[STOCK[sampler][0]]
+        held_low = config.get("final_sigmas_type") == "sigma_min" or config.get("set_alpha_to_one") is False
+        # diffusers' leading levels leave room for the signal in the first noise
+        unit_start = stock.unit_variance or config["timestep_spacing"] == "leading"
+        levels = from_timesteps(
+            self.stock.betas,
+            stock.timesteps(config, num_steps, self.num_train_timesteps),
+            final=stock.final or ("sigma_min" if held_low else "zero"),
+            max_sigma=stock.max_sigma,
+            unit_variance=stock.unit_variance,
+            unit_start=unit_start,
         )
         for option, respaced in (("use_karras_sigmas", karras), ("use_exponential_sigmas", exponential)):
             if config.get(option):
-                # diffusers spans the whole table for DPM-Solver and the visited timesteps for the others
-                high, low = levels.sigmas[0].item(), levels.sigmas[num_steps - 1].item()
-                if multistep:
-                    low, high = self.scaling.sigmas[0].item(), self.scaling.sigmas[-1].item()
-                return respaced(num_steps, low, high, last=levels.sigmas[-1].item(), unit_variance=not sigma_space)
+                low, high = (self.scaling.sigmas[[0, -1]] if stock.spans_table else levels.sigmas[[-2, 0]]).tolist()
+                return respaced(
+                    num_steps,
+                    low,
+                    high,
+                    last=levels.sigmas[-1].item(),
+                    unit_variance=stock.unit_variance,
+                    unit_start=unit_start,
+                )
         return levels
 
 
-def check_options(stock: SchedulerMixin, where: str) -> None:
-    """ValueError for an option of a stock scheduler that has no equal here."""
-    for option, allowed in ALLOWED.items():
-        if option in stock.config and stock.config[option] not in allowed:
+def _own_sampler(stock: SchedulerMixin, where: str) -> str:
+    """The sampler that equals a stock scheduler."""
+    name = type(stock).__name__
+    deciding = {key for known, options in STOCK.values() if known == name for key in options}
+    told = {key: value for key, value in stock.config.items() if key in deciding}
+    for sampler, (known, options) in STOCK.items():
+        if known == name and options == told:
+            return sampler
+    choices = ", ".join(sorted(_spelled(*known) for known in STOCK.values()))
+    raise ValueError(f"{where}: scheduler {_spelled(name, told)} is not supported; choose from: {choices}")
+
+
+def _spelled(name: str, options: Config) -> str:
+    told = ", ".join(f"{key}={value!r}" for key, value in sorted(options.items()))
+    return f"{name}({told})" if told else name
+
+
+def _checked(stock: SchedulerMixin, where: str) -> Config:
+    """What a stock scheduler is told, of what its class knows; ValueError for what has no equal here."""
+    known = inspect.signature(type(stock).__init__).parameters
+    config = {key: value for key, value in stock.config.items() if key in known}
+    for option, allowed in {**ALLOWED, **CLASSES[type(stock).__name__].allowed}.items():
+        if option in config and config[option] not in allowed:
             told = ", ".join(repr(value) for value in allowed)
-            raise ValueError(f"{where}: {option}={stock.config[option]!r} is not supported; choose from: {told}")
+            raise ValueError(f"{where}: {option}={config[option]!r} is not supported; choose from: {told}")
+    return config

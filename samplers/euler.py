@@ -1,30 +1,51 @@
-"""Euler's step, the first-order one, with eta of noise: a pure function of rows.
+"""Euler's step, the first-order one, with noise before it or after it: pure functions of rows.
 
-With eta 0 it is DDIM (Song et al. 2021a) and the Euler half of Karras et al. 2022, Algorithm 1; with eta 1 it
+Without noise it is DDIM (Song et al. 2021a) and the Euler half of Karras et al. 2022, Algorithm 1. With eta 1 it
 is DDPM (Ho et al. 2020, the small variance) and k-diffusion's ancestral Euler. They differ in name alone.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from samplers.churn import churned
 from samplers.state import Denoise, Level, State, per_row
 
 
 def step(
     denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
 ) -> State:
-    """DDIM with eta: Song et al. 2021a, equations 12 and 16, written in sigma.
+    """Euler with the churn of Karras et al. 2022, Algorithm 2 (without its second-order half), or with eta.
 
-    The level is brought down to `down` and raised again by fresh noise of deviation `up`, up^2 + down^2 =
-    sigma_next^2; their `up` is eta sigma_next sqrt(1 - sigma_next^2 / sigma^2).
+    A row that churns spends the step's noise on that: its eta counts as 0.
     """
-    ratio = next.sigma / now.sigma
-    fresh = (options["eta"] * (1 - ratio**2).clamp(min=0).sqrt()).clamp(max=1)  # up / sigma_next
-    keep = per_row(ratio * (1 - fresh**2).sqrt(), state.x)  # down / sigma
+    x, sigma = churned(state.x, now, noise, options)
+    eta = torch.where(options["s_churn"] > 0, 0.0, options["eta"])
+    return State(_move(denoise, x, sigma, next.sigma, noise, eta))
 
+
+def ddim(
+    denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
+) -> State:
+    """DDIM with eta: Song et al. 2021a, equations 12 and 16, written in sigma."""
+    return State(_move(denoise, state.x, now.sigma, next.sigma, noise, options["eta"]))
+
+
+def split(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+    """The level that a step goes down to, and the deviation of fresh noise that raises it again to sigma_next, (B,).
+
+    down^2 + up^2 = sigma_next^2, and their `up` is eta sigma_next sqrt(1 - sigma_next^2 / sigma^2).
+    """
+    ratio = sigma_next / sigma
+    fresh = (eta * (1 - ratio**2).clamp(min=0).sqrt()).clamp(max=1)
+    left = (1 - eta) * (1 + eta) + (eta * ratio) ** 2  # 1 - fresh^2, which would lose its digits near eta 1
+    return sigma_next * left.clamp(min=0).sqrt(), sigma_next * fresh
+
+
+def _move(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None, eta: Tensor) -> Tensor:
+    down, up = split(sigma, sigma_next, eta)
+    keep = per_row(down / sigma, x)
     # x0 + down * (x - x0) / sigma, which stays exact however large sigma is
-    x = keep * state.x + (1 - keep) * denoise(state.x, now.sigma).x0
-    if noise is not None:
-        x = x + per_row(next.sigma * fresh, x) * noise
-    return State(x)
+    moved = keep * x + (1 - keep) * denoise(x, sigma).x0
+    return moved if noise is None else moved + per_row(up, x) * noise

@@ -27,6 +27,7 @@ class Scaling:
 
     kind: Kind
     sigmas: Tensor  # (T,) float64, ascending: the sigma of timesteps 0, 1, ..., T - 1
+    learned_range: bool = False  # whether a second half of the output's channels says the variance of a step
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -126,10 +127,16 @@ class Scaling:
 
 
 def denoiser(network: Callable[[Tensor, Tensor], Tensor], scaling: Scaling) -> Denoise:
-    """Wrap network(input (B, ...), timestep (B,)) -> output as denoise(x, sigma) -> Prediction."""
+    """Wrap network(input (B, ...), timestep (B,)) -> output as denoise(x, sigma) -> Prediction.
+
+    The output has x's shape, or twice its channels where the scaling says `learned_range`.
+    """
 
     def denoise(x: Tensor, sigma: Tensor) -> Prediction:
-        output = network(scaling.network_input(x, sigma), scaling.timestep(sigma))
-        return Prediction(scaling.x0(output.float(), x, sigma))
+        output, variance = network(scaling.network_input(x, sigma), scaling.timestep(sigma)).float(), None
+        if scaling.learned_range:
+            output, learned = output.chunk(2, 1)
+            variance = (learned + 1) / 2  # the network says -1 of the smallest, 1 of the largest
+        return Prediction(scaling.x0(output, x, sigma), variance)
 
     return denoise

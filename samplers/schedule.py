@@ -119,32 +119,64 @@ def spaced_timesteps(
     raise ValueError(f"timestep spacing {spacing!r} is unknown; choose from: {', '.join(get_args(Spacing))}")
 
 
+def lcm_timesteps(num_steps: int, num_train_timesteps: int = 1000, original_steps: int = 50) -> Tensor:
+    """Training timesteps to visit, (N,) float64, descending: evenly spaced among those that were distilled.
+
+    Those are every (T // original_steps)-th from the last (Luo et al. 2023, section 4.3), as diffusers picks from
+    them. Raises ValueError for steps outside 1 .. original_steps.
+    """
+    if not 1 <= num_steps <= original_steps:
+        raise ValueError(f"{num_steps} steps cannot be taken; give 1 to {original_steps}")
+    distilled = torch.arange(original_steps, 0, -1, dtype=torch.float64) * (num_train_timesteps // original_steps) - 1
+    return distilled[torch.arange(num_steps) * original_steps // num_steps]
+
+
+def from_timesteps(
+    betas: Tensor,
+    timesteps: Tensor,  # (N,) float64, descending; also between two integers
+    *,
+    final: Final = "zero",  # "sigma_min" ends at the first training level: set_alpha_to_one=False in DDIM
+    max_sigma: float = ZERO_SNR_SIGMA,
+    unit_variance: bool = True,  # latents as DDIM, DDPM and DPM-Solver hold them; False: as Euler and Heun do
+    unit_start: bool | None = None,  # whether noise enters at unit variance; None: as latents are held
+) -> Schedule:
+    """Levels at these training timesteps; max_sigma as in `training_sigmas`."""
+    table = training_sigmas(betas, max_sigma)
+    below = timesteps.floor().long().clamp(0, len(table) - 2)
+    sigmas = torch.lerp(table[below], table[below + 1], (timesteps - below).clamp(0, 1))
+    last = table[0].item() if final == "sigma_min" else 0.0
+    return _run(sigmas, last, unit_variance, unit_start)
+
+
 def from_betas(
     betas: Tensor,
     num_steps: int,
     *,
     spacing: Spacing = "trailing",
     steps_offset: int = 0,
-    final: Final = "zero",  # "sigma_min" ends at the first training level: set_alpha_to_one=False in DDIM
+    final: Final = "zero",
     max_sigma: float = ZERO_SNR_SIGMA,
-    unit_variance: bool = True,  # latents as DDIM, DDPM and DPM-Solver hold them; False: as Euler and Heun do
+    unit_variance: bool = True,
     whole: bool = True,
     beyond_last: bool = False,
 ) -> Schedule:
-    """Levels at spaced training timesteps; options as in `spaced_timesteps` and `training_sigmas`."""
-    table = training_sigmas(betas, max_sigma)
+    """Levels at spaced training timesteps; options as in `spaced_timesteps` and `from_timesteps`."""
     timesteps = spaced_timesteps(
         num_steps,
-        len(table),
+        len(betas),
         spacing=spacing,
         steps_offset=steps_offset,
         whole=whole,
         beyond_last=beyond_last,
     )
-    below = timesteps.floor().long().clamp(0, len(table) - 2)
-    sigmas = torch.lerp(table[below], table[below + 1], (timesteps - below).clamp(0, 1))
-    last = table[0].item() if final == "sigma_min" else 0.0
-    return _run(sigmas, last, unit_start=unit_variance or spacing == "leading", unit_end=unit_variance)
+    return from_timesteps(
+        betas,
+        timesteps,
+        final=final,
+        max_sigma=max_sigma,
+        unit_variance=unit_variance,
+        unit_start=unit_variance or spacing == "leading",
+    )
 
 
 def karras(
@@ -155,20 +187,27 @@ def karras(
     *,
     last: float = 0.0,  # the level after sigma_min
     unit_variance: bool = True,
+    unit_start: bool | None = None,  # as in `from_timesteps`
 ) -> Schedule:
     """Levels evenly spaced in sigma^(1 / rho): Karras et al. 2022, equation 5."""
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64) ** (1 / rho)
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    return _run(torch.lerp(ends[0], ends[1], ramp) ** rho, last, unit_variance, unit_variance)
+    return _run(torch.lerp(ends[0], ends[1], ramp) ** rho, last, unit_variance, unit_start)
 
 
 def exponential(
-    num_steps: int, sigma_min: float, sigma_max: float, *, last: float = 0.0, unit_variance: bool = True
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    *,
+    last: float = 0.0,
+    unit_variance: bool = True,
+    unit_start: bool | None = None,  # as in `from_timesteps`
 ) -> Schedule:
     """Levels evenly spaced in log sigma, the uniform log SNR steps of Lu et al. 2022a (DPM-Solver)."""
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64).log()
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    return _run(torch.lerp(ends[0], ends[1], ramp).exp(), last, unit_variance, unit_variance)
+    return _run(torch.lerp(ends[0], ends[1], ramp).exp(), last, unit_variance, unit_start)
 
 
 def flow(num_steps: int, shift: float = 1.0, num_train_timesteps: int = 1000) -> Schedule:
@@ -186,11 +225,12 @@ def flow(num_steps: int, shift: float = 1.0, num_train_timesteps: int = 1000) ->
     return Schedule(torch.cat([sigmas, sigmas.new_zeros(1)]), start_scale=1 + sigmas[0].item())
 
 
-def _run(sigmas: Tensor, last: float, unit_start: bool, unit_end: bool) -> Schedule:
+def _run(sigmas: Tensor, last: float, unit_variance: bool, unit_start: bool | None) -> Schedule:
     """A latent of unit variance is x / sqrt(1 + sigma^2), where noise enters and where pictures leave."""
     first = sigmas[0].item()
+    enters_at_one = unit_variance if unit_start is None else unit_start
     return Schedule(
         torch.cat([sigmas, sigmas.new_tensor([last])]),
-        start_scale=math.hypot(1, first) if unit_start else first,
-        end_scale=1 / math.hypot(1, last) if unit_end else 1.0,
+        start_scale=math.hypot(1, first) if enters_at_one else first,
+        end_scale=1 / math.hypot(1, last) if unit_variance else 1.0,
     )

@@ -120,12 +120,16 @@ def test_text_alone_is_zeros_over_the_whole_class_input(
     assert (ours - theirs).abs().max() < 1e-4
 
 
+DRIVEN = sorted(STOCK.keys() - {"unclip"})  # whose scheduler wants to be told the next timestep, by another pipeline
 SCHEDULES = [
     (sampler, spacing)
-    for sampler in sorted(STOCK)
+    for sampler in DRIVEN
     for spacing in ("trailing", "leading", "linspace")
-    if (sampler, spacing) != ("ddim", "linspace")  # stock DDIM steps T // N down, past the next level it visits
+    # stock DDIM and PNDM step T // N down, past the next level they visit
+    if (sampler, spacing) not in {("ddim", "linspace"), ("pndm", "linspace")}
 ]
+# Right here and otherwise in stock (tests/samplers/test_stock.py): PNDM of a network of v, and the third order.
+UNLIKE = {"pndm", "dpmpp_3m", "dpmpp_3m_sde"}
 
 
 @pytest.mark.parametrize(("sampler", "spacing"), SCHEDULES)
@@ -153,7 +157,7 @@ def test_every_checkpoint_scheduler_equals_stock(tmp_path: Path, sampler: str, s
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("sampler", sorted(STOCK))
+@pytest.mark.parametrize("sampler", sorted(set(DRIVEN) - UNLIKE))
 def test_another_sampler_is_stocks_class_from_the_checkpoints_config(
     tiny: TextToImage, tiny_folder: Path, sampler: str
 ) -> None:

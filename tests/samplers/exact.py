@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from samplers.noise import NoiseStream
-from samplers.sample import advance, needs_noise
+from samplers.sample import advance, needs_noise, start
 from samplers.schedule import Schedule
-from samplers.state import Denoise, Level, Prediction, State, per_row, start
+from samplers.state import Denoise, Level, Prediction, State, per_row
 
 MEAN, DEVIATION = 0.7, 0.5
 

@@ -5,30 +5,46 @@ import torch
 from torch import Tensor
 
 from samplers.noise import noise
-from samplers.sample import SAMPLERS, advance
-from samplers.schedule import karras
-from samplers.state import Denoise, Prediction, State, start, start_from
+from samplers.sample import SAMPLERS, advance, start, start_from
+from samplers.schedule import Schedule, karras
+from samplers.state import Denoise, Prediction, State
 from tests.samplers.exact import levels, mixture, pictures
 
 SHAPE, SEEDS = (2, 3, 3), [11, 12, 13, 14, 15]
 SCHEDULE = karras(5, 0.05, 10.0)
+TWICE = Schedule(torch.tensor([10.0, 4.0, 4.0, 1.5, 0.4, 0.0], dtype=torch.float64), start_scale=10.0)  # as PLMS begins
 DATA = mixture(pictures(4, SHAPE), width=0.3)
 
 
 def denoise(x: Tensor, sigma: Tensor) -> Prediction:
     """One row at a time, so that the arithmetic of a row is the same whatever its batch is."""
-    return Prediction(torch.cat([DATA(x[i : i + 1], sigma[i : i + 1]).x0 for i in range(len(x))]))
+    x0 = torch.cat([DATA(x[i : i + 1], sigma[i : i + 1]).x0 for i in range(len(x))])
+    return Prediction(x0, variance=x0.tanh().abs())
 
 
-def eta_of(sampler: str, seeds: list[int]) -> dict[str, Tensor]:
+def options_of(sampler: str, seeds: list[int]) -> dict[str, Tensor]:
     """Rows that differ in their options too, where the sampler has any."""
-    return {"eta": torch.tensor([seed % 3 / 2 for seed in seeds])} if sampler != "heun" else {}
+    kinds = {
+        "bh1": [seed % 2 for seed in seeds],
+        "clip": [[0.5, 2.0, float("inf")][seed % 3] for seed in seeds],
+        "eta": [seed % 3 / 2 for seed in seeds],
+        "s_churn": [seed % 2 * 1.5 for seed in seeds],
+        "s_tmax": [seed % 3 * 4.0 for seed in seeds],
+        "solver_order": [1 + seed % 3 for seed in seeds],
+        "lower_order_final": [seed % 2 for seed in seeds],
+    }
+    taken = SAMPLERS[sampler].defaults
+    return {name: torch.tensor(values).float() for name, values in kinds.items() if name in taken}
+
+
+def schedule_of(sampler: str) -> Schedule:
+    return TWICE if sampler == "pndm" else SCHEDULE
 
 
 def move(sampler: str, state: State, seeds: list[int], at: list[int], network: Denoise = denoise) -> State:
     drawn = noise(seeds, "decoder", [index + 1 for index in at], SHAPE)
-    now, next = levels(SCHEDULE, at), levels(SCHEDULE, [index + 1 for index in at])
-    return advance(sampler, network, state, now, next, drawn, eta_of(sampler, seeds))
+    now, next = (levels(schedule_of(sampler), [index + ahead for index in at]) for ahead in (0, 1))
+    return advance(sampler, network, state, now, next, drawn, options_of(sampler, seeds))
 
 
 def alone(sampler: str, seed: int, steps: int) -> State:
@@ -121,8 +137,8 @@ def test_a_ruined_neighbour_ruins_nobody(sampler: str) -> None:
     """A row of NaN, as a broken network would give, stays alone."""
 
     def broken(x: Tensor, sigma: Tensor) -> Prediction:
-        x0 = denoise(x, sigma).x0
-        return Prediction(torch.cat([x0[:1] * float("nan"), x0[1:]]))
+        whole = denoise(x, sigma)
+        return Prediction(torch.cat([whole.x0[:1] * float("nan"), whole.x0[1:]]), whole.variance)
 
     at = [0, 1, 2, 3, 4]
     moved = move(sampler, mixed(sampler, at), SEEDS, at, broken)
@@ -136,7 +152,7 @@ def test_a_ruined_neighbour_ruins_nobody(sampler: str) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_rows_from_the_middle_share_a_step(sampler: str) -> None:
     """img2img rows beside text-to-image rows at the same index: the first have no past, the others have."""
-    level = levels(SCHEDULE, [3])
+    level = levels(schedule_of(sampler), [3])
     entered = start_from(sampler, pictures(1, SHAPE), noise([7], "decoder", 0, SHAPE), level.sigma)
     both = move(sampler, entered.cat(alone(sampler, 12, 3)), [7, 12], [3, 3])
     assert_equal(both, move(sampler, entered, [7], [3]).cat(alone(sampler, 12, 4)))

@@ -1,7 +1,10 @@
 """Each sampler paints what the diffusers scheduler of its name paints, from the same noise and network."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,8 +17,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from gen.scheduler import STOCK, NoiseLevels
 from samplers.scaling import Scaling, denoiser
 from samplers.schedule import (
     EXACT_ZERO_SNR_SIGMA,
@@ -56,15 +61,18 @@ def network_of(kind: str, betas: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return network
 
 
-def stock_run(scheduler: object, network: Callable, steps: int, **step_options: float) -> Tensor:
+def stock_run(scheduler: SchedulerMixin, network: Callable, steps: int, **step_options: Any) -> Tensor:
     """What a diffusers pipeline does, with one CPU generator per picture."""
     rngs = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
     noise = torch.stack([torch.randn(SHAPE, generator=rng) for rng in rngs])
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma
-    draws = {} if isinstance(scheduler, HeunDiscreteScheduler) else {"generator": rngs}
-    for timestep in scheduler.timesteps:
+    takes = inspect.signature(scheduler.step).parameters
+    draws = {"generator": rngs} if "generator" in takes and not isinstance(scheduler, HeunDiscreteScheduler) else {}
+    for index, timestep in enumerate(scheduler.timesteps):
         output = network(scheduler.scale_model_input(x, timestep), timestep)
+        if "prev_timestep" in takes:  # as UnCLIPPipeline tells it
+            step_options["prev_timestep"] = next(iter(scheduler.timesteps[index + 1 :]), None)
         x = scheduler.step(output, timestep, x, **draws, **step_options).prev_sample
     return x
 
@@ -203,6 +211,164 @@ def test_respaced_levels_of_dpmpp(option: str, builder: Callable) -> None:
     scheduler.set_timesteps(12)
     table = training_sigmas(scheduler.betas)
     torch.testing.assert_close(builder(12, table[0].item(), table[-1].item()).sigmas.float(), scheduler.sigmas)
+
+
+# --- The rest, with levels and options as `NoiseLevels` reads them from the stock scheduler ---
+
+
+def stock_of(sampler: str, kind: str = "eps", **told: Any) -> SchedulerMixin:
+    """The diffusers scheduler of a sampler, told what of this its class knows."""
+    name, options = STOCK[sampler]
+    made = getattr(diffusers, name)
+    known = inspect.signature(made.__init__).parameters
+    told = {**BETAS, "prediction_type": PREDICTION[kind], "clip_sample": False, **told, **options}
+    return made(**{key: value for key, value in told.items() if key in known})
+
+
+def paint(stock: SchedulerMixin, network: Callable, steps: int) -> Tensor:
+    """Ours: the sampler, levels and options that the stock scheduler stands for."""
+    levels = NoiseLevels.of(stock, "here")
+    rows = {name: torch.full((len(SEEDS),), value) for name, value in levels.options(levels.sampler).items()}
+    schedule = levels.schedule(levels.sampler, steps)
+    return run(levels.sampler, denoiser(network, levels.scaling), schedule, SEEDS, SHAPE, rows)
+
+
+def assert_equals_stock(stock: SchedulerMixin, kind: str, steps: int) -> None:
+    network = network_of(kind, stock.betas)
+    torch.testing.assert_close(paint(stock, network, steps), stock_run(stock, network, steps), atol=1e-4, rtol=1e-4)
+
+
+WHOLE = [
+    (sampler, kind, spacing, offset)
+    for sampler in ("deis", "dpm_2", "dpm_2_ancestral", "dpmpp_2s", "lcm", "lms", "unipc")
+    for kind in PREDICTION
+    for spacing, offset in SPACINGS
+    if not (sampler.startswith("dpm_2") and kind == "x0")  # not implemented in stock
+]
+WHOLE += [("pndm", "eps", spacing, offset) for spacing, offset in SPACINGS if spacing == "leading"]
+
+
+@pytest.mark.parametrize("sampler, kind, spacing, offset", WHOLE)
+@pytest.mark.parametrize("steps", [1, 3, 16])
+def test_whole_loops(sampler: str, kind: str, spacing: str, offset: int, steps: int) -> None:
+    stock = stock_of(sampler, kind, timestep_spacing=spacing, steps_offset=offset)
+    assert NoiseLevels.of(stock, "here").sampler == sampler
+    assert_equals_stock(stock, kind, steps)
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "lcm"])
+def test_whole_loops_from_clamped_zero_snr(sampler: str) -> None:
+    stock = stock_of(sampler, "v", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    assert_equals_stock(stock, "v", 10)
+
+
+@pytest.mark.parametrize("steps", [4, 16])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize(
+    "sampler, solver, final",
+    [
+        ("unipc", "bh2", "zero"),
+        ("unipc", "bh2", "sigma_min"),
+        ("unipc", "bh1", "sigma_min"),
+        ("deis", "logrho", "zero"),
+    ],
+)
+def test_orders(sampler: str, solver: str, final: str, order: int, lower: bool, steps: int) -> None:
+    told = {"solver_order": order, "solver_type": solver, "lower_order_final": lower, "final_sigmas_type": final}
+    if (sampler, final, lower) == ("unipc", "zero", False) and order > 1:
+        # stock divides infinity by itself; a step to level 0 is first-order here
+        assert paint(stock_of(sampler, **told), network_of("eps", make_betas()), steps).isfinite().all()
+    else:
+        assert_equals_stock(stock_of(sampler, **told), "eps", steps)
+
+
+def test_unipc_bh1_reaches_level_0() -> None:
+    """Stock's is NaN there: minus infinity times zero. Another B(h) changes little, and the order nothing."""
+    stock, network = stock_of("unipc", solver_type="bh1"), network_of("eps", make_betas())
+    assert stock_run(stock, network, 16).isnan().all()
+    torch.testing.assert_close(paint(stock, network, 16), paint(stock_of("unipc"), network, 16), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("steps", [4, 5, 16])
+def test_pairs_of_single_steps_to_the_smallest_level(lower: bool, steps: int) -> None:
+    stock = stock_of("dpmpp_2s", "v", final_sigmas_type="sigma_min", lower_order_final=lower)
+    assert_equals_stock(stock, "v", steps)
+
+
+class Stock3M(DPMSolverMultistepScheduler):
+    """Stock with the coefficient of its third-order step's second difference made right.
+
+    With D2 = h^2 f[0, 1, 2], the integral of the parabola has D2 times that of (u / h)^2. Stock has half of that in
+    its ODE form (as k-diffusion and the authors' code have it), and minus one and a half where it should have a
+    third of h, for small h, in its SDE form, whose 0.5 has the wrong sign.
+    """
+
+    def multistep_dpm_solver_third_order_update(self, estimates: list[Tensor], **told: Any) -> Tensor:
+        at = self.step_index
+        s_next, s0, s1, s2 = self.sigmas[[at + 1, at, at - 1, at - 2]].double()
+        h, h0, h1 = (s0 / s_next).log(), (s1 / s0).log(), (s2 / s1).log()
+        m0, m1, m2 = estimates[-1], estimates[-2], estimates[-3]
+        d2 = h**2 * ((m0 - m1) / h0 - (m1 - m2) / h1) / (h0 + h1)
+        if self.config.algorithm_type == "dpmsolver++":
+            z, has = h, 0.5 - ((-h).exp() - 1 + h) / h**2
+        else:
+            z, has = 2 * h, (1 - (-2 * h).exp() - 2 * h) / (2 * h) ** 2 - 0.5
+        right = 1 - 2 / z * (1 - (1 - (-z).exp()) / z)
+        wrong = super().multistep_dpm_solver_third_order_update(estimates, **told)
+        return (wrong + (right - has) * d2 / (1 + s_next**2).sqrt()).float()
+
+
+@pytest.mark.parametrize("sampler, least", [("dpmpp_3m", 1e-4), ("dpmpp_3m_sde", 1e-2)])
+@pytest.mark.parametrize("kind", PREDICTION)
+@pytest.mark.parametrize("spacing, offset", SPACINGS)
+@pytest.mark.parametrize("steps, final", [(3, "zero"), (10, "sigma_min"), (16, "zero")])
+def test_third_order(sampler: str, least: float, kind: str, spacing: str, offset: int, steps: int, final: str) -> None:
+    told = {"timestep_spacing": spacing, "steps_offset": offset, "final_sigmas_type": final}
+    stock, network = stock_of(sampler, kind, **told), network_of(kind, make_betas())
+    painted = paint(stock, network, steps)
+    torch.testing.assert_close(painted, stock_run(Stock3M(**stock.config), network, steps), atol=1e-4, rtol=1e-4)
+    if steps > 3:
+        assert (painted - stock_run(stock, network, steps)).abs().max() > least
+
+
+def doubled(stock: SchedulerMixin) -> SchedulerMixin:
+    """UnCLIPScheduler in float64: in float32 its weight of x0 in the last step is 1.0015 instead of 1."""
+    stock.alphas_cumprod = stock.alphas_cumprod.double()
+    stock.alphas = stock.alphas_cumprod / torch.cat([stock.one[None].double(), stock.alphas_cumprod[:-1]])
+    stock.betas = 1 - stock.alphas
+    return stock
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0"])
+@pytest.mark.parametrize("variance", ["fixed_small_log", "learned_range"])
+@pytest.mark.parametrize("clip", [None, 0.5, 5.0])
+@pytest.mark.parametrize("steps", [2, 10, 25])
+def test_unclip(kind: str, variance: str, clip: float | None, steps: int) -> None:
+    told = {"variance_type": variance, "clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
+    stock = stock_of("unclip", kind, **told)
+    one = network_of(kind, stock.betas)
+
+    def network(latent: Tensor, timestep: Tensor) -> Tensor:
+        output = one(latent, timestep)
+        return torch.cat([output, (3 * output).sin()], 1) if variance == "learned_range" else output
+
+    theirs = stock_run(doubled(stock_of("unclip", kind, **told)), network, steps).float()
+    # its first levels hold x0 in the last digits of eps: sigma is 20291 there
+    torch.testing.assert_close(paint(stock, network, steps), theirs, atol=5e-3 if kind == "eps" else 1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind, spacing", [("eps", "linspace"), ("v", "trailing")])
+def test_pndm_is_nearer_the_path_than_stock(kind: str, spacing: str) -> None:
+    """Stock steps beside the level it reads next (linspace), and mixes v of different levels as if of one."""
+    told = {"timestep_spacing": spacing, "set_alpha_to_one": True}
+    stock, network = stock_of("pndm", kind, **told), network_of(kind, make_betas())
+    fine = from_betas(stock.betas, 300, spacing=spacing)
+    path = run("heun", denoiser(network, Scaling.from_betas(kind, stock.betas)), fine, SEEDS, SHAPE)
+    ours, theirs = paint(stock, network, 20), stock_run(stock, network, 20)
+    assert (ours - theirs).abs().max() > 0.05
+    assert (ours - path).abs().max() < 0.7 * (theirs - path).abs().max()
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
