@@ -303,6 +303,7 @@ def test_blocks_are_as_large_as_the_counts_allow() -> None:
     assert blocks([0, 0, 0, 0, 1, 1, 2, 2]) == (2, (0, 0, 1, 2))
     assert blocks([0, 0, 1]) == (1, (0, 0, 1))
     assert blocks([0, 0, 1, 1, 0, 0]) == (2, (0, 1, 0))
+    assert blocks([0, 1, 0, 1]) == (1, (0, 1, 0, 1))  # equally many, but not side by side
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
