@@ -216,7 +216,9 @@ class StableUnCLIP:
         for clip_skip, texts in asked.items():
             empty = {"": self._empty.to(self.device, self.unet.dtype)[:]} if clip_skip is None and "" in texts else {}
             unknown = [text for text in texts if text not in empty]
-            states = self.text(unknown, clip_skip).tokens.to(self.unet.dtype) if unknown else []
+            states: Sequence[Tensor] = ()
+            if unknown:
+                states = self.text(unknown, clip_skip).tokens.to(self.unet.dtype).unbind(0)
             asked[clip_skip] = empty | dict(zip(unknown, states, strict=True))
 
         given: dict[int, Tensor] = {}
