@@ -16,7 +16,7 @@ from samplers.state import Denoise, Level, State, per_row
 def lms(
     denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
 ) -> State:
-    """Linear multistep of order 4 in sigma: the AB4 of Liu et al. 2022 for uneven steps (k-diffusion's LMS)."""
+    """Linear multistep of order 4 in sigma, for uneven steps: Hairer et al. 1993, section III.5 (k-diffusion's LMS)."""
     x, slopes, sigmas = _euler(denoise, state, now, next)
     change = (next.sigma - now.sigma).double()[:, None]
     nodes = (sigmas.double() - sigmas[:, :1]) / change  # the step is from 0 to 1
@@ -27,7 +27,7 @@ def lms(
 def deis(
     denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
 ) -> State:
-    """DEIS with log-rho polynomials: Zhang & Chen 2023, equation 15 and section 4, tAB-DEIS of order 2 or 3.
+    """DEIS in its Adams-Bashforth form with polynomials in log rho: Zhang & Chen 2023, section 3; order 1 to 3.
 
     Options: solver_order; lower_order_final as in diffusers. A step to level 0 is first-order.
     """
@@ -41,7 +41,7 @@ def deis(
 def pndm(
     denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
 ) -> State:
-    """Pseudo linear multistep: Liu et al. 2022 (PNDM), equations 11 and 12, without Runge-Kutta steps before it.
+    """Pseudo linear multistep: Liu et al. 2022 (PNDM), equations 9 and 12, without Runge-Kutta steps before it.
 
     Slopes are weighed as if levels were even, and DDIM carries the row. Where the second level of a run comes
     twice, the first step is taken again with the mean of the slopes at its ends, as Stable Diffusion's PLMS begins.

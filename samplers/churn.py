@@ -11,7 +11,7 @@ from samplers.state import Level, per_row
 
 
 def churned(x: Tensor, now: Level, noise: Tensor | None, options: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows raised from their level, and the level they are raised to: Karras et al. 2022, Algorithm 2, lines 4 to 6.
+    """Rows raised from their level, and the level they are raised to: Karras et al. 2022, Algorithm 2.
 
     Options, (B,): s_churn, spread over all steps of a run (0: off); s_tmin and s_tmax, the levels between which it
     holds; s_noise, the deviation of what is added. noise (B, ...) may be None where no row churns.

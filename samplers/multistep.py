@@ -41,17 +41,22 @@ def lowered(points: Tensor, now: Level, next: Level, lower_order_final: Tensor) 
 
 
 def weights(nodes: Tensor, moments: Tensor, points: Tensor) -> Tensor:
-    """Weights (B, P) that integrate every polynomial through the first `points` (B,) of the nodes (B, P).
+    """Weights (B, P) that integrate the polynomial through the first `points` (B,) of the nodes (B, P), float64.
 
-    The method of undetermined coefficients: sum_j w_j u_j^k = moments_k for k < points, the integral of u^k.
+    moments (B, P) are the integrals of 1, u, u^2, ... Newton's form: the sum over k < points of the divided
+    difference f[u_0 .. u_k] times the integral of (u - u_0) ... (u - u_{k-1}), the `basis`.
     """
-    power = torch.arange(nodes.shape[1], device=nodes.device)
-    used = power < points[:, None]  # (B, P)
-    system = nodes[:, None, :] ** power[:, None]  # (B, k, j)
-    system = torch.where(used[:, :, None] & used[:, None, :], system, torch.eye(len(power)).to(system))
-    asked = torch.where(used, moments, 0.0)
-    # no check of singularity, which would wait for the device; nodes are different levels
-    return torch.linalg.solve_ex(system, asked[:, :, None]).result[:, :, 0]
+    total = torch.zeros_like(nodes)
+    basis = torch.zeros_like(nodes)  # coefficients of 1, u, u^2, ...
+    basis[:, 0] = 1
+    for k in range(nodes.shape[1]):
+        first = slice(0, k + 1)
+        integral = (basis[:, first] * moments[:, first]).sum(1)
+        gaps = nodes[:, first, None] - nodes[:, None, first] + torch.eye(k + 1, dtype=nodes.dtype, device=nodes.device)
+        share = integral[:, None] / gaps.prod(2)  # f[u_0 .. u_k] = sum_j f_j / prod_{i != j} (u_j - u_i)
+        total[:, first] += torch.where((k < points)[:, None], share, 0.0)
+        basis = torch.cat([torch.zeros_like(basis[:, :1]), basis[:, :-1]], 1) - nodes[:, k, None] * basis
+    return total
 
 
 def refined(x: Tensor, values: Tensor, weights: Tensor) -> Tensor:

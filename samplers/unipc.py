@@ -13,7 +13,7 @@ from samplers.state import Denoise, Level, State, per_row
 def step(
     denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
 ) -> State:
-    """UniPC on x0: Zhao et al. 2023, Algorithms 5 and 6, of order 1 to 3.
+    """UniPC on x0: Zhao et al. 2023, Algorithms 1 and 2 in their data-prediction form, of order 1 to 3.
 
     The estimate made here first corrects the step that led here (UniC), for which the row remembers where that
     step began, and then predicts the next (UniP). Options: solver_order; bh1, 1 where B(h) = h and 0 where it is
