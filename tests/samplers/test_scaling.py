@@ -1,5 +1,7 @@
 """The wall: networks' words on one side, x = x0 + sigma * eps on the other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -146,6 +148,19 @@ def test_half_precision_outputs_are_read_in_float32() -> None:
     )
     prediction = denoiser(lambda seen, timestep: seen.bfloat16(), scaling)(x, sigma)
     assert prediction.x0.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_learned_range_is_the_second_half_of_the_channels(kind: str) -> None:
+    """-1 of the network is the smallest variance, said as 0, and 1 the largest; the first half is as ever."""
+    plain = Scaling.flow() if kind == "flow" else Scaling.from_betas(kind, BETAS["cosine"])
+    x, sigma, output = torch.randn(2, *SHAPE), torch.ones(2), torch.randn(2, *SHAPE)
+    learned = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+    ranged = replace(plain, learned_range=True)
+    found = denoiser(lambda seen, timestep: torch.cat([output, learned], 1), ranged)(x, sigma)
+    assert torch.equal(found.x0, denoiser(lambda seen, timestep: output, plain)(x, sigma).x0)
+    assert found.variance.flatten()[[0, -1]].tolist() == [0, 1]
+    assert denoiser(lambda seen, timestep: output, plain)(x, sigma).variance is None
 
 
 def test_unknown_kinds_are_refused() -> None:

@@ -1,0 +1,64 @@
+"""Denoisers made of denoisers: what is done to every estimate, whoever asks for it.
+
+Each takes `denoise` and gives another of its signature, so samplers and whatever wraps them again do not notice.
+They know neither networks nor prompts; settings are (B,), each row its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from samplers.state import Denoise, Prediction, per_row
+
+Score = Callable[[Tensor], Tensor]
+"""score(x0 (B, ...)) -> (B,), the higher the better; differentiable, each row by itself"""
+
+
+def thresholded(denoise: Denoise, percentile: Tensor, highest: Tensor) -> Denoise:
+    """Dynamic thresholding of pixels in [-1, 1]: Saharia et al. 2022 (Imagen), section 2.3.
+
+    A row is clipped to what `percentile` (B,) of its magnitudes lie below, at least 1 and at most `highest` (B,), and
+    divided by that. percentile is in [0, 1]; 0 is off. It is not for latents, whose range is not known.
+    """
+
+    def threshold(x: Tensor, sigma: Tensor) -> Prediction:
+        prediction = denoise(x, sigma)
+        x0 = prediction.x0
+        limit = per_row(_percentile(x0.abs().flatten(1), percentile).clamp(min=1).minimum(highest), x0)
+        clipped = torch.clamp(x0, -limit, limit) / limit
+        return Prediction(torch.where(per_row(percentile > 0, x0), clipped, x0), prediction.variance)
+
+    return threshold
+
+
+def towards(denoise: Denoise, score: Score, scale: Tensor) -> Denoise:
+    """Guidance by the gradient of a score of the estimate, such as CLIP's: Nichol et al. 2022 (GLIDE), section 2.4.
+
+    The score stands for the logarithm of a probability, whose gradient at x moves the estimate by sigma^2 times it
+    (Dhariwal & Nichol 2021, section 4); it is taken of the estimate and through the denoiser (Bansal et al. 2023).
+    scale (B,), 0 is off. The network must be differentiable; under torch.no_grad this works too.
+    """
+
+    def climb(x: Tensor, sigma: Tensor) -> Prediction:
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            prediction = denoise(at, sigma)
+            (slope,) = torch.autograd.grad(score(prediction.x0).sum(), at)
+        x0 = prediction.x0.detach()
+        moved = x0 + per_row(scale * sigma**2, x) * slope
+        variance = None if prediction.variance is None else prediction.variance.detach()
+        return Prediction(torch.where(per_row(scale == 0, x), x0, moved), variance)
+
+    return climb
+
+
+def _percentile(values: Tensor, share: Tensor) -> Tensor:
+    """What `share` (B,) of a row's values (B, N) lie below, between two of them as torch.quantile has it: (B,)."""
+    place = share * (values.shape[1] - 1)
+    below = place.floor()
+    ranked = values.sort(1).values
+    low, high = (ranked.gather(1, index.long()[:, None])[:, 0] for index in (below, place.ceil()))
+    return torch.lerp(low, high, place - below)
