@@ -18,10 +18,10 @@ def lms(
 ) -> State:
     """Linear multistep of order 4 in sigma, for uneven steps: Hairer et al. 1993, section III.5 (k-diffusion's LMS)."""
     x, slopes, sigmas = _euler(denoise, state, now, next)
-    change = (next.sigma - now.sigma).double()[:, None]
-    nodes = (sigmas.double() - sigmas[:, :1]) / change  # the step is from 0 to 1
-    moments = 1 / torch.arange(1, nodes.shape[1] + 1, device=nodes.device).double().expand_as(nodes)
-    return State(refined(x, slopes, change * weights(nodes, moments, known(sigmas))), kept(slopes, sigmas))
+    nodes = sigmas.double() - sigmas[:, :1]
+    power = torch.arange(1, nodes.shape[1] + 1, device=nodes.device)
+    moments = (next.sigma.double() - now.sigma)[:, None] ** power / power
+    return State(refined(x, slopes, weights(nodes, moments, known(sigmas))), kept(slopes, sigmas))
 
 
 def deis(

@@ -173,6 +173,23 @@ def test_one_step_to_zero_is_the_estimate(sampler: str) -> None:
     torch.testing.assert_close(moved.x, gaussian(state.x, torch.full((2,), 3.0)).x0)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_step_to_the_same_level_stays_there(sampler: str) -> None:
+    """As the last of diffusers' Karras levels does where sigma_min ends them.
+
+    UniPC and the second of a pair of single steps make use of the call, to take the step before again.
+    """
+    schedule = Schedule(torch.tensor([3.0, 2.0, 1.2, 0.7, 0.7], dtype=torch.float64), start_scale=3.0)
+    state, options = start(sampler, torch.randn(2, *SHAPE), torch.full((2,), 3.0)), {}
+    if "eta" in SAMPLERS[sampler].defaults:
+        options = {"eta": torch.zeros(2)}
+    for index in range(4):
+        before = state
+        now, next = levels(schedule, [index] * 2), levels(schedule, [index + 1] * 2)
+        state = advance(sampler, gaussian, state, now, next, torch.randn(2, *SHAPE), options)
+    assert (state.x - before.x).abs().max() < (0.1 if sampler in ("unipc", "dpmpp_2s") else 1e-6)
+
+
 def test_ddim_equals_euler() -> None:
     """Song et al. 2021a, equation 13: DDIM as its paper writes it, in alpha_bar, beside Euler on the ODE."""
     alpha_bar = (1 - make_betas()).cumprod(0).double()
