@@ -44,7 +44,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"prior_num_inference_steps": 0}, "prior_num_inference_steps=0 .* from 1 to 1000"),
     ({"height": 60}, "height=60 cannot be halved .* multiple of 8, such as 56"),
     ({"width": 0}, "width=0 .* 1 or more"),
-    ({"sampler": "eular"}, "sampler 'eular' is unknown; choose from: ddim, ddpm, dpmpp_2m, .*heun"),
+    ({"sampler": "eular"}, "sampler 'eular' is unknown; choose from: ddim, ddpm, deis, .*heun"),
     ({"guidance_scale": 0.5}, r"guidance_scale=0.5 .* 1 or more \(1 turns guidance off\)"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     ({"prior_guidance_scale": -1}, "prior_guidance_scale=-1"),
