@@ -333,6 +333,14 @@ def test_third_order(sampler: str, least: float, kind: str, spacing: str, offset
         assert (painted - stock_run(stock, network, steps)).abs().max() > least
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_3m", "dpmpp_3m_sde"])
+def test_third_order_from_clamped_zero_snr(sampler: str) -> None:
+    stock = stock_of(sampler, "v", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    network = network_of("v", stock.betas)
+    theirs = stock_run(Stock3M(**stock.config), network, 10)
+    torch.testing.assert_close(paint(stock, network, 10), theirs, atol=1e-4, rtol=1e-4)
+
+
 def doubled(stock: SchedulerMixin) -> SchedulerMixin:
     """UnCLIPScheduler in float64: in float32 its weight of x0 in the last step is 1.0015 instead of 1."""
     stock.alphas_cumprod = stock.alphas_cumprod.double()
