@@ -110,7 +110,14 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     if recipe.init is not None and checkpoint is None:
         load_weights(task.network, Path(recipe.init))
     average = _average(task.network, config.ema_decay)
-    optimizer = torch.optim.AdamW(_decayed(task.network, config.weight_decay), config.learning_rate, config.betas)
+    optimizer = torch.optim.AdamW(
+        _decayed(task.network, config.weight_decay),
+        config.learning_rate,
+        config.betas,
+        fused=accelerator.device.type in ("cpu", "cuda"),  # far quicker than the plain one on a CPU
+    )
+    if config.compile:
+        task.network.compile()
 
     step, seconds = 0, 0.0
     if checkpoint is not None:

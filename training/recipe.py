@@ -43,6 +43,7 @@ class TrainSection(Section):
     accumulate: int = Field(1, gt=0)  # batches a step
     ema_decay: float | None = Field(0.999, gt=0, lt=1)  # None: no average; the trained weights are kept
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False  # torch.compile the trained network (on a CPU that needs a C++ compiler): faster after minutes
     workers: int = Field(0, ge=0)  # processes that read data; 0 reads in the training process
     log_every: int = Field(20, gt=0)
     save_every: int = Field(500, gt=0)
@@ -60,11 +61,11 @@ class Recipe(Section):
     train: TrainSection
 
     def digest(self) -> str:
-        """Names the recipe on checkpoints. Where and how often it writes, and reads, do not count."""
+        """Names the recipe on checkpoints. Where and how often it writes, and reads, and how fast, do not count."""
         fields = self.model_dump(mode="json")
         for key in ("data", "out"):
             fields.pop(key)
-        for key in ("workers", "log_every", "save_every", "sheet_every", "keep_checkpoints"):
+        for key in ("compile", "workers", "log_every", "save_every", "sheet_every", "keep_checkpoints"):
             fields["train"].pop(key)
         if self.init is None:  # checkpoints from before the key was there keep their name
             fields.pop("init")

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from training.data.pictures import Pictures
+from training.frozen import load_vae
 from training.recipe import Recipe, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
@@ -29,6 +30,14 @@ class VaeRecipe(Recipe):
     network: Annotated[dict[str, Any], options_of(AutoencoderKL, ["sample_size"])]  # AutoencoderKL's configuration
     kl_weight: float = Field(1e-4, ge=0)  # of the mean KL of one latent value, beside the mean error of one pixel
     kl_warmup: float = Field(0.0, ge=0, lt=1)  # share of the steps over which the weight grows to it from a hundredth
+
+    freeze_encoder: bool = False  # train the decoder alone; latents, and all that was trained on them, stay as they are
+
+    @model_validator(mode="after")
+    def _needs_start(self) -> VaeRecipe:
+        if self.freeze_encoder and self.init is None:
+            raise ValueError("freeze_encoder needs init, the folder of the autoencoder whose encoder it keeps")
+        return self
 
     @model_validator(mode="after")
     def _halves(self) -> VaeRecipe:
@@ -56,6 +65,11 @@ class VaeTask(Task[AutoencoderKL]):
         self.skipped, self.reads = self.dataset.skipped, self.dataset.digest
         torch.manual_seed(recipe.train.seed)
         self.network = built(AutoencoderKL, "network", {**recipe.network, "sample_size": recipe.resolution})
+        if recipe.freeze_encoder:
+            assert recipe.init is not None, "the recipe asks for it"
+            self.network.encoder.requires_grad_(False)
+            self.network.quant_conv.requires_grad_(False)
+            self.network.register_to_config(scaling_factor=load_vae(recipe.init).config.scaling_factor)
         self.held = held_back(len(self.dataset))
 
     def groups(self) -> list[list[int]]:
@@ -86,9 +100,10 @@ class VaeTask(Task[AutoencoderKL]):
 
     @torch.no_grad()
     def save(self, network: AutoencoderKL, folder: Path) -> None:
-        """The autoencoder with its `scaling_factor` measured on held-back pictures."""
-        latents = network.encode(self._held_pixels(network, 256)).latent_dist.mean
-        network.register_to_config(scaling_factor=1 / latents.std().item())
+        """The autoencoder with its `scaling_factor`: measured on held-back pictures, or kept with a frozen encoder."""
+        if not self.recipe.freeze_encoder:
+            latents = network.encode(self._held_pixels(network, 256)).latent_dist.mean
+            network.register_to_config(scaling_factor=1 / latents.std().item())
         network.save_pretrained(folder)
 
     def _kl_weight(self) -> float:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -342,6 +343,17 @@ def test_a_damaged_checkpoint_is_told_by_its_name(tmp_path: Path, name: str, dam
     with pytest.raises(CheckpointError, match=r"step-00000002.* remove ") as caught:
         train(Line(), recipe(tmp_path, steps=2), progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_network_is_trained_alike_and_goes_on_uncompiled(tmp_path: Path) -> None:
+    train(Line(), recipe(tmp_path / "plain"), progress=False)
+    train(Line(), recipe(tmp_path / "compiled", compile=True), progress=False)
+    plain, compiled = state(tmp_path / "plain"), state(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys()
+    for key, value in plain.items():
+        assert torch.allclose(compiled[key], value, atol=1e-4), key
+    assert train(Line(), recipe(tmp_path / "compiled"), progress=False).step == 12
 
 
 def test_starting_from_trained_weights(tmp_path: Path) -> None:
