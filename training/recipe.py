@@ -43,7 +43,7 @@ class TrainSection(Section):
     accumulate: int = Field(1, gt=0)  # batches a step
     ema_decay: float | None = Field(0.999, gt=0, lt=1)  # None: no average; the trained weights are kept
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    compile: bool = False  # torch.compile the trained network (on a CPU that needs a C++ compiler): faster after minutes
+    compile: bool = False  # torch.compile the trained network; on a CPU that needs a C++ compiler
     workers: int = Field(0, ge=0)  # processes that read data; 0 reads in the training process
     log_every: int = Field(20, gt=0)
     save_every: int = Field(500, gt=0)
