@@ -18,9 +18,11 @@ from clip_core.clip import CLIP
 from tests.training.tiny_recipes import WIDTH, recipes
 from training.data.pictures import Pictures
 from training.frozen import load_clip, load_vae
+from training.loop import train
 from training.parts import PART_TASKS
-from training.recipe import check
+from training.recipe import RecipeError, check
 from training.task import Task, held_back
+from training.vae_task import VaeRecipe, VaeTask
 
 PARTS = ["clip", "vae", "prior", "decoder"]
 RECIPES = {"clip": (250, 1e-3), "vae": (60, 1e-2), "prior": (100, 1e-2), "decoder": (100, 1e-2)}  # steps and rate
@@ -183,6 +185,31 @@ def test_latents_are_saved_at_unit_variance(few_shapes: Path, trained: Path, tmp
     assert latents.shape == (40, 4, 8, 8)
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
     assert vae.config.scaling_factor != 0.18215  # diffusers' default
+
+
+def test_the_kl_weight_grows_from_a_hundredth(few_shapes: Path, tmp_path: Path) -> None:
+    fields = recipes(few_shapes, tmp_path)["vae"] | {"kl_weight": 0.5, "kl_warmup": 0.4}
+    task = VaeTask(check(VaeRecipe, fields))
+    batch = first_batch(task)
+    for progress, weight in ((0.0, 0.005), (0.2, 0.05), (0.4, 0.5), (0.9, 0.5)):
+        task.progress = progress
+        told = task(batch, torch.Generator().manual_seed(0))
+        assert (told["loss"] - told["error"]).item() == pytest.approx(weight * told["kl"].item(), rel=1e-3)
+
+
+def test_an_autoencoder_can_train_its_decoder_alone(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    init = trained / "vae" / "model"
+    fields = recipes(few_shapes, tmp_path)["vae"] | {"freeze_encoder": True, "init": str(init)}
+    recipe = check(VaeRecipe, fields)
+    train(VaeTask(recipe), recipe, progress=False)
+    before, after = load_vae(init), load_vae(Path(recipe.out) / "model")
+    assert after.config.scaling_factor == before.config.scaling_factor
+    kept, changed = before.state_dict(), after.state_dict()
+    for name, value in kept.items():
+        same = torch.equal(changed[name], value)
+        assert same == name.startswith(("encoder.", "quant_conv.")), name
+    with pytest.raises(RecipeError, match="freeze_encoder needs init"):
+        check(VaeRecipe, fields | {"init": None})
 
 
 # --- the prior --------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The Shapes data set as a stream of captioned pictures, ready for `write_folder` or `write_shards`.
 
 Every fourth picture is a fresh scene and the three after it differ from it in one fact each: their shared group lets a
-contrastive batch hold the hard negatives together. Of two objects the first two differ in the relation, which CLIP learns
-last. Picture i of a seed is the same whatever the size of the set.
+contrastive batch hold the hard negatives together. Of two objects the first two differ in the relation, which CLIP is
+slowest to learn. Picture i of a seed is the same whatever the size of the set.
 """
 
 from __future__ import annotations
