@@ -21,10 +21,10 @@ import typer
 from diffusers import DDIMScheduler, PriorTransformer
 from torch import Tensor
 
-from gen.conditioning import Condition, Table
-from gen.engine import Engine, Row
+from gen.conditioning import Condition
 from gen.prior import STAGE
 from gen.prior_prefix import CachedPrior
+from gen.rows import Row, Rows
 from gen.scheduler import NoiseLevels
 from samplers.noise import noise
 from training.provenance import provenance
@@ -104,14 +104,23 @@ def stock(
 def ours(
     network: PriorTransformer, told: list[Condition], candidates: int, sizes: Sizes, levels: NoiseLevels
 ) -> Tensor:
-    """The same embeddings as rows of the engine, each text's prefix read within the time taken."""
+    """The same embeddings as rows, each text's prefix read within the time taken."""
     schedule, shape = levels.schedule(levels.sampler, sizes.steps), (sizes.embedding_width,)
     rows = [
-        Row(key, key % candidates, schedule, levels.sampler, 1 + key // candidates, 0, sizes.guidance_scale)
+        Row(
+            key=key,
+            seed=key % candidates,
+            shape=shape,
+            schedule=schedule,
+            sampler=levels.sampler,
+            prompt=told[1 + key // candidates],
+            null=told[0],
+            guidance_scale=sizes.guidance_scale,
+        )
         for key in range(sizes.prompts * candidates)
     ]
-    engine = Engine(CachedPrior(network), levels.scaling, Table(told), STAGE, lambda _: shape, network.device)
-    found = {one.row.key: one.x for finished in engine.run(rows) for one in finished}
+    together = Rows(CachedPrior(network), levels.scaling, STAGE, network.device)
+    found = {one.row.key: one.x for finished in together.run(rows) for one in finished}
     return torch.stack([found[row.key] for row in rows])
 
 

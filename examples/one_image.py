@@ -5,22 +5,23 @@ import sys
 import torch
 
 from gen import Request, TextToImage
-from gen.conditioning import Table
+from gen.conditioning import Conditions, Table
 from gen.pipeline import as_output
 from samplers.guidance import combine
 from samplers.noise import noise
-from samplers.sample import advance
+from samplers.sample import advance, start
 from samplers.scaling import denoiser
-from samplers.state import Prediction, start
+from samplers.state import Prediction
 
 name, file = [*sys.argv[1:], *["shapes64", "one_image.png"][len(sys.argv) - 1 :]]
 model = TextToImage.from_pretrained(name, device="cpu")
 request = Request(prompt="a small red circle", seed=0, guidance_scale=3.0, sampler="euler", output_type="pt")
 family, (candidate,) = model.model, request.resolve(model.model.abilities).candidates
 with torch.no_grad():
-    table, shape = Table(), family.latent_shape(candidate.settings)
-    ((prompt, null),) = family.tell([candidate], table)  # text tower and prior: what the UNet is told
-    told, weights = table.gather([null, prompt]), torch.tensor([1 - 3.0, 3.0])
+    shape = family.latent_shape(candidate.settings)
+    ((words, null),) = family.tell([candidate], Table())  # what the UNet is told: the text tower's states, ...
+    (prompt,) = family.show([candidate], [words], family.prior.sample([candidate]))  # ... and the prior's picture
+    told, weights = Conditions((null, prompt)), torch.tensor([1 - 3.0, 3.0])
     estimate = denoiser(lambda x, timestep: family.call(x, timestep, told), family.levels.scaling)
 
     def denoise(x, sigma):  # one row, asked about under both conditions, weighed into one estimate

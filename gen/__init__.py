@@ -8,19 +8,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gen.pipeline import Cancelled, Result, Step, TextToImage
+    from gen.engine import Cancelled, Engine, Step
+    from gen.pipeline import Result, TextToImage
     from gen.request import Request, Settings
 
 _HOMES = {
-    "Cancelled": "gen.pipeline",
+    "Cancelled": "gen.engine",
+    "Engine": "gen.engine",
     "Request": "gen.request",
     "Result": "gen.pipeline",
     "Settings": "gen.request",
-    "Step": "gen.pipeline",
+    "Step": "gen.engine",
     "TextToImage": "gen.pipeline",
 }
 
-__all__ = ["Cancelled", "Request", "Result", "Settings", "Step", "TextToImage"]
+__all__ = ["Cancelled", "Engine", "Request", "Result", "Settings", "Step", "TextToImage"]
 
 
 def __getattr__(name: str) -> Any:

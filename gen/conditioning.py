@@ -1,16 +1,18 @@
 """What the networks are told, apart from x and its noise level.
 
-A `Condition` belongs to no row: it lives once in a `Table`, and rows carry its index, so the sixteen
-candidates of a prompt share one null and one encoding of their text. Nothing here knows rows, samplers or
-guidance; what conditions are made of, and which numbers mean "null", is a family's to say.
+A `Condition` belongs to no row: rows refer to it, so the sixteen candidates of a prompt share one null and one
+encoding of their text, and it is gone when its last row is. Conditions are told apart by identity; a `Table` gives
+the same one to all who say the same. Nothing here knows rows, samplers or guidance; what conditions are made of, and
+which numbers mean "null", is a family's to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +25,14 @@ class Condition:
     tokens: Tensor | None = None  # (L, D), cross-attended
     vector: Tensor | None = None  # (V,), the UNet's class input or the prior's text embedding
     mask: Tensor | None = None  # (L,) bool, True where there is text
+
+    def twin(self) -> Condition:
+        """The same told by another object, so that what is kept beside the one is not found beside the other."""
+        return replace(self, tokens=None if self.tokens is None else self.tokens[:])
+
+
+Told = tuple[Condition, Condition | None]
+"""Prompt and null of a candidate; the null is None where it is not guided"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +74,7 @@ class Conditions:
 
 
 T = TypeVar("T")
+N = TypeVar("N", bound=Hashable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,24 +92,27 @@ class Distinct(Generic[T]):
         return cls(tuple(known.values()), tuple(place[id(thing)] for thing in things))
 
 
-@dataclass(eq=False)
 class Table:
-    """The conditions of all rows in flight."""
+    """The conditions in flight by what they say, so that requests that say the same are told one and the same.
 
-    conditions: list[Condition] = field(default_factory=list)
-    _last: tuple[tuple[int, ...], Conditions] | None = None
+    It holds them weakly. Whoever reads a condition refers to it, and the last reader takes it along, with all that
+    is kept beside it (keys and values, a prior's prefix).
+    """
 
-    def add(self, condition: Condition) -> int:
-        """Keep a condition and return the index that rows carry."""
-        self.conditions.append(condition)
-        return len(self.conditions) - 1
+    def __init__(self) -> None:
+        self._known: WeakValueDictionary[Hashable, Condition] = WeakValueDictionary()
 
-    def gather(self, indices: Sequence[int]) -> Conditions:
-        """The conditions at `indices`; the last answer is kept, since most ticks ask the same."""
-        key = tuple(indices)
-        if self._last is None or self._last[0] != key:
-            self._last = (key, Conditions(tuple(self.conditions[index] for index in key)))
-        return self._last[1]
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def of(self, names: Sequence[N], make: Callable[[list[N]], Sequence[Condition]]) -> dict[N, Condition]:
+        """The conditions of these names; `make` is asked, once, for those that nobody is told yet."""
+        found = {name: self._known.get(name) for name in names}
+        missing = [name for name, condition in found.items() if condition is None]
+        made = dict(zip(missing, make(missing), strict=True)) if missing else {}
+        for name, condition in made.items():
+            self._known[name] = condition
+        return {name: condition for name, condition in (found | made).items() if condition is not None}
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -1,12 +1,13 @@
 """TextToImage: words in, ranked pictures out; the face that people call from Python.
 
-A call becomes a `Request`, checked before any network runs; its candidates become rows of one engine, painted
-together, decoded in chunks and scored by CLIP on the device; a search says which are kept. Every picture has
-a record that paints it again. Here the parts are put in order; each step itself is another module's.
+A call becomes a `Request`, checked before any network runs; an engine paints its candidates, decodes them and lets
+CLIP score them; a search says which are kept. Every picture has a record that paints it again. Here the parts are
+put in order and the answer is made; each step itself is another module's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,49 +21,27 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from clip_core.score import cosine
 from gen import checkpoint
-from gen.conditioning import Table
-from gen.engine import Engine, Row
+from gen.bucket import Buckets
+from gen.engine import Account, Callback, Engine, Painted, Step
 from gen.families import stable_unclip
 from gen.families.stable_unclip import StableUnCLIP
 from gen.request import JSON, Candidate, Job, Request
 from gen.search import best_of, drawing_order
 
 Images = list[Image.Image] | Tensor | np.ndarray
-DECODE_CHUNK = 16  # pictures decoded and scored at once; the autoencoder is the largest user of memory
 RECORD_VERSION = 1
-
-
-class Cancelled(Exception):
-    """A callback asked to stop; nothing of the call is kept."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What a callback sees after every step that pictures take together."""
-
-    stage: str  # "prior" or "decoder"
-    seeds: list[int]  # of the B pictures that took this step together
-    steps_left: list[int]
-    x0: Tensor  # (B, ...) the clean estimates: latents, or embeddings in the prior
-
-    def cancel(self) -> None:
-        """Stop the whole call, which then raises `Cancelled`."""
-        raise Cancelled(f"cancelled in the {self.stage} with {max(self.steps_left)} steps left")
-
-
-Callback = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate that was painted, kept or not."""
+    """A candidate, kept or not."""
 
     prompt_index: int
     seed: int
     score: float | None  # cosine of CLIP's picture and text embeddings; None: not ranked
     kept: bool
+    painted: bool = True  # False: given up before its end
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +53,8 @@ class Result:
     seeds: list[int]
     prompts: list[str]
     records: list[dict[str, JSON]]  # of each picture all that paints it again, JSON
-    candidates: list[Ranked]  # all that were painted, in drawing order
+    candidates: list[Ranked]  # all there were, in drawing order
+    account: Account  # what they took
 
 
 class TextToImage:
@@ -84,6 +64,7 @@ class TextToImage:
         self.model = model
         self.name = name
         self._hash = model_hash
+        self._buckets = Buckets(model.device)
 
     @classmethod
     def from_pretrained(
@@ -176,7 +157,6 @@ class TextToImage:
         )
         return self.paint([request], batch_size=batch_size, callback=callback, progress=progress)[0]
 
-    @torch.no_grad()
     def paint(
         self,
         requests: Sequence[Request],
@@ -185,17 +165,23 @@ class TextToImage:
         callback: Callback | None = None,
         progress: bool = False,
     ) -> list[Result]:
-        """Many requests at once: their pictures share every network call, whatever their settings."""
+        """Many requests at once: their pictures share every network call, whatever their settings.
+
+        The callback sees each request's pictures by themselves; when it cancels one, the whole call is over.
+        """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is out of range; give 1 or more, or None for all at once")
         jobs = [request.resolve(self.model.abilities) for request in requests]
-        candidates = [candidate for job in jobs for candidate in job.candidates]
-        latents = self._latents(candidates, batch_size, callback, progress)
-        results, first = [], 0
-        for job in jobs:
-            results.append(self._result(job, latents[first : first + len(job.candidates)]))
-            first += len(job.candidates)
-        return results
+        with ExitStack() as stack:
+            moved = self._moving(jobs, stack.enter_context(bar())) if progress else None
+            return self._paint(jobs, batch_size, both(moved, callback))
+
+    def engine(self, *, max_rows: int | None = None) -> Engine[Result]:
+        """What paints requests as they come: `with model.engine() as engine: future = engine.submit(request)`.
+
+        `max_rows` is how many pictures are in flight at most; None: as memory allows.
+        """
+        return Engine(self.model, self._result, max_rows=max_rows, buckets=self._buckets)
 
     @torch.no_grad()
     def repaint(self, record: Mapping[str, Any]) -> Tensor:
@@ -210,119 +196,86 @@ class TextToImage:
                 f"and this is '{self.name}' of hash {self.hash[:12]}; load the one it was painted by"
             )
         candidate = Candidate.from_json(record, self.model.abilities)
-        return self.model.decode(torch.stack(self._latents([candidate], None, None, False)))[0]
+        job = Job(candidates=(candidate,), num_images_per_prompt=1, keep=1, rank=False, output_type="pt")
+        (result,) = self._paint([job], None, None)
+        assert isinstance(result.images, Tensor), "output_type is pt"
+        return result.images[0]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a stock diffusers folder with the CLIP and the card beside; see `checkpoint.save`."""
         parts = self.model.parts()
         return checkpoint.save(folder, stable_unclip.CLASSES[0], parts, self.model.clip, self.card, dtype)
 
-    def _latents(
-        self,
-        candidates: Sequence[Candidate],
-        batch_size: int | None,
-        callback: Callback | None,
-        progress: bool,
-    ) -> list[Tensor]:
-        """Every candidate painted, as (C, h, w) latents in the candidates' order."""
-        model, table = self.model, Table()
-        # before the text tower and the prior run: a scheduler may refuse the sampler
-        chosen = [candidate.settings for candidate in candidates]
-        schedules = [model.levels.schedule(each.sampler, each.num_inference_steps) for each in chosen]
-        with ExitStack() as stack:
-            look = self._look(candidates, callback, stack.enter_context(bar()) if progress else None)
-            told = model.tell(candidates, table, batch_size, look)
-            rows = [
-                Row(
-                    key=key,
-                    seed=candidate.seed,
-                    schedule=schedules[key],
-                    sampler=candidate.settings.sampler,
-                    prompt=prompt,
-                    null=null,
-                    guidance_scale=candidate.settings.guidance_scale,
-                    guidance_interval=candidate.settings.guidance_interval,
-                    guidance_rescale=candidate.settings.guidance_rescale,
-                    eta=candidate.settings.eta,
-                    start=candidate.latents,
-                )
-                for key, (candidate, (prompt, null)) in enumerate(zip(candidates, told, strict=True))
-            ]
-            shapes = [model.latent_shape(candidate.settings) for candidate in candidates]
-            engine = Engine(
-                model.call, model.levels.scaling, table, "decoder", lambda row: shapes[row.key], model.device
-            )
-            painted: dict[int, Tensor] = {}
-            for finished in engine.run(rows, batch_size):
-                painted |= {one.row.key: one.x for one in finished}
-                look(engine)
-        return [painted[key] for key in range(len(candidates))]
+    def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:
+        """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""
+        engine = self.engine(max_rows=max_rows)
+        try:
+            futures = [engine.submit(job, callback=callback) for job in jobs]
+            while engine.tick():
+                for future in futures:
+                    if future.done():
+                        future.result()
+            return [future.result() for future in futures]
+        finally:
+            engine.close(cancel=True)
 
-    def _look(
-        self, candidates: Sequence[Candidate], callback: Callback | None, shown: Progress | None
-    ) -> Callable[[Engine], None]:
-        """What happens after every tick: the bar moves and the callback looks."""
-        steps = {
-            "prior": sum(each.settings.prior_num_inference_steps for each in candidates if each.settings.prior),
-            "decoder": sum(each.settings.num_inference_steps for each in candidates),
-        }
-        tasks = {} if shown is None else {name: shown.add_task(name, total=n) for name, n in steps.items() if n}
+    def _moving(self, jobs: Sequence[Job], shown: Progress) -> Callback:
+        """A callback that moves a bar for each stage."""
+        totals = {"prior": 0, "decoder": 0}
+        for settings in (candidate.settings for job in jobs for candidate in job.candidates):
+            totals["decoder"] += self.model.levels.schedule(settings.sampler, settings.num_inference_steps).num_steps
+            if settings.prior and self.model.prior is not None:
+                levels = self.model.prior.levels
+                totals["prior"] += levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps
+        tasks = {name: shown.add_task(name, total=number) for name, number in totals.items() if number}
+        return lambda step: shown.advance(tasks[step.stage], len(step.seeds))
 
-        def look(engine: Engine) -> None:
-            if shown is not None:
-                shown.update(tasks[engine.stage], completed=engine.num_steps_taken)
-            if callback is None:
-                return
-            for taken in engine.last:
-                step = Step(
-                    stage=engine.stage,
-                    seeds=[one.row.seed for one in taken.rows],
-                    steps_left=[one.row.schedule.num_steps - one.index for one in taken.rows],
-                    x0=taken.x0,
-                )
-                callback(step)
-
-        return look
-
-    def _result(self, job: Job, latents: Sequence[Tensor]) -> Result:
-        """Decode, score, keep: the pictures of one request."""
+    def _result(self, job: Job, painted: Mapping[int, Painted], account: Account) -> Result:
+        """The pictures of one request: the best of those painted, as it wants them."""
         candidates, n = job.candidates, job.num_images_per_prompt
-        pixels: list[Tensor] = []
-        scores: list[float] | None = [] if job.rank else None
-        if job.rank or job.output_type != "latent":
-            for first in range(0, len(latents), DECODE_CHUNK):
-                chunk = self.model.decode(torch.stack(list(latents[first : first + DECODE_CHUNK])))
-                pixels += chunk.unbind(0)
-                if scores is not None:
-                    texts = [candidate.prompt for candidate in candidates[first : first + DECODE_CHUNK]]
-                    scores += self._score(chunk, texts)
-        order = drawing_order(len(candidates), n) if scores is None else best_of(scores, n, job.keep)
-        kept = [index for group in order for index in group]
+        scores = scores_of(painted) if job.rank else None
+        if scores is None:
+            order = drawing_order(len(candidates), n)
+        else:
+            order = best_of([scores.get(index, math.nan) for index in range(len(candidates))], n, job.keep)
+        kept = [index for group in order for index in group if index in painted]
         among = set(kept)
+        pictures = [painted[i].latents if job.output_type == "latent" else painted[i].pixels for i in kept]
         return Result(
-            images=as_output([latents[i] if job.output_type == "latent" else pixels[i] for i in kept], job.output_type),
+            images=as_output([each for each in pictures if each is not None], job.output_type),
             scores=None if scores is None else [scores[i] for i in kept],
             seeds=[candidates[i].seed for i in kept],
             prompts=[candidates[i].prompt for i in kept],
             records=[self._record(candidates[i], None if scores is None else scores[i]) for i in kept],
             candidates=[
-                Ranked(i // n, candidate.seed, None if scores is None else scores[i], i in among)
+                Ranked(i // n, candidate.seed, (scores or {}).get(i), i in among, i in painted)
                 for i, candidate in enumerate(candidates)
             ],
+            account=account,
         )
-
-    def _score(self, pixels: Tensor, texts: Sequence[str]) -> list[float]:
-        """CLIP's cosine of each picture (B, 3, H, W) with its text, read as 8-bit, as a file holds it."""
-        assert self.model.clip is not None, "a ranking is refused where there is no CLIP"
-        rounded = (pixels * 255).round() / 255
-        known = list(dict.fromkeys(texts))  # every text is encoded once
-        embedding = self.model.clip.text(known).embedding[[known.index(text) for text in texts]]
-        return cosine(self.model.clip.image(rounded), embedding).tolist()
 
     def _record(self, candidate: Candidate, score: float | None) -> dict[str, JSON]:
         """All that paints a picture again, and how it scored."""
         made: dict[str, JSON] = {"version": RECORD_VERSION, "model": self.name, "model_hash": self.hash}
         return candidate.to_json() | made | {"score": score}
+
+
+def scores_of(painted: Mapping[int, Painted]) -> dict[int, float]:
+    """The score of each candidate; here the device is waited for, once."""
+    scored = {index: each.score for index, each in painted.items() if each.score is not None}
+    return dict(zip(scored, torch.stack(list(scored.values())).tolist(), strict=True))
+
+
+def both(first: Callback | None, second: Callback | None) -> Callback | None:
+    """One callback of two, each of which may be missing."""
+    if first is None or second is None:
+        return first or second
+
+    def call(step: Step) -> None:
+        first(step)
+        second(step)
+
+    return call
 
 
 def usable(device: torch.device | str) -> torch.device:

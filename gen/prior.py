@@ -1,14 +1,16 @@
 """The prior: from text to a CLIP image embedding, many candidates at once (Ramesh et al. 2022, section 2.2).
 
-It is a diffusion over (E,) vectors and goes through the same engine as pictures do. It owns the text tower and
-which rows there are; the network is asked through `gen.prior_prefix`. It knows nothing of the decoder that paints
+It is a diffusion over (E,) vectors and goes through the same loop over rows as pictures do. It owns the text tower
+and which rows there are; the network is asked through `gen.prior_prefix`. It knows nothing of the decoder that paints
 the embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import torch
 from diffusers import PriorTransformer
@@ -17,12 +19,12 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.text import TextTower
 from gen.conditioning import Condition, Table
-from gen.engine import Engine, Row
 from gen.prior_prefix import CachedPrior
 from gen.request import Candidate
+from gen.rows import Row, Rows
 from gen.scheduler import NoiseLevels
 
-STAGE = "prior"
+STAGE: Final = "prior"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,46 +41,59 @@ class Prior:
         """The text tower without its projection."""
         return TextTower(self.tokenizer, self.text_encoder.text_model)
 
-    def sample(
-        self,
-        candidates: Sequence[Candidate],
-        max_rows: int | None = None,  # None: all at once
-        look: Callable[[Engine], None] | None = None,  # called after every step
-    ) -> Tensor:
-        """One image embedding per candidate, (B, E) float32, as CLIP's image tower would give it.
+    def sample(self, candidates: Sequence[Candidate], max_rows: int | None = None) -> Tensor:
+        """One image embedding per candidate, (B, E) float32, with at most `max_rows` in flight (None: all)."""
+        rows = Rows(self.asked(), self.levels.scaling, STAGE, self.network.device)
+        found: dict[Hashable, Tensor] = {}
+        for finished in rows.run(self.rows(candidates, range(len(candidates)), Table()), max_rows):
+            found |= {one.row.key: one.x for one in finished}
+        return self.embeds([found[key] for key in range(len(candidates))])
+
+    def asked(self) -> CachedPrior:
+        """The network as rows ask it."""
+        return CachedPrior(self.network)
+
+    def rows(self, candidates: Sequence[Candidate], keys: Sequence[Hashable], table: Table) -> list[Row]:
+        """The row of each candidate, by its key.
 
         The null is the empty prompt, whatever the candidate's negative prompt, as in diffusers.
         """
-        table = Table()
-        known: dict[str, int] = {}
-        told = sorted({candidate.prompt for candidate in candidates} | {""})
-        for text, condition in zip(told, self.conditions(told), strict=True):
-            known[text] = table.add(condition)
-        rows = [
+        said = dict.fromkeys(["", *(candidate.prompt for candidate in candidates)])
+        told = table.of([(STAGE, text) for text in said], lambda names: self.conditions([text for _, text in names]))
+        return [
             Row(
                 key=key,
                 seed=candidate.seed,
+                shape=(self.network.config.embedding_dim,),
                 schedule=self.levels.schedule(self.levels.sampler, candidate.settings.prior_num_inference_steps),
                 sampler=self.levels.sampler,
-                prompt=known[candidate.prompt],
-                null=known[""],
+                prompt=told[STAGE, candidate.prompt],
+                null=told[STAGE, ""],
                 guidance_scale=candidate.settings.prior_guidance_scale,
+                options=self.levels.options(self.levels.sampler),
                 start=candidate.prior_latents,
             )
-            for key, candidate in enumerate(candidates)
+            for key, candidate in zip(keys, candidates, strict=True)
         ]
-        shape, network = (self.network.config.embedding_dim,), CachedPrior(self.network)
-        engine = Engine(network, self.levels.scaling, table, STAGE, lambda _: shape, self.network.device)
-        found: dict[int, Tensor] = {}
-        for finished in engine.run(rows, max_rows):
-            found |= {one.row.key: one.x for one in finished}
-            if look is not None:
-                look(engine)
-        embeds = torch.stack([found[key] for key in range(len(rows))])
-        return self.network.post_process_latents(embeds).float()
+
+    def embeds(self, x: Sequence[Tensor]) -> Tensor:
+        """Image embeddings (B, E) float32, as CLIP's image tower would give them, of rows (E,) that have finished."""
+        return self.network.post_process_latents(torch.stack(list(x))).float()
 
     def conditions(self, texts: Sequence[str]) -> list[Condition]:
         """What the prior is told of each text: token states, text embedding and mask."""
+        known = {"": self._empty} if "" in texts else {}
+        unknown = [text for text in dict.fromkeys(texts) if text not in known]
+        known |= dict(zip(unknown, self._encoded(unknown), strict=True)) if unknown else {}
+        return [known[text].twin() for text in texts]
+
+    @cached_property
+    @torch.no_grad()
+    def _empty(self) -> Condition:
+        """The empty prompt, which every row is guided away from; encoded once."""
+        return self._encoded([""])[0]
+
+    def _encoded(self, texts: Sequence[str]) -> list[Condition]:
         features = self.text(texts)
         embedding = self.text_encoder.text_projection(features.pooled)  # (B, E)
         tokens, vectors = (told.to(self.network.dtype) for told in (features.tokens, embedding))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import PriorTransformer
@@ -86,16 +87,16 @@ class Plan:
 
 @dataclass(eq=False)
 class CachedPrior:
-    """A prior as the engine asks it, `network(x, timestep, told)`; equal to the stock call.
+    """A prior as rows ask it, `network(x, timestep, told)`; equal to the stock call.
 
-    It keeps the prefixes of the conditions that the last call read and of no others, so it never holds more than
-    what is in flight. It lives no longer than a request, and the network's weights may not change while it does.
+    It keeps a prefix for as long as somebody refers to its condition, and how to read the conditions of a call for as
+    long as those are referred to, so it never holds more than what is in flight. The network's weights may not change
+    meanwhile.
     """
 
     network: PriorTransformer
-    _told: Conditions | None = None
-    _plan: Plan | None = None  # for `_told`; None where its calls run whole
-    _kept: dict[Condition, Prefix] = field(default_factory=dict)  # views of what the plan holds
+    _plans: WeakKeyDictionary[Conditions, Plan | None] = field(default_factory=WeakKeyDictionary)  # None: run whole
+    _kept: WeakKeyDictionary[Condition, Prefix] = field(default_factory=WeakKeyDictionary)  # views of what plans hold
     _said: str | None = None  # the reason last logged
 
     def __call__(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
@@ -109,14 +110,13 @@ class CachedPrior:
         if torch.is_grad_enabled():
             self._say("gradients are recorded")
             return None
-        if self._told is not told:
+        if told not in self._plans:
             distinct = told.distinct
             new = [condition for condition in distinct.unique if condition not in self._kept]
             reason = why_whole(self.network) or why_not_constant(self.network, new)
-            self._plan = None if reason else self._planned(distinct.unique, distinct.of, new)
-            self._told = told
+            self._plans[told] = None if reason else self._planned(distinct.unique, distinct.of, new)
             self._say(reason)
-        return self._plan
+        return self._plans[told]
 
     def _say(self, reason: str | None) -> None:
         if reason not in (None, self._said):
@@ -129,13 +129,11 @@ class CachedPrior:
             self._kept |= {condition: fresh.one(place) for place, condition in enumerate(new)}
         folds: list[Fold] = []
         order: list[int] = []
-        kept: dict[Condition, Prefix] = {}
         for places, evaluations in folded(of):
             prefix = Prefix.cat([self._kept[unique[place]] for place in places])
-            kept |= {unique[place]: prefix.one(at) for at, place in enumerate(places)}
+            self._kept |= {unique[place]: prefix.one(at) for at, place in enumerate(places)}
             folds.append(Fold(prefix, slice(len(order), len(order) + len(evaluations))))
             order += evaluations
-        self._kept = kept
         ordered = torch.tensor(order, device=self.network.device)
         return Plan(folds, ordered, ordered.argsort())
 

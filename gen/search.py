@@ -1,16 +1,38 @@
 """Which pictures go on: a search decides that and never what a picture's pixels are.
 
-Best-of-N (Ramesh et al. 2021, section 2.6) is the one there is: all are painted, CLIP scores them, the best
-are kept. It knows scores and their order, not how they were made.
+Best-of-N (Ramesh et al. 2021, section 2.6): all are painted, CLIP scores them, the best are kept. A `Rule` may say
+earlier, after every step, which candidates of its request to give up. All this knows how candidates stand, not how
+they got there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from clip_core.score import keep_best
+
+Stage = Literal["waiting", "prior", "decoder", "painted"]
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """How a candidate stands after a step."""
+
+    candidate: int  # its place in drawing order
+    seed: int
+    stage: Stage = "waiting"
+    steps_taken: int = 0  # of that stage
+    x0: Tensor | None = None  # the stage's latest clean estimate, on the device: an embedding (E,) or latents (C, h, w)
+    score: Tensor | None = None  # (), on the device; None: not painted yet, or not ranked
+
+
+Rule = Callable[[Sequence[Standing]], Collection[int]]
+"""rule(the candidates of a request that were not given up yet) -> which of them to give up now"""
 
 
 def best_of(scores: Sequence[float], num_images_per_prompt: int, keep: int) -> list[list[int]]:

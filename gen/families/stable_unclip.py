@@ -8,7 +8,7 @@ no rows and no ranking.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,14 +24,17 @@ from clip_core.clip import CLIP
 from clip_core.text import TextTower
 from gen.attention import reading
 from gen.checkpoint import CARD, Card, Parts
-from gen.conditioning import Condition, Conditions, Table
-from gen.engine import Engine
+from gen.conditioning import Condition, Conditions, Table, Told
 from gen.prior import Prior
 from gen.request import Abilities, Candidate, Settings, check_settings
+from gen.rows import sent
 from gen.scheduler import NoiseLevels
 from samplers.noise import noise
 
 CLASSES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
+
+Text = tuple[str, int | None]
+"""A text and the layers of the text tower left out (`clip_skip`)"""
 
 # What diffusers' StableUnCLIPPipeline paints with when it is told nothing.
 STOCK_DEFAULTS = {
@@ -174,71 +177,53 @@ class StableUnCLIP:
         channels = self.vae.config.latent_channels
         return channels, settings.height // self.factor, settings.width // self.factor
 
-    def tell(
-        self,
-        candidates: Sequence[Candidate],
-        table: Table,
-        max_rows: int | None = None,  # of the prior; None: all at once
-        look: Callable[[Engine], None] | None = None,  # called after every step of the prior
-    ) -> list[tuple[int, int | None]]:
-        """Put the conditions of every candidate into the table; its indices (prompt, null) of each.
-
-        The null is None where a candidate is not guided.
-        """
-        tokens = self._tokens(candidates)
-        vectors = self._vectors(candidates, max_rows, look)
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+        """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
         zeros = torch.zeros(2 * self.embedding_width, dtype=self.unet.dtype, device=self.device)
-        known: dict[tuple[int, int], int] = {}  # by identity: what is the same tensor is told once
-
-        def add(words: Tensor, vector: Tensor) -> int:
-            key = (id(words), id(vector))
-            if key not in known:
-                known[key] = table.add(Condition(words, vector))
-            return known[key]
-
-        # nulls first: evaluations come in the table's order, and those that read one text are then side by side
-        nulls = [None if null is None else add(null, zeros) for _, null in tokens]
-        return [(add(words, vectors.get(k, zeros)), nulls[k]) for k, (words, _) in enumerate(tokens)]
-
-    def _tokens(self, candidates: Sequence[Candidate]) -> list[tuple[Tensor, Tensor | None]]:
-        """Token states (L, D) of prompt and null, every text encoded once.
-
-        Each is a tensor object of this call alone, even where it views another's memory: what is kept beside it
-        (`gen.attention`) then goes when the table does.
-        """
-        asked: dict[int | None, dict[str, Tensor]] = {None: {}}
+        handed: dict[int, Condition] = {}  # by identity
         for candidate in candidates:
-            settings = candidate.settings
-            if candidate.prompt_embeds is None:
-                asked.setdefault(settings.clip_skip, {})[candidate.prompt] = torch.empty(0)
-            if candidate.negative_prompt_embeds is None and settings.guidance_scale != 1:
-                asked[None][settings.negative_prompt] = torch.empty(0)  # as in diffusers, no layer is skipped here
-        for clip_skip, texts in asked.items():
-            empty = {"": self._empty.to(self.device, self.unet.dtype)[:]} if clip_skip is None and "" in texts else {}
-            unknown = [text for text in texts if text not in empty]
-            states: Sequence[Tensor] = ()
-            if unknown:
-                states = self.text(unknown, clip_skip).tokens.to(self.unet.dtype).unbind(0)
-            asked[clip_skip] = empty | dict(zip(unknown, states, strict=True))
+            for embeds in (candidate.prompt_embeds, candidate.negative_prompt_embeds):
+                if embeds is not None and id(embeds) not in handed:
+                    handed[id(embeds)] = Condition(own(embeds, self.unet), zeros)
+        asked = dict.fromkeys(name for candidate in candidates for name in texts_of(candidate))
+        said = table.of(list(asked), lambda names: self._encoded(names, zeros))
 
-        given: dict[int, Tensor] = {}
+        def told(embeds: Tensor | None, name: Text) -> Condition:
+            return said[name] if embeds is None else handed[id(embeds)]
 
-        def handed(embeds: Tensor) -> Tensor:
-            return given.setdefault(id(embeds), embeds.to(self.device, self.unet.dtype)[:])
+        prompts = [told(one.prompt_embeds, prompt_of(one)) for one in candidates]
+        shown = [index for index, one in enumerate(candidates) if one.image_embeds is not None]
+        if shown:
+            given = [one.image_embeds for one in candidates if one.image_embeds is not None]
+            pictures = [each.to(self.device, torch.float32) for each in given]
+            pictured = self.show([candidates[k] for k in shown], [prompts[k] for k in shown], pictures)
+            for index, condition in zip(shown, pictured, strict=True):
+                prompts[index] = condition
+        nulls = [
+            None if one.settings.guidance_scale == 1 else told(one.negative_prompt_embeds, null_of(one))
+            for one in candidates
+        ]
+        return list(zip(prompts, nulls, strict=True))
 
-        tokens: list[tuple[Tensor, Tensor | None]] = []
-        for candidate in candidates:
-            settings, words, null = (
-                candidate.settings,
-                candidate.prompt_embeds,
-                candidate.negative_prompt_embeds,
-            )
-            said = asked[settings.clip_skip][candidate.prompt] if words is None else handed(words)
-            if settings.guidance_scale == 1:
-                tokens.append((said, None))
-            else:
-                tokens.append((said, asked[None][settings.negative_prompt] if null is None else handed(null)))
-        return tokens
+    def show(
+        self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
+    ) -> list[Condition]:
+        """What each candidate is told in words, with an image embedding (E,) beside it, noised as its settings say."""
+        levels = sent(torch.tensor([one.settings.noise_level for one in candidates]), self.device)
+        seeds = [one.seed for one in candidates]
+        fresh = sent(noise(seeds, "image_noise", 0, (self.embedding_width,)), self.device)
+        vectors = self.noise_image_embeddings(torch.stack(list(image_embeds)), levels, fresh).to(self.unet.dtype)
+        return [replace(each, vector=vector) for each, vector in zip(told, vectors, strict=True)]
+
+    def _encoded(self, names: Sequence[Text], zeros: Tensor) -> list[Condition]:
+        """Texts without an image embedding; one call of the text tower for each `clip_skip`."""
+        found: dict[Text, Tensor] = {("", None): self._empty} if ("", None) in names else {}
+        for clip_skip in dict.fromkeys(skip for _, skip in names):
+            texts = [text for text, skip in names if skip == clip_skip and (text, skip) not in found]
+            if texts:
+                states = self.text(texts, clip_skip).tokens
+                found |= {(text, clip_skip): tokens for text, tokens in zip(texts, states, strict=True)}
+        return [Condition(own(found[name], self.unet), zeros) for name in names]
 
     @cached_property
     @torch.no_grad()
@@ -246,35 +231,11 @@ class StableUnCLIP:
         """Token states (L, D) of the empty prompt, which most pictures are guided away from."""
         return self.text([""]).tokens[0]
 
-    def _vectors(
-        self, candidates: Sequence[Candidate], max_rows: int | None, look: Callable[[Engine], None] | None
-    ) -> dict[int, Tensor]:
-        """Class input (2E,) of the candidates that have an image embedding: the prior's, or the caller's."""
-        embeds: dict[int, Tensor] = {
-            index: candidate.image_embeds.to(self.device, torch.float32)
-            for index, candidate in enumerate(candidates)
-            if candidate.image_embeds is not None
-        }
-        asking = [index for index, candidate in enumerate(candidates) if candidate.settings.prior]
-        if asking:
-            assert self.prior is not None, "a request for a prior is refused where there is none"
-            sampled = self.prior.sample([candidates[index] for index in asking], max_rows, look)
-            embeds |= dict(zip(asking, sampled.unbind(0), strict=True))
-        if not embeds:
-            return {}
-        indices = sorted(embeds)
-        seeds = [candidates[index].seed for index in indices]
-        levels = torch.tensor([candidates[index].settings.noise_level for index in indices])
-        fresh = noise(seeds, "image_noise", 0, (self.embedding_width,)).to(self.device)
-        vectors = self.noise_image_embeddings(torch.stack([embeds[index] for index in indices]), levels, fresh)
-        return dict(zip(indices, vectors.to(self.unet.dtype).unbind(0), strict=True))
+    def noise_image_embeddings(self, image_embeds: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """Noised embedding (B, E) beside the sinusoids of its level (B,): (B, 2E), the UNet's class input.
 
-    def noise_image_embeddings(self, image_embeds: Tensor, noise_level: Tensor, noise: Tensor) -> Tensor:
-        """Noised embedding (B, E) beside its level's sinusoids: (B, 2E), the UNet's class input.
-
-        As diffusers' `noise_image_embeddings`: the noise is added in normalised units. noise_level (B,) int.
+        As diffusers' `noise_image_embeddings`: the noise is added in normalised units. All on one device.
         """
-        level = noise_level.to(image_embeds.device)
         mean, std = self.image_normalizer.mean.float(), self.image_normalizer.std.float()
         noised = self.image_noising.add_noise((image_embeds - mean) / std, timesteps=level, noise=noise)
         told = get_timestep_embedding(level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -296,3 +257,29 @@ class StableUnCLIP:
         z = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         pixels = self.vae.decode(z, return_dict=False)[0].float()
         return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def prompt_of(candidate: Candidate) -> Text:
+    """What its text tower reads as the prompt."""
+    return candidate.prompt, candidate.settings.clip_skip
+
+
+def null_of(candidate: Candidate) -> Text:
+    """What it is guided away from; as in diffusers, no layer is skipped here."""
+    return candidate.settings.negative_prompt, None
+
+
+def texts_of(candidate: Candidate) -> Iterator[Text]:
+    """What the text tower has to read for this candidate."""
+    if candidate.prompt_embeds is None:
+        yield prompt_of(candidate)
+    if candidate.negative_prompt_embeds is None and candidate.settings.guidance_scale != 1:
+        yield null_of(candidate)
+
+
+def own(tensor: Tensor, network: UNet2DConditionModel) -> Tensor:
+    """As the network takes it, and an object of its own even where it views another's memory.
+
+    What is kept beside it (`gen.attention`) then goes when this object does, whoever else keeps the memory.
+    """
+    return tensor.to(network.device, network.dtype)[:]

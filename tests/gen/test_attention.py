@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from gen import Request, TextToImage, attention
 from gen.attention import KERNELS, Kept, Processor, Shape, Texts, attentions, reading, restore_attention, set_attention
-from gen.conditioning import Distinct, Table
-from gen.engine import Engine, Row
+from gen.conditioning import Conditions, Distinct, Table
 from gen.request import Candidate
+from gen.rows import Plan, Row, Rows
 from tests.tiny import WIDTH, tiny_unet
 
 ON_CPU = ["auto", "sdpa", "flash", "math"]
@@ -328,21 +328,19 @@ def test_pictures_are_the_stock_modules_whatever_is_beside_them(tiny: TextToImag
             assert apart(ours.images, stock.images) < 1e-5
 
 
-def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> tuple[list[Row], Table]:
-    table, asked = Table(), replace(model.model.abilities.defaults, prior=False, **settings)
+def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> list[Row]:
+    asked = replace(model.model.abilities.defaults, prior=False, **settings)
     candidates = [Candidate(prompt=prompt, seed=seed, settings=asked) for seed, prompt in enumerate(prompts)]
-    told = model.model.tell(candidates, table)
-    schedule = model.model.levels.schedule(asked.sampler, asked.num_inference_steps)
-    rows = [
-        Row(seed, seed, schedule, asked.sampler, prompt, null, asked.guidance_scale)
+    told = model.model.tell(candidates, Table())
+    schedule, shape = model.model.levels.schedule(asked.sampler, asked.num_inference_steps), (4, 8, 8)
+    return [
+        Row(seed, seed, shape, schedule, asked.sampler, prompt, null, asked.guidance_scale)
         for seed, (prompt, null) in enumerate(told)
     ]
-    return rows, table
 
 
-def engine_of(model: TextToImage, table: Table) -> Engine:
-    shape = model.model.latent_shape(model.model.abilities.defaults)
-    return Engine(model.model.call, model.model.levels.scaling, table, "decoder", lambda _: shape)
+def rows_over(model: TextToImage) -> Rows:
+    return Rows(model.model.call, model.model.levels.scaling, "decoder")
 
 
 def kept_by(unet: nn.Module) -> Kept:
@@ -372,6 +370,7 @@ def test_every_text_is_projected_once_per_layer(own: TextToImage) -> None:
     unet = own.model.unet
     set_attention(unet)
     layers = sum(layer.is_cross_attention for layer in attentions(unet))
+    own.paint([ASKED[0]])  # a model's first call is measured, with texts of its own
     counts = counted(unet)
     own.paint([ASKED[0], ASKED[1]], batch_size=3)
     assert len(counts) == 2 * layers
@@ -391,21 +390,21 @@ def test_the_empty_prompt_is_encoded_once_per_model(own: TextToImage) -> None:
     assert read == [1, 2, 2, 2]
 
 
-def test_nothing_is_kept_after_the_table(own: TextToImage) -> None:
+def test_nothing_is_kept_after_the_rows(own: TextToImage) -> None:
     unet = own.model.unet
     set_attention(unet)
-    rows, table = rows_at(own, WORDS * 2)
-    engine = engine_of(own, table)
+    rows = rows_over(own)
     with torch.no_grad():
-        engine.admit(rows)
-        engine.tick()
+        rows.admit(rows_at(own, WORDS * 2))
+        rows.tick()
     kept = kept_by(unet)
     assert len(kept.pairs) == 3 and len(kept.calls) == 1
     key_value = weakref.ref(next(iter(kept.pairs.values()))[0])
-    engine.drop({row.key for row in rows})
-    assert key_value() is not None  # for the table may bring them back
-    del engine, rows, table
-    gc.collect()
+    rows.drop({0, 2})
+    with torch.no_grad():
+        rows.tick()
+    assert len(kept.pairs) == 2 and key_value() is not None  # the other prompt's, and the empty one's
+    rows.drop({1, 3})
     assert key_value() is None and len(kept.pairs) == len(kept.calls) == 0
 
 
@@ -421,13 +420,22 @@ def test_tokens_that_the_caller_keeps_do_not_keep_keys_and_values(own: TextToIma
 
 def test_texts_side_by_side_are_read_in_one_block_each(own: TextToImage) -> None:
     """Candidates with image embeddings of their own have conditions of their own, and still share their text."""
-    table = Table()
-    asked = own.model.abilities.defaults
+    model, asked = own.model, own.model.abilities.defaults
     candidates = [Candidate(prompt=WORDS[k // 2], seed=k, settings=asked) for k in range(4)]
-    told = own.model.tell(candidates, table)
-    conditions = sorted(index for prompt, null in told for index in (prompt, null) if index is not None)
-    texts = Texts.read(table.gather(conditions).distinct_tokens.of, [])
-    assert len(table.conditions) == 5 and (texts.block, texts.of_block) == (2, (0, 0, 1, 2))
+    told = model.tell(candidates, Table())
+    prompts = model.show(candidates, [prompt for prompt, _ in told], drawn(4, WIDTH).unbind(0))
+    schedule = model.levels.schedule(asked.sampler, asked.num_inference_steps)
+    rows = rows_over(own)
+    rows.admit(
+        [
+            Row(seed, seed, (4, 8, 8), schedule, asked.sampler, prompt, null, 3.0)
+            for seed, (prompt, (_, null)) in enumerate(zip(prompts, told, strict=True))
+        ]
+    )
+    (lane,) = rows.lanes.values()
+    conditions = Plan.of(lane, rows.device).conditions
+    texts = Texts.read(Conditions(tuple(conditions)).distinct_tokens.of, [])
+    assert len(set(conditions)) == 5 and (texts.block, texts.of_block) == (2, (0, 0, 1, 2))
 
 
 # --- the switch --------------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from gen import TextToImage
 from gen.attention import set_attention
+from gen.bucket import PROBE
 from gen.conditioning import Condition, Conditions, Distinct, Table
-from gen.engine import Engine, Row
 from gen.prior import STAGE, Prior
 from gen.prior_prefix import CachedPrior, folded
 from gen.request import Candidate, Settings
+from gen.rows import Row, Rows
 from samplers.noise import noise
 from tests.tiny import WIDTH
 
@@ -66,13 +67,17 @@ def make_prior(**config: Any) -> PriorTransformer:
     return prior
 
 
-def make_table(prior: PriorTransformer) -> Table:
+def texts_for(prior: PriorTransformer) -> list[Condition]:
     rng = torch.Generator().manual_seed(1)
-    table, width = Table(), prior.config.embedding_proj_dim or WIDTH
+    told, width = [], prior.config.embedding_proj_dim or WIDTH
     for length in LENGTHS:
         tokens, vector = torch.randn(LENGTH, WIDTH, generator=rng), torch.randn(width, generator=rng)
-        table.add(Condition(tokens, vector, torch.arange(LENGTH) < length))
-    return table
+        told.append(Condition(tokens, vector, torch.arange(LENGTH) < length))
+    return told
+
+
+def gathered(texts: Sequence[Condition], indices: Sequence[int]) -> Conditions:
+    return Conditions(tuple(texts[index] for index in indices))
 
 
 def stock(prior: PriorTransformer) -> Callable[[Tensor, Tensor, Conditions], Tensor]:
@@ -111,7 +116,7 @@ def read(prior: PriorTransformer) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("call", CALLS)
 def test_one_call_equals_diffusers(variant: str, call: str) -> None:
     prior = make_prior(**VARIANTS[variant])
-    told, (x, timestep) = make_table(prior).gather(CALLS[call]), asked(len(CALLS[call]))
+    told, (x, timestep) = gathered(texts_for(prior), CALLS[call]), asked(len(CALLS[call]))
     theirs = stock(prior)(x, timestep, told)
     shapes = read(prior)
     ours = CachedPrior(prior)(x, timestep, told)
@@ -124,7 +129,7 @@ def test_one_call_equals_diffusers(variant: str, call: str) -> None:
 def test_the_reference_can_fail(variant: str) -> None:
     """Step, noise, text, text embedding and mask all show in the answer."""
     prior = make_prior(**VARIANTS[variant])
-    condition, (x, timestep) = make_table(prior).conditions[2], asked(1)
+    condition, (x, timestep) = texts_for(prior)[2], asked(1)
     tokens, vector, mask = condition.tokens, condition.vector, condition.mask
     assert tokens is not None and vector is not None and mask is not None
 
@@ -140,7 +145,7 @@ def test_the_reference_can_fail(variant: str) -> None:
 def test_padding_says_nothing() -> None:
     """What is padded may be anything, in the stock call as in ours."""
     prior = make_prior()
-    condition, (x, timestep) = make_table(prior).conditions[2], asked(1)
+    condition, (x, timestep) = texts_for(prior)[2], asked(1)
     assert condition.tokens is not None
     other = Condition(condition.tokens.clone(), condition.vector, condition.mask)
     assert other.tokens is not None
@@ -158,7 +163,7 @@ def eager(prior: PriorTransformer) -> None:
 def test_other_kernels_are_cached_too(change: Callable[[PriorTransformer], None]) -> None:
     prior = make_prior()
     change(prior)
-    told, (x, timestep) = make_table(prior).gather(CALLS["unequal"]), asked(10)
+    told, (x, timestep) = gathered(texts_for(prior), CALLS["unequal"]), asked(10)
     theirs = stock(prior)(x, timestep, told)
     shapes = read(prior)
     assert (CachedPrior(prior)(x, timestep, told) - theirs).abs().max() < 1e-5
@@ -168,13 +173,13 @@ def test_other_kernels_are_cached_too(change: Callable[[PriorTransformer], None]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_further_from_the_truth_than_diffusers(dtype: torch.dtype) -> None:
     prior = make_prior()
-    table, (x, timestep) = make_table(prior), asked(10)
-    true = stock(prior)(x, timestep, table.gather(CALLS["unequal"]))
+    texts, (x, timestep) = texts_for(prior), asked(10)
+    true = stock(prior)(x, timestep, gathered(texts, CALLS["unequal"]))
     half = copy.deepcopy(prior).to(dtype)
-    kinds = [(one.tokens, one.vector) for one in table.conditions]
+    kinds = [(one.tokens, one.vector) for one in texts]
     cast = [
         Condition(tokens.to(dtype), vector.to(dtype), one.mask)
-        for one, (tokens, vector) in zip(table.conditions, kinds, strict=True)
+        for one, (tokens, vector) in zip(texts, kinds, strict=True)
         if tokens is not None and vector is not None
     ]
     told = Conditions(tuple(cast[index] for index in CALLS["unequal"]))
@@ -231,12 +236,22 @@ def test_every_text_is_read_once_and_forgotten(tiny: TextToImage) -> None:
     seen: list[int] = []
     for max_rows in (None, 3):
         shapes.clear()
-        prior.sample(candidates_of(PROMPTS, 4, 3.0), max_rows, lambda _: seen.append(num_kept(prior.network)))
-        assert sum(batch for batch, tokens in shapes if tokens == length) == len(PROMPTS) + 1
-        assert sum(batch for batch, tokens in shapes if tokens == 3) == 2 * 4 * len(PROMPTS) * 5
+        seen += [num_kept(prior.network) for _ in running(prior, candidates_of(PROMPTS, 4, 3.0), max_rows)]
+        # the first evaluations are measured before any is asked for its answer, with texts of their own
+        assert sum(batch for batch, tokens in shapes if tokens == length) == len(PROMPTS) + 1 + PROBE
+        assert sum(batch for batch, tokens in shapes if tokens == 3) == 2 * 4 * len(PROMPTS) * 5 + PROBE
         assert num_kept(prior.network) == 0
     # three rows at a time are of two prompts at most, beside the empty one
     assert seen[:5] == [4] * 5 and max(seen[5:]) == 3
+
+
+@torch.no_grad()
+def running(prior: Prior, candidates: Sequence[Candidate], max_rows: int | None) -> Iterator[None]:
+    """A pause after every step, as `Prior.sample` takes them."""
+    rows = Rows(prior.asked(), prior.levels.scaling, STAGE)
+    for finished in rows.run(prior.rows(candidates, range(len(candidates)), Table()), max_rows):
+        del finished
+        yield
 
 
 def num_kept(network: PriorTransformer) -> int:
@@ -255,22 +270,20 @@ def test_rows_join_and_leave_at_random(tiny: TextToImage, seed: int) -> None:
     """Rows of several prompts and schedules, guided or not, admitted and dropped at any tick."""
     prior = tiny.model.prior
     assert prior is not None
-    draw, table = random.Random(seed), Table()
-    for condition in prior.conditions(["", *PROMPTS]):
-        table.add(condition)
+    draw, told = random.Random(seed), prior.conditions(["", *PROMPTS])
 
     def row(key: int) -> Row:
         schedule = prior.levels.schedule(prior.levels.sampler, draw.choice([3, 5, 8]))
-        prompt = draw.randint(1, len(PROMPTS))
-        return Row(key, key, schedule, prior.levels.sampler, prompt, 0, draw.choice([1.0, 3.0, 5.0]))
+        prompt = told[draw.randint(1, len(PROMPTS))]
+        return Row(key, key, (WIDTH,), schedule, prior.levels.sampler, prompt, told[0], draw.choice([1.0, 3.0, 5.0]))
 
     rows = [row(key) for key in range(14)]
 
-    def engine(network: Any) -> Engine:
-        return Engine(network, prior.levels.scaling, table, STAGE, lambda _: (WIDTH,))
+    def over(network: Any) -> Rows:
+        return Rows(network, prior.levels.scaling, STAGE)
 
-    alone = {one.row.key: one.x for each in rows for done in engine(stock(prior.network)).run([each]) for one in done}
-    together, waiting, found, dropped = engine(CachedPrior(prior.network)), list(rows), {}, set()
+    alone = {one.row.key: one.x for each in rows for done in over(stock(prior.network)).run([each]) for one in done}
+    together, waiting, found, dropped = over(CachedPrior(prior.network)), list(rows), {}, set()
     while waiting or together.lanes:
         number = draw.randint(0, 4)
         together.admit(waiting[:number])
@@ -278,7 +291,7 @@ def test_rows_join_and_leave_at_random(tiny: TextToImage, seed: int) -> None:
         if draw.random() < 0.3 and together.live:
             dropped.add(draw.choice(together.live).row.key)
             together.drop(dropped)
-        found |= {one.row.key: one.x for one in together.tick()}
+        found |= {one.row.key: one.x for one in together.tick().finished}
     assert set(found) == set(alone) - dropped and dropped and len(found) > 5
     for key, x in found.items():
         assert (x - alone[key]).abs().max() < 1e-5 * alone[key].abs().max().clamp(min=1)
@@ -337,7 +350,7 @@ def test_other_networks_run_whole_and_say_so(
     caplog: pytest.LogCaptureFixture, change: Callable[[PriorTransformer], PriorTransformer], word: str
 ) -> None:
     prior = change(make_prior())
-    told, (x, timestep) = make_table(prior).gather([0, 1, 1]), asked(3)
+    told, (x, timestep) = gathered(texts_for(prior), [0, 1, 1]), asked(3)
     network = CachedPrior(prior)
     with caplog.at_level(logging.INFO, "gen.prior_prefix"):
         ours = [network(x, timestep, told) for _ in range(3)]
@@ -349,21 +362,21 @@ def test_other_networks_run_whole_and_say_so(
 def test_a_text_that_begins_with_padding_runs_whole(caplog: pytest.LogCaptureFixture) -> None:
     """The stock masks then let the first tokens see the last ones, so they are not constant."""
     prior = make_prior()
-    table = make_table(prior)
-    first = table.conditions[0]
-    left = table.add(Condition(first.tokens, first.vector, torch.arange(LENGTH) >= 4))
-    none = table.add(Condition(first.tokens, first.vector, torch.zeros(LENGTH, dtype=torch.bool)))
+    texts = texts_for(prior)
+    left, none = len(texts), len(texts) + 1
+    for mask in (torch.arange(LENGTH) >= 4, torch.zeros(LENGTH, dtype=torch.bool)):
+        texts.append(Condition(texts[0].tokens, texts[0].vector, mask))
     network, (x, timestep) = CachedPrior(prior), asked(2)
     with caplog.at_level(logging.INFO, "gen.prior_prefix"):
         for call in ([0, 1], [left, 1], [none, left], [0, 1]):
-            told = table.gather(sorted(call))
+            told = gathered(texts, sorted(call))
             assert (network(x, timestep, told) - stock(prior)(x, timestep, told)).abs().max() < 1e-5
     assert ["begins with padding" in record.message for record in caplog.records] == [True]
 
 
 def test_without_a_mask_it_is_not_causal(caplog: pytest.LogCaptureFixture) -> None:
     prior = make_prior()
-    told = Conditions(tuple(Condition(one.tokens, one.vector) for one in make_table(prior).conditions))
+    told = Conditions(tuple(Condition(one.tokens, one.vector) for one in texts_for(prior)))
     x, timestep = asked(len(LENGTHS))
     theirs, shapes = stock(prior)(x, timestep, told), read(prior)
     with caplog.at_level(logging.INFO, "gen.prior_prefix"):
@@ -373,7 +386,7 @@ def test_without_a_mask_it_is_not_causal(caplog: pytest.LogCaptureFixture) -> No
 
 def test_shapes_that_diffusers_refuses_are_refused() -> None:
     """A text of another length, or positions for another number of tokens, is never answered by the cache alone."""
-    told, (x, timestep) = make_table(make_prior()).gather([0, 1]), asked(2)
+    told, (x, timestep) = gathered(texts_for(make_prior()), [0, 1]), asked(2)
     sizes = [(LENGTH + 2, 4), (LENGTH + 1, 3), (LENGTH, 6), (LENGTH, 3)]
     for num_embeddings, additional in sizes:
         prior = make_prior(num_embeddings=num_embeddings, additional_embeddings=additional)
@@ -384,7 +397,7 @@ def test_shapes_that_diffusers_refuses_are_refused() -> None:
 
 def test_gradients_are_whole(caplog: pytest.LogCaptureFixture) -> None:
     prior = make_prior()
-    told, (x, timestep) = make_table(prior).gather([0, 1]), asked(2)
+    told, (x, timestep) = gathered(texts_for(prior), [0, 1]), asked(2)
     network, weight = CachedPrior(prior), prior.transformer_blocks[0].attn1.to_k.weight
     network(x, timestep, told)
     with torch.enable_grad(), caplog.at_level(logging.INFO, "gen.prior_prefix"):
@@ -399,16 +412,34 @@ def test_gradients_are_whole(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_conditions_are_told_apart_by_identity() -> None:
     words, other = torch.zeros(3, 2), torch.zeros(3, 2)
-    table = Table()
-    for tokens, vector in ((words, torch.ones(1)), (other, torch.ones(1)), (words, torch.zeros(1))):
-        table.add(Condition(tokens, vector))
-    told = table.gather([0, 0, 1, 2])
-    assert told.distinct.unique == tuple(table.conditions) and told.distinct.of == (0, 0, 1, 2)
+    texts = [
+        Condition(tokens, vector)
+        for tokens, vector in ((words, torch.ones(1)), (other, torch.ones(1)), (words, torch.zeros(1)))
+    ]
+    told = gathered(texts, [0, 0, 1, 2])
+    assert told.distinct.unique == tuple(texts) and told.distinct.of == (0, 0, 1, 2)
     assert [id(each) for each in told.distinct_tokens.unique] == [id(words), id(other)]
     assert told.distinct_tokens.of == (0, 0, 1, 0)
     assert told.tokens is not None and told.tokens.shape == (4, 3, 2) and told.mask is None
-    assert table.gather([0, 0, 1, 2]) is told and table.gather([1]) is not told
     assert Distinct.among([words, words]).of == (0, 0)
+    twins = Conditions((texts[0], texts[0].twin()))
+    assert len(twins.distinct.unique) == len(twins.distinct_tokens.unique) == 2
+
+
+def test_a_table_gives_the_same_to_all_who_say_the_same_while_they_are_told_it() -> None:
+    table, made = Table(), list[str]()
+
+    def make(names: list[str]) -> list[Condition]:
+        made.extend(names)
+        return [Condition(torch.zeros(1, 1)) for _ in names]
+
+    first = table.of(["a", "b"], make)
+    second = table.of(["b", "a", "c"], make)
+    assert made == ["a", "b", "c"] and second["a"] is first["a"] and second["b"] is first["b"] and len(table) == 3
+    del first, second["a"]
+    assert len(table) == 2
+    table.of(["a", "b"], make)
+    assert made == ["a", "b", "c", "a"]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor
 
 from gen import Request, TextToImage
-from gen.conditioning import Table
-from gen.engine import Engine, Lane, Live, Row
+from gen.bucket import PROBE, Bucket, Buckets, Footprint, next_cut
+from gen.conditioning import Conditions, Table
 from gen.request import Candidate, Settings
+from gen.rows import Lane, Live, Row, Rows, Walk
 from gen.scheduler import STOCK
-from samplers.noise import NoiseStream, noise
+from samplers.noise import noise
 from tests.tiny import WIDTH
 
 LEVEL = 1 / 255  # one 8-bit level
@@ -69,86 +71,105 @@ def test_every_prompt_of_a_list_starts_again(tiny: TextToImage) -> None:
     assert (own.images[2:] - second.images).abs().max() <= LEVEL
 
 
-# --- the engine itself -----------------------------------------------------------------------------------------
+# --- rows over one network ---------------------------------------------------------------------------------------
 
 
-def rows_of(model: TextToImage, count: int, **settings: Any) -> tuple[list[Row], Table]:
+def rows_of(model: TextToImage, count: int, **settings: Any) -> list[Row]:
     defaults = replace(model.model.abilities.defaults, prior=False, **settings)
-    table, words = Table(), ["a red circle", "a star above a square"]
+    words, levels = ["a red circle", "a star above a square"], model.model.levels
     candidates = [Candidate(prompt=words[k % 2], seed=k, settings=vary(defaults, k)) for k in range(count)]
-    told = model.model.tell(candidates, table)
-    rows = []
-    for key, (candidate, (prompt, null)) in enumerate(zip(candidates, told, strict=True)):
-        schedule = model.model.levels.schedule(candidate.settings.sampler, candidate.settings.num_inference_steps)
-        scale = candidate.settings.guidance_scale
-        rows.append(Row(key, candidate.seed, schedule, candidate.settings.sampler, prompt, null, scale, eta=None))
-    return rows, table
+    return [
+        Row(
+            key=key,
+            seed=one.seed,
+            shape=model.model.latent_shape(one.settings),
+            schedule=levels.schedule(one.settings.sampler, one.settings.num_inference_steps),
+            sampler=one.settings.sampler,
+            prompt=prompt,
+            null=null,
+            guidance_scale=one.settings.guidance_scale,
+        )
+        for key, (one, (prompt, null)) in enumerate(zip(candidates, model.model.tell(candidates, Table()), strict=True))
+    ]
 
 
 def vary(settings: Settings, k: int) -> Settings:
     return replace(settings, num_inference_steps=6 + k % 3, guidance_scale=[3.0, 1.0, 5.0][k % 3])
 
 
-def engine_of(model: TextToImage, table: Table) -> Engine:
-    shape = model.model.latent_shape(model.model.abilities.defaults)
-    return Engine(model.model.call, model.model.levels.scaling, table, "decoder", lambda _: shape)
+def rows_over(model: TextToImage, buckets: Buckets | None = None) -> Rows:
+    return Rows(model.model.call, model.model.levels.scaling, "decoder", buckets=buckets)
+
+
+def counting(rows: Rows) -> list[int]:
+    """How many evaluations each network call makes, from now on."""
+    network, counts = rows.network, list[int]()
+
+    def counted(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        counts.append(len(x))
+        return network(x, timestep, told)
+
+    rows.network = counted
+    return counts
+
+
+def buckets_of(size: int, shape: tuple[int, ...] = (4, 8, 8)) -> Buckets:
+    """As if memory held so many evaluations."""
+    device = torch.device("cpu")
+    return Buckets(device, {("decoder", shape): Bucket("decoder", device, size, ceiling=size)})
 
 
 @torch.no_grad()
-def finish(engine: Engine, **plan: Any) -> dict[int, Tensor]:
-    return {one.row.key: one.x for finished in engine.run(**plan) for one in finished}
+def finish(together: Rows, rows: list[Row], max_rows: int | None = None) -> dict[Any, Tensor]:
+    return {one.row.key: one.x for finished in together.run(rows, max_rows) for one in finished}
+
+
+def same(found: dict[Any, Tensor], whole: dict[Any, Tensor]) -> bool:
+    return all((x - whole[key]).abs().max() < 1e-4 * whole[key].abs().max().clamp(min=1) for key, x in found.items())
 
 
 @pytest.mark.parametrize("sampler", sorted(STOCK))
 def test_dropping_rows_never_changes_the_others(tiny: TextToImage, sampler: str) -> None:
-    rows, table = rows_of(tiny, 7, sampler=sampler)
-    whole = finish(engine_of(tiny, table), rows=rows)
-    engine, left = engine_of(tiny, table), {}
+    rows = rows_of(tiny, 7, sampler=sampler)
+    whole = finish(rows_over(tiny), rows)
+    together, left = rows_over(tiny), {}
     with torch.no_grad():
-        for tick, finished in enumerate(engine.run(rows)):
+        for tick, finished in enumerate(together.run(rows)):
             left |= {one.row.key: one.x for one in finished}
-            engine.drop({1: {1, 4}, 2: {0}, 4: {6}}.get(tick, set()))
-    assert sorted(left) == [2, 3, 5]
-    for key, x in left.items():
-        assert (x - whole[key]).abs().max() < 1e-4 * whole[key].abs().max().clamp(min=1)
+            together.drop({1: {1, 4}, 2: {0}, 4: {6}}.get(tick, set()))
+    assert sorted(left) == [2, 3, 5] and same(left, whole)
 
 
 @pytest.mark.parametrize("sampler", sorted(STOCK))
 def test_rows_admitted_late_or_one_by_one_are_the_same(tiny: TextToImage, sampler: str) -> None:
-    rows, table = rows_of(tiny, 5, sampler=sampler)
-    whole = finish(engine_of(tiny, table), rows=rows)
+    rows = rows_of(tiny, 5, sampler=sampler)
+    whole = finish(rows_over(tiny), rows)
     for max_rows in (1, 2, 4):
-        for key, x in finish(engine_of(tiny, table), rows=rows, max_rows=max_rows).items():
-            assert (x - whole[key]).abs().max() < 1e-4 * whole[key].abs().max().clamp(min=1)
-    late, found = engine_of(tiny, table), {}
+        assert same(finish(rows_over(tiny), rows, max_rows), whole)
+    late, found = rows_over(tiny), {}
     with torch.no_grad():
         late.admit(rows[:2])
         late.tick()
         late.admit(rows[2:])  # in the middle of the others' run
         while late.lanes:
-            found |= {one.row.key: one.x for one in late.tick()}
-    for key, x in found.items():
-        assert (x - whole[key]).abs().max() < 1e-4 * whole[key].abs().max().clamp(min=1)
-    assert sorted(found) == sorted(whole)
+            found |= {one.row.key: one.x for one in late.tick().finished}
+    assert sorted(found) == sorted(whole) and same(found, whole)
 
 
 @pytest.mark.parametrize("sampler", sorted(STOCK))
 def test_going_on_from_step_k_equals_never_stopping(tiny: TextToImage, sampler: str) -> None:
-    """What a row is after k steps is its tensors and its count: a fresh engine with fresh streams goes on."""
-    rows, table = rows_of(tiny, 4, sampler=sampler)
-    whole = finish(engine_of(tiny, table), rows=rows)
-    first, second = engine_of(tiny, table), engine_of(tiny, table)
+    """What a row is after k steps is its tensors and its count: fresh rows with fresh streams go on."""
+    rows = rows_of(tiny, 4, sampler=sampler)
+    whole = finish(rows_over(tiny), rows)
+    first, second = rows_over(tiny), rows_over(tiny)
     with torch.no_grad():
         first.admit(rows)
         for _ in range(3):
             first.tick()
         for key, lane in first.lanes.items():
-            fresh = [
-                Live(one.row, NoiseStream([one.row.seed], "decoder", one.stream.shape), one.eta, one.index)
-                for one in lane.rows
-            ]
-            second.lanes[key] = Lane(lane.sampler, fresh, lane.state)
-        found = finish(second, rows=[])
+            fresh = [replace(Live.of(one.row, "decoder"), index=one.index) for one in lane.rows]
+            second.join(key, Lane(lane.sampler, fresh, lane.state, Walk.of(fresh, second.device), lane.bucket))
+        found = finish(second, [])
     assert sorted(found) == sorted(whole)
     for key, x in found.items():
         assert torch.equal(x, whole[key])
@@ -177,43 +198,166 @@ def test_guidance_rescale_is_diffusers(tiny: TextToImage, factor: float) -> None
 
 def test_a_tick_asks_the_network_once_for_all_rows(tiny: TextToImage) -> None:
     """Rows of two prompts, at three lengths and guidances, share one call; an unguided row is asked about once."""
-    rows, table = rows_of(tiny, 6)
-    calls: list[int] = []
-    engine = engine_of(tiny, table)
-    network = engine.network
-
-    def counted(x: Tensor, timestep: Tensor, told: Any) -> Tensor:
-        calls.append(len(x))
-        return network(x, timestep, told)
-
-    engine.network = counted
+    rows = rows_of(tiny, 6)
+    together = rows_over(tiny)
+    calls = counting(together)
     with torch.no_grad():
-        engine.admit(rows)
-        engine.tick()
-    assert calls == [2 + 1 + 2 + 2 + 1 + 2]
+        together.admit(rows)
+        (taken,) = together.tick().taken
+        together.tick()
+    assert taken.evaluations == [2, 1, 2, 2, 1, 2]
+    assert calls == [PROBE, 10, 10]  # the first of all is measured, and its answer thrown away
     # two prompts and one null: what is the same is told once
-    assert len(table.conditions) == 3
+    assert len({condition for row in rows for condition in (row.prompt, row.null)} - {None}) == 3
 
 
 def test_guidance_outside_its_interval_costs_nothing(tiny: TextToImage) -> None:
-    rows, table = rows_of(tiny, 1)
-    row = replace(rows[0], guidance_scale=4.0)
+    (row,) = (replace(row, guidance_scale=4.0) for row in rows_of(tiny, 1))
     sigmas = row.schedule.sigmas
     middle = (sigmas[4].item(), sigmas[2].item() * 1.001)  # guided at levels 2 and 3
     asked: dict[str, list[int]] = {}
     for name, interval in (("everywhere", None), ("middle", middle), ("nowhere", (0.0, 1e-9))):
-        engine = engine_of(tiny, table)
-        network, counts = engine.network, asked.setdefault(name, [])
-
-        def counted(x: Tensor, t: Tensor, told: Any, network: Any = network, counts: Any = counts) -> Tensor:
-            counts.append(len(x))
-            return network(x, t, told)
-
-        engine.network = counted
-        found = finish(engine, rows=[replace(row, guidance_interval=interval)])
+        together = rows_over(tiny)
+        asked[name] = counting(together)
+        found = finish(together, [replace(row, guidance_interval=interval)])
         if name == "nowhere":
-            off = finish(engine_of(tiny, table), rows=[replace(row, guidance_scale=1.0)])
+            off = finish(rows_over(tiny), [replace(row, guidance_scale=1.0)])
             assert torch.equal(found[0], off[0])
     assert asked["everywhere"] == [2] * 6
     assert asked["middle"] == [1, 2, 2, 2, 1, 1]  # level 1 only touches the interval's end, as Heun would
     assert asked["nowhere"] == [1] * 6
+
+
+# --- buckets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 64])
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m_sde"])
+def test_rows_asked_in_chunks_are_the_same(tiny: TextToImage, sampler: str, size: int) -> None:
+    rows = rows_of(tiny, 6, sampler=sampler)
+    whole = finish(rows_over(tiny), rows)
+    together = rows_over(tiny, buckets_of(size))
+    calls = counting(together)
+    assert same(finish(together, rows), whole)
+    assert max(calls) == min(size, 10)
+    passes = 2 if sampler == "heun" else 1
+    assert len(calls[: passes * -(-10 // size)]) == passes * -(-10 // size) and sum(calls[: -(-10 // size)]) == 10
+
+
+def test_cuts_make_the_fewest_calls_and_part_no_group_where_they_need_not() -> None:
+    def cuts(counts: list[int], size: int) -> list[int]:
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        found = [0]
+        while found[-1] < ends[-1]:
+            found.append(next_cut(ends, found[-1], size))
+        return [stop - start for start, stop in pairwise(found)]
+
+    assert cuts([4, 4, 4], 8) == [8, 4]
+    assert cuts([3, 3, 3, 3], 8) == [6, 6]
+    assert cuts([6, 6], 8) == [6, 6]  # and not 8 and 4
+    assert cuts([5, 5, 5], 8) == [8, 7]  # two calls leave no choice
+    assert cuts([20], 8) == [8, 8, 4]
+    assert cuts([1, 1, 1], 1) == [1, 1, 1]
+    for size in range(1, 12):
+        assert len(cuts([3, 1, 4, 1, 5], size)) == -(-14 // size)
+        assert max(cuts([3, 1, 4, 1, 5], size)) <= size
+
+
+class Exhausted:
+    """A network for more than `room` evaluations of which there is no memory."""
+
+    def __init__(self, rows: Rows, room: int, error: Exception) -> None:
+        self.network, self.room, self.error, self.refused = rows.network, room, error, 0
+
+    def __call__(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        if len(x) > self.room:
+            self.refused += 1
+            raise self.error
+        return self.network(x, timestep, told)
+
+
+SHORT = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+]
+
+
+@pytest.mark.parametrize("error", SHORT)
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m_sde"])
+def test_when_memory_runs_out_the_same_step_goes_on_in_halves(
+    tiny: TextToImage, caplog: pytest.LogCaptureFixture, sampler: str, error: Exception
+) -> None:
+    rows = rows_of(tiny, 6, sampler=sampler)
+    whole = finish(rows_over(tiny), rows)
+    together = rows_over(tiny)
+    together.network = short = Exhausted(together, 3, error)
+    assert same(finish(together, rows), whole)
+    assert short.refused == len(caplog.records) == 2  # 10 and 5, never again
+    assert "decoder (4, 8, 8): memory ran out at 10 evaluations, 5 at once from here on" in caplog.text
+
+
+def test_one_evaluation_that_does_not_fit_fails_the_rows_it_was_of(tiny: TextToImage) -> None:
+    together = rows_over(tiny)
+    together.network = Exhausted(together, 0, SHORT[0])
+    with torch.no_grad():
+        together.admit(rows_of(tiny, 2))
+        tick = together.tick()
+    assert not together.lanes and not tick.taken
+    assert sorted(row.key for failed in tick.failed for row in failed.rows) == [0, 1]
+    for failed in tick.failed:
+        assert isinstance(failed.error, MemoryError) and "decoder (4, 8, 8): not even one fits" in str(failed.error)
+
+
+def test_a_call_that_fails_takes_its_own_rows_along_and_no_others(tiny: TextToImage) -> None:
+    rows = rows_of(tiny, 6)
+    rows[4] = replace(rows[4], prompt=rows[4].prompt.twin())  # so that its evaluations are known
+    whole = finish(rows_over(tiny), rows)
+    together = rows_over(tiny, buckets_of(2))
+    network, poison = together.network, rows[4].prompt
+
+    def fails(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        if poison in told.each and together.live[0].index == 2:
+            raise ValueError("a bad chunk")
+        return network(x, timestep, told)
+
+    together.network = fails
+    found, failed = {}, []
+    with torch.no_grad():
+        together.admit(rows)
+        while together.lanes:
+            tick = together.tick()
+            failed += tick.failed
+            found |= {one.row.key: one.x for one in tick.finished}
+    lost = {row.key for each in failed for row in each.rows}
+    assert 4 in lost and [str(each.error) for each in failed] == ["a bad chunk"]
+    assert set(found) == set(whole) - lost and len(found) >= 4 and same(found, whole)
+
+
+def test_a_bucket_is_what_memory_holds_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket("decoder", torch.device("cpu"))
+    assert bucket.wants_probe(3) and not bucket.wants_probe(PROBE)
+    weight = torch.ones(1000, 1000)
+
+    def call() -> Tensor:
+        x = torch.ones(PROBE, 1000) @ weight  # 8 kB, and as much for the ones
+        return x.view(-1)[1:].mul_(2)  # nothing new
+
+    bucket.probe(call)
+    assert bucket.cost == 8000.0 and not bucket.wants_probe(3)
+    monkeypatch.setattr("gen.bucket.free_memory", lambda device: 2 * 8000 * 100)
+    bucket.refresh()
+    assert bucket.size == 64  # the power of two below 100
+    assert bucket.halve(50) and (bucket.size, bucket.ceiling) == (25, 25)
+    bucket.refresh()
+    assert bucket.size == 25
+    monkeypatch.setattr("gen.bucket.free_memory", lambda device: 0)
+    bucket.refresh()
+    assert bucket.size == 1 and not bucket.halve(1)
+
+
+def test_a_footprint_is_no_less_than_what_is_in_use_at_once() -> None:
+    with Footprint() as footprint:
+        kept = [torch.zeros(1000) for _ in range(5)]
+        for _ in range(50):
+            torch.zeros(1000)
+    assert 4 * 1000 * 6 <= footprint.bytes < 4 * 1000 * 56 and len(kept) == 5

@@ -1,0 +1,194 @@
+"""How many evaluations a network is asked at once: what memory holds, measured, so that nobody picks a micro-batch.
+
+A `Bucket` belongs to one network and one shape. A small call is measured first; from then on its size is what the
+memory that is free just now has room for, and half of what was asked when memory ran out all the same. It knows
+neither networks nor rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+logger = logging.getLogger(__name__)
+
+PROBE = 2  # evaluations that are measured before more are asked: what guidance makes of one picture
+# The share of free memory that a call may take. CUDA's allocator leaves gaps; on the CPU what kernels take for
+# themselves is not measured, and other programs want some too.
+SHARE = {"cuda": 0.8, "cpu": 0.5}
+UNBOUNDED = sys.maxsize
+
+
+@dataclass(eq=False)
+class Bucket:
+    """The most evaluations of one shape to ask at once."""
+
+    name: str  # for the log
+    device: torch.device
+    size: int = UNBOUNDED  # a power of two once it is known, so that it does not follow every change of what is free
+    cost: float | None = None  # bytes of one evaluation; None: not measured
+    ceiling: int = UNBOUNDED  # lower once memory has run out
+
+    def wants_probe(self, count: int) -> bool:
+        """Whether `PROBE` evaluations have to be measured before so many are asked."""
+        return count > PROBE and self.cost is None and self.ceiling == UNBOUNDED and self.device.type in MEASURES
+
+    def probe(self, call: Callable[[], object]) -> None:
+        """Measure a call of `PROBE` evaluations.
+
+        Its answer is thrown away: measuring may change the last bits, and the first pictures of a process are to be
+        computed as all later ones are.
+        """
+        self.cost = MEASURES[self.device.type](call, self.device) / PROBE
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Size the bucket by the memory that is free now."""
+        free = None if self.cost is None else free_memory(self.device)
+        if self.cost is not None and free is not None:
+            room = int(SHARE[self.device.type] * free / max(self.cost, 1.0))
+            self.size = min(1 << (max(room, 1).bit_length() - 1), self.ceiling)
+
+    def halve(self, count: int) -> bool:
+        """After memory ran out at `count` evaluations, ask half from now on; False where one alone was too many."""
+        if count == 1:
+            return False
+        self.ceiling = count // 2
+        self.size = min(self.size, self.ceiling)
+        logger.warning("%s: memory ran out at %d evaluations, %d at once from here on", self.name, count, self.ceiling)
+        return True
+
+    def overflow(self, error: Exception) -> MemoryError:
+        """What to say where one evaluation alone was too many; it keeps nothing of what was in memory."""
+        told = str(error).strip().partition("\n")[0]
+        reason = MemoryError(f"{self.name}: not even one fits in memory; paint smaller, or in another dtype ({told})")
+        reason.__cause__ = error.with_traceback(None)
+        return reason
+
+
+@dataclass(eq=False)
+class Buckets:
+    """The buckets of a model, which outlive its requests: what was measured once need not be again."""
+
+    device: torch.device
+    known: dict[Hashable, Bucket] = field(default_factory=dict)
+
+    def of(self, stage: str, shape: tuple[int, ...]) -> Bucket:
+        """The bucket of a network's stage ("decoder", ...) for one shape of its input."""
+        if (stage, shape) not in self.known:
+            self.known[stage, shape] = Bucket(f"{stage} {shape}", self.device)
+        return self.known[stage, shape]
+
+
+def next_cut(ends: Sequence[int], start: int, size: int) -> int:
+    """Where a chunk that begins at `start` ends: `size` further at most, between two groups where that costs no call.
+
+    `ends` are where the groups end, ascending; the last is the number of all.
+    """
+    total = ends[-1]
+    furthest = min(start + size, total)
+    num_calls = -(-(total - start) // size)
+    nearest = max(start + 1, total - (num_calls - 1) * size)  # cut before this, the rest would take a call more
+    return max((end for end in ends if nearest <= end <= furthest), default=furthest)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator had no more to give; the CPU's says so in a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        told in str(error) for told in ("DefaultCPUAllocator", "can't allocate memory")
+    )
+
+
+# --- what is free ------------------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be had on the device now; None where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    told = [amount for amount in (_system_memory(), _control_group_memory()) if amount is not None]
+    return min(told, default=None)
+
+
+def _system_memory() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
+def _control_group_memory() -> int | None:
+    """What a container's limit leaves (cgroup v2); None where there is none."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+# --- what a call takes -------------------------------------------------------------------------------------------
+
+
+class Footprint(TorchDispatchMode):
+    """Bytes at all the addresses that operations wrote new results to: no less than was ever in use at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._largest: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Of all addresses together."""
+        return sum(self._largest.values())
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(_storages((args, kwargs)))
+        result = func(*args, **(kwargs or {}))
+        for address, size in _storages(result):
+            if address not in given:  # no view, and not written in place
+                self._largest[address] = max(size, self._largest.get(address, 0))
+        return result
+
+
+def _storages(values: Any) -> list[tuple[int, int]]:
+    """(address, bytes) of the memory behind every tensor in a nest of values."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+
+
+def _measure_cpu(call: Callable[[], object], device: torch.device) -> int:
+    with Footprint() as footprint:
+        call()
+    return footprint.bytes
+
+
+def _measure_cuda(call: Callable[[], object], device: torch.device) -> int:
+    """By the allocator's own book, which the host keeps: nothing waits for the device."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+# By kind of device; elsewhere a bucket holds everything until memory runs out.
+MEASURES: dict[str, Callable[[Callable[[], object], torch.device], int]] = {"cpu": _measure_cpu, "cuda": _measure_cuda}

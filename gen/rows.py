@@ -1,0 +1,513 @@
+"""Rows in flight over one network: the one loop that every picture and every prior embedding goes through.
+
+`Rows` holds rows of any prompts, settings and noise levels. A tick takes every row one step: it lists the
+evaluations (row, condition, weight), asks the network for them in as few calls as memory allows, weighs the answers
+back into their rows and lets `samplers.advance` move the state. Rows are admitted, dropped and finished one by one,
+and none ever depends on the others; when a call fails, the rows in it are out and the others go on. Nothing here
+waits for the device. It knows no requests, no prompts, no autoencoder and no ranking.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, groupby, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory, next_cut
+from gen.conditioning import Condition, Conditions
+from samplers.guidance import cfg_terms, combine, in_interval, rescale
+from samplers.noise import NoiseStream
+from samplers.sample import SAMPLERS, advance, needs_noise, start
+from samplers.scaling import Scaling, denoiser
+from samplers.schedule import Schedule
+from samplers.state import Denoise, Level, Prediction, State, per_row
+
+Network = Callable[[Tensor, Tensor, Conditions], Tensor]
+"""network(input (M, ...), timestep (M,), conditions of M) -> output (M, ...)"""
+
+MOST_CHURN = 2**0.5  # a step with s_churn begins at up to this times its level (Karras et al. 2022, Algorithm 2)
+
+
+# --- what goes in, and what comes out ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One picture in the making, as it is admitted; it is never changed."""
+
+    key: Hashable  # the caller's name for it
+    seed: int
+    shape: tuple[int, ...]  # of its x
+    schedule: Schedule
+    sampler: str
+    prompt: Condition  # the condition that counts
+    null: Condition | None = None  # the one guided away from; None only where guidance_scale is 1
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: everywhere
+    guidance_rescale: float = 0.0
+    options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
+    start: Tensor | None = None  # unit noise in place of the seed's block 0
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A condition that a row is evaluated under on the coming step."""
+
+    condition: Condition
+    weight: float  # a row's weights sum to one
+    alone: float  # the weight where guidance is off
+
+
+@dataclass(eq=False)
+class Live:
+    """A row in flight: where it stands, and where its noise comes from."""
+
+    row: Row
+    stream: NoiseStream
+    index: int = 0  # steps taken
+
+    @classmethod
+    def of(cls, row: Row, stage: str) -> Live:
+        """At its first level; `stage` is whose noise it draws."""
+        return cls(row, NoiseStream([row.seed], stage, row.shape))
+
+    @property
+    def steps_left(self) -> int:
+        """0 at the row's last level."""
+        return self.row.schedule.num_steps - self.index
+
+    def option(self, name: str) -> float:
+        """The row's own, or else the sampler's."""
+        return self.row.options.get(name, SAMPLERS[self.row.sampler].defaults[name])
+
+    @cached_property
+    def is_noisy(self) -> bool:
+        """Whether its steps add fresh noise."""
+        return any(self.option(name) > 0 for name in SAMPLERS[self.row.sampler].noise)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the coming step may ask at a level that is guided."""
+        return self._guided[self.index]
+
+    @property
+    def terms(self) -> list[Term]:
+        """What to evaluate on the coming step."""
+        row = self.row
+        if row.null is None or not self.is_guided:
+            return [Term(row.prompt, 1.0, 1.0)]
+        weights = cfg_terms(row.guidance_scale)
+        return [Term(row.null, weights["null"], 0.0), Term(row.prompt, weights["prompt"], 1.0)]
+
+    @cached_property
+    def _guided(self) -> list[bool]:
+        row = self.row
+        if row.guidance_scale == 1 or row.guidance_interval is None:
+            return [row.guidance_scale != 1] * row.schedule.num_steps
+        low, high = row.guidance_interval
+        churn = MOST_CHURN if row.options.get("s_churn") else 1.0
+        sigmas = row.schedule.sigmas.tolist()
+        # a step asks where it begins, and may ask on its way down and where it goes to, but never at level 0
+        return [low < now * churn and (next if next > 0 else now) <= high for now, next in pairwise(sigmas)]
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """A step that rows of a lane have just taken together."""
+
+    rows: list[Live]
+    x0: Tensor  # (B, ...) their clean estimates
+    evaluations: list[int]  # of the network, of each row
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A row that has reached its last level."""
+
+    row: Row
+    x: Tensor  # (...) float32
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """Rows that are out because a call that they shared has failed."""
+
+    rows: list[Row]
+    error: Exception
+
+
+@dataclass(eq=False)
+class Tick:
+    """What happened in one step of all rows."""
+
+    taken: list[Taken] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+
+
+# --- lanes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Where each row stands in its own schedule, on the device, so that no tick has to send it there."""
+
+    sigmas: Tensor  # (B, N + 1) float32, each row's levels; zeros behind its last
+    num_steps: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64, steps taken
+
+    @classmethod
+    def of(cls, live: Sequence[Live], device: torch.device) -> Walk:
+        """As the rows stand."""
+        longest = max(one.row.schedule.num_steps for one in live)
+        levels = [one.row.schedule.sigmas.float() for one in live]
+        sigmas = torch.stack([F.pad(each, (0, longest + 1 - len(each))) for each in levels])
+        num_steps = torch.tensor([one.row.schedule.num_steps for one in live])
+        index = torch.tensor([one.index for one in live])
+        return cls(sent(sigmas, device), sent(num_steps, device), sent(index, device))
+
+    def level(self, ahead: int) -> Level:
+        """The level so many steps on."""
+        index = self.index + ahead
+        return Level(self.sigmas.gather(1, index[:, None])[:, 0], index, self.num_steps - index)
+
+    def on(self) -> Walk:
+        """One step further."""
+        return Walk(self.sigmas, self.num_steps, self.index + 1)
+
+    def select(self, rows: Tensor) -> Walk:
+        """The rows (K,) that go on."""
+        return Walk(self.sigmas[rows], self.num_steps[rows], self.index[rows])
+
+    def cat(self, other: Walk) -> Walk:
+        """These rows, then the other's."""
+        longest = max(self.sigmas.shape[1], other.sigmas.shape[1])
+        sigmas = [F.pad(each, (0, longest - each.shape[1])) for each in (self.sigmas, other.sigmas)]
+        return Walk(
+            torch.cat(sigmas),
+            torch.cat([self.num_steps, other.num_steps]),
+            torch.cat([self.index, other.index]),
+        )
+
+
+@dataclass(eq=False)
+class Lane:
+    """Rows that share a state: one sampler, one shape."""
+
+    sampler: str
+    rows: list[Live]
+    state: State
+    walk: Walk
+    bucket: Bucket
+    plan: Plan | None = None  # of the coming step; None where the rows have changed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its evaluations fill a network call."""
+        return sum(len(one.terms) for one in self.rows) >= self.bucket.size
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A chunk of a lane's evaluations that the network is asked at once."""
+
+    start: int
+    stop: int
+    told: Conditions
+
+
+@dataclass(eq=False)
+class Plan:
+    """How a lane's evaluations are asked; it holds until the rows change, or which of them are guided."""
+
+    guided: list[bool]  # of each row
+    conditions: list[Condition]  # (M,) of each evaluation: text by text, and condition by condition within a text
+    slots: list[int]  # (M,) the row of each evaluation
+    ends: list[int]  # where the groups of one condition end
+    rows: Tensor  # (M,) int64, `slots` on the device, as all that follows
+    weights: Tensor  # (M,)
+    alone: Tensor  # (M,) the weights where guidance is off
+    interval: tuple[Tensor, Tensor]  # (B,) each
+    rescale: Tensor | None  # (B,); None where no row asks for it
+    options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
+    calls: list[Call] = field(default_factory=list)  # as the last pass made them
+
+    @classmethod
+    def of(cls, lane: Lane, device: torch.device) -> Plan:
+        """For the rows as they stand."""
+        listed = [(term, slot) for slot, one in enumerate(lane.rows) for term in one.terms]
+        texts: dict[int, int] = {}
+        conditions: dict[int, int] = {}
+        for term, _ in listed:  # in the order of their first use
+            texts.setdefault(id(term.condition.tokens), len(texts))
+            conditions.setdefault(id(term.condition), len(conditions))
+        listed.sort(key=lambda each: (texts[id(each[0].condition.tokens)], conditions[id(each[0].condition)], each[1]))
+        told = [term.condition for term, _ in listed]
+        rows = [one.row for one in lane.rows]
+        slots = [slot for _, slot in listed]
+        intervals = [row.guidance_interval or (-math.inf, math.inf) for row in rows]
+        low, high = sent(torch.tensor(intervals), device).unbind(1)
+        rescaled = [row.guidance_rescale for row in rows]
+        return cls(
+            guided=[one.is_guided for one in lane.rows],
+            conditions=told,
+            slots=slots,
+            ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),
+            rows=sent(torch.tensor(slots), device),
+            weights=sent(torch.tensor([term.weight for term, _ in listed]), device),
+            alone=sent(torch.tensor([term.alone for term, _ in listed]), device),
+            interval=(low, high),
+            rescale=sent(torch.tensor(rescaled), device) if any(rescaled) else None,
+            options=options_of(lane, device),
+        )
+
+    def call(self, place: int, start: int, size: int) -> Call:
+        """Call number `place` of a pass, of `size` evaluations at most; the last pass's own where it is the same."""
+        stop = next_cut(self.ends, start, size)
+        if place < len(self.calls):
+            former = self.calls[place]
+            if (former.start, former.stop) == (start, stop):
+                return former
+        self.calls[place:] = [Call(start, stop, Conditions(tuple(self.conditions[start:stop])))]
+        return self.calls[place]
+
+
+class CallFailed(Exception):
+    """A network call raised; `__cause__` says what."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """A step that has been worked out and not yet taken."""
+
+    state: State
+    x0: Tensor
+    num_asked: int  # times that every evaluation was asked; 2 of Heun's steps
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Rows:
+    """Rows over one network; see the module."""
+
+    network: Network
+    scaling: Scaling
+    stage: str  # whose noise the rows draw: "decoder", "prior", ...
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    buckets: Buckets | None = None  # what is known of the memory that calls take; None: nothing yet
+    lanes: dict[Hashable, Lane] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scaling = self.scaling.to(self.device)
+        if self.buckets is None:
+            self.buckets = Buckets(self.device)
+
+    @property
+    def live(self) -> list[Live]:
+        """The rows in flight."""
+        return [live for lane in self.lanes.values() for live in lane.rows]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the rows of some lane fill a network call, so that further ones would not go faster beside them."""
+        return any(lane.is_full for lane in self.lanes.values())
+
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Let rows in at their first level, beside whatever is in flight."""
+        grouped: dict[Hashable, list[Live]] = {}
+        for row in rows:
+            grouped.setdefault(lane_of(row), []).append(Live.of(row, self.stage))
+        for key, live in grouped.items():
+            first = live[0].row
+            unit = [one.stream.at(0)[0] if one.row.start is None else one.row.start.float().cpu() for one in live]
+            scales = torch.tensor([one.row.schedule.start_scale for one in live])
+            state = start(first.sampler, sent(torch.stack(unit), self.device), sent(scales, self.device))
+            self.join(key, Lane(first.sampler, live, state, Walk.of(live, self.device), self._bucket(first)))
+
+    def join(self, key: Hashable, lane: Lane) -> None:
+        """Let a lane's rows in as they stand."""
+        if key in self.lanes:
+            here = self.lanes[key]
+            here.rows, here.plan = here.rows + lane.rows, None
+            here.state, here.walk = here.state.cat(lane.state), here.walk.cat(lane.walk)
+        else:
+            self.lanes[key] = lane
+
+    def tick(self) -> Tick:
+        """Take every row one step; the rows that reached their last level leave, and so do those that failed."""
+        tick = Tick()
+        for lane in list(self.lanes.values()):
+            taken = self._step(lane, tick.failed)
+            if taken is not None:
+                tick.taken.append(taken)
+            ended = {slot for slot, one in enumerate(lane.rows) if one.steps_left == 0}
+            for slot in sorted(ended):
+                row = lane.rows[slot].row
+                tick.finished.append(Finished(row, lane.state.x[slot] * row.schedule.end_scale))
+            self._take_out(lane, ended)
+        return tick
+
+    def drop(self, keys: AbstractSet[Hashable]) -> None:
+        """Give up the rows of these keys; the others do not notice."""
+        for lane in list(self.lanes.values()):
+            self._take_out(lane, {slot for slot, one in enumerate(lane.rows) if one.row.key in keys})
+
+    def run(self, rows: Iterable[Row], max_rows: int | None = None) -> Iterator[list[Finished]]:
+        """Tick until every row has finished or was dropped, at most `max_rows` in flight (None: all).
+
+        Yields after every tick what finished in it, so the caller can look, drop rows or stop. Raises what a
+        network call raised. It keeps no row that has finished, nor what only that one was told.
+        """
+        waiting = deque(rows)
+        del rows
+        while waiting or self.lanes:
+            room = len(waiting) if max_rows is None else min(max_rows - len(self.live), len(waiting))
+            self.admit([waiting.popleft() for _ in range(room)])
+            tick = self.tick()
+            for failed in tick.failed:
+                raise failed.error
+            yield tick.finished
+
+    def _bucket(self, row: Row) -> Bucket:
+        assert self.buckets is not None
+        return self.buckets.of(self.stage, row.shape)
+
+    def _take_out(self, lane: Lane, slots: AbstractSet[int]) -> None:
+        if not slots:
+            return
+        kept = [slot for slot in range(len(lane.rows)) if slot not in slots]
+        lane.rows, lane.plan = [lane.rows[slot] for slot in kept], None
+        if kept:
+            rows = sent(torch.tensor(kept), self.device)
+            lane.state, lane.walk = lane.state.select(rows), lane.walk.select(rows)
+        else:
+            self.lanes = {key: other for key, other in self.lanes.items() if other is not lane}
+
+    def _step(self, lane: Lane, failed: list[Failed]) -> Taken | None:
+        """The lane's rows one step on; the same step again without the rows of a call that failed."""
+        while lane.rows:
+            outcome = self._worked_out(lane)
+            if isinstance(outcome, Failed):
+                failed.append(outcome)
+                out = {id(row) for row in outcome.rows}
+                self._take_out(lane, {slot for slot, one in enumerate(lane.rows) if id(one.row) in out})
+            elif outcome is not None:  # None: memory ran out, and a smaller bucket tries again
+                evaluations = [outcome.num_asked * len(one.terms) for one in lane.rows]
+                lane.state, lane.walk = outcome.state, lane.walk.on()
+                for one in lane.rows:
+                    one.index += 1
+                return Taken(lane.rows, outcome.x0, evaluations)
+        return None
+
+    def _worked_out(self, lane: Lane) -> Moved | Failed | None:
+        if lane.plan is None or lane.plan.guided != [one.is_guided for one in lane.rows]:
+            lane.bucket.refresh()
+            lane.plan = Plan.of(lane, self.device)
+        plan = lane.plan
+        seen: list[Tensor] = []
+        try:
+            noise = self._noise(lane, plan.options)
+            denoise = self._denoise(lane, plan, seen)
+            now, next = lane.walk.level(0), lane.walk.level(1)
+            state = advance(lane.sampler, denoise, lane.state, now, next, noise, plan.options)
+        except CallFailed as failure:
+            cause = failure.__cause__
+            assert isinstance(cause, Exception)
+            return self._given_up(lane, failure.call, cause)
+        except Exception as error:
+            return Failed([one.row for one in lane.rows], error)
+        return Moved(state, seen[-1], len(seen))
+
+    def _given_up(self, lane: Lane, call: Call, error: Exception) -> Failed | None:
+        """The rows of a call that failed; None where it is to be asked again in smaller ones."""
+        assert lane.plan is not None
+        size = call.stop - call.start
+        if is_out_of_memory(error):
+            if lane.bucket.halve(size):
+                return None
+            error = lane.bucket.overflow(error)
+        return Failed([lane.rows[slot].row for slot in sorted(set(lane.plan.slots[call.start : call.stop]))], error)
+
+    def _noise(self, lane: Lane, options: dict[str, Tensor]) -> Tensor | None:
+        """Fresh noise (B, ...) of the coming step; None where no row of the lane takes any."""
+        if not needs_noise(lane.sampler, options):
+            return None
+        # block 0 was the start, so the step from level i draws block i + 1
+        blocks = [one.stream.at(one.index + 1) if one.is_noisy else torch.zeros(1, *one.row.shape) for one in lane.rows]
+        return sent(torch.cat(blocks), self.device)
+
+    def _denoise(self, lane: Lane, plan: Plan, seen: list[Tensor]) -> Denoise:
+        """The lane's rows as one denoiser, evaluations weighed into their rows; its answers are put into `seen` too."""
+
+        def denoise(x: Tensor, sigma: Tensor) -> Prediction:
+            guided = in_interval(sigma, plan.interval)
+            each = self._estimates(lane, plan, x, sigma)  # (M, ...)
+            weights = torch.where(guided[plan.rows], plan.weights, plan.alone)
+            x0 = combine(each, weights, plan.rows, len(x))
+            if plan.rescale is not None:
+                prompt = combine(each, plan.alone, plan.rows, len(x))
+                changed = rescale(x0, prompt, x, sigma, plan.rescale, self.scaling)
+                x0 = torch.where(per_row((plan.rescale > 0) & guided, x0), changed, x0)
+            seen.append(x0)
+            return Prediction(x0)
+
+        return denoise
+
+    def _estimates(self, lane: Lane, plan: Plan, x: Tensor, sigma: Tensor) -> Tensor:
+        """The clean estimate of every evaluation, (M, ...), in as few calls as the bucket allows."""
+        if lane.bucket.wants_probe(len(plan.slots)):
+            told = Conditions(tuple(condition.twin() for condition in plan.conditions[:PROBE]))
+            first, at = Call(0, PROBE, told), plan.rows[:PROBE]
+            lane.bucket.probe(lambda: self._asked(first, x[at], sigma[at]))
+        answers: list[Tensor] = []
+        start = 0
+        while start < len(plan.slots):
+            call = plan.call(len(answers), start, lane.bucket.size)
+            at = plan.rows[call.start : call.stop]
+            answers.append(self._asked(call, x[at], sigma[at]))
+            start = call.stop
+        return torch.cat(answers)
+
+    def _asked(self, call: Call, x: Tensor, sigma: Tensor) -> Tensor:
+        estimate = denoiser(lambda noisy, timestep: self.network(noisy, timestep, call.told), self.scaling)
+        try:
+            return estimate(x, sigma).x0
+        except Exception as error:
+            raise CallFailed(call) from error
+
+
+def lane_of(row: Row) -> Hashable:
+    """What rows have in common that share a lane."""
+    tokens = row.prompt.tokens
+    return row.sampler, row.shape, None if tokens is None else tokens.shape
+
+
+def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:
+    """The sampler's options, (B,) each; one that every row leaves as the sampler has it is left out."""
+    told = {}
+    for name, default in SAMPLERS[lane.sampler].defaults.items():
+        values = [one.option(name) for one in lane.rows]
+        if any(value != default for value in values):
+            told[name] = sent(torch.tensor(values), device)
+    return told
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; to CUDA through pinned memory, so that nothing waits for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
