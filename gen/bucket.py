@@ -80,14 +80,11 @@ class Bucket:
 class Buckets:
     """The buckets of a model, which outlive its requests: what was measured once need not be again."""
 
-    device: torch.device
     known: dict[Hashable, Bucket] = field(default_factory=dict)
 
-    def of(self, stage: str, shape: tuple[int, ...]) -> Bucket:
+    def of(self, stage: str, shape: tuple[int, ...], device: torch.device) -> Bucket:
         """The bucket of a network's stage ("decoder", ...) for one shape of its input."""
-        if (stage, shape) not in self.known:
-            self.known[stage, shape] = Bucket(f"{stage} {shape}", self.device)
-        return self.known[stage, shape]
+        return self.known.setdefault((stage, shape, device), Bucket(f"{stage} {shape}", device))
 
 
 def next_cut(ends: Sequence[int], start: int, size: int) -> int:

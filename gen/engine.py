@@ -239,7 +239,7 @@ class Engine(Generic[R]):
         self.model = model
         self._conclude = conclude
         self._max_rows = max_rows
-        self._buckets = buckets or Buckets(model.device)
+        self._buckets = Buckets() if buckets is None else buckets
         self._table = Table()
         self._stages: dict[Stage, Rows] = {}  # an embedding goes on as a picture within a tick, so the prior is first
         if model.prior is not None:
@@ -519,7 +519,7 @@ class Engine(Generic[R]):
                 self._decode_all(shape, here)
 
     def _decode_all(self, shape: tuple[int, ...], members: Sequence[tuple[Flight[R], int]]) -> None:
-        bucket, waiting = self._buckets.of("decode", shape), deque(members)
+        bucket, waiting = self._buckets.of("decode", shape, self.model.device), deque(members)
         while waiting:
             size = min(len(waiting), DECODE_CHUNK, bucket.size)
             chunk = [waiting.popleft() for _ in range(size)]

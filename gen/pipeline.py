@@ -64,7 +64,7 @@ class TextToImage:
         self.model = model
         self.name = name
         self._hash = model_hash
-        self._buckets = Buckets(model.device)
+        self._buckets = Buckets()
 
     @classmethod
     def from_pretrained(
@@ -119,7 +119,7 @@ class TextToImage:
         negative_prompt_embeds: Tensor | None = None,  # (prompts, L, D)
         image_embeds: Tensor | None = None,  # (prompts, E), in place of the prior's answer
         output_type: str = "pil",  # "pil", "pt", "np" or "latent"
-        batch_size: int | None = None,  # rows in flight at most; None: all. Pictures do not depend on it
+        batch_size: int | None = None,  # rows in flight at most; None: as memory allows. Pictures do not depend on it
         callback: Callback | None = None,  # called after every step, to look or to cancel
         progress: bool = False,  # a bar on standard error
     ) -> Result:
@@ -170,7 +170,7 @@ class TextToImage:
         The callback sees each request's pictures by themselves; when it cancels one, the whole call is over.
         """
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is out of range; give 1 or more, or None for all at once")
+            raise ValueError(f"batch_size={batch_size} is out of range; give 1 or more, or None: as memory allows")
         jobs = [request.resolve(self.model.abilities) for request in requests]
         with ExitStack() as stack:
             moved = self._moving(jobs, stack.enter_context(bar())) if progress else None

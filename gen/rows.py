@@ -308,13 +308,11 @@ class Rows:
     scaling: Scaling
     stage: str  # whose noise the rows draw: "decoder", "prior", ...
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    buckets: Buckets | None = None  # what is known of the memory that calls take; None: nothing yet
+    buckets: Buckets = field(default_factory=Buckets)  # what is known of the memory that calls take
     lanes: dict[Hashable, Lane] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scaling = self.scaling.to(self.device)
-        if self.buckets is None:
-            self.buckets = Buckets(self.device)
 
     @property
     def live(self) -> list[Live]:
@@ -336,7 +334,8 @@ class Rows:
             unit = [one.stream.at(0)[0] if one.row.start is None else one.row.start.float().cpu() for one in live]
             scales = torch.tensor([one.row.schedule.start_scale for one in live])
             state = start(first.sampler, sent(torch.stack(unit), self.device), sent(scales, self.device))
-            self.join(key, Lane(first.sampler, live, state, Walk.of(live, self.device), self._bucket(first)))
+            bucket = self.buckets.of(self.stage, first.shape, self.device)
+            self.join(key, Lane(first.sampler, live, state, Walk.of(live, self.device), bucket))
 
     def join(self, key: Hashable, lane: Lane) -> None:
         """Let a lane's rows in as they stand."""
@@ -381,10 +380,6 @@ class Rows:
             for failed in tick.failed:
                 raise failed.error
             yield tick.finished
-
-    def _bucket(self, row: Row) -> Bucket:
-        assert self.buckets is not None
-        return self.buckets.of(self.stage, row.shape)
 
     def _take_out(self, lane: Lane, slots: AbstractSet[int]) -> None:
         if not slots:

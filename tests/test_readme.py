@@ -32,10 +32,12 @@ def test_the_command_line_section_runs_as_typed(tmp_path: Path) -> None:
 
 def test_the_python_section_runs(tmp_path: Path) -> None:
     names: dict[str, object] = {}
-    exec(blocks("From Python", "python")[0], names)
+    for block in blocks("From Python", "python"):
+        exec(block, names)
     result = names["result"]
     assert len(result.images) == len(result.scores) == len(result.seeds) == 4  # type: ignore[attr-defined]
     assert result.scores == sorted(result.scores, reverse=True)  # type: ignore[attr-defined]
+    assert names["red"].done() and names["blue"].done()  # type: ignore[attr-defined]
 
 
 def test_the_training_commands_name_recipes_that_are_there() -> None:

@@ -98,7 +98,7 @@ def vary(settings: Settings, k: int) -> Settings:
 
 
 def rows_over(model: TextToImage, buckets: Buckets | None = None) -> Rows:
-    return Rows(model.model.call, model.model.levels.scaling, "decoder", buckets=buckets)
+    return Rows(model.model.call, model.model.levels.scaling, "decoder", buckets=buckets or Buckets())
 
 
 def counting(rows: Rows) -> list[int]:
@@ -113,10 +113,10 @@ def counting(rows: Rows) -> list[int]:
     return counts
 
 
-def buckets_of(size: int, shape: tuple[int, ...] = (4, 8, 8)) -> Buckets:
+def buckets_of(size: int) -> Buckets:
     """As if memory held so many evaluations."""
-    device = torch.device("cpu")
-    return Buckets(device, {("decoder", shape): Bucket("decoder", device, size, ceiling=size)})
+    device, shape = torch.device("cpu"), (4, 8, 8)
+    return Buckets({("decoder", shape, device): Bucket("decoder", device, size, ceiling=size)})
 
 
 @torch.no_grad()

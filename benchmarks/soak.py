@@ -1,0 +1,124 @@
+"""Thousands of requests through one engine, which must leave nothing behind.
+
+    python benchmarks/soak.py [MODEL] [--requests 10000] [--in-flight 32]
+
+Short requests of several kinds, among them some that are cancelled and some that fail. Ten times on the way the
+engine is let run empty, and what is in memory is counted: objects of requests, tensors and the resident set. It
+fails where there are more objects than after the first tenth, or the resident set has grown by more than a tenth since
+then. The result is kept in benchmarks/results/soak.json.
+"""
+
+import gc
+import json
+import os
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from gen import Engine, Request, Result, Step, TextToImage
+from gen.conditioning import Condition, Conditions
+from gen.engine import Flight
+from gen.request import Job
+from gen.rows import Live, Row
+from training.provenance import provenance
+
+RESULT = Path(__file__).parent / "results" / "soak.json"
+COUNTED = (Condition, Conditions, Flight, Future, Job, Live, Result, Row, torch.Tensor)
+SLACK = 50  # objects of the requests that the engine is just taking out; a leak would leave thousands
+GROWTH = 1.1  # of the resident set
+
+
+def request(index: int) -> Request:
+    """A short one; what each says is its own, so that nothing is shared."""
+    kind: dict[str, Any] = [{}, {"prior": False}, {"guidance_scale": 1.0}, {"sampler": "heun"}][index % 4]
+    return Request(
+        prompt=f"a small red circle, number {index}",
+        seed=index,
+        num_inference_steps=2,
+        prior_num_inference_steps=None if kind.get("prior") is False else 2,
+        rerank=False,
+        output_type="latent",
+        **kind,
+    )
+
+
+def fail(step: Step) -> None:
+    """As a user's callback may."""
+    raise ValueError("a callback's own error")
+
+
+def paint(engine: Engine[Result], first: int, number: int, in_flight: int) -> Counter[str]:
+    """How so many requests ended, with at most `in_flight` of them at once."""
+    room, ends = threading.Semaphore(in_flight), Counter[str]()
+
+    def ended(future: Future[Result]) -> None:
+        ends["cancelled" if future.cancelled() else "failed" if future.exception() else "painted"] += 1
+        room.release()
+
+    for index in range(first, first + number):
+        room.acquire()
+        future = engine.submit(request(index), callback=fail if index % 11 == 0 else None)
+        future.add_done_callback(ended)
+        if index % 7 == 0:
+            future.cancel()
+    for _ in range(in_flight):
+        room.acquire()
+    return ends
+
+
+def counted() -> dict[str, int]:
+    """What is in memory."""
+    gc.collect()
+    objects = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in COUNTED)
+    return dict(sorted(objects.items()))
+
+
+def resident() -> int:
+    """Bytes of the resident set."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A bundled name, a folder or a hub id.")] = "shapes64",
+    requests: Annotated[int, typer.Option(min=20)] = 10_000,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
+    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULT,
+) -> None:
+    """Paint them all and count."""
+    painter = TextToImage.from_pretrained(model, device)
+    ends, rounds = Counter[str](), []
+    began = time.perf_counter()
+    with painter.engine() as engine:
+        for tenth in range(10):
+            ends += paint(engine, tenth * (requests // 10), requests // 10, in_flight)
+            rounds.append({"objects": counted(), "resident_bytes": resident()})
+    seconds = time.perf_counter() - began
+    first, last = rounds[0], rounds[-1]
+    before = first["objects"]
+    leaked = {name: number for name, number in last["objects"].items() if number > before.get(name, 0) + SLACK}
+    found = {"model": model, "requests": requests, "in_flight": in_flight, "ends": dict(ends), "rounds": rounds}
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(
+        json.dumps({**found, "seconds": seconds, **provenance(painter.model.device)}, indent=1) + "\n", encoding="utf-8"
+    )
+    print("| after | tensors | resident, MB |")
+    print("|---|---|---|")
+    for tenth, each in enumerate(rounds, 1):
+        print(
+            f"| {tenth * (requests // 10)} | {each['objects'].get('Tensor', 0)} | {each['resident_bytes'] / 1e6:.0f} |"
+        )
+    print(f"\n{dict(ends)} in {seconds:.0f} s")
+    if leaked or last["resident_bytes"] > GROWTH * first["resident_bytes"]:
+        print(f"left behind: {leaked}")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,613 @@
+"""Requests in flight: each is answered as if it were alone, whatever joins, leaves or goes wrong beside it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import random
+import runpy
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gen import Cancelled, Engine, Request, Result, Step, TextToImage
+from gen.bucket import Bucket, Buckets
+from gen.conditioning import Condition, Conditions
+from gen.engine import Account, Flight, Painted
+from gen.request import Job
+from gen.rows import Live, Row
+from gen.search import Standing
+
+LEVEL = 1 / 255  # one 8-bit level
+SECONDS = 120  # a wait that should never be needed
+
+PLAIN = Request(prompt="a small red circle", seed=7, rerank=False, output_type="latent")
+KINDS = [
+    PLAIN,
+    replace(PLAIN, prompt="a large blue square", seed=1, num_images_per_prompt=3),
+    replace(PLAIN, guidance_scale=1.0, num_inference_steps=7),
+    replace(PLAIN, guidance_scale=7.5, num_inference_steps=2, negative_prompt="a star"),
+    replace(PLAIN, prompt=["a star", "a red square"], sampler="heun", num_inference_steps=3),
+    replace(PLAIN, eta=0.7, noise_level=300, prior_guidance_scale=4.0),
+    replace(PLAIN, prior=False, guidance_rescale=0.7, num_images_per_prompt=2),
+    replace(PLAIN, height=32, width=96, guidance_interval=(0.5, 5.0)),
+    replace(PLAIN, sampler="dpmpp_2m_sde", num_inference_steps=5, prior_num_inference_steps=6),
+    replace(PLAIN, prompt=None, image_embeds=torch.ones(1, 16), sampler="unipc", num_inference_steps=4),
+]
+
+
+Latents = dict[int, Tensor]
+
+
+def latents_of(job: Job, painted: Mapping[int, Painted], account: Account) -> Latents:
+    return {index: each.latents for index, each in painted.items()}
+
+
+def engine_of(model: TextToImage, **settings: Any) -> Engine[Latents]:
+    return Engine(model.model, latents_of, **settings)
+
+
+def altered(model: TextToImage, **methods: Callable[..., Any]) -> TextToImage:
+    """The same networks, with some methods of the family wrapped."""
+    family = copy.copy(model.model)
+    vars(family).update(methods)
+    return TextToImage(family)
+
+
+def alone(model: TextToImage, request: Request) -> Latents:
+    engine = engine_of(model)
+    future = engine.submit(request)
+    while engine.tick():
+        pass
+    return future.result(timeout=0)
+
+
+def same(ours: Latents, theirs: Latents) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        (x - theirs[index]).abs().max() <= 1e-5 * theirs[index].abs().max().clamp(min=1) for index, x in ours.items()
+    )
+
+
+def decoder_rows(engine: Engine[Any]) -> list[Live]:
+    return engine._stages["decoder"].live
+
+
+def run(engine: Engine[Any], ticks: int | None = None) -> None:
+    while ticks is None or ticks > 0:
+        more = engine.tick()
+        if ticks is None and not more:
+            return
+        ticks = None if ticks is None else ticks - 1
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: TextToImage) -> list[Latents]:
+    """Of every kind of request, painted by itself."""
+    return [alone(tiny, request) for request in KINDS]
+
+
+# --- one request does not notice another -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_picture_is_the_same_whatever_else_runs(tiny: TextToImage, expected: list[Latents], seed: int) -> None:
+    """Requests of every kind join at any tick, some are cancelled, some fail, at several limits."""
+    draw = random.Random(seed)
+    engine = engine_of(tiny, max_rows=draw.choice([None, 2, 5]), buckets=draw.choice([None, buckets_of(3)]))
+    waiting = [draw.randrange(len(KINDS)) for _ in range(16)]
+    futures: list[tuple[int, Future[Latents]]] = []
+    cancelled, failing = set[Future[Latents]](), set[Future[Latents]]()
+    while waiting or engine.tick():
+        for _ in range(min(draw.choice([0, 0, 1, 2]), len(waiting))):
+            kind = waiting.pop()
+            fails = draw.random() < 0.15
+            future = engine.submit(KINDS[kind], callback=refuse if fails else None)
+            futures.append((kind, future))
+            failing |= {future} if fails else set()
+        if futures and draw.random() < 0.1:
+            _, future = draw.choice(futures)
+            cancelled |= {future} if future.cancel() else set()
+        if waiting:
+            engine.tick()
+    assert len(futures) == 16 and len(failing | cancelled) < 16
+    for kind, future in futures:
+        if future in cancelled:
+            assert future.cancelled()
+        elif future in failing:
+            assert isinstance(future.exception(timeout=0), Refused)
+        else:
+            assert same(future.result(timeout=0), expected[kind])
+    other = alone(tiny, replace(PLAIN, seed=8))
+    assert not same(other, expected[0])
+
+
+class Refused(Exception):
+    """A callback's own error."""
+
+
+def refuse(step: Step) -> None:
+    if step.stage == "decoder" and step.steps_left[0] == 1:
+        raise Refused("no more")
+
+
+def buckets_of(size: int) -> Buckets:
+    """As if memory held so many evaluations of the square pictures."""
+    device, shape = torch.device("cpu"), (4, 8, 8)
+    return Buckets({("decoder", shape, device): Bucket("decoder", device, size, ceiling=size)})
+
+
+def test_pictures_and_scores_are_those_of_a_plain_call(tiny: TextToImage) -> None:
+    asked = [
+        Request(prompt="a star", seed=4, num_images_per_prompt=5, keep=2, output_type="pt"),
+        Request(prompt=["a red circle", "a square"], seed=2, num_images_per_prompt=2, output_type="pt", prior=False),
+        Request(prompt="a star", seed=9, rerank=False, output_type="pt", height=32),
+    ]
+    plain = [tiny.paint([request])[0] for request in asked]
+    with tiny.engine() as engine:
+        together = [future.result(SECONDS) for future in [engine.submit(request) for request in asked]]
+    for ours, theirs in zip(together, plain, strict=True):
+        assert ours.seeds == theirs.seeds and (ours.images - theirs.images).abs().max() <= LEVEL
+        assert ours.scores == (None if theirs.scores is None else pytest.approx(theirs.scores, abs=1e-3))
+        assert (ours.account.evaluations, ours.account.decodes) == (theirs.account.evaluations, theirs.account.decodes)
+
+
+def test_many_threads_submit_at_once(tiny: TextToImage, expected: list[Latents]) -> None:
+    found: dict[int, Latents] = {}
+    with engine_of(tiny) as engine:
+
+        def ask(kind: int) -> None:
+            found[kind] = engine.submit(KINDS[kind]).result(SECONDS)
+
+        threads = [threading.Thread(target=ask, args=[kind]) for kind in range(len(KINDS))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SECONDS)
+    assert sorted(found) == list(range(len(KINDS)))
+    assert all(same(found[kind], expected[kind]) for kind in found)
+
+
+def test_the_prior_of_a_late_request_runs_beside_the_decoder_of_an_early_one(tiny: TextToImage) -> None:
+    engine = engine_of(tiny)
+    stages: list[tuple[str, str]] = []
+    early = engine.submit(PLAIN, callback=lambda step: stages.append(("early", step.stage)))
+    run(engine, ticks=4)  # three steps of the prior; the embedding is finished and painted on in the third
+    late = engine.submit(replace(PLAIN, seed=1), callback=lambda step: stages.append(("late", step.stage)))
+    stages.clear()
+    engine.tick()
+    assert stages == [("late", "prior"), ("early", "decoder")]
+    run(engine)
+    assert early.done() and late.done()
+
+
+def test_a_request_is_answered_as_soon_as_it_is_done(tiny: TextToImage, expected: list[Latents]) -> None:
+    engine = engine_of(tiny)
+    long = engine.submit(replace(PLAIN, num_inference_steps=12, prior=False))
+    run(engine, ticks=2)
+    short = engine.submit(replace(KINDS[3], prior=False))
+    run(engine, ticks=2)
+    assert short.done() and not long.done()
+    run(engine)
+    assert long.done()
+
+
+def test_requests_that_say_the_same_are_told_the_same(tiny: TextToImage) -> None:
+    """Two requests in flight with one prompt and one null: one text each, encoded once."""
+    read: list[int] = []
+    hook = tiny.model.text.encoder.register_forward_hook(lambda module, given, out: read.append(len(given) or 1))
+    engine = engine_of(tiny)
+    for seed in (1, 2):
+        engine.submit(replace(PLAIN, prompt="a green star", seed=seed, prior=False, num_images_per_prompt=2))
+    engine.tick()
+    hook.remove()
+    assert len(read) <= 2  # the prompt, and the empty one where this model has not read it before
+    told = {condition for one in decoder_rows(engine) for condition in (one.row.prompt, one.row.null)}
+    assert len(decoder_rows(engine)) == 4 and len(told) == 2
+    run(engine)
+
+
+# --- room --------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_rows_are_in_flight_than_were_allowed(tiny: TextToImage, expected: list[Latents]) -> None:
+    engine = engine_of(tiny, max_rows=3)
+    futures = [engine.submit(request) for request in KINDS]
+    seen = []
+    while engine.tick():
+        seen.append(sum(len(rows.live) for rows in engine._stages.values()))
+    assert max(seen) == 3
+    assert all(same(future.result(timeout=0), theirs) for future, theirs in zip(futures, expected, strict=True))
+
+
+def test_requests_wait_their_turn_once_a_call_is_full(tiny: TextToImage) -> None:
+    """First come, first served, and whole: two candidates with guidance are four evaluations, of which three fit."""
+    engine = engine_of(tiny, buckets=buckets_of(3))
+    request = replace(PLAIN, prior=False, num_images_per_prompt=2)
+    first, second = engine.submit(request), engine.submit(replace(request, seed=1))
+    engine.tick()
+    assert len(decoder_rows(engine)) == 2
+    run(engine, ticks=3)
+    assert first.done() and not second.done()
+    run(engine)
+    assert same(second.result(timeout=0), alone(tiny, replace(request, seed=1)))
+
+
+def test_when_memory_runs_out_nobody_notices(tiny: TextToImage, expected: list[Latents]) -> None:
+    refused: Counter[int] = Counter()
+
+    def short(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        if len(x) > 3:
+            refused[len(x)] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return tiny.model.call(x, timestep, told)
+
+    engine = engine_of(altered(tiny, call=short))
+    futures = [engine.submit(request) for request in KINDS]
+    run(engine)
+    assert all(same(future.result(timeout=0), theirs) for future, theirs in zip(futures, expected, strict=True))
+    assert refused and max(refused.values()) == 1  # no number of evaluations was tried twice
+
+
+def test_when_memory_runs_out_over_pictures_fewer_are_decoded_at_once(tiny: TextToImage) -> None:
+    sizes: list[int] = []
+
+    def short(latents: Tensor) -> Tensor:
+        sizes.append(len(latents))
+        if len(latents) > 3:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+        return tiny.model.decode(latents)
+
+    request = Request(prompt="a star", seed=1, num_images_per_prompt=7, output_type="pt", prior=False)
+    ours, theirs = altered(tiny, decode=short).paint([request])[0], tiny.paint([request])[0]
+    assert sizes == [2, 7, 3, 3, 1]  # the first is measured
+    assert (ours.images - theirs.images).abs().max() <= LEVEL and ours.seeds == theirs.seeds
+
+
+# --- cancelling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ticks", [0, 1, 4])  # before it begins, in the prior, in the decoder
+def test_a_cancelled_request_is_out_at_the_next_tick(tiny: TextToImage, expected: list[Latents], ticks: int) -> None:
+    engine = engine_of(tiny)
+    kept, gone = engine.submit(KINDS[1]), engine.submit(KINDS[5])
+    run(engine, ticks)
+    assert gone.cancel() and gone.cancelled()
+    engine.tick()
+    seeds = {one.row.seed for rows in engine._stages.values() for one in rows.live}
+    assert seeds == {1, 2, 3}
+    assert wait([gone], timeout=0).done == {gone}
+    with pytest.raises(CancelledError):
+        gone.result(timeout=0)
+    run(engine)
+    assert same(kept.result(timeout=0), expected[1])
+    assert not kept.cancel() and not kept.cancelled()  # too late
+
+
+def test_a_request_can_be_cancelled_while_the_engine_runs_by_itself(tiny: TextToImage) -> None:
+    begun = threading.Event()
+    with engine_of(tiny) as engine:
+        future = engine.submit(replace(PLAIN, num_inference_steps=900, prior=False), callback=lambda _: begun.set())
+        assert begun.wait(SECONDS) and not future.done()
+        assert future.cancel()
+        assert wait([future], SECONDS).done
+        assert engine.submit(KINDS[3]).result(SECONDS)
+
+
+def test_a_callback_cancels_its_own_request(tiny: TextToImage, expected: list[Latents]) -> None:
+    engine = engine_of(tiny)
+    other = engine.submit(KINDS[1])
+    gone = engine.submit(PLAIN, callback=lambda step: step.cancel() if step.stage == "decoder" else None)
+    run(engine)
+    with pytest.raises(Cancelled, match="cancelled in the decoder with 3 steps left"):
+        gone.result(timeout=0)
+    assert same(other.result(timeout=0), expected[1])
+
+
+def test_in_one_call_for_many_requests_a_callback_ends_them_all(tiny: TextToImage) -> None:
+    seen: list[int] = []
+
+    def stop(step: Step) -> None:
+        seen.extend(step.seeds)
+        if step.stage == "decoder" and 3 in step.seeds:
+            step.cancel()
+
+    with pytest.raises(Cancelled):
+        tiny.paint([replace(PLAIN, seed=seed) for seed in (2, 3, 4)], callback=stop)
+    assert set(seen) == {2, 3, 4}
+
+
+# --- failing -----------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_cannot_be_encoded_fails_its_request_alone(tiny: TextToImage, expected: list[Latents]) -> None:
+    def tell(candidates: Sequence[Any], table: Any) -> Any:
+        if any("zebra" in candidate.prompt for candidate in candidates):
+            raise Refused("no zebras")
+        return tiny.model.tell(candidates, table)
+
+    engine = engine_of(altered(tiny, tell=tell))
+    futures = [engine.submit(request) for request in (KINDS[1], replace(PLAIN, prompt="a zebra"), KINDS[5])]
+    run(engine)
+    assert isinstance(futures[1].exception(timeout=0), Refused)
+    assert same(futures[0].result(timeout=0), expected[1]) and same(futures[2].result(timeout=0), expected[5])
+
+
+def test_latents_that_cannot_be_decoded_fail_their_request_alone(tiny: TextToImage) -> None:
+    """Three requests' pictures are decoded together; the one that cannot be is found."""
+    asked = [replace(PLAIN, seed=seed, prior=False, output_type="pt") for seed in (1, 2, 3)]
+    bad = alone(tiny, replace(asked[1], output_type="latent"))[0]
+    sizes: list[int] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        sizes.append(len(latents))
+        if any(torch.allclose(each, bad, atol=1e-3) for each in latents):
+            raise Refused("not this one")
+        return tiny.model.decode(latents)
+
+    engine = altered(tiny, decode=decode).engine()
+    engine.submit(replace(asked[0], num_images_per_prompt=3, seed=50))  # measured by these
+    run(engine)
+    sizes.clear()
+    futures = [engine.submit(request) for request in asked]
+    run(engine)
+    assert sizes == [3, 1, 1, 1]
+    assert isinstance(futures[1].exception(timeout=0), Refused)
+    for index in (0, 2):
+        assert (futures[index].result(timeout=0).images - tiny.paint([asked[index]])[0].images).abs().max() <= LEVEL
+
+
+def test_a_network_call_that_fails_takes_its_requests_along_and_no_others(
+    tiny: TextToImage, expected: list[Latents]
+) -> None:
+    broken = True
+
+    def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        if broken and x.shape[2:] == (8, 8):
+            raise Refused("a bad call")
+        return tiny.model.call(x, timestep, told)
+
+    engine = engine_of(altered(tiny, call=call))
+    square, other, wide = (engine.submit(KINDS[kind]) for kind in (0, 1, 7))
+    run(engine)
+    assert isinstance(square.exception(timeout=0), Refused) and isinstance(other.exception(timeout=0), Refused)
+    assert same(wide.result(timeout=0), expected[7])
+    broken = False
+    again = engine.submit(KINDS[0])
+    run(engine)
+    assert same(again.result(timeout=0), expected[0])
+
+
+def test_what_cannot_be_painted_is_refused_at_once(tiny: TextToImage) -> None:
+    engine = engine_of(tiny)
+    with pytest.raises(ValueError, match="sampler 'eular' is unknown"):
+        engine.submit(replace(PLAIN, sampler="eular"))
+    assert not engine.tick()
+
+
+# --- the end -----------------------------------------------------------------------------------------------------
+
+
+def test_closing_finishes_what_is_in_flight(tiny: TextToImage, expected: list[Latents]) -> None:
+    for started in (False, True):
+        engine = engine_of(tiny)
+        if started:
+            engine.start()
+        futures = [engine.submit(KINDS[kind]) for kind in (0, 1)]
+        engine.close()
+        assert same(futures[0].result(timeout=0), expected[0]) and same(futures[1].result(timeout=0), expected[1])
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            engine.submit(PLAIN)
+        engine.close()  # twice does no harm
+
+
+def test_closing_may_cancel_what_is_in_flight(tiny: TextToImage) -> None:
+    for started in (False, True):
+        engine = engine_of(tiny)
+        if started:
+            engine.start()
+        futures = [engine.submit(replace(PLAIN, num_inference_steps=900)) for _ in range(3)]
+        engine.close(cancel=True)
+        assert all(future.cancelled() for future in futures) and len(wait(futures, timeout=0).done) == 3
+
+
+def test_an_error_inside_with_cancels(tiny: TextToImage) -> None:
+    with pytest.raises(Refused), engine_of(tiny) as engine:
+        future = engine.submit(replace(PLAIN, num_inference_steps=900))
+        raise Refused
+    assert future.cancelled()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_future_is_left_when_the_loop_itself_ends(tiny: TextToImage) -> None:
+    """SystemExit is no request's own error; the engine's thread ends, and says so to all who wait."""
+
+    def leave(step: Step) -> None:
+        raise SystemExit("enough")
+
+    engine = engine_of(tiny)
+    futures = [engine.submit(PLAIN), engine.submit(KINDS[1], callback=leave), engine.submit(KINDS[2])]
+    engine.start()
+    for future in futures:
+        assert isinstance(future.exception(SECONDS), SystemExit)
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(PLAIN)
+    engine.close()
+
+
+def test_ctrl_c_ends_a_call_and_the_model_paints_on(tiny: TextToImage, expected: list[Latents]) -> None:
+    def interrupt(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.paint([PLAIN, KINDS[1]], callback=interrupt)
+    (result,) = tiny.paint([PLAIN])
+    assert same(dict(enumerate(result.images)), expected[0])
+
+
+def test_an_engine_in_its_own_thread_is_not_ticked_from_another(tiny: TextToImage) -> None:
+    with engine_of(tiny) as engine, pytest.raises(RuntimeError, match="in a thread of its own"):
+        engine.tick()
+    with pytest.raises(RuntimeError, match="started before"):
+        engine.start()
+
+
+# --- what it leaves behind ---------------------------------------------------------------------------------------
+
+
+def alive() -> Counter[str]:
+    """Objects of a request that are still there."""
+    gc.collect()
+    kinds = (Condition, Conditions, Row, Live, Flight, Job, Future, Painted, Result)
+    return Counter(type(each).__name__ for each in gc.get_objects() if type(each) in kinds or type(each) is Tensor)
+
+
+def test_hundreds_of_requests_leave_nothing(tiny: TextToImage) -> None:
+    short = [replace(PLAIN, num_inference_steps=2, prior_num_inference_steps=2)]
+    short += [replace(short[0], prior=False), replace(short[0], sampler="heun", guidance_scale=1.0)]
+    engine = tiny.engine()
+
+    def paint(number: int) -> None:
+        for index in range(number):
+            future = engine.submit(replace(short[index % 3], prompt=f"a star number {index}", seed=index))
+            if index % 7 == 0:
+                future.cancel()
+            if index % 4 == 0:
+                run(engine)
+        run(engine)
+
+    paint(6)
+    before = alive()
+    paint(200)
+    assert alive() == before
+
+
+def test_a_request_that_is_done_is_held_by_nobody(tiny: TextToImage) -> None:
+    """Without the garbage collector: what a request held is gone when its answer is."""
+    before = alive()
+    gc.disable()
+    try:
+        engine = tiny.engine()
+        for request in KINDS[:4]:
+            engine.submit(request)
+        run(engine)
+        kinds = (Condition, Conditions, Row, Live, Flight)
+        left = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in kinds)
+    finally:
+        gc.enable()
+    assert all(left[name] <= before[name] for name in left)
+
+
+# --- which candidates go on --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [None, 3])
+def test_a_rule_gives_candidates_up_and_the_others_do_not_notice(tiny: TextToImage, max_rows: int | None) -> None:
+    request = Request(prompt=["a star", "a red circle"], seed=3, num_images_per_prompt=4, output_type="pt", keep=3)
+    (whole,) = tiny.paint([request])
+    seen: list[dict[int, Standing]] = []
+
+    def rule(standings: Sequence[Standing]) -> Collection[int]:
+        seen.append({each.candidate: each for each in standings})
+        early = [each.candidate for each in standings if each.stage == "prior" and each.steps_taken == 2]
+        late = [each.candidate for each in standings if each.stage == "decoder" and each.steps_taken == 1]
+        return {index for index in early if index == 1} | {index for index in late if index in (0, 6)}
+
+    engine = tiny.engine(max_rows=max_rows)
+    beside = engine.submit(replace(PLAIN, seed=99))
+    future = engine.submit(request, rule=rule)
+    run(engine)
+    result = future.result(timeout=0)
+    assert beside.done()
+    assert [each.painted for each in result.candidates] == [False, False, True, True, True, True, False, True]
+    # of 3 steps in the prior and 4 in the decoder, candidate 1 takes two and 0 and 6 take four
+    per_step = {
+        stage: whole.account.evaluations[stage] / (8 * steps) for stage, steps in (("prior", 3), ("decoder", 4))
+    }
+    assert result.account.evaluations == {
+        "prior": per_step["prior"] * (7 * 3 + 2),
+        "decoder": per_step["decoder"] * (5 * 4 + 2 * 1),
+    }
+    assert (result.account.decodes, result.account.scores) == (5, 5)
+    painted = {(each.prompt_index, each.seed): each.score for each in whole.candidates}
+    for each in result.candidates:
+        expected = painted[each.prompt_index, each.seed] if each.painted else None
+        assert each.score == (None if expected is None else pytest.approx(expected, abs=1e-3))
+    assert result.prompts == ["a star"] * 2 + ["a red circle"] * 3
+    for prompt, seed, image in zip(result.prompts, result.seeds, result.images, strict=True):
+        (own,) = tiny.paint([Request(prompt=prompt, seed=seed, output_type="pt")])
+        assert (image - own.images[0]).abs().max() <= LEVEL
+    last = seen[-1]
+    assert all(each.stage == "painted" and each.score is not None for each in last.values()) and len(last) == 5
+    middle = next(each[2] for each in seen if each[2].stage == "decoder")
+    assert middle.x0 is not None and middle.x0.shape == (4, 8, 8) and middle.score is None
+
+
+@pytest.mark.parametrize(
+    ("given_up", "message"), [({0, 1}, "every candidate"), ({5}, r"candidates \[5\], which are not")]
+)
+def test_a_rule_that_leaves_nothing_or_names_nobody_fails_its_request(
+    tiny: TextToImage, expected: list[Latents], given_up: set[int], message: str
+) -> None:
+    engine = engine_of(tiny)
+    other, gone = engine.submit(PLAIN), engine.submit(KINDS[6], rule=lambda standings: given_up)
+    run(engine)
+    with pytest.raises(ValueError, match=message):
+        gone.result(timeout=0)
+    assert same(other.result(timeout=0), expected[0])
+
+
+def test_the_account_is_exact(tiny: TextToImage) -> None:
+    """Against the evaluations that the networks were asked for, of requests that share calls."""
+    asked = {"decoder": 0, "prior": 0}
+    prior = copy.deepcopy(tiny.model.prior)
+    assert prior is not None
+
+    def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        asked["decoder"] += len(x)
+        return tiny.model.call(x, timestep, told)
+
+    def count(module: Any, given: Any, out: Tensor) -> None:
+        asked["prior"] += len(out)
+
+    painter = altered(tiny, call=call, prior=prior)
+    painter.paint([replace(request, num_images_per_prompt=3) for request in (PLAIN, KINDS[7])])  # measured by these
+    prior.network.proj_in.register_forward_hook(count)
+    asked["decoder"] = 0
+    results = painter.paint(KINDS)
+    for stage, number in asked.items():
+        assert sum(result.account.evaluations[stage] for result in results) == number > 0
+    assert results[4].account.evaluations["decoder"] == 2 * 3 * 2 * 2  # pictures, steps, of Heun's, guided
+
+
+# --- the benchmarks ----------------------------------------------------------------------------------------------
+
+
+def benchmark(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / f"{name}.py"))
+
+
+def test_the_benchmark_of_arrivals_runs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark("arrivals")["main"](str(tiny_folder), 4, 2.0, 2, 2, "cpu", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["machine"] and found["versions"] and sorted(found["runs"]) == ["in flight", "static"]
+    for runs in found["runs"].values():
+        assert len(runs) == 2
+        for run in runs:
+            assert all(value > 0 for value in run.values()) and len(run) == 3
+    assert capsys.readouterr().out.count("\n| ") == 3  # the heading and two rows
+
+
+def test_the_soak_leaves_nothing(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark("soak")["main"](str(tiny_folder), 40, 4, "cpu", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sum(found["ends"].values()) == 40 and set(found["ends"]) == {"painted", "cancelled", "failed"}
+    assert len(found["rounds"]) == 10 and "left behind" not in capsys.readouterr().out
