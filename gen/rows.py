@@ -450,37 +450,41 @@ class Rows:
 
         def denoise(x: Tensor, sigma: Tensor) -> Prediction:
             guided = in_interval(sigma, plan.interval)
-            each = self._estimates(lane, plan, x, sigma)  # (M, ...)
+            each = self._estimates(lane, plan, x, sigma)  # of M evaluations
             weights = torch.where(guided[plan.rows], plan.weights, plan.alone)
-            x0 = combine(each, weights, plan.rows, len(x))
+            x0 = combine(each.x0, weights, plan.rows, len(x))
             if plan.rescale is not None:
-                prompt = combine(each, plan.alone, plan.rows, len(x))
+                prompt = combine(each.x0, plan.alone, plan.rows, len(x))
                 changed = rescale(x0, prompt, x, sigma, plan.rescale, self.scaling)
                 x0 = torch.where(per_row((plan.rescale > 0) & guided, x0), changed, x0)
             seen.append(x0)
-            return Prediction(x0)
+            if each.variance is None:
+                return Prediction(x0)
+            # guidance says where to go; how sure that is, the prompt's evaluation says alone, as in diffusers
+            return Prediction(x0, combine(each.variance, plan.alone, plan.rows, len(x)))
 
         return denoise
 
-    def _estimates(self, lane: Lane, plan: Plan, x: Tensor, sigma: Tensor) -> Tensor:
-        """The clean estimate of every evaluation, (M, ...), in as few calls as the bucket allows."""
+    def _estimates(self, lane: Lane, plan: Plan, x: Tensor, sigma: Tensor) -> Prediction:
+        """What the network says of every evaluation, (M, ...), in as few calls as the bucket allows."""
         if lane.bucket.wants_probe(len(plan.slots)):
             told = Conditions(tuple(condition.twin() for condition in plan.conditions[:PROBE]))
             first, at = Call(0, PROBE, told), plan.rows[:PROBE]
             lane.bucket.probe(lambda: self._asked(first, x[at], sigma[at]))
-        answers: list[Tensor] = []
+        answers: list[Prediction] = []
         start = 0
         while start < len(plan.slots):
             call = plan.call(len(answers), start, lane.bucket.size)
             at = plan.rows[call.start : call.stop]
             answers.append(self._asked(call, x[at], sigma[at]))
             start = call.stop
-        return torch.cat(answers)
+        variances = [each.variance for each in answers if each.variance is not None]
+        return Prediction(torch.cat([each.x0 for each in answers]), torch.cat(variances) if variances else None)
 
-    def _asked(self, call: Call, x: Tensor, sigma: Tensor) -> Tensor:
+    def _asked(self, call: Call, x: Tensor, sigma: Tensor) -> Prediction:
         estimate = denoiser(lambda noisy, timestep: self.network(noisy, timestep, call.told), self.scaling)
         try:
-            return estimate(x, sigma).x0
+            return estimate(x, sigma)
         except Exception as error:
             raise CallFailed(call) from error
 

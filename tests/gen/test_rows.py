@@ -19,6 +19,9 @@ from gen.request import Candidate, Settings
 from gen.rows import Lane, Live, Row, Rows, Walk
 from gen.scheduler import STOCK
 from samplers.noise import noise
+from samplers.sample import advance, start
+from samplers.scaling import denoiser
+from samplers.state import Prediction
 from tests.tiny import WIDTH
 
 LEVEL = 1 / 255  # one 8-bit level
@@ -194,6 +197,37 @@ def test_guidance_rescale_is_diffusers(tiny: TextToImage, factor: float) -> None
             x = scheduler.step(guided, t, x).prev_sample
     assert (ours - x).abs().max() < 1e-4
     assert (ours - tiny("a star", **asked).images).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_a_learned_variance_is_the_prompts_own(tiny: TextToImage, size: int) -> None:
+    """A network that says twice its channels, by hand: guidance moves the estimate and leaves the variance."""
+    model, scale = tiny.model, 3.0
+    scaling = replace(model.levels.scaling, learned_range=True)
+
+    def network(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        output = model.call(x, timestep, told)
+        return torch.cat([output, output.tanh()], dim=1)
+
+    (row,) = (replace(row, sampler="unclip", guidance_scale=scale, options={}) for row in rows_of(tiny, 1))
+    together = Rows(network, scaling, "decoder", buckets=buckets_of(size))
+    ours = finish(together, [row])[0]
+    assert row.null is not None
+    told, estimate = Conditions((row.null, row.prompt)), denoiser(lambda x, t: network(x, t, told), scaling)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Prediction:
+        both = estimate(x.expand(2, -1, -1, -1), sigma.expand(2))
+        assert both.variance is not None
+        return Prediction((1 - scale) * both.x0[:1] + scale * both.x0[1:], both.variance[1:])
+
+    state = start("unclip", noise([0], "decoder", 0, row.shape), torch.tensor([row.schedule.start_scale]))
+    with torch.no_grad():
+        for step in range(row.schedule.num_steps):
+            now, then = (row.schedule.level(torch.tensor([index])) for index in (step, step + 1))
+            state = advance("unclip", denoise, state, now, then, noise([0], "decoder", step + 1, row.shape))
+    assert (ours - state.x[0] * row.schedule.end_scale).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    plain = finish(rows_over(tiny), [row])[0]
+    assert (ours - plain).abs().max() > 1e-2
 
 
 def test_a_tick_asks_the_network_once_for_all_rows(tiny: TextToImage) -> None:
