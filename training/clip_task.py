@@ -1,11 +1,13 @@
 """Train CLIP: pictures and captions into one space (Radford et al. 2021, Figure 3).
 
 The network is transformers' CLIPModel with a byte-level tokenizer learned from the captions. Rows that share a `group`
-meet in one batch, so the hard negatives of a data set (Yuksekgonul et al. 2023) do their work.
+meet in one batch, so the hard negatives of a data set (Yuksekgonul et al. 2023) do their work; a captioner may teach
+the picture's tower beside (captioner.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
@@ -25,6 +27,8 @@ from clip_core.preprocess import Preprocess
 from clip_core.retrieval import top1_of_n
 from clip_core.text import Tokens
 from clip_core.tokenizer import train_tokenizer
+from training.captioner import Captioner
+from training.checkpoints import load_weights
 from training.data.pictures import Pictures
 from training.recipe import Recipe, built, options_of
 from training.sheets import grid
@@ -49,10 +53,21 @@ class ClipRecipe(Recipe):
     text: Annotated[dict[str, Any], options_of(CLIPTextConfig, FILLED_IN)]
     vision: Annotated[dict[str, Any], options_of(CLIPVisionConfig, FILLED_IN)]
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
+    caption_weight: float = Field(0.0, ge=0)  # of the captioner's loss beside the contrastive one; 0: no captioner
+    caption_layers: int = Field(2, gt=0)
 
 
-class ClipTask(Task[CLIPModel]):
-    """Symmetric InfoNCE over all processes' batches, equal captions counted as matches."""
+class Learner(nn.Module):
+    """CLIP and what is trained with it and thrown away."""
+
+    def __init__(self, clip: CLIPModel, captioner: Captioner | None) -> None:
+        super().__init__()
+        self.clip = clip
+        self.captioner = captioner
+
+
+class ClipTask(Task[Learner]):
+    """Symmetric InfoNCE over all processes' batches, equal captions counted as matches; a captioner's loss if asked."""
 
     def __init__(self, recipe: ClipRecipe) -> None:
         super().__init__()
@@ -80,16 +95,26 @@ class ClipTask(Task[CLIPModel]):
             },
         }
         torch.manual_seed(recipe.train.seed)
-        self.network = built(CLIPModel, "text, vision", {"config": built(CLIPConfig, "text, vision", options)})
-        self.network.set_attn_implementation(recipe.attention)
+        clip = built(CLIPModel, "text, vision", {"config": built(CLIPConfig, "text, vision", options)})
+        clip.set_attn_implementation(recipe.attention)
+        self.caption_weight = recipe.caption_weight
+        captioner = None
+        if recipe.caption_weight:
+            sizes = (len(self.tokenizer), recipe.max_length, recipe.projection_dim)
+            captioner = Captioner(*sizes, recipe.caption_layers)
+        self.network = Learner(clip, captioner)
         self.held = held_back(len(self.dataset))
         mean, std = _channel_statistics(self.dataset)
         size = recipe.resolution
         self.preprocess = Preprocess(resize=size, crop=(size, size), mean=mean, std=std)
 
-    def clip(self, network: CLIPModel) -> CLIP:
-        """The network as everyone else will read it."""
-        return CLIP(network, self.tokenizer, self.preprocess)
+    def start_from(self, folder: Path) -> None:
+        """The weights of a CLIP; a captioner always starts anew."""
+        load_weights(self.network.clip, folder)
+
+    def clip(self, network: Learner) -> CLIP:
+        """The CLIP as everyone else will read it."""
+        return CLIP(network.clip, self.tokenizer, self.preprocess)
 
     def groups(self) -> list[list[int]]:
         """All but the examples kept for `measure`."""
@@ -100,38 +125,44 @@ class ClipTask(Task[CLIPModel]):
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """The contrastive loss, and how many captions find their own picture in the batch."""
         pixels, captions = batch
-        clamp_logit_scale_(self.network.logit_scale.detach())  # what the last optimiser step left
-        image, text = self._embed(self.network, pixels, captions)
+        clip = self.network.clip
+        clamp_logit_scale_(clip.logit_scale.detach())  # what the last optimiser step left
+        tokens = self._tokens(captions)
+        image, text = self._embed(self.network, pixels, tokens)
+        losses: dict[str, Tensor] = {}
+        if self.network.captioner is not None:
+            ids, mask = (each.to(image.device) for each in (tokens.input_ids, tokens.attention_mask))
+            losses["caption"] = self.network.captioner(image, ids, mask)
         if dist.is_initialized() and dist.get_world_size() > 1:
             image, text = Gathered.apply(image), Gathered.apply(text)
             everyones: list[list[str]] = [[]] * dist.get_world_size()
             dist.all_gather_object(everyones, list(captions))
             captions = [caption for part in everyones for caption in part]
-        scale = self.network.logit_scale
-        loss = contrastive_loss(image, text, scale, equal_captions(captions, image.device))
+        losses["contrast"] = contrastive_loss(image, text, clip.logit_scale, equal_captions(captions, image.device))
         with torch.no_grad():
             own = (F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T).argmax(dim=0)
             right = (own == torch.arange(len(captions), device=image.device)).float().mean()
-        return {"loss": loss, "batch_top1": right, "temperature": scale.detach().float().exp()}
+        loss = losses["contrast"] + self.caption_weight * losses.get("caption", 0.0)
+        return {"loss": loss, **losses, "batch_top1": right, "temperature": clip.logit_scale.detach().float().exp()}
 
     @torch.no_grad()
-    def measure(self, network: CLIPModel) -> dict[str, float]:
+    def measure(self, network: Learner) -> dict[str, float]:
         """Text to image retrieval, top 1 of 100 held-back pairs, averaged over as many hundreds as there are."""
         pixels, captions = self._held_batch(self.held)
-        image, text = self._embed(network, pixels, captions)
+        image, text = self._embed(network, pixels, self._tokens(captions))
         pool = min(100, len(captions))
         whole = len(captions) // pool * pool
         return {f"retrieval_top1_of_{pool}": top1_of_n(text[:whole], image[:whole], pool)}
 
     @torch.no_grad()
-    def sheet(self, network: CLIPModel) -> Image.Image:
+    def sheet(self, network: Learner) -> Image.Image:
         """Held-back captions, each under the picture that the network thinks it tells of."""
         pixels, captions = self._held_batch(32)
-        image, text = self._embed(network, pixels, captions)
+        image, text = self._embed(network, pixels, self._tokens(captions))
         best = (F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T).argmax(dim=1)
         return grid(pixels[best].float() / 127.5 - 1, columns=8, captions=captions, scale=3)
 
-    def save(self, network: CLIPModel, folder: Path) -> None:
+    def save(self, network: Learner, folder: Path) -> None:
         """A transformers CLIP folder with tokenizer and preprocessing."""
         save_transformers(self.clip(network), folder)
 
@@ -143,18 +174,20 @@ class ClipTask(Task[CLIPModel]):
             (example.text for example in self.dataset.examples), recipe.vocab_size, recipe.max_length
         )
 
-    def _embed(self, network: CLIPModel, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def _tokens(self, captions: Sequence[str]) -> Tokens:
+        """(B, L) of a batch; padding to the longest is enough, and quicker: the text tower is causal."""
+        batch = self.tokenizer(list(captions), padding="longest", truncation=True, return_tensors="pt")
+        return Tokens(batch.input_ids, batch.attention_mask.bool())
+
+    def _embed(self, network: Learner, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """(B, E) each, not normalised."""
         clip = self.clip(network)
-        # padding to the longest is enough, and quicker: the text tower is causal
-        batch = self.tokenizer(list(captions), padding="longest", truncation=True, return_tensors="pt")
-        tokens = Tokens(batch.input_ids, batch.attention_mask.bool())
         return clip.image(pixels.float() / 255), clip.text(tokens).embedding
 
     def _held_batch(self, most: int) -> tuple[Tensor, list[str]]:
         first = len(self.dataset) - self.held
         pairs = [self.dataset[index] for index in range(first, first + min(most, self.held))]
-        return torch.stack([pixels for pixels, _ in pairs]).to(self.network.device), [text for _, text in pairs]
+        return torch.stack([pixels for pixels, _ in pairs]).to(self.network.clip.device), [text for _, text in pairs]
 
 
 class Gathered(torch.autograd.Function):

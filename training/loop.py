@@ -32,7 +32,6 @@ from training.checkpoints import (
     CheckpointError,
     latest,
     load_checkpoint,
-    load_weights,
     read_state,
     replace_folder,
     save_checkpoint,
@@ -108,7 +107,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     task.to(accelerator.device)
     checkpoint = latest(out / "checkpoints")
     if recipe.init is not None and checkpoint is None:
-        load_weights(task.network, Path(recipe.init))
+        task.start_from(Path(recipe.init))
     average = _average(task.network, config.ema_decay)
     optimizer = torch.optim.AdamW(
         _decayed(task.network, config.weight_decay),

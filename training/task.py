@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from training.checkpoints import load_weights
 from training.data.examples import Skipped
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -40,6 +41,10 @@ class Task(nn.Module, ABC, Generic[Network]):
     def groups(self) -> list[list[int]]:
         """Indices of examples that must share a batch; by default each stands alone."""
         return [[index] for index in range(len(self.dataset))]  # type: ignore[arg-type]
+
+    def start_from(self, folder: Path) -> None:
+        """Start the network from the trained one in `folder`; CheckpointError when it does not fit."""
+        load_weights(self.network, folder)
 
     @abstractmethod
     def sheet(self, network: Network) -> Image.Image:

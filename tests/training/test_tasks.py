@@ -10,12 +10,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PriorTransformer, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from clip_core.clip import CLIP
 from tests.training.tiny_recipes import WIDTH, recipes
+from training.captioner import Captioner
+from training.clip_task import ClipRecipe, ClipTask
 from training.data.pictures import Pictures
 from training.frozen import load_clip, load_vae
 from training.loop import train
@@ -146,20 +149,52 @@ def test_clip_is_trained_as_it_is_read(few_shapes: Path, trained: Path) -> None:
     """The loss of the saved model, through the face that everyone else uses, is the loss in training."""
     task = make("clip", few_shapes, trained)
     clip = CLIP.from_pretrained(trained / "clip" / "model")
-    task.network.load_state_dict(clip.model.state_dict())
+    task.network.clip.load_state_dict(clip.model.state_dict())
     pixels, captions = first_batch(task)
     with torch.no_grad():
         image, text = clip.image(pixels.float() / 255), clip.text(list(captions)).embedding
-        own_image, own_text = task._embed(task.network, pixels, list(captions))
+        own_image, own_text = task._embed(task.network, pixels, task._tokens(captions))
     assert torch.allclose(image, own_image, atol=1e-4) and torch.allclose(text, own_text, atol=1e-4)
 
 
 def test_the_temperature_stays_in_range(few_shapes: Path, trained: Path) -> None:
     task = make("clip", few_shapes, trained)
     for given, kept in ((9.0, 100.0), (-3.0, 1.0), (2.0, math.exp(2))):
-        task.network.logit_scale.data.fill_(given)
+        task.network.clip.logit_scale.data.fill_(given)
         assert losses(task)["temperature"].item() == pytest.approx(kept, rel=1e-5)
-        assert task.network.logit_scale.exp().item() == pytest.approx(kept, rel=1e-5)
+        assert task.network.clip.logit_scale.exp().item() == pytest.approx(kept, rel=1e-5)
+
+
+def test_a_captioner_sees_the_picture_and_no_later_word() -> None:
+    torch.manual_seed(0)
+    captioner = Captioner(vocab_size=11, max_length=6, embedding_dim=16, num_layers=2)
+    image = torch.randn(3, 16, requires_grad=True)
+    ids = torch.tensor([[9, 1, 2, 3, 10], [9, 4, 5, 10, 10], [9, 6, 10, 10, 10]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    loss = captioner(image, ids, mask)
+    loss.backward()
+    assert image.grad is not None and bool((image.grad.abs().sum(dim=1) > 0).all())
+    assert torch.equal(captioner(image, ids.where(mask, torch.tensor(7)), mask), loss)  # what is behind the end
+    early = mask & (torch.arange(5) < 3)
+    later = ids.clone()
+    later[:, 3:] = 8
+    assert torch.allclose(captioner(image, later, early), captioner(image, ids, early), atol=1e-6)
+    assert torch.allclose(captioner(5 * image, ids, mask), loss, atol=1e-5)  # the direction alone counts
+
+
+def test_a_captioner_teaches_clip_and_is_thrown_away(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    init = trained / "clip" / "model"
+    fields = recipes(few_shapes, tmp_path)["clip"] | {"caption_weight": 0.5, "init": str(init)}
+    recipe = check(ClipRecipe, fields)
+    task = ClipTask(recipe)
+    task.start_from(init)
+    told = losses(task)
+    assert told["loss"].item() == pytest.approx((told["contrast"] + 0.5 * told["caption"]).item(), rel=1e-5)
+    train(ClipTask(recipe), recipe, progress=False)
+    plain = load_file(init / "model.safetensors")
+    taught = load_file(Path(recipe.out) / "model" / "model.safetensors")
+    assert {name: value.shape for name, value in taught.items()} == {k: v.shape for k, v in plain.items()}
+    assert train(ClipTask(recipe), recipe, progress=False).step == recipe.train.steps  # its checkpoint is read again
 
 
 def test_clip_preprocessing_is_measured(few_shapes: Path, trained: Path) -> None:
