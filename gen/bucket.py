@@ -1,19 +1,22 @@
-"""How many evaluations a network is asked at once: what memory holds, measured, so that nobody picks a micro-batch.
+"""How many evaluations a network is asked at once, measured, so that nobody picks a micro-batch.
 
 A `Bucket` belongs to one network and one shape. A small call is measured first; from then on its size is what the
-memory that is free just now has room for, and half of what was asked when memory ran out all the same. It knows
-neither networks nor rows.
+memory that is free just now has room for, and half of what was asked when memory ran out all the same. Every call is
+timed, which tells from how many evaluations on a larger call is hardly faster. It knows neither networks nor rows.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +30,20 @@ PROBE = 2  # evaluations that are measured before more are asked: what guidance 
 # themselves is not measured, and other programs want some too.
 SHARE = {"cuda": 0.8, "cpu": 0.5}
 UNBOUNDED = sys.maxsize
+HARDLY = 0.9  # of the seconds for an evaluation: what twice as many must fall below to be worth their while
+SURE = 5  # calls of a size that were timed before it is compared; a busy machine makes some of them slow
+
+T = TypeVar("T")
+Mark = float | torch.cuda.Event
+"""A moment: of the host's clock, or on CUDA one that the device reaches later"""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast calls of about one size are."""
+
+    calls: int = 0
+    seconds: float = math.inf  # for an evaluation, in the fastest of them
 
 
 @dataclass(eq=False)
@@ -38,6 +55,33 @@ class Bucket:
     size: int = UNBOUNDED  # a power of two once it is known, so that it does not follow every change of what is free
     cost: float | None = None  # bytes of one evaluation; None: not measured
     ceiling: int = UNBOUNDED  # lower once memory has run out
+    paces: dict[int, Pace] = field(default_factory=dict)  # of calls of 2^(k-1) to 2^k - 1 evaluations, by k
+    _running: deque[tuple[int, Mark, Mark]] = field(default_factory=deque)  # evaluations, from when to when
+
+    @property
+    def enough(self) -> int:
+        """Evaluations that use the device about as well as any larger call; all that fit where that is not known."""
+        for k, pace in sorted(self.paces.items()):
+            twice = self.paces.get(k + 1, Pace())
+            if min(pace.calls, twice.calls) >= SURE and twice.seconds > HARDLY * pace.seconds:
+                return min(1 << (k - 1), self.size)
+        return self.size
+
+    def ask(self, count: int, call: Callable[[], T]) -> T:
+        """What a call of so many evaluations answers; it is timed, without waiting for it."""
+        if self.device.type not in MEASURES:
+            return call()
+        began = mark(self.device)
+        answer = call()
+        self._running.append((count, began, mark(self.device)))
+        while self._running and (seconds := between(*self._running[0][1:])) is not None:
+            self.note(self._running.popleft()[0], seconds)
+        return answer
+
+    def note(self, count: int, seconds: float) -> None:
+        """A call of so many evaluations took so long."""
+        before = self.paces.get(count.bit_length(), Pace())
+        self.paces[count.bit_length()] = Pace(before.calls + 1, min(before.seconds, seconds / count))
 
     def wants_probe(self, count: int) -> bool:
         """Whether `PROBE` evaluations have to be measured before so many are asked."""
@@ -139,6 +183,26 @@ def _control_group_memory() -> int | None:
         return max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no such file, or "max"
         return None
+
+
+# --- how long a call takes ---------------------------------------------------------------------------------------
+
+
+def mark(device: torch.device) -> Mark:
+    """Now, as the device will have it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def between(began: Mark, ended: Mark) -> float | None:
+    """Seconds from one moment to another; None where the device is not there yet."""
+    if isinstance(began, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
+        return began.elapsed_time(ended) / 1000 if ended.query() else None
+    assert isinstance(began, float) and isinstance(ended, float), "moments of one device"
+    return ended - began
 
 
 # --- what a call takes -------------------------------------------------------------------------------------------

@@ -225,7 +225,8 @@ class Engine(Generic[R]):
     """Requests over one model; see the module.
 
     It runs in the calling thread, tick by tick, or, once started (`with engine:`), in a thread of its own. Requests
-    are let in whole, first come first served, for as long as the rows in flight do not fill a network call.
+    are let in whole, first come first served, for as long as the rows in flight do not fill a network call: it is full
+    where memory is, or where more would hardly go faster for being asked together.
     """
 
     def __init__(
@@ -380,7 +381,7 @@ class Engine(Generic[R]):
     def _room(self) -> int:
         """How many rows may come in."""
         stages = self._stages.values()
-        if any(rows.is_full for rows in stages):
+        if sum(rows.filling for rows in stages) >= 1:
             return 0
         return UNBOUNDED if self._max_rows is None else self._max_rows - sum(len(rows.live) for rows in stages)
 

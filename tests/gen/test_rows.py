@@ -389,6 +389,30 @@ def test_a_bucket_is_what_memory_holds_of_what_was_measured(monkeypatch: pytest.
     assert bucket.size == 1 and not bucket.halve(1)
 
 
+def test_enough_is_where_twice_as_many_are_hardly_faster() -> None:
+    """A call takes 8 units and 1 more for each evaluation: from 64 on, twice as many save less than a tenth of each."""
+    bucket = Bucket("decoder", torch.device("cpu"), size=256)
+    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        assert bucket.enough == 256
+        for _ in range(4):
+            bucket.note(count, 8.0 + count)
+    for _ in range(2):
+        for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            bucket.note(count, 80.0 + 10 * count)  # a busy moment does not count
+    assert bucket.enough == 64
+    bucket.size = 32
+    assert bucket.enough == 32
+
+
+def test_every_call_is_timed(tiny: TextToImage) -> None:
+    together = rows_over(tiny)
+    finish(together, rows_of(tiny, 3))
+    (bucket,) = together.buckets.known.values()
+    # five evaluations for six steps, then two and three rows' leavings; none of them is the measured one
+    assert bucket.paces[3].calls == 6 and sum(pace.calls for pace in bucket.paces.values()) == 8
+    assert all(0 < pace.seconds < 60 for pace in bucket.paces.values())
+
+
 def test_a_footprint_is_no_less_than_what_is_in_use_at_once() -> None:
     with Footprint() as footprint:
         kept = [torch.zeros(1000) for _ in range(5)]
