@@ -7,7 +7,6 @@ convention: x = x0 + sigma * eps, in float32. Nothing here knows samplers, netwo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -66,10 +65,3 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 def per_row(values: Tensor, x: Tensor) -> Tensor:
     """Shape (B,) values to multiply (B, ...) rows."""
     return values.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def __getattr__(name: str) -> Callable[..., State]:
-    """`start`, for `gen.engine` and `examples/one_image.py` until they import it from `samplers.sample`."""
-    if name != "start":
-        raise AttributeError(name)
-    return sys.modules["samplers.sample"].start
