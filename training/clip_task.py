@@ -32,6 +32,7 @@ from training.checkpoints import load_weights
 from training.data.pictures import Pictures
 from training.recipe import Recipe, built, options_of
 from training.sheets import grid
+from training.soften import soften
 from training.task import Task, held_back
 
 Channels = tuple[float, float, float]
@@ -55,6 +56,7 @@ class ClipRecipe(Recipe):
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
     caption_weight: float = Field(0.0, ge=0)  # of the captioner's loss beside the contrastive one; 0: no captioner
     caption_layers: int = Field(2, gt=0)
+    soften: float = Field(0.0, ge=0, le=1)  # share of pictures that are shown warped and blurred
 
 
 class Learner(nn.Module):
@@ -97,7 +99,7 @@ class ClipTask(Task[Learner]):
         torch.manual_seed(recipe.train.seed)
         clip = built(CLIPModel, "text, vision", {"config": built(CLIPConfig, "text, vision", options)})
         clip.set_attn_implementation(recipe.attention)
-        self.caption_weight = recipe.caption_weight
+        self.caption_weight, self.soften = recipe.caption_weight, recipe.soften
         captioner = None
         if recipe.caption_weight:
             sizes = (len(self.tokenizer), recipe.max_length, recipe.projection_dim)
@@ -128,7 +130,7 @@ class ClipTask(Task[Learner]):
         clip = self.network.clip
         clamp_logit_scale_(clip.logit_scale.detach())  # what the last optimiser step left
         tokens = self._tokens(captions)
-        image, text = self._embed(self.network, pixels, tokens)
+        image, text = self._embed(self.network, soften(pixels.float() / 255, self.soften, rng), tokens)
         losses: dict[str, Tensor] = {}
         if self.network.captioner is not None:
             ids, mask = (each.to(image.device) for each in (tokens.input_ids, tokens.attention_mask))
@@ -149,7 +151,7 @@ class ClipTask(Task[Learner]):
     def measure(self, network: Learner) -> dict[str, float]:
         """Text to image retrieval, top 1 of 100 held-back pairs, averaged over as many hundreds as there are."""
         pixels, captions = self._held_batch(self.held)
-        image, text = self._embed(network, pixels, self._tokens(captions))
+        image, text = self._embed(network, pixels / 255, self._tokens(captions))
         pool = min(100, len(captions))
         whole = len(captions) // pool * pool
         return {f"retrieval_top1_of_{pool}": top1_of_n(text[:whole], image[:whole], pool)}
@@ -158,7 +160,7 @@ class ClipTask(Task[Learner]):
     def sheet(self, network: Learner) -> Image.Image:
         """Held-back captions, each under the picture that the network thinks it tells of."""
         pixels, captions = self._held_batch(32)
-        image, text = self._embed(network, pixels, self._tokens(captions))
+        image, text = self._embed(network, pixels / 255, self._tokens(captions))
         best = (F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T).argmax(dim=1)
         return grid(pixels[best].float() / 127.5 - 1, columns=8, captions=captions, scale=3)
 
@@ -180,9 +182,9 @@ class ClipTask(Task[Learner]):
         return Tokens(batch.input_ids, batch.attention_mask.bool())
 
     def _embed(self, network: Learner, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """(B, E) each, not normalised."""
+        """(B, E) each, not normalised; pixels (B, 3, H, W) in [0, 1]."""
         clip = self.clip(network)
-        return clip.image(pixels.float() / 255), clip.text(tokens).embedding
+        return clip.image(pixels), clip.text(tokens).embedding
 
     def _held_batch(self, most: int) -> tuple[Tensor, list[str]]:
         first = len(self.dataset) - self.held
