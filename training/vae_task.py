@@ -30,7 +30,6 @@ class VaeRecipe(Recipe):
     network: Annotated[dict[str, Any], options_of(AutoencoderKL, ["sample_size"])]  # AutoencoderKL's configuration
     kl_weight: float = Field(1e-4, ge=0)  # of the mean KL of one latent value, beside the mean error of one pixel
     kl_warmup: float = Field(0.0, ge=0, lt=1)  # share of the steps over which the weight grows to it from a hundredth
-
     freeze_encoder: bool = False  # train the decoder alone; latents, and all that was trained on them, stay as they are
 
     @model_validator(mode="after")
