@@ -389,28 +389,32 @@ def attentions(network: nn.Module) -> Iterator[Attention]:
     return (module for module in network.modules() if isinstance(module, Attention))
 
 
+def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError for an unknown name, and for a kernel that this device or installation never runs in this dtype."""
+    if name not in CHOICES:
+        raise ValueError(f"attention '{name}' is unknown; choose from: {', '.join(CHOICES)}")
+    easy = Shape(device, dtype, heads=2, size=64, queries=64, keys=64)  # any kernel that runs there takes it
+    reason = None if name == AUTO else refusal(name, easy)
+    if reason is not None:
+        runs = ", ".join((AUTO, *(other for other in KERNELS if refusal(other, easy) is None)))
+        where = f"{str(dtype).removeprefix('torch.')} on {device}"
+        raise ValueError(f"attention '{name}' does not run in {where} ({reason}); choose from: {runs}")
+
+
 def set_attention(network: nn.Module, name: str = AUTO) -> None:
     """Let every Attention of a diffusers network compute with the kernel of this name (one of `CHOICES`).
 
-    Raises ValueError for an unknown name, for a kernel that this device or installation does not run in the
-    network's dtype at all, and for a network whose processors are not diffusers' plain ones. A kernel that runs
-    there but not for some shape (flash and a mask on CUDA) leaves that shape to torch's own choice and logs why.
+    Raises ValueError for what `check_attention` refuses and for a network whose processors are not diffusers' plain
+    ones. A kernel that runs there but not for some shape (flash and a mask on CUDA) leaves that shape to torch's own
+    choice and logs why.
     """
-    if name not in CHOICES:
-        raise ValueError(f"attention '{name}' is unknown; choose from: {', '.join(CHOICES)}")
     layers = list(attentions(network))
+    weight = layers[0].to_q.weight if layers else torch.empty(0)
+    check_attention(name, weight.device, weight.dtype)
     for layer in layers:
         if not isinstance(layer.processor, (*STOCK, Processor)):
             kind = type(layer.processor).__name__
             raise ValueError(f"attention '{name}' would replace a {kind}, which does more; take that one out first")
-    if not layers:
-        return
-    easy = easiest(layers[0].to_q.weight)
-    reason = None if name == AUTO else refusal(name, easy)
-    if reason is not None:
-        runs = ", ".join((AUTO, *(other for other in KERNELS if refusal(other, easy) is None)))
-        where = f"{str(easy.dtype).removeprefix('torch.')} on {easy.device}"
-        raise ValueError(f"attention '{name}' does not run in {where} ({reason}); choose from: {runs}")
     restore_attention(network)
     places, kept = count(), Kept()
     for layer in layers:
@@ -423,8 +427,3 @@ def restore_attention(network: nn.Module) -> None:
     for layer in attentions(network):
         if isinstance(layer.processor, Processor):
             layer.set_processor(layer.processor.former)
-
-
-def easiest(weight: Tensor) -> Shape:
-    """A shape that any kernel takes which runs in the weight's dtype on its device."""
-    return Shape(weight.device, weight.dtype, heads=2, size=64, queries=64, keys=64)

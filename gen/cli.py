@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
+ADVANCED = "Advanced"  # the panel of --help for what few need
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
 
 # How Python's words are said on the command line; errors raised below speak Python's.
@@ -77,7 +78,18 @@ def generate(
     ] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
     height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
-    eta: Annotated[float | None, typer.Option(metavar="E", help="Fresh noise per step: 0 none, 1 ancestral.")] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(metavar="E", help="Fresh noise per step: 0 none, 1 ancestral.", rich_help_panel=ADVANCED),
+    ] = None,
+    attention: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = "auto",
     rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
     out: Annotated[
         Path,
@@ -93,7 +105,7 @@ def generate(
     started = time.perf_counter()
     with _speaking("generate"), _output_folder(out) as folder:
         _check_text(prompt, negative or "")
-        painter = _load(model)
+        painter = _load(model, attention)
         loaded = time.perf_counter()
         from gen.request import Request
 
@@ -301,11 +313,11 @@ def _check_text(*texts: str) -> None:
             raise ValueError(f"{text!r} is not text in UTF-8; set the terminal to UTF-8") from None
 
 
-def _load(name: str) -> "TextToImage":
+def _load(name: str, attention: str = "auto") -> "TextToImage":
     """The model, on the GPU where there is one."""
     from gen.pipeline import TextToImage
 
-    return TextToImage.from_pretrained(name)
+    return TextToImage.from_pretrained(name, attention=attention)
 
 
 @contextmanager

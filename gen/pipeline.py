@@ -22,6 +22,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from gen import checkpoint
+from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
 from gen.engine import Account, Callback, Engine, Painted, Step
 from gen.families import stable_unclip
@@ -72,14 +73,23 @@ class TextToImage:
         name_or_path: str | Path,  # a bundled name, a diffusers folder or a hub id
         device: torch.device | str | None = None,  # None: CUDA where there is one
         dtype: torch.dtype = torch.float32,  # of the networks; rows are always float32
+        *,
+        attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers
     ) -> TextToImage:
-        """Load a model; what is unknown, missing or damaged is a ValueError of one line that names it."""
+        """Load a model; what is unknown, missing or damaged is a ValueError of one line that names it.
+
+        Attention 'auto' measures each shape once on CUDA and takes torch's own choice elsewhere; a kernel that does not
+        take some shape leaves it to torch's own choice and logs why. See `gen.attention`.
+        """
         device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_attention(attention, device, dtype)
         parts = checkpoint.load(name_or_path, device, dtype)
         if parts.family not in stable_unclip.CLASSES:
             told = ", ".join(stable_unclip.CLASSES)
             raise ValueError(f"model '{name_or_path}' is a {parts.family or 'folder of no class'}; ours are: {told}")
-        return cls(StableUnCLIP.of(parts), str(name_or_path), lambda: parts.hash)
+        model = StableUnCLIP.of(parts)
+        set_attention(model.unet, attention)
+        return cls(model, str(name_or_path), lambda: parts.hash)
 
     @property
     def hash(self) -> str:

@@ -277,6 +277,8 @@ MISTAKES = {
     "guidance below one": ("--guidance 0.5", "--guidance 0.5 is out of range"),
     "guidance not a number": ("--guidance nan", "--guidance nan is"),
     "eta above one": ("--eta 2", "--eta 2.0 is out of range; give a number from 0 to 1"),
+    "unknown attention": ("--attention flsh", "attention 'flsh' is unknown; choose from: auto, sdpa, flash, cudnn"),
+    "attention of another device": ("--attention cudnn", "attention 'cudnn' does not run in float32 on cpu"),
     "steps in words": ("--steps many", "--steps"),
     "unknown option": ("--stpes 3", "--stpes"),
 }

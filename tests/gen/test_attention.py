@@ -42,6 +42,14 @@ def own(tiny_folder: Path) -> TextToImage:
     return TextToImage.from_pretrained(tiny_folder, device="cpu")
 
 
+@pytest.fixture
+def stock(tiny_folder: Path) -> TextToImage:
+    """The same with diffusers' own processors."""
+    model = TextToImage.from_pretrained(tiny_folder, device="cpu")
+    restore_attention(model.model.unet)
+    return model
+
+
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -319,13 +327,48 @@ ASKED = [
 ]
 
 
-def test_pictures_are_the_stock_modules_whatever_is_beside_them(tiny: TextToImage, own: TextToImage) -> None:
+def test_pictures_are_the_stock_modules_whatever_is_beside_them(tiny: TextToImage, stock: TextToImage) -> None:
     """Unequal numbers of rows, joining and leaving, with an own image embedding, a negative prompt and no guidance."""
-    set_attention(own.model.unet)
     for batch_size in (None, 2, 5):
-        theirs = tiny.paint(ASKED, batch_size=batch_size)
-        for ours, stock in zip(own.paint(ASKED, batch_size=batch_size), theirs, strict=True):
-            assert apart(ours.images, stock.images) < 1e-5
+        theirs = stock.paint(ASKED, batch_size=batch_size)
+        for ours, other in zip(tiny.paint(ASKED, batch_size=batch_size), theirs, strict=True):
+            assert apart(ours.images, other.images) < 1e-5
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_loaded_model_computes_by_the_kernel_it_was_given(name: str, tiny_folder: Path, stock: TextToImage) -> None:
+    """And, asked for nothing, by what `auto` takes; keys and values of texts are kept either way."""
+    told = {} if name == "auto" else {"attention": name}
+    model = TextToImage.from_pretrained(tiny_folder, device="cpu", **told)
+    layers = list(attentions(model.model.unet))
+    assert layers and {layer.processor.name for layer in layers} == {name}
+    seen: list[int] = []
+    for layer in layers:
+        if layer.is_cross_attention:
+            layer.to_k.register_forward_hook(lambda *given: seen.append(len(given[1][0])))
+    asked: dict[str, Any] = {"num_images_per_prompt": 3, "seed": 0, "rerank": False, "output_type": "latent"}
+    assert apart(model("a star", **asked).images, stock("a star", **asked).images) < 1e-5
+    crossing = sum(layer.is_cross_attention for layer in layers)
+    # two texts in 4 steps of 3 pictures, and the twins of one with which a call was measured
+    assert sum(seen) <= 4 * crossing
+
+
+def test_a_kernel_is_checked_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match=r"^attention 'flsh' is unknown; choose from: auto, sdpa, flash, cudnn,"):
+        TextToImage.from_pretrained("no such model", device="cpu", attention="flsh")
+    with pytest.raises(ValueError, match=r"^attention 'cudnn' does not run in float32 on cpu"):
+        TextToImage.from_pretrained("no such model", device="cpu", attention="cudnn")
+
+
+def test_auto_measures_nothing_on_a_cpu(own: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is no cost to a command that paints one prompt."""
+
+    def seconds(name: str, shape: Shape) -> list[float]:
+        raise AssertionError(f"{name} was measured for {shape}")
+
+    monkeypatch.setattr(attention, "seconds", seconds)
+    own("a star", seed=0, rerank=False, output_type="latent")
+    assert attention.fastest.cache_info().currsize > 0  # it was asked
 
 
 def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> list[Row]:
