@@ -1,0 +1,1 @@
+"""What benchmarks/best_of.py is made of: tasks, contestants, turns, comparison, tables."""
