@@ -46,6 +46,10 @@ OPTIONS = {
     "height": "--height",
     "width": "--width",
     "eta": "--eta",
+    "s_churn": "--s-churn",
+    "s_tmin": "--s-tmin",
+    "s_tmax": "--s-tmax",
+    "s_noise": "--s-noise",
 }
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")]
@@ -81,6 +85,19 @@ def generate(
     eta: Annotated[
         float | None,
         typer.Option(metavar="E", help="Fresh noise per step: 0 none, 1 ancestral.", rich_help_panel=ADVANCED),
+    ] = None,
+    s_churn: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Noise added and taken away again, over all steps.", rich_help_panel=ADVANCED),
+    ] = None,
+    s_tmin: Annotated[
+        float | None, typer.Option(metavar="SIGMA", help="Lowest level churned.", rich_help_panel=ADVANCED)
+    ] = None,
+    s_tmax: Annotated[
+        float | None, typer.Option(metavar="SIGMA", help="Highest level churned.", rich_help_panel=ADVANCED)
+    ] = None,
+    s_noise: Annotated[
+        float | None, typer.Option(metavar="D", help="Deviation of what churn adds.", rich_help_panel=ADVANCED)
     ] = None,
     attention: Annotated[
         str,
@@ -125,6 +142,10 @@ def generate(
             guidance_scale=guidance,
             sampler=sampler,
             eta=eta,
+            s_churn=s_churn,
+            s_tmin=s_tmin,
+            s_tmax=s_tmax,
+            s_noise=s_noise,
             prior=prior,
             prior_num_inference_steps=prior_steps,
             prior_guidance_scale=prior_guidance,

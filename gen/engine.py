@@ -450,7 +450,6 @@ class Engine(Generic[R]):
     def _decoder_row(self, flight: Flight[R], index: int, told: Told) -> Row:
         candidate, levels = flight.job.candidates[index], self.model.levels
         settings = candidate.settings
-        eta = {} if settings.eta is None else {"eta": settings.eta}
         return Row(
             key=Place(flight.number, index),
             seed=candidate.seed,
@@ -462,7 +461,7 @@ class Engine(Generic[R]):
             guidance_scale=settings.guidance_scale,
             guidance_interval=settings.guidance_interval,
             guidance_rescale=settings.guidance_rescale,
-            options=levels.options(settings.sampler) | eta,
+            options=levels.options(settings.sampler) | settings.sampler_options,
             start=candidate.latents,
         )
 

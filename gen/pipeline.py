@@ -117,7 +117,11 @@ class TextToImage:
         guidance_interval: tuple[float, float] | None = None,  # guided where low < sigma <= high
         guidance_rescale: float | None = None,  # 0: off
         sampler: str | None = None,  # None: the checkpoint's own scheduler
-        eta: float | None = None,
+        eta: float | None = None,  # fresh noise of a step: 0 none, 1 ancestral
+        s_churn: float | None = None,  # noise added before each step and taken away by it (Karras et al. 2022)
+        s_tmin: float | None = None,  # churned where s_tmin <= sigma <= s_tmax
+        s_tmax: float | None = None,
+        s_noise: float | None = None,  # the deviation of what churn adds
         clip_skip: int | None = None,
         noise_level: int | None = None,  # on the image embedding
         prior: bool | None = None,  # False: from the text alone
@@ -153,6 +157,10 @@ class TextToImage:
             guidance_rescale=guidance_rescale,
             sampler=sampler,
             eta=eta,
+            s_churn=s_churn,
+            s_tmin=s_tmin,
+            s_tmax=s_tmax,
+            s_noise=s_noise,
             clip_skip=clip_skip,
             noise_level=noise_level,
             prior=prior,

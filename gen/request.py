@@ -23,6 +23,8 @@ from samplers.sample import SAMPLERS
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 TENSORS = ("latents", "prior_latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds")
+OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
+PRIORS = ("prior_latents", "prior_num_inference_steps", "prior_guidance_scale")  # read where there is a prior
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
 
@@ -56,11 +58,21 @@ class Settings:
     negative_prompt: str = ""  # what the null condition says
     sampler: str = "ddim"
     eta: float | None = None  # fresh noise of a step, 0 none, 1 ancestral; None: the sampler's own
+    s_churn: float | None = None  # noise added and taken away again, over all steps (Karras et al. 2022); None: none
+    s_tmin: float | None = None  # churned where s_tmin <= sigma <= s_tmax; None: no limit
+    s_tmax: float | None = None
+    s_noise: float | None = None  # the deviation of what is added; None: 1
     clip_skip: int | None = None  # layers of the text tower left out; None: none, as trained
     noise_level: int = 0  # noise on the image embedding
     prior: bool = False  # whether a prior turns the text into an image embedding first
     prior_num_inference_steps: int = 25
     prior_guidance_scale: float = 1.0  # 1: off
+
+    @property
+    def sampler_options(self) -> dict[str, float]:
+        """The sampler's options that were chosen."""
+        chosen = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in chosen.items() if value is not None}
 
     def to_json(self) -> dict[str, JSON]:
         """The settings as one flat JSON object."""
@@ -148,6 +160,10 @@ class Request:
     guidance_rescale: float | None = None
     sampler: str | None = None
     eta: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
     clip_skip: int | None = None
     noise_level: int | None = None
     prior: bool | None = None
@@ -250,7 +266,7 @@ class Request:
         names = {item.name for item in fields(Settings)} - {"negative_prompt"}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.sampler not in (None, able.defaults.sampler):
-            given.setdefault("eta", None)  # the model's own eta is its own sampler's
+            given = dict.fromkeys(OPTIONS) | given  # the model's own are its own sampler's
         if self.image_embeds is not None:
             if self.prior:
                 raise ValueError("prior=True and image_embeds were both given; an image embedding needs no prior")
@@ -263,19 +279,18 @@ class Request:
         return settings
 
     def _warn_ignored(self, settings: Settings) -> None:
-        ignored = {
-            "negative_prompt": settings.guidance_scale == 1 and self.negative_prompt is not None,
-            "negative_prompt_embeds": settings.guidance_scale == 1 and self.negative_prompt_embeds is not None,
-            "clip_skip": self.prompt_embeds is not None and self.clip_skip is not None,
-            "prior_latents": not settings.prior and self.prior_latents is not None,
-            "prior_num_inference_steps": not settings.prior and self.prior_num_inference_steps is not None,
-            "prior_guidance_scale": not settings.prior and self.prior_guidance_scale is not None,
-            "noise_level": not settings.prior and self.image_embeds is None and bool(self.noise_level),
-        }
-        reason = {"clip_skip": "prompt_embeds was given", "negative_prompt": "guidance_scale is 1"}
-        reason["negative_prompt_embeds"] = reason["negative_prompt"]
-        for name in (name for name, holds in ignored.items() if holds):
-            warnings.warn(f"{name} is ignored: {reason.get(name, 'the prior is off')}", UserWarning, stacklevel=4)
+        image = settings.prior or self.image_embeds is not None
+        unheard: list[tuple[bool, str, tuple[str, ...]]] = [
+            (settings.guidance_scale == 1, "guidance_scale is 1", ("negative_prompt", "negative_prompt_embeds")),
+            (not settings.s_churn, "s_churn is 0", ("s_tmin", "s_tmax", "s_noise")),
+            (self.prompt_embeds is not None, "prompt_embeds was given", ("clip_skip",)),
+            (not settings.prior, "the prior is off", PRIORS),
+            (not image and bool(self.noise_level), "the prior is off", ("noise_level",)),
+        ]
+        for holds, reason, names in unheard:
+            for name in names:
+                if holds and getattr(self, name) is not None:
+                    warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=4)
 
     def _check_tensors(self, settings: Settings, able: Abilities, num_prompts: int, n: int) -> None:
         cells = (settings.height // able.size_multiple, settings.width // able.size_multiple)
@@ -324,11 +339,7 @@ def check_settings(settings: Settings, able: Abilities) -> None:
     real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
     real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
     one_of("sampler", settings.sampler, sorted(SAMPLERS))
-    if settings.eta is not None:
-        real("eta", settings.eta, 0.0, 1.0)
-        if "eta" not in SAMPLERS[settings.sampler].defaults:
-            takes = ", ".join(name for name, sampler in sorted(SAMPLERS.items()) if "eta" in sampler.defaults)
-            raise ValueError(f"eta={settings.eta}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
+    check_sampler_options(settings)
     if settings.guidance_interval is not None:
         interval = settings.guidance_interval
         if not isinstance(interval, tuple) or len(interval) != 2:
@@ -346,6 +357,22 @@ def check_settings(settings: Settings, able: Abilities) -> None:
         whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
         real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
     whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
+
+
+def check_sampler_options(settings: Settings) -> None:
+    """Refuse options that this sampler does not take or that do not go together (ValueError)."""
+    options = settings.sampler_options
+    for name, value in options.items():
+        real(name, value, 0.0, 1.0 if name == "eta" else math.inf)
+        if name not in SAMPLERS[settings.sampler].defaults:
+            takes = ", ".join(known for known, sampler in sorted(SAMPLERS.items()) if name in sampler.defaults)
+            raise ValueError(f"{name}={value}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
+    low, high = options.get("s_tmin", 0.0), options.get("s_tmax", math.inf)
+    if low > high:
+        raise ValueError(f"s_tmin={low} is above s_tmax={high}; give the lowest level churned and the highest")
+    if options.get("eta", 0.0) > 0 and options.get("s_churn", 0.0) > 0:  # a step's noise is spent once
+        told = f"eta={options['eta']} and s_churn={options['s_churn']}"
+        raise ValueError(f"{told} were both given, and each would spend the noise of a step; set one of them to 0")
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:

@@ -172,6 +172,11 @@ def test_a_seed_paints_the_same_pictures_and_settings_reach_the_painter(
     assert {name: told["settings"][name] for name in wanted} == wanted
     with Image.open(told["pictures"][0]["path"]) as picture:
         assert picture.size == (32, 128)
+    options = "--sampler heun --s-churn 2 --s-tmin 0.1 --s-tmax 9 --s-noise 1.01"
+    told = answer(capsys, *common, "--out", tmp_path / "churned", *options.split())
+    wanted = {"sampler": "heun", "s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.01}
+    assert {name: told["settings"][name] for name in wanted} == wanted
+    assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
     options = "--prior --prior-steps 2 --prior-guidance 1.5"
     told = answer(capsys, *common, "--out", tmp_path / "third", *options.split())
     wanted = {"prior": True, "prior_num_inference_steps": 2, "prior_guidance_scale": 1.5}
@@ -279,6 +284,8 @@ MISTAKES = {
     "eta above one": ("--eta 2", "--eta 2.0 is out of range; give a number from 0 to 1"),
     "unknown attention": ("--attention flsh", "attention 'flsh' is unknown; choose from: auto, sdpa, flash, cudnn"),
     "attention of another device": ("--attention cudnn", "attention 'cudnn' does not run in float32 on cpu"),
+    "churn of another sampler": ("--sampler ddim --s-churn 1", "--s-churn 1.0, but sampler 'ddim' takes none"),
+    "churn and eta": ("--sampler euler --eta 1 --s-churn 1", "--eta 1.0 and --s-churn 1.0 were both given"),
     "steps in words": ("--steps many", "--steps"),
     "unknown option": ("--stpes 3", "--stpes"),
 }

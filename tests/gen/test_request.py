@@ -55,6 +55,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"guidance_interval": ("low", 3.0)}, "guidance_interval='low'"),
     ({"eta": 2.0}, "eta=2.0 .* from 0 to 1"),
     ({"eta": 0.5, "sampler": "heun"}, "eta=0.5, but sampler 'heun' takes none; choose from: ddim"),
+    ({"s_churn": -1, "sampler": "euler"}, "s_churn=-1 .* 0 or more"),
+    ({"s_tmax": float("inf"), "sampler": "euler"}, "s_tmax=inf"),
+    ({"s_noise": "x", "sampler": "heun"}, "s_noise='x'"),
+    ({"s_churn": 2.0}, "s_churn=2.0, but sampler 'ddim' takes none; choose from: euler, heun"),
+    ({"s_tmin": 3.0, "s_tmax": 1.0, "s_churn": 1, "sampler": "heun"}, "s_tmin=3.0 is above s_tmax=1.0"),
+    ({"s_churn": 2.0, "eta": 0.5, "sampler": "euler"}, "eta=0.5 and s_churn=2.0 were both given.*set one of them to 0"),
     ({"clip_skip": 2}, "clip_skip=2 .* from 0 to 1"),
     ({"noise_level": 1000}, "noise_level=1000 .* from 0 to 999"),
     ({"noise_level": -1}, "noise_level=-1"),
@@ -144,6 +150,8 @@ def test_no_network_runs_is_able_to_fail(tiny: TextToImage, no_network_runs: Non
         ({"prior": False, "noise_level": 5}, "noise_level"),
         ({"prior": False, "prior_num_inference_steps": 5}, "prior_num_inference_steps"),
         ({"prompt_embeds": EMBEDS, "clip_skip": 1}, "clip_skip"),
+        ({"sampler": "euler", "s_tmin": 0.1}, "s_tmin"),
+        ({"sampler": "euler", "s_churn": 0, "s_noise": 1.1}, "s_noise"),
     ],
 )
 def test_what_is_ignored_is_said(tiny: TextToImage, words: dict[str, Any], ignored: str) -> None:
@@ -204,6 +212,20 @@ def test_damaged_records(tiny: TextToImage, change: dict[str, Any], message: str
         Candidate.from_json(record | change, tiny.model.abilities)
     with pytest.raises(ValueError, match="the record has no 'prompt'"):
         Candidate.from_json({}, tiny.model.abilities)
+
+
+def test_eta_and_churn_go_together_where_one_is_0(tiny: TextToImage) -> None:
+    for options in ({"eta": 0.0, "s_churn": 2.0}, {"eta": 0.5, "s_churn": 0.0}):
+        job = Request(prompt="a star", sampler="euler", **options).resolve(tiny.model.abilities)
+        assert job.candidates[0].settings.sampler_options == options
+
+
+def test_options_of_the_models_own_sampler_are_not_anothers(tiny: TextToImage) -> None:
+    own = replace(tiny.model.abilities.defaults, sampler="euler", s_churn=3.0, s_noise=1.1)
+    able = replace(tiny.model.abilities, defaults=own)
+    given = {"s_churn": 3.0, "s_noise": 1.1}
+    assert Request(prompt="a star").resolve(able).candidates[0].settings.sampler_options == given
+    assert Request(prompt="a star", sampler="ddim").resolve(able).candidates[0].settings.sampler_options == {}
 
 
 def test_settings_defaults_are_the_models_own(tiny: TextToImage) -> None:

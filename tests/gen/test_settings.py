@@ -1,0 +1,132 @@
+"""Samplers' options and guidance rules as settings: by hand from their papers, the same in any batch, and recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gen import Request, TextToImage
+from samplers.noise import noise
+from tests.tiny import WIDTH
+
+LEVEL = 1 / 255  # one 8-bit level
+SHAPE, SEED, SCALE = (4, 8, 8), 3, 5.0
+ASKED: dict[str, Any] = {"seed": SEED, "prior": False, "rerank": False, "guidance_scale": SCALE}
+ASKED |= {"num_inference_steps": 5, "sampler": "euler"}
+
+Rule = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
+"""rule(prompt's estimate of x0, null's, x, sigma, step) -> the guided estimate; all (1, C, h, w)"""
+
+
+def cfg(prompt: Tensor, null: Tensor, x: Tensor, sigma: float, step: int) -> Tensor:
+    return null + SCALE * (prompt - null)
+
+
+class Painter:
+    """The tiny model (v prediction) asked by hand for one picture of "a star"."""
+
+    def __init__(self, model: TextToImage) -> None:
+        self.model = model.model
+        self.words, self.null = (self.model.text([text]).tokens for text in ("a star", ""))
+
+    def x0(self, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
+        """Salimans & Ho 2022: x0 = alpha z - sigma_vp v of z = alpha x, alpha = 1 / sqrt(1 + sigma^2)."""
+        alpha = 1 / math.sqrt(1 + sigma**2)
+        timestep = self.model.levels.scaling.timestep(torch.tensor([sigma]))
+        v = self.model.unet(alpha * x, timestep, tokens, class_labels=torch.zeros(1, 2 * WIDTH)).sample
+        return alpha * (alpha * x) - sigma * alpha * v
+
+    def guided(self, x: Tensor, sigma: float, rule: Rule, step: int) -> Tensor:
+        return rule(self.x0(x, sigma, self.words), self.x0(x, sigma, self.null), x, sigma, step)
+
+    @torch.no_grad()
+    def paint(self, rule: Rule = cfg, *, heun: bool = False, churn: dict[str, float] | None = None) -> Tensor:
+        """Latents by Karras et al. 2022, Algorithm 2, line by line; their noise is block i + 1 of the seed's stream."""
+        asked = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0} | (churn or {})
+        schedule = self.model.levels.schedule("heun" if heun else "euler", 5)
+        t = schedule.sigmas.tolist()
+        x = noise([SEED], "decoder", 0, SHAPE) * schedule.start_scale
+        for i in range(len(t) - 1):
+            held = asked["s_tmin"] <= t[i] <= asked["s_tmax"]
+            gamma = min(asked["s_churn"] / (len(t) - 1), math.sqrt(2) - 1) if held else 0.0
+            raised = t[i] + gamma * t[i]
+            eps = asked["s_noise"] * noise([SEED], "decoder", i + 1, SHAPE)
+            x = x + math.sqrt(raised**2 - t[i] ** 2) * eps
+            slope = (x - self.guided(x, raised, rule, i)) / raised
+            moved = x + (t[i + 1] - raised) * slope
+            if heun and t[i + 1] > 0:
+                second = (moved - self.guided(moved, t[i + 1], rule, i)) / t[i + 1]
+                moved = x + (t[i + 1] - raised) * (slope + second) / 2
+            x = moved
+        return x * schedule.end_scale
+
+
+def latents(model: TextToImage, **asked: Any) -> Tensor:
+    images = model("a star", **(ASKED | {"output_type": "latent"} | asked)).images
+    assert isinstance(images, Tensor)
+    return images
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+
+
+# --- churn -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("churn", [{"s_churn": 2.0}, {"s_churn": 9.0, "s_tmin": 0.5, "s_tmax": 8.0, "s_noise": 1.01}])
+def test_churn_is_karras_algorithm_2(tiny: TextToImage, sampler: str, churn: dict[str, float]) -> None:
+    ours = latents(tiny, sampler=sampler, **churn)
+    assert apart(ours, Painter(tiny).paint(heun=sampler == "heun", churn=churn)) < 1e-4
+    assert apart(latents(tiny, sampler=sampler), Painter(tiny).paint(heun=sampler == "heun")) < 1e-4
+    assert apart(ours, latents(tiny, sampler=sampler)) > 1e-2
+
+
+# --- all of them -------------------------------------------------------------------------------------------------
+
+OF_EVERY_KIND: list[dict[str, Any]] = [
+    {},
+    {"guidance_scale": 1.0},
+    {"s_churn": 3.0, "num_inference_steps": 7},
+    {"s_churn": 8.0, "s_tmin": 0.3, "s_tmax": 9.0, "s_noise": 1.02, "guidance_interval": (0.5, 8.0)},
+    {"eta": 0.6},
+]
+
+
+def requests(sampler: str) -> list[Request]:
+    """Rows of one lane, or of two of its kind, with settings of every kind."""
+    shared = ASKED | {"prompt": "a star", "output_type": "pt", "sampler": sampler}
+    asked = [Request(**(shared | each)) for each in OF_EVERY_KIND]
+    return [replace(each, eta=None) if sampler == "heun" else each for each in asked]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_rows_of_every_kind_share_a_batch_and_do_not_notice(tiny: TextToImage, sampler: str) -> None:
+    asked = requests(sampler)
+    alone = [tiny.paint([request])[0].images for request in asked]
+    for batch_size in (None, 3):
+        for order in (list(range(len(asked))), [*range(len(asked))][::-1]):
+            together = tiny.paint([asked[index] for index in order], batch_size=batch_size)
+            for index, result in zip(order, together, strict=True):
+                assert (result.images - alone[index]).abs().max() <= LEVEL
+
+
+@pytest.mark.parametrize("asked", OF_EVERY_KIND, ids=str)
+def test_a_record_paints_the_same_picture(tiny: TextToImage, asked: dict[str, Any]) -> None:
+    result = tiny("a star", **(ASKED | {"output_type": "pt"} | asked))
+    record = json.loads(json.dumps(result.records[0], allow_nan=False))
+    assert (tiny.repaint(record) - result.images[0]).abs().max() <= LEVEL
+    plain = {name: value for name, value in record["settings"].items() if name not in asked}
+    differs = asked.keys() - {"num_inference_steps"}
+    if differs:  # what was asked for is in the record, or another picture would come of it
+        other = tiny.repaint(record | {"settings": plain | {"num_inference_steps": ASKED["num_inference_steps"]}})
+        assert (other - result.images[0]).abs().max() > LEVEL
