@@ -23,8 +23,10 @@ from clip_core.text import TextTower
 from gen.families.stable_unclip import StableUnCLIP
 from gen.pipeline import TextToImage
 from gen.scheduler import NoiseLevels
+from training.alignment import Aligned, misalignment
+from training.checkpoints import load_weights
 from training.data.pictures import Pictures
-from training.frozen import image_embeddings, latents, load_clip, load_vae, reads, transformers_model
+from training.frozen import image_embeddings, image_patches, latents, load_clip, load_vae, reads, transformers_model
 from training.recipe import Recipe, RecipeError, Section, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
@@ -66,24 +68,29 @@ class DecoderRecipe(Recipe):
     kinds: Kinds = Field(default_factory=Kinds)
     noised_share: float = Field(0.5, ge=0, le=1)  # of image embeddings that are noised to a random level
     max_noise_level: int = Field(500, ge=0, lt=1000)
+    align_weight: float = Field(0.0, ge=0)  # of the middle features' distance from CLIP's patches; 0: not aligned
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
 
 
-class Encoded(Dataset[tuple[Tensor, Tensor, str]]):
-    """Latent (C, h, w), image embedding (E,) and caption of every picture."""
+Item = tuple[Tensor, Tensor, Tensor, str]
+"""Latent (C, h, w), image embedding (E,), CLIP's patch tokens (P, D), or (0,) where none are asked for; caption."""
 
-    def __init__(self, dataset: Pictures, latents: Tensor, embeddings: Tensor) -> None:
+
+class Encoded(Dataset[Item]):
+    """What frozen networks make of every picture, and its caption."""
+
+    def __init__(self, dataset: Pictures, latents: Tensor, embeddings: Tensor, patches: Tensor) -> None:
         self.captions = [example.text for example in dataset.examples]
-        self.latents, self.embeddings = latents, embeddings
+        self.latents, self.embeddings, self.patches = latents, embeddings, patches
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        return self.latents[index], self.embeddings[index], self.captions[index]
+    def __getitem__(self, index: int) -> Item:
+        return self.latents[index], self.embeddings[index], self.patches[index], self.captions[index]
 
 
-class DecoderTask(Task[UNet2DConditionModel]):
+class DecoderTask(Task[Aligned]):
     """The weighted error of the network's own output at uniformly drawn timesteps."""
 
     def __init__(self, recipe: DecoderRecipe) -> None:
@@ -101,12 +108,16 @@ class DecoderTask(Task[UNet2DConditionModel]):
         pictures = Pictures(recipe.data, recipe.resolution)
         self.skipped, self.reads = pictures.skipped, reads(pictures, recipe.clip, recipe.vae)
         embeddings = image_embeddings(pictures, clip, recipe.clip)
-        self.dataset: Encoded = Encoded(pictures, latents(pictures, self.vae, recipe.vae), embeddings)
+        patches = torch.empty(len(pictures), 0)
+        if recipe.align_weight:
+            patches = image_patches(pictures, clip, recipe.clip)
+        self.dataset: Encoded = Encoded(pictures, latents(pictures, self.vae, recipe.vae), embeddings, patches)
         self.held = held_back(len(self.dataset))
         torch.manual_seed(recipe.train.seed)
-        self.network = _unet(recipe, self.vae.config.latent_channels, embeddings.shape[1], self.clip_model.config)
+        unet = _unet(recipe, self.vae.config.latent_channels, embeddings.shape[1], self.clip_model.config)
         if recipe.attention == "eager":
-            self.network.set_attn_processor(AttnProcessor())
+            unet.set_attn_processor(AttnProcessor())
+        self.network = Aligned(unet, patches.shape[-1] if recipe.align_weight else None)
         width = embeddings.shape[1]
         self.normalizer = StableUnCLIPImageNormalizer(width).requires_grad_(False)
         self.normalizer.mean.copy_(embeddings.mean(dim=0, keepdim=True))
@@ -126,13 +137,17 @@ class DecoderTask(Task[UNet2DConditionModel]):
             image_noising=self.image_noising,
         )
 
+    def start_from(self, folder: Path) -> None:
+        """The weights of a UNet; what aligns it always starts anew."""
+        load_weights(self.network.unet, folder)
+
     def groups(self) -> list[list[int]]:
         """All but the examples kept for `measure`."""
         return [[index] for index in range(len(self.dataset) - self.held)]
 
-    def forward(self, batch: tuple[Tensor, Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: tuple[Tensor, Tensor, Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """The loss at random timesteps and conditions; `error` is the same unweighted."""
-        x0, embeddings, captions = batch  # (B, C, h, w), (B, E), B
+        x0, embeddings, patches, captions = batch  # (B, C, h, w), (B, E), (B, P, D), B
         rows, device = len(captions), x0.device
         with_text, with_image = self._draw_kinds(rows, rng)
         with torch.no_grad():
@@ -145,43 +160,46 @@ class DecoderTask(Task[UNet2DConditionModel]):
         sigma = scaling.sigma(timestep)
         eps = torch.randn(x0.shape, generator=rng, device=device)
         x = x0 + sigma.reshape(-1, 1, 1, 1) * eps
-        output = self.network(
+        output, seen = self.network(
             scaling.network_input(x, sigma), timestep, encoder_hidden_states=tokens, class_labels=vector
-        ).sample.float()
-        error = (output - scaling.target(x0, eps, sigma)).square().mean(dim=(1, 2, 3))  # (B,)
-        return {
-            "loss": (error * scaling.loss_weight(sigma, self.recipe.snr_gamma)).mean(),
-            "error": error.mean(),
-        }
+        )
+        error = (output.float() - scaling.target(x0, eps, sigma)).square().mean(dim=(1, 2, 3))  # (B,)
+        told = {"error": error.mean()}
+        loss = (error * scaling.loss_weight(sigma, self.recipe.snr_gamma)).mean()
+        if seen is not None:
+            told["misalignment"] = misalignment(seen, patches)
+            loss = loss + self.recipe.align_weight * told["misalignment"]
+        return {"loss": loss, **told}
 
     @torch.no_grad()
-    def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
-        """The loss over held-back pictures with fixed noise."""
+    def measure(self, network: Aligned) -> dict[str, float]:
+        """The unweighted error over held-back pictures with fixed noise."""
         first = len(self.dataset) - self.held
         trained, self.network = self.network, network
         losses = []
         for start in range(first, len(self.dataset), 64):
             items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
-            x0, embeddings = (torch.stack(part).to(self.vae.device) for part in list(zip(*items, strict=True))[:2])
+            *tensors, captions = zip(*items, strict=True)
+            x0, embeddings, patches = (torch.stack(part).to(self.vae.device) for part in tensors)
             rng = torch.Generator(self.vae.device).manual_seed(start)
-            losses.append(self((x0, embeddings, [item[2] for item in items]), rng)["loss"])
+            losses.append(self((x0, embeddings, patches, list(captions)), rng)["error"])
         self.network = trained
-        return {"held_back_loss": torch.stack(losses).mean().item()}
+        return {"held_back_error": torch.stack(losses).mean().item()}
 
     @torch.no_grad()
-    def sheet(self, network: UNet2DConditionModel) -> Image.Image:
+    def sheet(self, network: Aligned) -> Image.Image:
         """Held-back captions painted from text alone."""
         captions = [
-            self.dataset[index][2] for index in range(len(self.dataset) - min(self.held, 24), len(self.dataset))
+            self.dataset.captions[index] for index in range(len(self.dataset) - min(self.held, 24), len(self.dataset))
         ]
-        painter = TextToImage(self.model(network))
+        painter = TextToImage(self.model(network.unet))
         painted = painter(captions, num_inference_steps=20, guidance_scale=4.0, seed=0, output_type="pt", rerank=False)
         assert isinstance(painted.images, Tensor), "output_type is pt"
         return grid(painted.images * 2 - 1, columns=8, captions=captions, scale=2)
 
-    def save(self, network: UNet2DConditionModel, folder: Path) -> None:
+    def save(self, network: Aligned, folder: Path) -> None:
         """The UNet in `folder`; what belongs to it (scheduler, image normaliser and noising) in folders inside."""
-        network.save_pretrained(folder)
+        network.unet.save_pretrained(folder)
         self.levels.stock.save_pretrained(folder / "scheduler")
         self.normalizer.save_pretrained(folder / "image_normalizer")
         self.image_noising.save_pretrained(folder / "image_noising_scheduler")
@@ -200,7 +218,7 @@ class DecoderTask(Task[UNet2DConditionModel]):
         level = torch.randint(self.recipe.max_noise_level + 1, (rows,), generator=rng, device=device)
         level = level * (torch.rand(rows, generator=rng, device=device) < self.recipe.noised_share)
         noise = torch.randn(embeddings.shape, generator=rng, device=device)
-        return self.model(self.network).noise_image_embeddings(embeddings, level, noise)
+        return self.model(self.network.unet).noise_image_embeddings(embeddings, level, noise)
 
 
 def _unet(recipe: DecoderRecipe, channels: int, width: int, clip_config: Any) -> UNet2DConditionModel:

@@ -49,6 +49,21 @@ def image_embeddings(dataset: Pictures, clip: CLIP, folder: str | Path) -> Tenso
     return encoded(dataset, Path(folder), lambda pixels: clip.image(pixels.to(clip.device).float() / 255))
 
 
+def image_patches(dataset: Pictures, clip: CLIP, folder: str | Path) -> Tensor:
+    """CLIP's patch tokens of a data set before the last layer, (N, P, D) float16.
+
+    The last layer's are of no use: contrast reads the class token alone there.
+    """
+    vision = transformers_model(clip).vision_model
+
+    def encode(pixels: Tensor) -> Tensor:
+        values = clip.preprocess.from_pixels(pixels.to(clip.device).float() / 255)
+        states = vision(pixel_values=values, output_hidden_states=True).hidden_states
+        return states[-2][:, 1:].half()
+
+    return encoded(dataset, Path(folder), encode, what="patches")
+
+
 def latents(dataset: Pictures, vae: AutoencoderKL, folder: str | Path) -> Tensor:
     """Latents of a data set at unit variance, (N, C, h, w): the posterior's mean times `scaling_factor`."""
 

@@ -31,7 +31,9 @@ def soften(pixels: Tensor, share: float, rng: torch.Generator) -> Tensor:
     warp, blur = chosen * draw(batch), chosen * draw(batch)
     grid = (batch, 2, height // CELL + 1, width // CELL + 1)
     points = torch.randn(grid, generator=rng, device=rng.device).to(pixels)
-    ways = F.interpolate(points, (height, width), mode="bicubic", align_corners=True) * FURTHEST * warp.view(-1, 1, 1, 1)
+    ways = (
+        F.interpolate(points, (height, width), mode="bicubic", align_corners=True) * FURTHEST * warp.view(-1, 1, 1, 1)
+    )
     still = F.affine_grid(torch.eye(2, 3).to(pixels).expand(batch, 2, 3), list(pixels.shape), align_corners=False)
     to = still + ways.permute(0, 2, 3, 1) * torch.tensor([2 / width, 2 / height]).to(pixels)
     warped = F.grid_sample(pixels, to, padding_mode="border", align_corners=False)

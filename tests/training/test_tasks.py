@@ -17,13 +17,16 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPToken
 
 from clip_core.clip import CLIP
 from tests.training.tiny_recipes import WIDTH, recipes
+from training.alignment import misalignment
 from training.captioner import Captioner
 from training.clip_task import ClipRecipe, ClipTask
 from training.data.pictures import Pictures
-from training.frozen import load_clip, load_vae
+from training.decoder_task import DecoderRecipe, DecoderTask
+from training.frozen import load_clip, load_vae, transformers_model
 from training.loop import train
 from training.parts import PART_TASKS
 from training.recipe import RecipeError, check
+from training.soften import soften
 from training.task import Task, held_back
 from training.vae_task import VaeRecipe, VaeTask
 
@@ -153,7 +156,7 @@ def test_clip_is_trained_as_it_is_read(few_shapes: Path, trained: Path) -> None:
     pixels, captions = first_batch(task)
     with torch.no_grad():
         image, text = clip.image(pixels.float() / 255), clip.text(list(captions)).embedding
-        own_image, own_text = task._embed(task.network, pixels, task._tokens(captions))
+        own_image, own_text = task._embed(task.network, pixels / 255, task._tokens(captions))
     assert torch.allclose(image, own_image, atol=1e-4) and torch.allclose(text, own_text, atol=1e-4)
 
 
@@ -195,6 +198,27 @@ def test_a_captioner_teaches_clip_and_is_thrown_away(few_shapes: Path, trained: 
     taught = load_file(Path(recipe.out) / "model" / "model.safetensors")
     assert {name: value.shape for name, value in taught.items()} == {k: v.shape for k, v in plain.items()}
     assert train(ClipTask(recipe), recipe, progress=False).step == recipe.train.steps  # its checkpoint is read again
+
+
+def test_softened_pictures_are_warped_and_blurred_each_by_its_own_amounts() -> None:
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.zeros(32, 3, 64, 64)
+    pixels[:, :, 20:44, 20:44] = 1
+    assert torch.allclose(soften(pixels, 0.0, rng), pixels, atol=1e-5)
+    soft = soften(pixels, 1.0, rng)
+    assert soft.min() >= 0 and soft.max() <= 1 + 1e-5
+    assert torch.allclose(soft.mean(dim=(1, 2, 3)), pixels.mean(dim=(1, 2, 3)), atol=0.03)  # what is there stays
+    changes = (soft - pixels).abs().mean(dim=(1, 2, 3))
+    assert changes.max() > 4 * changes.min() > 0
+    some = soften(pixels, 0.5, torch.Generator().manual_seed(1))
+    assert 8 <= ((some - pixels).abs().amax(dim=(1, 2, 3)) > 1e-3).sum() <= 24
+    assert torch.equal(some, soften(pixels, 0.5, torch.Generator().manual_seed(1)))
+
+
+def test_clip_is_shown_softened_pictures_and_measured_on_sharp_ones(few_shapes: Path, trained: Path) -> None:
+    sharp, soft = (make("clip", few_shapes, trained, soften=share) for share in (0.0, 1.0))
+    assert losses(sharp)["contrast"].item() != losses(soft)["contrast"].item()
+    assert sharp.measure(sharp.network) == soft.measure(soft.network)
 
 
 def test_clip_preprocessing_is_measured(few_shapes: Path, trained: Path) -> None:
@@ -313,8 +337,8 @@ class Asked:
 def test_the_decoder_sees_four_kinds_in_the_shares_asked_for(few_shapes: Path, trained: Path) -> None:
     shares = {"both": 0.4, "text": 0.3, "image": 0.2, "none": 0.1}
     task = make("decoder", few_shapes, trained, kinds=shares)
-    asked = Asked(task.network)
-    captions = list(first_batch(task)[2])
+    asked = Asked(task.network.unet)
+    captions = list(first_batch(task)[-1])
     with torch.no_grad():
         for seed in range(80):
             losses(task, seed)
@@ -335,7 +359,7 @@ def test_the_decoder_sees_four_kinds_in_the_shares_asked_for(few_shapes: Path, t
 def test_the_class_input_is_what_stock_makes_of_an_embedding(few_shapes: Path, trained: Path) -> None:
     """Normalised by measured mean and deviation, noised to a level, and the level told beside it."""
     task = make("decoder", few_shapes, trained, noised_share=0.0, kinds={"both": 1.0, "text": 0, "image": 0, "none": 0})
-    asked = Asked(task.network)
+    asked = Asked(task.network.unet)
     losses(task)
     embeddings = first_batch(task)[1]
     vectors = torch.stack(asked.vectors)
@@ -344,7 +368,7 @@ def test_the_class_input_is_what_stock_makes_of_an_embedding(few_shapes: Path, t
     noised = make(
         "decoder", few_shapes, trained, noised_share=1.0, kinds={"both": 1.0, "text": 0, "image": 0, "none": 0}
     )
-    asked = Asked(noised.network)
+    asked = Asked(noised.network.unet)
     losses(noised)
     levels = torch.stack(asked.vectors)[:, WIDTH:]
     assert len(levels.unique(dim=0)) > 4
@@ -372,6 +396,45 @@ def test_the_decoder_reads_the_autoencoders_latents(few_shapes: Path, trained: P
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
     assert torch.allclose(torch.stack([task.dataset[index][0] for index in range(4)]), expected, atol=1e-4)
+
+
+def test_a_decoder_aligned_with_clip_learns_what_clip_sees_and_is_saved_alone(
+    few_shapes: Path, trained: Path, tmp_path: Path
+) -> None:
+    init = trained / "decoder" / "model"
+    fields = recipes(few_shapes, trained)["decoder"] | {"out": str(tmp_path), "align_weight": 0.5, "init": str(init)}
+    fields["snr_gamma"] = None
+    recipe = check(DecoderRecipe, fields)
+    task = DecoderTask(recipe)
+    clip, pictures = load_clip(trained / "clip" / "model"), Pictures(few_shapes, 64)
+    values = clip.preprocess.from_pixels(pictures[0][0][None].float() / 255)
+    states = transformers_model(clip).vision_model(values, output_hidden_states=True).hidden_states
+    assert torch.allclose(task.dataset[0][2].float(), states[-2][0, 1:], atol=1e-2)
+    told = losses(task)
+    assert told["loss"].item() == pytest.approx((told["error"] + 0.5 * told["misalignment"]).item(), rel=1e-5)
+    optimizer = torch.optim.Adam(task.network.parameters(), 1e-2)
+    for _ in range(100):
+        loss = losses(task)["misalignment"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * told["misalignment"].item()
+    assert task.network.unet.conv_in.weight.grad is not None and bool(task.network.unet.conv_in.weight.grad.any())
+    train(DecoderTask(recipe), recipe, progress=False)
+    plain, aligned = (
+        load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (init, tmp_path / "model")
+    )
+    assert aligned.keys() == plain.keys()
+
+
+def test_a_misalignment_of_nothing_is_nothing() -> None:
+    seen = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    patches = 3 * seen.flatten(2).transpose(1, 2)
+    assert misalignment(seen, patches).item() == pytest.approx(0, abs=1e-6)
+    assert misalignment(-seen, patches).item() == pytest.approx(2, abs=1e-6)
+    halves = torch.cat([torch.ones(1, 2, 2, 1), -torch.ones(1, 2, 2, 1)], dim=3)  # left 1, right -1, on a 2 x 2 grid
+    finer = halves.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).flatten(2).transpose(1, 2)
+    assert misalignment(halves, finer).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_size_that_the_autoencoder_cannot_halve(few_shapes: Path, trained: Path) -> None:

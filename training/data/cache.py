@@ -32,13 +32,20 @@ def weights_digest(folder: Path) -> str:
 
 
 @torch.no_grad()
-def encoded(dataset: Pictures, encoder: Path, encode: Callable[[Tensor], Tensor], *, batch_size: int = 128) -> Tensor:
-    """`encode` of every picture, (N, ...) float32 on the CPU, from the cache or computed into it.
+def encoded(
+    dataset: Pictures,
+    encoder: Path,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    what: str = "",
+    batch_size: int = 128,
+) -> Tensor:
+    """`encode` of every picture, (N, ...) on the CPU, from the cache or computed into it.
 
-    `encoder` is the folder that `encode` was loaded from; `encode` takes uint8 pixels (B, 3, H, W). Raises
-    DataError where the data's folder cannot be written.
+    `encoder` is the folder that `encode` was loaded from, and `what` tells its outputs apart where it has several;
+    `encode` takes uint8 pixels (B, 3, H, W). Raises DataError where the data's folder cannot be written.
     """
-    key = hashlib.sha256(f"{dataset.digest} {weights_digest(encoder)}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{dataset.digest} {weights_digest(encoder)}{what}".encode()).hexdigest()[:24]
     path = dataset.folder / ".cache" / f"{key}.safetensors"
     if path.exists():
         return load_file(path)["encoded"]
@@ -50,7 +57,7 @@ def encoded(dataset: Pictures, encoder: Path, encode: Callable[[Tensor], Tensor]
         raise DataError(f"{path.parent} cannot be written ({error.strerror}); give data in a folder that can") from None
     batches = DataLoader(dataset, batch_size=batch_size)
     shown = track(batches, f"encoding with {encoder}", console=Console(stderr=True))
-    rows = torch.cat([encode(pixels).float().cpu() for pixels, _ in shown]).contiguous()
+    rows = torch.cat([encode(pixels).cpu() for pixels, _ in shown]).contiguous()
     partial = path.with_suffix(f".{os.getpid()}.partial")  # many processes may compute the same at once
     save_file({"encoded": rows}, partial)
     partial.rename(path)
