@@ -9,7 +9,6 @@ here, whatever the requests' settings, so what is compared is only who may join 
 repeat, with the same arrivals. The result is kept in benchmarks/results/arrivals.json.
 """
 
-import json
 import queue
 import random
 import threading
@@ -17,15 +16,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Annotated, Any
 
 import typer
 
 from gen import Request, TextToImage
+from report import RESULTS, markdown, save, spread
 from training.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "arrivals.json"
 WORDS = ["a small red circle", "a large blue square", "two green stars", "a yellow circle above a black square"]
 
 
@@ -115,12 +114,6 @@ def summary(latencies: Sequence[float], arrivals: Sequence[Arrival]) -> dict[str
     }
 
 
-def told(runs: Sequence[dict[str, float]], name: str) -> str:
-    """Median and range."""
-    values = [run[name] for run in runs]
-    return f"{median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
-
-
 def main(
     model: Annotated[str, typer.Argument(help="A bundled name, a folder or a hub id.")] = "shapes64",
     requests: Annotated[int, typer.Option(min=2, help="That arrive in a run.")] = 40,
@@ -128,7 +121,7 @@ def main(
     largest: Annotated[int, typer.Option(min=1, help="Requests in a static batch, at most.")] = 16,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
-    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULT,
+    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "arrivals.json",
 ) -> None:
     """Measure both."""
     painter = TextToImage.from_pretrained(model, device)
@@ -149,14 +142,12 @@ def main(
             runs[name].append(summary(way(painter, arrivals), arrivals))
     settings: dict[str, Any] = {"model": model, "requests": requests, "load": load, "largest": largest}
     found = {**settings, "arrivals_per_second": rate, "runs": runs, **provenance(painter.model.device)}
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save(found, result)
     print(f"{requests} requests, {rate:.2g} a second (load {load}), median of {repeats} (range)\n")
-    print("| | pictures a second | mean seconds | 95 % are answered within, s |")
-    print("|---|---|---|---|")
-    for name, each in runs.items():
-        columns = (told(each, column) for column in ("pictures_per_second", "mean_seconds", "p95_seconds"))
-        print(f"| {name} | {' | '.join(columns)} |")
+    columns = ["", "pictures a second", "mean seconds", "95 % are answered within, s"]
+    measures = ("pictures_per_second", "mean_seconds", "p95_seconds")
+    rows = ([name, *(spread([run[each] for run in taken]) for each in measures)] for name, taken in runs.items())
+    print(markdown(columns, rows))
 
 
 if __name__ == "__main__":

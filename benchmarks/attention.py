@@ -9,7 +9,6 @@ shape is refused by says why in the file. The second: keys and values of a text 
 result is kept in benchmarks/results/attention.json.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,9 +21,10 @@ import typer
 from torch import Tensor
 
 from gen.attention import AUTO, KERNELS, TORCHS_CHOICE, Shape, chosen, refusal, timed
+from options import DTYPES, known
+from report import RESULTS, markdown, save
 from training.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "attention.json"
 ROWS = 4
 MASKED = (1, 1)  # one bias for all heads and queries, as a UNet makes it
 
@@ -56,20 +56,17 @@ COUNTS = ([16, 16], [16, 4, 4, 4, 4], [7, 3, 4], [9] + [1] * 9)
 def main(
     sizes: Annotated[str, typer.Option(help=f"One of: {', '.join(SIZES)}.")] = "real",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cuda" if torch.cuda.is_available() else "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULT,
+    dtype: Annotated[str, typer.Option(help=f"One of: {', '.join(DTYPES)}.")] = "float32",
+    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "attention.json",
 ) -> None:
     """Measure attention."""
-    if sizes not in SIZES:
-        raise typer.BadParameter(f"{sizes!r} is unknown; choose from: {', '.join(SIZES)}")
-    of = (torch.empty(0, device=device).device, getattr(torch, dtype))
-    shapes = {kind: Shape(*of, *size) for kind, size in SIZES[sizes].items()}
+    of = (torch.empty(0, device=device).device, DTYPES[known(dtype, DTYPES, "dtype")])
+    shapes = {kind: Shape(*of, *size) for kind, size in SIZES[known(sizes, SIZES, "sizes")].items()}
     kernels = [measured(kind, name, shape) for kind, shape in shapes.items() for name in (*KERNELS, AUTO)]
     layer, width = READ[sizes]
     reads = [read(counts, Shape(*of, *layer), width) for counts in COUNTS]
     found = {"sizes": sizes, "dtype": dtype, "rows": ROWS, "kernels": kernels, "reads": reads, **provenance(device)}
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save(found, result)
     print(table(kernels))
     print()
     print(table(reads))
@@ -165,8 +162,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     """Markdown of what was measured; refusals are left to the file."""
     shown = [cell for cell in cells if "refused" not in cell]
     columns = [name for name in shown[0] if name != "size"]
-    lines = [columns, ["---"] * len(columns), *([word(cell[name]) for name in columns] for cell in shown)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(columns, ([word(cell[name]) for name in columns] for cell in shown))
 
 
 def word(value: Any) -> str:

@@ -6,7 +6,6 @@ CLIP chooses between a true caption and one that differs from it in one fact (ch
 pictures after a round trip through the autoencoder. The result is kept in benchmarks/results/parts.json.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +14,11 @@ import torch
 import typer
 
 from gen import TextToImage
+from report import RESULTS, markdown, save
 from training.data.checker import faults, read
 from training.data.shapes import Claim, contrast, render, scene
 from training.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "parts.json"
 FIRST = 900_000_000  # a seed far from those of training pictures
 
 
@@ -39,6 +38,7 @@ def changed(claim: Claim, other: Claim) -> str:
 def main(
     model: Annotated[str, typer.Option(help="Bundled name, diffusers folder or hub id.")] = "shapes64",
     scenes: Annotated[int, typer.Option(min=1, help="Pictures.")] = 600,
+    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "parts.json",
 ) -> None:
     """Measure the parts."""
     family = TextToImage.from_pretrained(model, device="cpu").model
@@ -65,11 +65,11 @@ def main(
         "model": model,
         **provenance(),
     }
-    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("| part | fact | right | of |\n|---|---|---|---|")
-    for fact, cell in found["forced_choice"].items():
-        print(f"| CLIP, forced choice | {fact} | {100 * cell['rate']:.0f} % | {cell['of']} |")
-    print(f"| autoencoder, round trip | everything | {100 * float(np.mean(right)):.0f} % | {len(right)} |")
+    save(found, result)
+    cells = [("CLIP, forced choice", fact, cell) for fact, cell in found["forced_choice"].items()]
+    cells.append(("autoencoder, round trip", "everything", found["round_trip_read_right"]))
+    rows = ([part, fact, f"{100 * cell['rate']:.0f} %", str(cell["of"])] for part, fact, cell in cells)
+    print(markdown(["part", "fact", "right", "of"], rows))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ out, the sizes are those of a 1 B prior on CUDA and a quarter of it on the CPU, 
 one core. The result is kept in benchmarks/results/prior.json.
 """
 
-import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +19,16 @@ import typer
 from diffusers import DDIMScheduler, PriorTransformer
 from torch import Tensor
 
+from gauges import now
 from gen.conditioning import Condition
 from gen.prior import STAGE
 from gen.prior_prefix import CachedPrior
 from gen.rows import Row, Rows
 from gen.scheduler import NoiseLevels
+from options import DTYPES, known
+from report import RESULTS, markdown, save, spread
 from samplers.noise import noise
 from training.provenance import provenance
-
-RESULT = Path(__file__).parent / "results" / "prior.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -154,18 +152,6 @@ def compare(network: PriorTransformer, candidates: int, sizes: Sizes, repeats: i
     }
 
 
-def now(device: torch.device) -> float:
-    """The clock, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def spread(seconds: list[float]) -> str:
-    """Median and range."""
-    return f"{median(seconds):.3g} ({min(seconds):.3g}–{max(seconds):.3g})"
-
-
 @torch.no_grad()
 def main(
     candidates: Annotated[list[int] | None, typer.Option(min=1, help="Per prompt; 1, 4 and 16 when not given.")] = None,
@@ -180,7 +166,7 @@ def main(
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; float32 on the CPU, else float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Counted turns of each loop.")] = 5,
-    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULT,
+    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "prior.json",
 ) -> None:
     """Measure the prior."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -194,24 +180,22 @@ def main(
         prompts=prompts,
         steps=steps or (25 if fast else 10),
         guidance_scale=guidance_scale,
-        dtype=dtype or ("float16" if fast else "float32"),
+        dtype=known(dtype or ("float16" if fast else "float32"), DTYPES, "dtype"),
     )
-    if sizes.dtype not in DTYPES:
-        raise typer.BadParameter(f"dtype '{sizes.dtype}' is unknown; choose from: {', '.join(DTYPES)}")
     network = made(sizes, place)
     parameters = sum(weight.numel() for weight in network.parameters())
     measured = [compare(network, number, sizes, repeats) for number in candidates or [1, 4, 16]]
     found = {"parameters": parameters, "sizes": asdict(sizes), "measured": measured, **provenance(place)}
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save(found, result)
     told = f"{parameters / 1e6:.0f} M parameters, {sizes.dtype}, {text_tokens} text tokens"
     print(f"{told}, {sizes.steps} steps, {prompts} prompt(s), guidance {guidance_scale}, {place.type}\n")
-    print("| candidates | diffusers, s, median (range) | unclip, s | speed-up | largest difference (of) |")
-    print("|---|---|---|---|---|")
+    rows = []
     for one in measured:
-        seconds = " | ".join(spread(each) for each in one["seconds"].values())
+        seconds = [spread(each) for each in one["seconds"].values()]
         apart = f"{one['max_difference']:.1e} ({one['largest']:.1f})"
-        print(f"| {one['candidates']} | {seconds} | {one['speed_up']:.1f} | {apart} |")
+        rows.append([str(one["candidates"]), *seconds, f"{one['speed_up']:.1f}", apart])
+    columns = ["candidates", "diffusers, s, median (range)", "unclip, s", "speed-up", "largest difference (of)"]
+    print(markdown(columns, rows))
 
 
 if __name__ == "__main__":

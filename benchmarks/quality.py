@@ -13,10 +13,9 @@ from typing import Annotated
 
 import typer
 
+from report import RESULTS, save
 from training.evaluate import fault_table, in_words, table
 from training.evaluate_cli import measure
-
-RESULT = Path(__file__).parent / "results" / "quality.json"
 
 
 def main(
@@ -24,12 +23,11 @@ def main(
     number: Annotated[int, typer.Option("-n", help="Candidates a prompt.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; a GPU where there is one.")] = None,
     work: Annotated[Path, typer.Option(help="Where an interrupted evaluation goes on.")] = Path("runs/quality"),
-    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULT,
+    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "quality.json",
 ) -> None:
     """Measure quality."""
     found = measure(model, "shapes", number=number, device=device, out=work)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save(found, result)
     words = result.with_name(f"{result.stem}_card.json")  # what a bundle recipe names as `scores`
     words.write_text(json.dumps(in_words(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{table(found)}\n\n{fault_table(found)}")

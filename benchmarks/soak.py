@@ -9,7 +9,6 @@ then. The result is kept in benchmarks/results/soak.json.
 """
 
 import gc
-import json
 import os
 import threading
 import time
@@ -26,9 +25,9 @@ from gen.conditioning import Condition, Conditions
 from gen.engine import Flight
 from gen.request import Job
 from gen.rows import Live, Row
+from report import RESULTS, markdown, save
 from training.provenance import provenance
 
-RESULT = Path(__file__).parent / "results" / "soak.json"
 COUNTED = (Condition, Conditions, Flight, Future, Job, Live, Result, Row, torch.Tensor)
 SLACK = 50  # objects of the requests that the engine is just taking out; a leak would leave thousands
 GROWTH = 1.1  # of the resident set
@@ -89,7 +88,7 @@ def main(
     requests: Annotated[int, typer.Option(min=20)] = 10_000,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 32,
     device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
-    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULT,
+    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "soak.json",
 ) -> None:
     """Paint them all and count."""
     painter = TextToImage.from_pretrained(model, device)
@@ -104,16 +103,12 @@ def main(
     before = first["objects"]
     leaked = {name: number for name, number in last["objects"].items() if number > before.get(name, 0) + SLACK}
     found = {"model": model, "requests": requests, "in_flight": in_flight, "ends": dict(ends), "rounds": rounds}
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(
-        json.dumps({**found, "seconds": seconds, **provenance(painter.model.device)}, indent=1) + "\n", encoding="utf-8"
-    )
-    print("| after | tensors | resident, MB |")
-    print("|---|---|---|")
+    save({**found, "seconds": seconds, **provenance(painter.model.device)}, result)
+    rows = []
     for tenth, each in enumerate(rounds, 1):
-        print(
-            f"| {tenth * (requests // 10)} | {each['objects'].get('Tensor', 0)} | {each['resident_bytes'] / 1e6:.0f} |"
-        )
+        tensors, megabytes = each["objects"].get("Tensor", 0), each["resident_bytes"] / 1e6
+        rows.append([str(tenth * (requests // 10)), str(tensors), f"{megabytes:.0f}"])
+    print(markdown(["after", "tensors", "resident, MB"], rows))
     print(f"\n{dict(ends)} in {seconds:.0f} s")
     if leaked or last["resident_bytes"] > GROWTH * first["resident_bytes"]:
         print(f"left behind: {leaked}")

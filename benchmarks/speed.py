@@ -6,7 +6,6 @@ Every run is a fresh process, timed from its start to its end by this one; the f
 cache, is not counted. The result is kept in benchmarks/results/speed.json and printed in markdown.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from typing import Annotated
 
 import typer
 
+from report import RESULTS, markdown, save, spread
 from training.provenance import provenance
 
 PROMPT = "a small red circle above a large blue square"
-RESULT = Path(__file__).parent / "results" / "speed.json"
 
 
 def main(
@@ -29,7 +28,7 @@ def main(
     model: Annotated[str, typer.Option(help="Bundled name, diffusers folder or hub id.")] = "shapes64",
     number: Annotated[int, typer.Option("-n", help="Candidates.")] = 16,
     keep: Annotated[int, typer.Option(help="Pictures kept.")] = 4,
-    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULT,
+    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "speed.json",
 ) -> None:
     """Measure speed."""
     words = [PROMPT, "-n", str(number), "--keep", str(keep), "--seed", "0", "--model", model]
@@ -43,11 +42,9 @@ def main(
         "runs": each,
         **provenance("cuda" if has_cuda() else "cpu"),
     }
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("| command | seconds, median of fresh processes (least–most) | peak memory |\n|---|---|---|")
-    told = f"{median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
-    print(f"| `{found['command']}` | {told} | {max(peaks):.0f} MB |")
+    save(found, result)
+    columns = ["command", "seconds, median of fresh processes (least–most)", "peak memory"]
+    print(markdown(columns, [[f"`{found['command']}`", spread(seconds, ".1f"), f"{max(peaks):.0f} MB"]]))
 
 
 def run(words: list[str], out: Path, keep: int) -> dict[str, float]:
