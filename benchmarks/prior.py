@@ -4,8 +4,8 @@
 
 A random prior of DALL-E 2's shape samples image embeddings for random texts, guided as StableUnCLIPPipeline guides it.
 Both loops start from the same noise; they take turns within each repeat, and what they end with is compared. Left
-out, the sizes are those of a 1 B prior on CUDA and a quarter of it on the CPU, where it takes about half an hour on
-one core. The result is kept in benchmarks/results/prior.json.
+out, the sizes are those of a 1 B prior on CUDA and a quarter of it on the CPU. The result is kept in
+benchmarks/results/prior.json.
 """
 
 from collections.abc import Callable
