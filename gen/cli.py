@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
-ADVANCED = "Advanced"  # the panel of --help for what few need
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
 
 # How Python's words are said on the command line; errors raised below speak Python's.
@@ -41,19 +40,19 @@ OPTIONS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
-    "keep": "--keep",
-    "seed": "--seed",
-    "height": "--height",
-    "width": "--width",
-    "eta": "--eta",
-    "s_churn": "--s-churn",
-    "s_tmin": "--s-tmin",
-    "s_tmax": "--s-tmax",
-    "s_noise": "--s-noise",
 }
+ALIKE = ("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
+ALIKE += ("guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps")
+ALIKE += ("apg_eta", "apg_norm_threshold", "apg_momentum", "thresholding", "dynamic_thresholding_ratio")
+OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _advanced(metavar: str, help: str) -> Any:
+    """An option that few need; --help has them in a panel of their own."""
+    return typer.Option(metavar=metavar, help=help, rich_help_panel="Advanced")
 
 
 def generate(
@@ -82,30 +81,26 @@ def generate(
     ] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
     height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(metavar="E", help="Fresh noise per step: 0 none, 1 ancestral.", rich_help_panel=ADVANCED),
+    eta: Annotated[float | None, _advanced("E", "Fresh noise per step: 0 none, 1 ancestral.")] = None,
+    s_churn: Annotated[float | None, _advanced("S", "Noise added and taken away again, over all steps.")] = None,
+    s_tmin: Annotated[float | None, _advanced("SIGMA", "Lowest level churned.")] = None,
+    s_tmax: Annotated[float | None, _advanced("SIGMA", "Highest level churned.")] = None,
+    s_noise: Annotated[float | None, _advanced("D", "Deviation of what churn adds.")] = None,
+    guidance_rule: Annotated[str | None, _advanced("RULE", "How to guide: cfg, cfg_zero, apg.")] = None,
+    guidance_rescale: Annotated[float | None, _advanced("R", "Keep the prompt's own contrast; 0 is off.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, _advanced("LOW HIGH", "Guide where LOW < noise level <= HIGH.")
     ] = None,
-    s_churn: Annotated[
-        float | None,
-        typer.Option(metavar="S", help="Noise added and taken away again, over all steps.", rich_help_panel=ADVANCED),
+    zero_init_steps: Annotated[int | None, _advanced("N", "cfg_zero: first steps of output 0.")] = None,
+    apg_eta: Annotated[float | None, _advanced("E", "apg: share kept of guidance along the estimate.")] = None,
+    apg_norm_threshold: Annotated[float | None, _advanced("R", "apg: largest norm of guidance; 0 is any.")] = None,
+    apg_momentum: Annotated[float | None, _advanced("B", "apg: what earlier steps' guidance counts.")] = None,
+    thresholding: Annotated[
+        float | None, _advanced("BOUND", "Dynamic thresholding: what clean values keep within; 0 is off.")
     ] = None,
-    s_tmin: Annotated[
-        float | None, typer.Option(metavar="SIGMA", help="Lowest level churned.", rich_help_panel=ADVANCED)
-    ] = None,
-    s_tmax: Annotated[
-        float | None, typer.Option(metavar="SIGMA", help="Highest level churned.", rich_help_panel=ADVANCED)
-    ] = None,
-    s_noise: Annotated[
-        float | None, typer.Option(metavar="D", help="Deviation of what churn adds.", rich_help_panel=ADVANCED)
-    ] = None,
+    dynamic_thresholding_ratio: Annotated[float | None, _advanced("P", "Share of values not clipped.")] = None,
     attention: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers.",
-            rich_help_panel=ADVANCED,
-        ),
+        str, _advanced("NAME", "Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers.")
     ] = "auto",
     rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
     out: Annotated[
@@ -140,6 +135,15 @@ def generate(
             width=width,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            guidance_rule=guidance_rule,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            zero_init_steps=zero_init_steps,
+            apg_eta=apg_eta,
+            apg_norm_threshold=apg_norm_threshold,
+            apg_momentum=apg_momentum,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
             sampler=sampler,
             eta=eta,
             s_churn=s_churn,

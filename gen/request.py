@@ -18,15 +18,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gen.search import BestOf, Search, by_name
+from samplers.guidance import RULES, Guide
 from samplers.sample import SAMPLERS
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 TENSORS = ("latents", "prior_latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds")
 OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
+GUIDED = ("negative_prompt", "negative_prompt_embeds", "guidance_rule")  # read where there is guidance
+APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 PRIORS = ("prior_latents", "prior_num_inference_steps", "prior_guidance_scale")  # read where there is a prior
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
+MOST_IN_BUDGET = 4096  # candidates of a prompt, where only a budget says how many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,13 @@ class Settings:
     guidance_scale: float = 5.0  # 1: off
     guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: all
     guidance_rescale: float = 0.0  # 0: off, 1: the guided output keeps the prompt's own contrast
+    guidance_rule: str = "cfg"  # one of `samplers.guidance.RULES`
+    zero_init_steps: int = 0  # cfg_zero: first steps of output 0, for flows and v; the paper's 1
+    apg_eta: float = 0.0  # apg: how much stays of guidance along the prompt's own estimate; 1: all
+    apg_norm_threshold: float = 15.0  # apg: the largest norm of guidance; 0: any
+    apg_momentum: float = -0.5  # apg: what the guidance of earlier steps counts
+    thresholding: float = 0.0  # dynamic thresholding: what clean values keep within, 1 for pixels; 0: off
+    dynamic_thresholding_ratio: float = 0.995  # the share of values that are not clipped
     negative_prompt: str = ""  # what the null condition says
     sampler: str = "ddim"
     eta: float | None = None  # fresh noise of a step, 0 none, 1 ancestral; None: the sampler's own
@@ -74,6 +86,22 @@ class Settings:
         chosen = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in chosen.items() if value is not None}
 
+    @property
+    def guide(self) -> Guide:
+        """By which rule it is guided."""
+        return Guide(
+            rule=self.guidance_rule,
+            zero_init_steps=self.zero_init_steps,
+            apg_eta=self.apg_eta,
+            apg_norm_threshold=self.apg_norm_threshold or math.inf,
+            apg_momentum=self.apg_momentum,
+        )
+
+    @property
+    def dynamic_thresholding(self) -> tuple[float, float] | None:
+        """Percentile and bound, as `samplers.wrap.thresholded` takes them; None: off."""
+        return (self.dynamic_thresholding_ratio, self.thresholding) if self.thresholding else None
+
     def to_json(self) -> dict[str, JSON]:
         """The settings as one flat JSON object."""
         values = asdict(self)
@@ -92,6 +120,23 @@ class Settings:
         return replace(self, **values)
 
 
+@dataclass(frozen=True)
+class Before:
+    """Whose noise a picture went by before the next seed's; a search that copies or turns rows makes such paths."""
+
+    seed: int
+    steps: int  # of the decoder, from the start on; 0: its start alone, which the next seed's then turns
+    share: float = 0.0  # of the turned start that is the next seed's; 0 where steps is not
+
+    @classmethod
+    def from_json(cls, told: object) -> Before:
+        """As a record has it; ValueError where it is damaged."""
+        if not isinstance(told, Mapping) or told.keys() != {"seed", "steps", "share"}:
+            raise ValueError(f"the record is damaged: its noise_path has {told!r}")
+        seed, steps = whole("seed", told["seed"], 0, MAX_SEED), whole("steps", told["steps"], 0)
+        return cls(seed, steps, real("share", told["share"], 0.0, 1.0))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
     """One picture to paint: all that its pixels depend on but the model."""
@@ -104,6 +149,12 @@ class Candidate:
     prompt_embeds: Tensor | None = None  # (L, D) in place of the prompt's
     negative_prompt_embeds: Tensor | None = None  # (L, D) in place of the negative prompt's
     image_embeds: Tensor | None = None  # (E,) in place of the prior's answer
+    noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
+
+    @property
+    def first_seed(self) -> int:
+        """The seed that its prior and the noise of its image embedding go by."""
+        return self.noise_path[0].seed if self.noise_path else self.seed
 
     def to_json(self) -> dict[str, JSON]:
         """Prompt, seed and settings, and the names of tensors handed in, which JSON does not hold."""
@@ -112,6 +163,8 @@ class Candidate:
             "seed": self.seed,
             "settings": self.settings.to_json(),
         }
+        if self.noise_path:
+            record["noise_path"] = [asdict(before) for before in self.noise_path]
         given = [name for name in TENSORS if getattr(self, name) is not None]
         return record | ({"given": list(given)} if given else {})
 
@@ -128,7 +181,8 @@ class Candidate:
             raise ValueError("the record is damaged: its prompt is no text or its settings no object")
         settings = able.defaults.updated(told, "record")
         check_settings(settings, able)
-        return cls(prompt=prompt, seed=whole("seed", seed, 0, MAX_SEED), settings=settings)
+        path = tuple(Before.from_json(each) for each in record.get("noise_path", ()))
+        return cls(prompt=prompt, seed=whole("seed", seed, 0, MAX_SEED), settings=settings, noise_path=path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +194,9 @@ class Job:
     keep: int  # per prompt
     rank: bool
     output_type: str
+    search: Search = BestOf()  # noqa: RUF009 - frozen
+    budget: float | None = None  # seconds; None: as long as it takes
+    diverse: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +205,12 @@ class Request:
 
     prompt: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] | None = None
-    num_images_per_prompt: int = 1
+    num_images_per_prompt: int | None = None
     keep: int | None = None
     rerank: bool | None = None
+    search: str | Search | None = None
+    budget: float | None = None
+    diverse: bool = False
     seed: int | Sequence[int] | None = None
     height: int | None = None
     width: int | None = None
@@ -158,6 +218,13 @@ class Request:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
+    guidance_rule: str | None = None
+    zero_init_steps: int | None = None
+    apg_eta: float | None = None
+    apg_norm_threshold: float | None = None
+    apg_momentum: float | None = None
+    thresholding: float | None = None
+    dynamic_thresholding_ratio: float | None = None
     sampler: str | None = None
     eta: float | None = None
     s_churn: float | None = None
@@ -182,7 +249,11 @@ class Request:
         Raises ValueError with one line: what was given, what is allowed, what to do.
         """
         prompts = self._prompts()
-        n = whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+        if self.budget is not None and real("budget", self.budget, 0.0) == 0:
+            raise ValueError(f"budget={self.budget!r} is out of range; give a number of seconds above 0")
+        n = 1 if self.budget is None else MOST_IN_BUDGET
+        if self.num_images_per_prompt is not None:
+            n = whole("num_images_per_prompt", self.num_images_per_prompt, 1)
         if n > MAX_SEED:
             raise ValueError(f"num_images_per_prompt={n} is more than there are seeds; give at most {MAX_SEED}")
         keep = n if self.keep is None else whole("keep", self.keep, 1)
@@ -192,6 +263,7 @@ class Request:
         if keep < n and not rank:
             why = "rerank=False" if able.can_rank else "this model has no clip/ to rank with"
             raise ValueError(f"keep={keep} of {n} needs a ranking, but {why}; leave keep out, or let it rank")
+        search = self._search(rank, keep < n)
         one_of("output_type", self.output_type, OUTPUT_TYPES)
         settings = self._settings(able)
         negatives = self._negatives(len(prompts))
@@ -221,6 +293,9 @@ class Request:
             keep=keep,
             rank=rank,
             output_type=self.output_type,
+            search=search,
+            budget=self.budget,
+            diverse=self.diverse,
         )
 
     def _prompts(self) -> tuple[str, ...]:
@@ -262,6 +337,16 @@ class Request:
             raise ValueError("rerank=True needs the prompt as text; give prompt as well, or leave rerank out")
         return self.rerank
 
+    def _search(self, rank: bool, chooses: bool) -> Search:
+        search = by_name("best_of" if self.search is None else self.search)
+        if not rank and not isinstance(search, BestOf):
+            raise ValueError(f"search '{search.name}' goes by CLIP's scores, but nothing is ranked; let it rank")
+        if not isinstance(self.diverse, bool):
+            raise ValueError(f"diverse={self.diverse!r}; give True or False")
+        if self.diverse and not chooses:
+            raise ValueError("diverse=True chooses among candidates, but all are kept; give a smaller keep")
+        return search
+
     def _settings(self, able: Abilities) -> Settings:
         names = {item.name for item in fields(Settings)} - {"negative_prompt"}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -281,7 +366,10 @@ class Request:
     def _warn_ignored(self, settings: Settings) -> None:
         image = settings.prior or self.image_embeds is not None
         unheard: list[tuple[bool, str, tuple[str, ...]]] = [
-            (settings.guidance_scale == 1, "guidance_scale is 1", ("negative_prompt", "negative_prompt_embeds")),
+            (settings.guidance_scale == 1, "guidance_scale is 1", GUIDED),
+            (settings.guidance_rule != "cfg_zero", "guidance_rule is not cfg_zero", ("zero_init_steps",)),
+            (settings.guidance_rule != "apg", "guidance_rule is not apg", APG),
+            (not settings.thresholding, "thresholding is 0", ("dynamic_thresholding_ratio",)),
             (not settings.s_churn, "s_churn is 0", ("s_tmin", "s_tmax", "s_noise")),
             (self.prompt_embeds is not None, "prompt_embeds was given", ("clip_skip",)),
             (not settings.prior, "the prior is off", PRIORS),
@@ -338,6 +426,13 @@ def check_settings(settings: Settings, able: Abilities) -> None:
     whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
     real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
     real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
+    one_of("guidance_rule", settings.guidance_rule, list(RULES))
+    whole("zero_init_steps", settings.zero_init_steps, 0, settings.num_inference_steps)
+    real("apg_eta", settings.apg_eta, 0.0, 1.0)
+    real("apg_norm_threshold", settings.apg_norm_threshold, 0.0)
+    real("apg_momentum", settings.apg_momentum, -1.0, 1.0)
+    real("thresholding", settings.thresholding, 0.0)
+    real("dynamic_thresholding_ratio", settings.dynamic_thresholding_ratio, 0.0, 1.0)
     one_of("sampler", settings.sampler, sorted(SAMPLERS))
     check_sampler_options(settings)
     if settings.guidance_interval is not None:

@@ -23,16 +23,18 @@ from torch.nn import functional as F
 
 from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory, next_cut
 from gen.conditioning import Condition, Conditions
-from samplers.guidance import cfg_terms, combine, in_interval, rescale
+from samplers.guidance import Guide, Guides, cfg_terms, combine, in_interval, rescale
 from samplers.noise import NoiseStream
 from samplers.sample import SAMPLERS, advance, needs_noise, start
 from samplers.scaling import Scaling, denoiser
 from samplers.schedule import Schedule
 from samplers.state import Denoise, Level, Prediction, State, per_row
+from samplers.wrap import thresholded
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]
 """network(input (M, ...), timestep (M,), conditions of M) -> output (M, ...)"""
 
+MOMENTUM = "momentum"  # what a state remembers of rows that follow apg
 MOST_CHURN = 2**0.5  # a step with s_churn begins at up to this times its level (Karras et al. 2022, Algorithm 2)
 
 
@@ -53,6 +55,8 @@ class Row:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: everywhere
     guidance_rescale: float = 0.0
+    guide: Guide = Guide()  # noqa: RUF009 - frozen
+    thresholding: tuple[float, float] | None = None  # percentile and bound (see `thresholded`); None: off
     options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
     start: Tensor | None = None  # unit noise in place of the seed's block 0
 
@@ -235,8 +239,11 @@ class Plan:
     rows: Tensor  # (M,) int64, `slots` on the device, as all that follows
     weights: Tensor  # (M,)
     alone: Tensor  # (M,) the weights where guidance is off
+    away: Tensor  # (B,) bool, the rows that have a null on the coming step
     interval: tuple[Tensor, Tensor]  # (B,) each
     rescale: Tensor | None  # (B,); None where no row asks for it
+    guides: Guides | None  # None where all rows follow cfg
+    thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
     options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
     calls: list[Call] = field(default_factory=list)  # as the last pass made them
 
@@ -256,6 +263,8 @@ class Plan:
         intervals = [row.guidance_interval or (-math.inf, math.inf) for row in rows]
         low, high = sent(torch.tensor(intervals), device).unbind(1)
         rescaled = [row.guidance_rescale for row in rows]
+        guides = Guides.of([(row.guide, row.guidance_scale) for row in rows], partial(sent, device=device))
+        percentile, bound = sent(torch.tensor([row.thresholding or (0.0, 1.0) for row in rows]), device).unbind(1)
         return cls(
             guided=[one.is_guided for one in lane.rows],
             conditions=told,
@@ -264,8 +273,11 @@ class Plan:
             rows=sent(torch.tensor(slots), device),
             weights=sent(torch.tensor([term.weight for term, _ in listed]), device),
             alone=sent(torch.tensor([term.alone for term, _ in listed]), device),
+            away=sent(torch.tensor([len(one.terms) > 1 for one in lane.rows]), device),
             interval=(low, high),
             rescale=sent(torch.tensor(rescaled), device) if any(rescaled) else None,
+            guides=guides,
+            thresholding=(percentile, bound) if any(row.thresholding for row in rows) else None,
             options=options_of(lane, device),
         )
 
@@ -286,6 +298,15 @@ class CallFailed(Exception):
     def __init__(self, call: Call) -> None:
         super().__init__()
         self.call = call
+
+
+@dataclass(eq=False)
+class Heard:
+    """What the denoiser of a step has said so far."""
+
+    x0: Tensor | None = None  # (B, ...) its latest estimate
+    num_asked: int = 0
+    momentum: Tensor | None = None  # (B, ...) the running differences of rows that follow apg; None: no row has one
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,7 +363,8 @@ class Rows:
         if key in self.lanes:
             here = self.lanes[key]
             here.rows, here.plan = here.rows + lane.rows, None
-            here.state, here.walk = here.state.cat(lane.state), here.walk.cat(lane.walk)
+            here.state = alike(here.state, lane.state).cat(alike(lane.state, here.state))
+            here.walk = here.walk.cat(lane.walk)
         else:
             self.lanes[key] = lane
 
@@ -413,10 +435,10 @@ class Rows:
             lane.bucket.refresh()
             lane.plan = Plan.of(lane, self.device)
         plan = lane.plan
-        seen: list[Tensor] = []
+        heard = Heard(momentum=lane.state.memory.get(MOMENTUM))
         try:
             noise = self._noise(lane, plan.options)
-            denoise = self._denoise(lane, plan, seen)
+            denoise = self._denoise(lane, plan, heard)
             now, next = lane.walk.level(0), lane.walk.level(1)
             state = advance(lane.sampler, denoise, lane.state, now, next, noise, plan.options)
         except CallFailed as failure:
@@ -425,7 +447,10 @@ class Rows:
             return self._given_up(lane, failure.call, cause)
         except Exception as error:
             return Failed([one.row for one in lane.rows], error)
-        return Moved(state, seen[-1], len(seen))
+        if heard.momentum is not None:
+            state = state.remember(**{MOMENTUM: heard.momentum})
+        assert heard.x0 is not None, "every step asks at least once"
+        return Moved(state, heard.x0, heard.num_asked)
 
     def _given_up(self, lane: Lane, call: Call, error: Exception) -> Failed | None:
         """The rows of a call that failed; None where it is to be asked again in smaller ones."""
@@ -445,25 +470,42 @@ class Rows:
         blocks = [one.stream.at(one.index + 1) if one.is_noisy else torch.zeros(1, *one.row.shape) for one in lane.rows]
         return sent(torch.cat(blocks), self.device)
 
-    def _denoise(self, lane: Lane, plan: Plan, seen: list[Tensor]) -> Denoise:
-        """The lane's rows as one denoiser, evaluations weighed into their rows; its answers are put into `seen` too."""
+    def _denoise(self, lane: Lane, plan: Plan, heard: Heard) -> Denoise:
+        """The lane's rows as one denoiser, evaluations weighed into their rows; what it says is noted in `heard`."""
 
-        def denoise(x: Tensor, sigma: Tensor) -> Prediction:
-            guided = in_interval(sigma, plan.interval)
+        def guided(x: Tensor, sigma: Tensor) -> Prediction:
+            def mixed(values: Tensor, weights: Tensor) -> Tensor:
+                return combine(values, weights, plan.rows, len(x))
+
+            inside = in_interval(sigma, plan.interval)
             each = self._estimates(lane, plan, x, sigma)  # of M evaluations
-            weights = torch.where(guided[plan.rows], plan.weights, plan.alone)
-            x0 = combine(each.x0, weights, plan.rows, len(x))
+            weights = torch.where(inside[plan.rows], plan.weights, plan.alone)
+            x0 = mixed(each.x0, weights)
+            if plan.guides is not None:
+                prompt, null, before = mixed(each.x0, plan.alone), mixed(each.x0, 1 - plan.alone), heard.momentum
+                index = lane.walk.index
+                ruled, momentum = plan.guides.apply(x0, prompt, null, x, sigma, index, before, self.scaling)
+                held = per_row(inside & plan.away, x)
+                x0 = torch.where(held, ruled, x0)
+                if momentum is not None:
+                    heard.momentum = torch.where(held, momentum, 0.0 if before is None else before)
             if plan.rescale is not None:
-                prompt = combine(each.x0, plan.alone, plan.rows, len(x))
-                changed = rescale(x0, prompt, x, sigma, plan.rescale, self.scaling)
-                x0 = torch.where(per_row((plan.rescale > 0) & guided, x0), changed, x0)
-            seen.append(x0)
-            if each.variance is None:
-                return Prediction(x0)
+                changed = rescale(x0, mixed(each.x0, plan.alone), x, sigma, plan.rescale, self.scaling)
+                x0 = torch.where(per_row((plan.rescale > 0) & inside, x0), changed, x0)
             # guidance says where to go; how sure that is, the prompt's evaluation says alone, as in diffusers
-            return Prediction(x0, combine(each.variance, plan.alone, plan.rows, len(x)))
+            return Prediction(x0, None if each.variance is None else mixed(each.variance, plan.alone))
 
-        return denoise
+        denoise: Denoise = guided
+        if plan.thresholding is not None:
+            percentile, bound = plan.thresholding
+            denoise = thresholded(denoise, percentile, bound=bound)
+
+        def noted(x: Tensor, sigma: Tensor) -> Prediction:
+            prediction = denoise(x, sigma)
+            heard.x0, heard.num_asked = prediction.x0, heard.num_asked + 1
+            return prediction
+
+        return noted
 
     def _estimates(self, lane: Lane, plan: Plan, x: Tensor, sigma: Tensor) -> Prediction:
         """What the network says of every evaluation, (M, ...), in as few calls as the bucket allows."""
@@ -493,6 +535,13 @@ def lane_of(row: Row) -> Hashable:
     """What rows have in common that share a lane."""
     tokens = row.prompt.tokens
     return row.sampler, row.shape, None if tokens is None else tokens.shape
+
+
+def alike(state: State, other: State) -> State:
+    """A state that remembers what the other does of its rows' guidance, from its beginning: zeros."""
+    if MOMENTUM not in other.memory or MOMENTUM in state.memory:
+        return state
+    return state.remember(**{MOMENTUM: torch.zeros_like(state.x)})
 
 
 def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """Guidance: estimates under several conditions, weighted into one per row.
 
 Pure functions of what the denoiser returned; they know neither networks nor prompts. A row's weights sum to
-one, so linear guidance on x0 is the same guidance on eps, v or a flow.
+one, so linear guidance on x0 is the same guidance on eps, v or a flow. A `Guide` says by which rule a row is guided,
+and `Guides.apply` follows the rules of many rows at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,11 +90,80 @@ def project(prompt: Tensor, null: Tensor, before: Tensor, scale: Tensor, how: Pr
     with the row: `state.remember(momentum=...)`.
     """
     running = prompt - null + per_row(how.momentum, prompt) * before
-    norm = _dot(running, running).sqrt()
-    held = running * per_row((how.limit / norm.clamp(min=1e-12)).clamp(max=1), prompt)
+    norm = _dot(running, running).clamp(min=1e-24).sqrt()  # clamped first, or the slope of a root at 0 is no number
+    held = running * per_row((how.limit / norm).clamp(max=1), prompt)
     along = per_row(_dot(held, prompt) / _dot(prompt, prompt).clamp(min=1e-12), prompt) * prompt
     across = held - along
     return prompt + per_row(scale - 1, prompt) * (across + per_row(how.parallel, prompt) * along), running
+
+
+RULES = {
+    "cfg": "classifier-free guidance: Ho & Salimans 2022",
+    "cfg_zero": "CFG-Zero*: Fan et al. 2025, see `zero_star`",
+    "apg": "adaptive projected guidance: Sadat et al. 2024, see `project`",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guide:
+    """By which rule a row is guided and what that rule takes; its guidance scale is told apart from this."""
+
+    rule: str = "cfg"  # one of `RULES`
+    zero_init_steps: int = 0  # cfg_zero: first steps that `zero_init` stands still in
+    apg_eta: float = 0.0  # apg: `Projection.parallel`
+    apg_norm_threshold: float = 15.0  # apg: `Projection.limit`
+    apg_momentum: float = -0.5  # apg: `Projection.momentum`
+
+
+@dataclass(frozen=True)
+class Guides:
+    """The guides of B rows; what is None, none of them follows."""
+
+    scale: Tensor  # (B,)
+    zero: Tensor | None  # (B,) bool, the rows of cfg_zero
+    still: Tensor  # (B,) their first steps that stand still
+    apg: Tensor | None  # (B,) bool, the rows of apg
+    how: Projection
+
+    @classmethod
+    def of(cls, told: Sequence[tuple[Guide, float]], move: Callable[[Tensor], Tensor]) -> Guides | None:
+        """Each row's guide and guidance scale, put on the device by `move`; None where all rows follow cfg."""
+
+        def rows_of(rule: str) -> Tensor | None:
+            found = [guide.rule == rule for guide, _ in told]
+            return move(torch.tensor(found)) if any(found) else None
+
+        zero, apg = rows_of("cfg_zero"), rows_of("apg")
+        if zero is None and apg is None:
+            return None
+        rows = [
+            (scale, one.zero_init_steps, one.apg_eta, one.apg_norm_threshold, one.apg_momentum) for one, scale in told
+        ]
+        scale, still, parallel, limit, momentum = move(torch.tensor(rows, dtype=torch.float32)).unbind(1)
+        return cls(scale, zero, still, apg, Projection(parallel, limit, momentum))
+
+    def apply(
+        self,
+        guided: Tensor,  # (B, ...) estimates of x0 by cfg
+        prompt: Tensor,  # (B, ...)
+        null: Tensor,  # (B, ...); anything where a row is not guided, which the caller leaves out
+        x: Tensor,
+        sigma: Tensor,  # (B,)
+        index: Tensor,  # (B,) steps taken
+        before: Tensor | None,  # (B, ...) running differences; None: none of these rows has one yet
+        scaling: Scaling,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each row's estimate by its own rule, and its running difference where a row follows apg (else `before`)."""
+        if self.zero is not None:
+            moved = zero_star(prompt, null, x, sigma, self.scale, scaling)
+            moved = zero_init(moved, x, sigma, index < self.still, scaling)
+            guided = torch.where(per_row(self.zero, x), moved, guided)
+        if self.apg is None:
+            return guided, before
+        before = torch.zeros_like(x) if before is None else before
+        projected, running = project(prompt, null, before, self.scale, self.how)
+        rows = per_row(self.apg, x)
+        return torch.where(rows, projected, guided), torch.where(rows, running.detach(), before)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

@@ -17,18 +17,23 @@ Score = Callable[[Tensor], Tensor]
 """score(x0 (B, ...)) -> (B,), the higher the better; differentiable, each row by itself"""
 
 
-def thresholded(denoise: Denoise, percentile: Tensor, highest: Tensor) -> Denoise:
-    """Dynamic thresholding of pixels in [-1, 1]: Saharia et al. 2022 (Imagen), section 2.3.
+def thresholded(
+    denoise: Denoise, percentile: Tensor, highest: Tensor | None = None, bound: Tensor | None = None
+) -> Denoise:
+    """Dynamic thresholding: Saharia et al. 2022 (Imagen), section 2.3.
 
-    A row is clipped to what `percentile` (B,) of its magnitudes lie below, at least 1 and at most `highest` (B,), and
-    divided by that. percentile is in [0, 1]; 0 is off. It is not for latents, whose range is not known.
+    A row is clipped to what `percentile` (B,) of its magnitudes lie below, at least its `bound` (B,) and at most
+    `highest` (B,) (None: no end), and scaled so that this becomes the bound. percentile is in [0, 1]; 0 is off. The
+    bound is what clean values keep within: 1 (None) of pixels in [-1, 1], and the caller's to know of latents.
     """
 
     def threshold(x: Tensor, sigma: Tensor) -> Prediction:
         prediction = denoise(x, sigma)
         x0 = prediction.x0
-        limit = per_row(_percentile(x0.abs().flatten(1), percentile).clamp(min=1).minimum(highest), x0)
-        clipped = torch.clamp(x0, -limit, limit) / limit
+        least = torch.ones_like(percentile) if bound is None else bound
+        limit = _percentile(x0.abs().flatten(1), percentile).maximum(least)
+        limit = limit if highest is None else limit.minimum(highest)
+        clipped = torch.clamp(x0, -per_row(limit, x0), per_row(limit, x0)) * per_row(least / limit, x0)
         return Prediction(torch.where(per_row(percentile > 0, x0), clipped, x0), prediction.variance)
 
     return threshold

@@ -177,6 +177,14 @@ def test_a_seed_paints_the_same_pictures_and_settings_reach_the_painter(
     wanted = {"sampler": "heun", "s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.01}
     assert {name: told["settings"][name] for name in wanted} == wanted
     assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
+    options = "--guidance-rule apg --apg-eta 0.5 --apg-norm-threshold 3 --apg-momentum 0.1 --guidance-rescale 0.2"
+    options += " --guidance-interval 0.1 9 --thresholding 4 --dynamic-thresholding-ratio 0.9"
+    told = answer(capsys, *common, "--out", tmp_path / "guided", *options.split())
+    wanted = {"guidance_rule": "apg", "apg_eta": 0.5, "apg_norm_threshold": 3.0, "apg_momentum": 0.1}
+    wanted |= {"guidance_rescale": 0.2, "guidance_interval": [0.1, 9.0]}
+    wanted |= {"thresholding": 4.0, "dynamic_thresholding_ratio": 0.9}
+    assert {name: told["settings"][name] for name in wanted} == wanted
+    assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
     options = "--prior --prior-steps 2 --prior-guidance 1.5"
     told = answer(capsys, *common, "--out", tmp_path / "third", *options.split())
     wanted = {"prior": True, "prior_num_inference_steps": 2, "prior_guidance_scale": 1.5}
@@ -286,6 +294,9 @@ MISTAKES = {
     "attention of another device": ("--attention cudnn", "attention 'cudnn' does not run in float32 on cpu"),
     "churn of another sampler": ("--sampler ddim --s-churn 1", "--s-churn 1.0, but sampler 'ddim' takes none"),
     "churn and eta": ("--sampler euler --eta 1 --s-churn 1", "--eta 1.0 and --s-churn 1.0 were both given"),
+    "unknown rule": ("--guidance-rule apq", "--guidance-rule 'apq' is unknown; choose from: cfg, cfg_zero, apg"),
+    "rule's number": ("--guidance-rule apg --apg-eta 2", "--apg-eta 2.0 is out of range; give a number from 0 to 1"),
+    "interval upside down": ("--guidance-interval 3 1", "--guidance-interval (3.0, 1.0) is upside down"),
     "steps in words": ("--steps many", "--steps"),
     "unknown option": ("--stpes 3", "--stpes"),
 }

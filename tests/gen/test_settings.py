@@ -91,6 +91,92 @@ def test_churn_is_karras_algorithm_2(tiny: TextToImage, sampler: str, churn: dic
     assert apart(ours, latents(tiny, sampler=sampler)) > 1e-2
 
 
+# --- guidance ----------------------------------------------------------------------------------------------------
+
+
+def cfg_zero(zero_init_steps: int) -> Rule:
+    """Fan et al. 2025, Algorithm 1, on the network's own output (v): v = s* v_null + w (v_prompt - s* v_null)."""
+
+    def rule(prompt: Tensor, null: Tensor, x: Tensor, sigma: float, step: int) -> Tensor:
+        alpha = 1 / math.sqrt(1 + sigma**2)
+        towards, away = ((alpha**2 * x - x0) / (sigma * alpha) for x0 in (prompt, null))
+        star = (towards * away).sum() / (away**2).sum()
+        v = star * away + SCALE * (towards - star * away)
+        v = torch.zeros_like(v) if step < zero_init_steps else v
+        return alpha**2 * x - sigma * alpha * v
+
+    return rule
+
+
+def apg(eta: float, threshold: float, momentum: float) -> Rule:
+    """Sadat et al. 2024, Algorithm 1: momentum, then the norm's limit, then the part along the prompt's estimate."""
+    running = torch.zeros(1, *SHAPE)
+
+    def rule(prompt: Tensor, null: Tensor, x: Tensor, sigma: float, step: int) -> Tensor:
+        nonlocal running
+        running = prompt - null + momentum * running
+        difference = running * min(1.0, threshold / running.norm().item()) if threshold else running
+        unit = prompt / prompt.norm()
+        along = (difference * unit).sum() * unit
+        return prompt + (SCALE - 1) * (difference - along + eta * along)
+
+    return rule
+
+
+def thresholded(bound: float, ratio: float) -> Rule:
+    """Saharia et al. 2022, section 2.3, with another bound than 1."""
+
+    def rule(*told: Any) -> Tensor:
+        x0 = cfg(*told)
+        s = max(torch.quantile(x0.abs().flatten(), ratio).item(), bound)
+        return x0.clamp(-s, s) / s * bound
+
+    return rule
+
+
+RULES: dict[str, tuple[dict[str, Any], Callable[[], Rule]]] = {
+    "CFG-Zero*": ({"guidance_rule": "cfg_zero"}, lambda: cfg_zero(0)),
+    "zero-init": ({"guidance_rule": "cfg_zero", "zero_init_steps": 2}, lambda: cfg_zero(2)),
+    "APG": ({"guidance_rule": "apg"}, lambda: apg(0.0, 15.0, -0.5)),
+    "APG, of other settings": (
+        {"guidance_rule": "apg", "apg_eta": 0.3, "apg_norm_threshold": 2.0, "apg_momentum": -0.75},
+        lambda: apg(0.3, 2.0, -0.75),
+    ),
+    "APG without limits": (
+        {"guidance_rule": "apg", "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0},
+        lambda: cfg,
+    ),
+    "thresholding": ({"thresholding": 1.5}, lambda: thresholded(1.5, 0.995)),
+    "thresholding, at another ratio": (
+        {"thresholding": 1.0, "dynamic_thresholding_ratio": 0.8},
+        lambda: thresholded(1.0, 0.8),
+    ),
+}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_is_its_papers(tiny: TextToImage, name: str, sampler: str) -> None:
+    asked, rule = RULES[name]
+    ours, plain = latents(tiny, sampler=sampler, **asked), latents(tiny, sampler=sampler)
+    assert apart(ours, Painter(tiny).paint(rule(), heun=sampler == "heun")) < 1e-4
+    assert apart(ours, plain) < 1e-4 if rule() is cfg else apart(ours, plain) > 2e-3
+
+
+@pytest.mark.parametrize("name", ["CFG-Zero*", "zero-init", "APG"])
+def test_a_rule_holds_within_the_interval_alone(tiny: TextToImage, name: str) -> None:
+    asked, rule = RULES[name]
+    sigmas = tiny.model.levels.schedule("euler", 5).sigmas.tolist()
+    interval, ruled = (sigmas[4], sigmas[1]), rule()
+
+    def within(prompt: Tensor, null: Tensor, x: Tensor, sigma: float, step: int) -> Tensor:
+        return ruled(prompt, null, x, sigma, step) if interval[0] < sigma <= interval[1] else prompt
+
+    ours = latents(tiny, guidance_interval=interval, **asked)
+    assert apart(ours, Painter(tiny).paint(within)) < 1e-4
+    assert apart(ours, latents(tiny, **asked)) > 1e-2
+
+
 # --- all of them -------------------------------------------------------------------------------------------------
 
 OF_EVERY_KIND: list[dict[str, Any]] = [
@@ -99,6 +185,10 @@ OF_EVERY_KIND: list[dict[str, Any]] = [
     {"s_churn": 3.0, "num_inference_steps": 7},
     {"s_churn": 8.0, "s_tmin": 0.3, "s_tmax": 9.0, "s_noise": 1.02, "guidance_interval": (0.5, 8.0)},
     {"eta": 0.6},
+    {"guidance_rule": "cfg_zero", "zero_init_steps": 1},
+    {"guidance_rule": "apg", "num_inference_steps": 6},
+    {"guidance_rule": "apg", "apg_eta": 0.5, "apg_norm_threshold": 3.0, "apg_momentum": 0.2, "guidance_rescale": 0.5},
+    {"thresholding": 1.2, "dynamic_thresholding_ratio": 0.9, "guidance_interval": (0.5, 8.0)},
 ]
 
 

@@ -30,6 +30,18 @@ def test_thresholding_is_that_of_diffusers() -> None:
     assert torch.equal(ours.variance, 0.5 * x0)
 
 
+def test_thresholding_by_another_bound_is_that_of_pixels_scaled() -> None:
+    x0, bound = (
+        torch.randn(3, *SHAPE) * torch.tensor([0.1, 3.0, 9.0]).reshape(-1, 1, 1, 1),
+        torch.tensor([2.0, 4.0, 0.5]),
+    )
+    percentile = torch.tensor([0.995, 0.9, 0.5])
+    ours = thresholded(says(x0), percentile, bound=bound)(x0, SIGMA).x0
+    pixels = x0 / per_row(bound, x0)
+    torch.testing.assert_close(ours, thresholded(says(pixels), percentile)(pixels, SIGMA).x0 * per_row(bound, x0))
+    assert (ours.abs().flatten(1).amax(1) <= bound + 1e-6).all() and torch.equal(ours[0], x0[0])
+
+
 def test_thresholding_is_each_rows_own_and_0_is_off() -> None:
     x0 = 5 * torch.randn(3, *SHAPE)
     percentile, highest = torch.tensor([0.0, 0.9, 0.995]), torch.full((3,), 100.0)
