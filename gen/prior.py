@@ -63,7 +63,7 @@ class Prior:
         return [
             Row(
                 key=key,
-                seed=candidate.seed,
+                seed=candidate.first_seed,
                 shape=(self.network.config.embedding_dim,),
                 schedule=self.levels.schedule(self.levels.sampler, candidate.settings.prior_num_inference_steps),
                 sampler=self.levels.sampler,

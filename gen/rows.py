@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
 
@@ -59,6 +59,7 @@ class Row:
     thresholding: tuple[float, float] | None = None  # percentile and bound (see `thresholded`); None: off
     options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
     start: Tensor | None = None  # unit noise in place of the seed's block 0
+    past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +76,19 @@ class Live:
     """A row in flight: where it stands, and where its noise comes from."""
 
     row: Row
-    stream: NoiseStream
+    streams: list[tuple[float, NoiseStream]]  # up to how many steps taken each is drawn from; the last is its own
     index: int = 0  # steps taken
 
     @classmethod
-    def of(cls, row: Row, stage: str) -> Live:
-        """At its first level; `stage` is whose noise it draws."""
-        return cls(row, NoiseStream([row.seed], stage, row.shape))
+    def of(cls, row: Row, stage: str, index: int = 0) -> Live:
+        """At its first level, or so many steps on; `stage` is whose noise it draws."""
+        seeds = [*row.past, (row.seed, math.inf)]
+        return cls(row, [(end, NoiseStream([seed], stage, row.shape)) for seed, end in seeds], index)
+
+    @property
+    def stream(self) -> NoiseStream:
+        """What the coming step draws from."""
+        return next(stream for end, stream in self.streams if self.index < end)
 
     @property
     def steps_left(self) -> int:
@@ -386,6 +393,30 @@ class Rows:
         """Give up the rows of these keys; the others do not notice."""
         for lane in list(self.lanes.values()):
             self._take_out(lane, {slot for slot, one in enumerate(lane.rows) if one.row.key in keys})
+
+    def halt(self, keys: AbstractSet[Hashable]) -> dict[Hashable, Lane]:
+        """Take the rows of these keys out as they stand, each a lane of its own that `resume` takes."""
+        halted: dict[Hashable, Lane] = {}
+        for lane in list(self.lanes.values()):
+            out = {slot: one for slot, one in enumerate(lane.rows) if one.row.key in keys}
+            for slot, one in out.items():
+                at = sent(torch.tensor([slot]), self.device)
+                state, walk = lane.state.select(at), lane.walk.select(at)
+                halted[one.row.key] = replace(lane, rows=[one], state=state, walk=walk, plan=None)
+            self._take_out(lane, out.keys())
+        return halted
+
+    def resume(self, halted: Iterable[Lane]) -> None:
+        """Let rows in again from where they were halted."""
+        for lane in halted:
+            self.join(lane_of(lane.rows[0].row), lane)
+
+    def branch(self, halted: Lane, key: Hashable, seed: int) -> Lane:
+        """A copy of a halted row that goes on by the noise of another seed."""
+        (one,) = halted.rows
+        past = (*one.row.past, (one.row.seed, one.index))
+        row = replace(one.row, key=key, seed=seed, past=past)
+        return replace(halted, rows=[Live.of(row, self.stage, one.index)])
 
     def run(self, rows: Iterable[Row], max_rows: int | None = None) -> Iterator[list[Finished]]:
         """Tick until every row has finished or was dropped, at most `max_rows` in flight (None: all).

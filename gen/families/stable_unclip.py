@@ -25,6 +25,7 @@ from clip_core.text import TextTower
 from gen.attention import reading
 from gen.checkpoint import CARD, Card, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
+from gen.preview import Preview, fitted
 from gen.prior import Prior
 from gen.request import Abilities, Candidate, Settings, check_settings
 from gen.rows import sent
@@ -210,7 +211,7 @@ class StableUnCLIP:
     ) -> list[Condition]:
         """What each candidate is told in words, with an image embedding (E,) beside it, noised as its settings say."""
         levels = sent(torch.tensor([one.settings.noise_level for one in candidates]), self.device)
-        seeds = [one.seed for one in candidates]
+        seeds = [one.first_seed for one in candidates]
         fresh = sent(noise(seeds, "image_noise", 0, (self.embedding_width,)), self.device)
         vectors = self.noise_image_embeddings(torch.stack(list(image_embeds)), levels, fresh).to(self.unet.dtype)
         return [replace(each, vector=vector) for each, vector in zip(told, vectors, strict=True)]
@@ -251,6 +252,20 @@ class StableUnCLIP:
             cross_attention_kwargs=reading(self.unet, told.distinct_tokens),
             return_dict=False,
         )[0]
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """The same, cheaply and roughly; see `gen.preview`."""
+        return self._look(latents)
+
+    @cached_property
+    def _look(self) -> Preview:
+        defaults = self.abilities.defaults
+        return fitted(self.encode, self.decode, defaults.height, defaults.width, self.factor, self.device)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32."""
+        posterior = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist
+        return posterior.mode().float() * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""

@@ -9,7 +9,7 @@ import random
 import runpy
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,6 @@ from gen.conditioning import Condition, Conditions
 from gen.engine import Account, Flight, Painted
 from gen.request import Job
 from gen.rows import Live, Row
-from gen.search import Standing
 
 LEVEL = 1 / 255  # one 8-bit level
 SECONDS = 120  # a wait that should never be needed
@@ -506,63 +505,7 @@ def test_a_request_that_is_done_is_held_by_nobody(tiny: TextToImage) -> None:
     assert all(left[name] <= before[name] for name in left)
 
 
-# --- which candidates go on --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_rows", [None, 3])
-def test_a_rule_gives_candidates_up_and_the_others_do_not_notice(tiny: TextToImage, max_rows: int | None) -> None:
-    request = Request(prompt=["a star", "a red circle"], seed=3, num_images_per_prompt=4, output_type="pt", keep=3)
-    (whole,) = tiny.paint([request])
-    seen: list[dict[int, Standing]] = []
-
-    def rule(standings: Sequence[Standing]) -> Collection[int]:
-        seen.append({each.candidate: each for each in standings})
-        early = [each.candidate for each in standings if each.stage == "prior" and each.steps_taken == 2]
-        late = [each.candidate for each in standings if each.stage == "decoder" and each.steps_taken == 1]
-        return {index for index in early if index == 1} | {index for index in late if index in (0, 6)}
-
-    engine = tiny.engine(max_rows=max_rows)
-    beside = engine.submit(replace(PLAIN, seed=99))
-    future = engine.submit(request, rule=rule)
-    run(engine)
-    result = future.result(timeout=0)
-    assert beside.done()
-    assert [each.painted for each in result.candidates] == [False, False, True, True, True, True, False, True]
-    # of 3 steps in the prior and 4 in the decoder, candidate 1 takes two and 0 and 6 take four
-    per_step = {
-        stage: whole.account.evaluations[stage] / (8 * steps) for stage, steps in (("prior", 3), ("decoder", 4))
-    }
-    assert result.account.evaluations == {
-        "prior": per_step["prior"] * (7 * 3 + 2),
-        "decoder": per_step["decoder"] * (5 * 4 + 2 * 1),
-    }
-    assert (result.account.decodes, result.account.scores) == (5, 5)
-    painted = {(each.prompt_index, each.seed): each.score for each in whole.candidates}
-    for each in result.candidates:
-        expected = painted[each.prompt_index, each.seed] if each.painted else None
-        assert each.score == (None if expected is None else pytest.approx(expected, abs=1e-3))
-    assert result.prompts == ["a star"] * 2 + ["a red circle"] * 3
-    for prompt, seed, image in zip(result.prompts, result.seeds, result.images, strict=True):
-        (own,) = tiny.paint([Request(prompt=prompt, seed=seed, output_type="pt")])
-        assert (image - own.images[0]).abs().max() <= LEVEL
-    last = seen[-1]
-    assert all(each.stage == "painted" and each.score is not None for each in last.values()) and len(last) == 5
-    middle = next(each[2] for each in seen if each[2].stage == "decoder")
-    assert middle.x0 is not None and middle.x0.shape == (4, 8, 8) and middle.score is None
-
-
-@pytest.mark.parametrize(
-    ("given_up", "message"), [({0, 1}, "every candidate"), ({5}, r"candidates \[5\], which are not")]
-)
-def test_a_rule_that_leaves_nothing_or_names_nobody_fails_its_request(
-    tiny: TextToImage, expected: list[Latents], given_up: set[int], message: str
-) -> None:
-    engine = engine_of(tiny)
-    other, gone = engine.submit(PLAIN), engine.submit(KINDS[6], rule=lambda standings: given_up)
-    run(engine)
-    with pytest.raises(ValueError, match=message):
-        gone.result(timeout=0)
-    assert same(other.result(timeout=0), expected[0])
+# --- what a request has taken ------------------------------------------------------------------------------------
 
 
 def test_the_account_is_exact(tiny: TextToImage) -> None:

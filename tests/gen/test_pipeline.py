@@ -14,7 +14,7 @@ from PIL import Image
 
 from gen import Cancelled, Step, TextToImage
 from gen.checkpoint import Card
-from gen.search import best_of, drawing_order
+from gen.search import best_first, drawing_order
 
 LEVEL = 1 / 255
 PROMPTS = ["a small red circle", "a large blue square"]
@@ -177,7 +177,7 @@ def test_cuda_paints_the_cpus_picture(tiny_folder: Any, tiny: TextToImage) -> No
 
 
 def test_search_orders() -> None:
-    assert best_of([0.1, 0.3, 0.3, 0.9, float("nan"), 0.2], 3, 2) == [[1, 2], [3, 5]]
+    assert best_first([0.1, 0.3, 0.3, 0.9, float("nan"), 0.2], 3, 2) == [[1, 2], [3, 5]]
     assert drawing_order(4, 2) == [[0, 1], [2, 3]]
 
 

@@ -1,0 +1,28 @@
+"""Which pictures go on: a search decides that, and never what a picture's pixels are.
+
+`field` is what a search sees and may ask for, `rules` are the searches, `choice` says which of the painted pictures
+are kept. All this knows how candidates stand, not how they got there.
+"""
+
+from gen.search.choice import best_first, diverse_first, drawing_order
+from gen.search.field import Asked, Field, Go, Move, Moves, Scout, Search
+from gen.search.rules import SEARCHES, BestOf, Draft, Halving, by_name, in_rounds
+
+__all__ = [
+    "SEARCHES",
+    "Asked",
+    "BestOf",
+    "Draft",
+    "Field",
+    "Go",
+    "Halving",
+    "Move",
+    "Moves",
+    "Scout",
+    "Search",
+    "best_first",
+    "by_name",
+    "diverse_first",
+    "drawing_order",
+    "in_rounds",
+]
