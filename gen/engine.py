@@ -9,16 +9,18 @@ do not notice. It knows what every request is at, and neither samplers nor netwo
 from __future__ import annotations
 
 import atexit
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
+from time import monotonic
 from types import TracebackType
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,11 +31,14 @@ from gen.bucket import PROBE, UNBOUNDED, Buckets, is_out_of_memory
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.prior import STAGE as PRIOR
 from gen.prior import Prior
-from gen.request import Abilities, Candidate, Job, Request, Settings
-from gen.rows import Finished, Row, Rows, Taken
+from gen.request import Abilities, Before, Candidate, Job, Request, Settings
+from gen.rows import Finished, Lane, Live, Row, Rows, Taken
 from gen.scheduler import NoiseLevels
-from gen.search import Rule, Stage, Standing
+from gen.search import Asked, Go, Move, Moves, in_rounds
+from samplers.noise import noise
+from samplers.sample import SAMPLERS
 
+Stage = Literal["prior", "decoder"]
 DECODER: Final = "decoder"
 DECODE_CHUNK = 16  # pictures decoded and scored at once at most; the autoencoder is the largest user of memory
 
@@ -69,8 +74,9 @@ class Account:
     """What a request has taken; a step that had to be worked out again is counted once."""
 
     evaluations: dict[str, int] = field(default_factory=lambda: {PRIOR: 0, DECODER: 0})  # of each network
-    decodes: int = 0
-    scores: int = 0
+    decodes: int = 0  # by the autoencoder
+    previews: int = 0  # in its place, for a search to look at
+    scores: int = 0  # pictures that CLIP has read, previews among them
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +86,13 @@ class Painted:
     latents: Tensor  # (C, h, w)
     pixels: Tensor | None = None  # (3, H, W) in [0, 1]; None: nobody asked for them
     score: Tensor | None = None  # (); None: not ranked
+    embedding: Tensor | None = None  # (E,) CLIP's of the picture; None: not ranked
 
 
 Conclude = Callable[[Job, Mapping[int, Painted], Account], R]
-"""conclude(job, its candidates that were not given up, by their place in drawing order, account) -> the answer"""
+"""conclude(job, those of its candidates that are painted, by their place in drawing order, account) -> the answer
+
+The job's candidates are as they were painted: with the noise path that the search has made."""
 
 
 class Family(Protocol):
@@ -126,6 +135,9 @@ class Family(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
 
+    def preview(self, latents: Tensor) -> Tensor:
+        """The same, cheaply and roughly."""
+
 
 # --- a request in flight -----------------------------------------------------------------------------------------
 
@@ -135,56 +147,90 @@ class Place(NamedTuple):
 
     request: int
     candidate: int
+    is_draft: bool = False  # a scout's
+
+
+class Waiting(NamedTuple):
+    """A row to be let in: at its beginning, or where it was halted."""
+
+    stage: Stage
+    row: Row | Lane
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How far a candidate is to be taken."""
+
+    until: int | None = None  # steps of the decoder; None: to its end
+    draft_steps: int | None = None  # of a scout; None: the picture itself
+
+
+@dataclass(eq=False)
+class Trail:
+    """A search at work on one prompt."""
+
+    candidates: Sequence[int]
+    moves: Moves
+    awaited: Sequence[int] = ()
+    is_over: bool = False
 
 
 @dataclass(eq=False)
 class Flight(Generic[R]):
-    """A request in flight: what it waits for, and what it has so far."""
+    """A request in flight: what it waits for, and what it has so far. Candidates go by their place in drawing order.
+
+    Each candidate that is not given up is at rest or has a goal. It rests before it has begun, where it was halted,
+    after a draft, and at its end.
+    """
 
     number: int
     job: Job
     callback: Callback | None
-    rule: Rule | None
+    deadline: float | None  # by the engine's clock; None: there is none, or it has passed
     future: Future[R] = field(default_factory=Future)
-    waiting: deque[tuple[Stage, Row]] = field(default_factory=deque)  # rows to be let in, and where
-    told: dict[int, Told] = field(default_factory=dict)  # of the candidates in the prior
-    standing: dict[int, Standing] = field(default_factory=dict)  # of the candidates not given up
+    trails: list[Trail] = field(default_factory=list)  # one for each prompt
+    candidates: list[Candidate] = field(default_factory=list)  # with the noise path that the search has made
+    given_up: set[int] = field(default_factory=set)
+    goals: dict[int, Goal] = field(default_factory=dict)
+    waiting: deque[Waiting] = field(default_factory=deque)  # rows to be let in, of candidates that have a goal
+    unspoken: set[int] = field(default_factory=set)  # those that the prior is to be asked for
+    told: list[Told] = field(default_factory=list)  # of each candidate; once its prior has spoken, with its answer
+    taken: dict[int, int] = field(default_factory=dict)  # the decoder's steps, of those that have begun
+    halting: set[int] = field(default_factory=set)  # those that are where they should halt, and still in a batch
+    halted: dict[int, Lane] = field(default_factory=dict)
+    estimates: dict[int, Tensor] = field(default_factory=dict)  # the decoder's latest, clean
     latents: dict[int, Tensor] = field(default_factory=dict)  # finished, to be decoded
     painted: dict[int, Painted] = field(default_factory=dict)
     texts: dict[str, Tensor] = field(default_factory=dict)  # CLIP's embedding (E,) of each prompt, once asked for
     account: Account = field(default_factory=Account)
 
-    def __post_init__(self) -> None:
-        self.standing = {index: Standing(index, each.seed) for index, each in enumerate(self.job.candidates)}
-
     @property
     def is_through(self) -> bool:
-        """Whether none of its candidates has a step to take."""
-        return len(self.painted) + len(self.latents) == len(self.standing)
+        """Whether nothing of it has a step to take before something of it is decoded."""
+        return self.goals.keys() <= self.latents.keys()
 
     @property
-    def is_painted(self) -> bool:
-        """Whether all its candidates are at their end."""
-        return len(self.painted) == len(self.standing)
+    def is_done(self) -> bool:
+        """Whether there is nothing left to wait for."""
+        return all(trail.is_over for trail in self.trails)
 
     @property
     def wants_pixels(self) -> bool:
         """Whether anybody looks at its pictures."""
         return self.job.rank or self.job.output_type != "latent"
 
-    def places(self, candidates: Collection[int]) -> set[Hashable]:
+    def places(self, candidates: Iterable[int]) -> set[Hashable]:
         """The keys of these candidates' rows."""
-        return {Place(self.number, candidate) for candidate in candidates}
+        return {Place(self.number, index, is_draft) for index in candidates for is_draft in (False, True)}
 
     def take(self, stage: Stage, taken: Taken, slots: Sequence[int]) -> None:
         """Note a step of its rows, which are at these slots, and let the callback look."""
         rows = [taken.rows[slot] for slot in slots]
         self.account.evaluations[stage] += sum(taken.evaluations[slot] for slot in slots)
-        if self.rule is not None:
+        if stage == DECODER:
             for slot, one in zip(slots, rows, strict=True):
-                index = place_of(one.row).candidate
-                before = self.standing[index]
-                self.standing[index] = Standing(index, before.seed, stage, one.index, taken.x0[slot])
+                self.estimates[place_of(one.row).candidate] = taken.x0[slot]
+                self.step(one)
         if self.callback is not None:
             everyone = len(slots) == len(taken.rows)
             self.callback(
@@ -196,26 +242,133 @@ class Flight(Generic[R]):
                 )
             )
 
+    def step(self, one: Live) -> None:
+        """Note where a row of the decoder stands; where it should halt, its candidate is at rest."""
+        place = place_of(one.row)
+        if not place.is_draft:
+            self.taken[place.candidate] = one.index
+            if one.index == self.goals[place.candidate].until:
+                del self.goals[place.candidate]
+                self.halting.add(place.candidate)
+
     def paint(self, index: int, painted: Painted) -> None:
         """Note a candidate's end."""
-        del self.latents[index]
+        del self.latents[index], self.goals[index]
         self.painted[index] = painted
         self.account.decodes += painted.pixels is not None
         self.account.scores += painted.score is not None
-        self.standing[index] = replace(self.standing[index], stage="painted", score=painted.score)
 
     def give_up(self, candidates: Collection[int]) -> None:
         """Forget these candidates."""
-        for index in candidates:
-            for known in (self.standing, self.told, self.latents, self.painted):
+        self.given_up |= set(candidates)
+        for known in (self.goals, self.halted, self.estimates, self.latents, self.taken):
+            for index in candidates:
                 known.pop(index, None)
-        self.waiting = deque(each for each in self.waiting if place_of(each[1]).candidate in self.standing)
+        self.halting.difference_update(candidates)
+        gone = self.places(candidates)
+        self.waiting = deque(each for each in self.waiting if row_of(each.row).key not in gone)
+
+    def end(self) -> None:
+        """Let go of the searches, which hold on to it."""
+        for trail in self.trails:
+            trail.moves.close()
+        self.trails.clear()
+        self.waiting.clear()
 
 
 def place_of(row: Row) -> Place:
     """Whose row it is."""
     assert isinstance(row.key, Place)
     return row.key
+
+
+def row_of(waiting: Row | Lane) -> Row:
+    """The row that waits."""
+    return waiting if isinstance(waiting, Row) else waiting.rows[0].row
+
+
+def first_noise(candidate: Candidate, shape: Sequence[int]) -> Tensor | None:
+    """Unit noise that a candidate's decoder begins with; None: block 0 of its own seed's."""
+    if not candidate.noise_path:
+        return candidate.latents
+    seeds = [*(before.seed for before in candidate.noise_path), candidate.seed]
+    x = noise(seeds[:1], DECODER, 0, shape)[0]
+    for before, seed in zip(candidate.noise_path, seeds[1:], strict=True):
+        if before.steps == 0:
+            x = turned(x, noise([seed], DECODER, 0, shape)[0], before.share)
+    return x
+
+
+def turned(x: Tensor, fresh: Tensor, share: float) -> Tensor:
+    """Unit noise that is `share` fresh."""
+    return (1 - share**2) ** 0.5 * x + share * fresh
+
+
+@dataclass(frozen=True, eq=False)
+class PromptField(Generic[R]):
+    """What a search sees of one prompt; see `gen.search.Field`."""
+
+    engine: Engine[R]
+    flight: Flight[R]
+    candidates: Sequence[int]
+
+    @property
+    def keep(self) -> int:
+        """How many the user wants in the end."""
+        return self.flight.job.keep
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the decoder from the noise to a picture."""
+        settings = self.flight.candidates[self.candidates[0]].settings
+        return self.engine.model.levels.schedule(settings.sampler, settings.num_inference_steps).num_steps
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """CLIP's cosine of those that are painted."""
+        painted = {index: self.flight.painted[index] for index in self.candidates if index in self.flight.painted}
+        return scores_of(painted)
+
+    @property
+    def sharpness(self) -> float:
+        """1 / CLIP's temperature."""
+        assert self.engine.model.clip is not None, "a search is refused where there is no CLIP"
+        return float(self.engine.model.clip.logit_scale.exp())
+
+    def previews(self, candidates: Sequence[int]) -> list[float]:
+        """CLIP's cosine of a cheap look at their latest clean estimates."""
+        return self.engine._previewed(self.flight, candidates)
+
+    def drop(self, candidates: Sequence[int]) -> None:
+        """Give up candidates that are not painted."""
+        self.engine._give_up(self.flight, candidates)
+
+    def branch(self, source: int, targets: Sequence[int]) -> None:
+        """Let targets go on from where the source has halted."""
+        self.engine._branch(self.flight, source, targets)
+
+    def turn(self, source: int, targets: Sequence[int], share: float) -> None:
+        """Let targets begin near where the source began."""
+        self.engine._turn(self.flight, source, targets, share)
+
+    def seconds_left(self) -> float:
+        """Of the budget."""
+        return self.engine._seconds_left(self.flight)
+
+    def among(self, candidates: Sequence[int]) -> PromptField[R]:
+        """The same with these candidates alone."""
+        return replace(self, candidates=candidates)
+
+
+def only(candidate: int) -> Moves:
+    """What is left of a search when its time is over before anything is painted."""
+    yield Go([candidate])
+
+
+def scores_of(painted: Mapping[int, Painted]) -> dict[int, float]:
+    """The score of each candidate; here the device is waited for, once."""
+    scored = {index: each.score for index, each in painted.items() if each.score is not None}
+    return dict(zip(scored, torch.stack(list(scored.values())).tolist(), strict=True)) if scored else {}
 
 
 # --- the engine --------------------------------------------------------------------------------------------------
@@ -236,10 +389,12 @@ class Engine(Generic[R]):
         *,
         max_rows: int | None = None,  # rows in flight at most; None: as memory allows
         buckets: Buckets | None = None,  # what is known of the memory that calls take; None: nothing yet
+        clock: Callable[[], float] = monotonic,  # seconds, by which budgets are spent
     ) -> None:
         self.model = model
         self._conclude = conclude
         self._max_rows = max_rows
+        self._clock = clock
         self._buckets = Buckets() if buckets is None else buckets
         self._table = Table()
         self._stages: dict[Stage, Rows] = {}  # an embedding goes on as a picture within a tick, so the prior is first
@@ -261,7 +416,6 @@ class Engine(Generic[R]):
         request: Request | Job,
         *,
         callback: Callback | None = None,  # called after every step of its pictures, to look or to cancel
-        rule: Rule | None = None,  # asked after every tick which of its candidates to give up
     ) -> Future[R]:
         """Ask for pictures, from any thread; they begin at the next tick.
 
@@ -271,10 +425,12 @@ class Engine(Generic[R]):
         job = request.resolve(self.model.abilities) if isinstance(request, Request) else request
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             self.model.levels.schedule(settings.sampler, settings.num_inference_steps)  # may refuse the sampler
+        job.search.check(self._asked(job))
+        deadline = None if job.budget is None else self._clock() + job.budget
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the engine is closed; make another")
-            flight: Flight[R] = Flight(next(self._numbers), job, callback, rule)
+            flight: Flight[R] = Flight(next(self._numbers), job, callback, deadline)
             # holds the queue and not the engine, which a future that is kept would keep
             flight.future.add_done_callback(partial(_note_cancelled, self._cancelled, flight.number))
             self._queue.append(flight)
@@ -288,6 +444,8 @@ class Engine(Generic[R]):
         if self._thread not in (None, threading.current_thread()):
             raise RuntimeError("the engine runs in a thread of its own; submit, and wait for the future")
         self._let_go()
+        for flight in list(self._flights.values()):
+            self._mind_deadline(flight)
         self._let_in()
         for stage, rows in self._stages.items():
             self._step(stage, rows)
@@ -394,14 +552,16 @@ class Engine(Generic[R]):
                 flight = self._queue.popleft()
                 self._flights[flight.number] = flight
             with self._alone(flight):
-                flight.waiting = deque(self._rows(flight))
+                self._begin(flight)
                 return flight
 
     def _admit(self, flight: Flight[R], room: int) -> None:
         chosen = [flight.waiting.popleft() for _ in range(min(room, len(flight.waiting)))]
         with self._alone(flight):
             for stage, rows in self._stages.items():
-                rows.admit([row for where, row in chosen if where == stage])
+                here = [row for where, row in chosen if where == stage]
+                rows.admit([row for row in here if isinstance(row, Row)])
+                rows.resume([lane for lane in here if isinstance(lane, Lane)])
 
     def _settle(self, flight: Flight[R], resolve: Callable[[], object]) -> None:
         """Take a request out, and resolve its future unless it was cancelled."""
@@ -410,9 +570,8 @@ class Engine(Generic[R]):
             del self._unsettled[flight.number]
             if flight in self._queue:
                 self._queue.remove(flight)
-        flight.waiting.clear()
-        for rows in self._stages.values():
-            rows.drop(flight.places(flight.standing))
+        self._drop(flight.places(range(len(flight.candidates))))
+        flight.end()
         if flight.future.set_running_or_notify_cancel():
             resolve()
 
@@ -429,32 +588,40 @@ class Engine(Generic[R]):
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
-    def _rows(self, flight: Flight[R]) -> list[tuple[Stage, Row]]:
-        """The first row of each candidate, and whose stage it belongs to: the prior's or the decoder's."""
-        candidates = flight.job.candidates
-        told = self.model.tell(candidates, self._table)
-        asking = [index for index, candidate in enumerate(candidates) if candidate.settings.prior]
-        flight.told = {index: told[index] for index in asking}
-        rows: dict[int, tuple[Stage, Row]] = {
-            index: (DECODER, self._decoder_row(flight, index, each))
-            for index, each in enumerate(told)
-            if index not in flight.told
-        }
+    def _begin(self, flight: Flight[R]) -> None:
+        """Encode a request's texts and let its searches say what is painted first."""
+        flight.candidates = list(flight.job.candidates)
+        flight.told = list(self.model.tell(flight.candidates, self._table))
+        flight.unspoken = {index for index, each in enumerate(flight.candidates) if each.settings.prior}
+        n = flight.job.num_images_per_prompt
+        for first in range(0, len(flight.candidates), n):
+            prompt: PromptField[R] = PromptField(self, flight, range(first, first + n))
+            search = flight.job.search
+            moves = search(prompt) if flight.job.budget is None else in_rounds(search, prompt)
+            flight.trails.append(Trail(prompt.candidates, moves))
+        self._search(flight)
+
+    def _rows(self, flight: Flight[R], candidates: Sequence[int]) -> Iterator[Waiting]:
+        """The first row of each candidate: the prior's, or the decoder's."""
+        asking = [index for index in candidates if index in flight.unspoken]
         if asking:
             assert self.model.prior is not None, "a request for a prior is refused where there is none"
             keys = [Place(flight.number, index) for index in asking]
-            begun = self.model.prior.rows([candidates[index] for index in asking], keys, self._table)
-            rows |= {index: (PRIOR, row) for index, row in zip(asking, begun, strict=True)}
-        return [rows[index] for index in range(len(candidates))]
+            for row in self.model.prior.rows([flight.candidates[index] for index in asking], keys, self._table):
+                yield Waiting(PRIOR, row)
+        for index in candidates:
+            if index not in flight.unspoken:
+                yield Waiting(DECODER, self._decoder_row(flight, index))
 
-    def _decoder_row(self, flight: Flight[R], index: int, told: Told) -> Row:
-        candidate, levels = flight.job.candidates[index], self.model.levels
-        settings = candidate.settings
+    def _decoder_row(self, flight: Flight[R], index: int) -> Row:
+        candidate, levels, told = flight.candidates[index], self.model.levels, flight.told[index]
+        settings, draft_steps = candidate.settings, flight.goals[index].draft_steps
+        shape = self.model.latent_shape(settings)
         return Row(
-            key=Place(flight.number, index),
+            key=Place(flight.number, index, draft_steps is not None),
             seed=candidate.seed,
-            shape=self.model.latent_shape(settings),
-            schedule=levels.schedule(settings.sampler, settings.num_inference_steps),
+            shape=shape,
+            schedule=levels.schedule(settings.sampler, draft_steps or settings.num_inference_steps),
             sampler=settings.sampler,
             prompt=told[0],
             null=told[1],
@@ -464,7 +631,8 @@ class Engine(Generic[R]):
             guide=settings.guide,
             thresholding=settings.dynamic_thresholding,
             options=levels.options(settings.sampler) | settings.sampler_options,
-            start=candidate.latents,
+            start=first_noise(candidate, shape),
+            past=tuple((before.seed, before.steps) for before in candidate.noise_path),
         )
 
     def _step(self, stage: Stage, rows: Rows) -> None:
@@ -493,19 +661,23 @@ class Engine(Generic[R]):
         indices = [place_of(one.row).candidate for one in finished]
         if stage == PRIOR:
             assert self.model.prior is not None, "its rows are in flight"
-            told = [flight.told.pop(index) for index in indices]
+            told = [flight.told[index] for index in indices]
             embeds = self.model.prior.embeds([one.x for one in finished]).unbind(0)
-            candidates = [flight.job.candidates[index] for index in indices]
+            candidates = [flight.candidates[index] for index in indices]
             prompts = self.model.show(candidates, [prompt for prompt, _ in told], embeds)
-            pairs = [(prompt, null) for prompt, (_, null) in zip(prompts, told, strict=True)]
-            self._stages[DECODER].admit(
-                [self._decoder_row(flight, index, pair) for index, pair in zip(indices, pairs, strict=True)]
-            )
+            for index, prompt, (_, null) in zip(indices, prompts, told, strict=True):
+                flight.told[index] = (prompt, null)
+            flight.unspoken.difference_update(indices)
+            self._stages[DECODER].admit([self._decoder_row(flight, index) for index in indices])
             return
-        flight.latents |= {index: one.x for index, one in zip(indices, finished, strict=True)}
-        if not flight.wants_pixels:
-            for index in indices:
-                flight.paint(index, Painted(flight.latents[index]))
+        for index, one in zip(indices, finished, strict=True):
+            if place_of(one.row).is_draft:
+                flight.estimates[index] = one.x
+                del flight.goals[index]
+            else:
+                flight.latents[index] = one.x
+                if not flight.wants_pixels:
+                    flight.paint(index, Painted(one.x))
 
     # --- pictures ------------------------------------------------------------------------------------------------
 
@@ -555,18 +727,20 @@ class Engine(Generic[R]):
         latents = [flight.latents[index] for flight, index in chunk]
         pixels = self.model.decode(torch.stack(latents))
         scores: dict[int, Tensor] = {}
+        embeddings: dict[int, Tensor] = {}
         ranked = [place for place, (flight, _) in enumerate(chunk) if flight.job.rank]
         if ranked:
             texts = torch.stack([self._text(*chunk[place]) for place in ranked])
-            scores = dict(zip(ranked, self._scores([pixels[place] for place in ranked], texts), strict=True))
+            seen = self._seen(torch.stack([pixels[place] for place in ranked]))
+            embeddings = dict(zip(ranked, seen.unbind(0), strict=True))
+            scores = dict(zip(ranked, cosine(seen, texts).unbind(0), strict=True))
         for place, (flight, index) in enumerate(chunk):
-            flight.paint(index, Painted(latents[place], pixels[place], scores.get(place)))
+            flight.paint(index, Painted(latents[place], pixels[place], scores.get(place), embeddings.get(place)))
 
-    def _scores(self, pixels: Sequence[Tensor], texts: Tensor) -> Sequence[Tensor]:
-        """CLIP's cosine () of each picture with its text (B, E); it is read as 8-bit, as a file holds it."""
+    def _seen(self, pixels: Tensor) -> Tensor:
+        """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""
         assert self.model.clip is not None, "a ranking is refused where there is no CLIP"
-        rounded = (torch.stack(list(pixels)) * 255).round() / 255
-        return cosine(self.model.clip.image(rounded), texts).unbind(0)
+        return self.model.clip.image((pixels * 255).round() / 255)
 
     def _text(self, flight: Flight[R], index: int) -> Tensor:
         """CLIP's embedding (E,) of a candidate's prompt; those of a request are read together, once."""
@@ -576,25 +750,155 @@ class Engine(Generic[R]):
             flight.texts = dict(zip(texts, self.model.clip.text(texts).embedding.unbind(0), strict=True))
         return flight.texts[flight.job.candidates[index].prompt]
 
+    # --- which candidates go on ----------------------------------------------------------------------------------
+
+    def _asked(self, job: Job) -> Asked:
+        """What a search is asked to work on."""
+        first = job.candidates[0]
+        sampler = first.settings.sampler
+        options = self.model.levels.options(sampler) | first.settings.sampler_options
+        adds = SAMPLERS[sampler].noise
+        return Asked(
+            num_candidates=job.num_images_per_prompt,
+            keep=job.keep,
+            is_noisy=any(options.get(name, SAMPLERS[sampler].defaults[name]) > 0 for name in adds),
+            has_latents=first.latents is not None,
+        )
+
+    def _search(self, flight: Flight[R]) -> None:
+        """Let those searches go on whose candidates are all where they should be, and halt what still waits for one."""
+        for trail in flight.trails:
+            while not trail.is_over and not any(index in flight.goals for index in trail.awaited):
+                try:
+                    move = next(trail.moves)
+                except StopIteration:
+                    trail.is_over = True
+                    unpainted = [index for index in trail.candidates if index not in flight.painted]
+                    if len(unpainted) == len(trail.candidates):
+                        raise ValueError("the search gave up every candidate; one at least has to be painted") from None
+                    self._give_up(flight, [index for index in unpainted if index not in flight.given_up])
+                else:
+                    trail.awaited = list(move.candidates)
+                    self._set_going(flight, move)
+        self._halt(flight, flight.halting)
+
+    def _set_going(self, flight: Flight[R], move: Move) -> None:
+        """Give candidates a goal; those that are in no batch wait to be let in."""
+        goal = Goal(until=move.until) if isinstance(move, Go) else Goal(draft_steps=move.num_inference_steps)
+        for index in move.candidates:
+            known = index in range(len(flight.candidates)) and index not in flight.given_up
+            if not known or index in flight.painted or (goal.draft_steps and index in flight.taken):
+                raise ValueError(f"the search takes candidate {index} on, which is given up, painted or begun")
+            if goal.until is not None and goal.until <= flight.taken.get(index, 0):
+                raise ValueError(f"the search takes candidate {index} to step {goal.until}, which it has behind it")
+        placed = flight.goals.keys() | flight.halting | flight.halted.keys()
+        flight.goals |= dict.fromkeys(move.candidates, goal)
+        flight.waiting.extend(self._rows(flight, [index for index in move.candidates if index not in placed]))
+        for index in move.candidates:
+            flight.halting.discard(index)
+            if index in flight.halted:
+                flight.waiting.append(Waiting(DECODER, flight.halted.pop(index)))
+
+    def _give_up(self, flight: Flight[R], candidates: Collection[int]) -> None:
+        if wrong := [index for index in candidates if index in flight.given_up or index in flight.painted]:
+            raise ValueError(f"the search gives up candidates {wrong}, which are given up or painted")
+        flight.give_up(candidates)
+        self._drop(flight.places(candidates))
+
+    def _drop(self, places: set[Hashable]) -> None:
+        for rows in self._stages.values():
+            rows.drop(places)
+
+    def _halt(self, flight: Flight[R], candidates: Collection[int]) -> None:
+        """Take rows that stand still out of their batch."""
+        if candidates:
+            halted = self._stages[DECODER].halt(flight.places(candidates))
+            flight.halted |= {place_of(row_of(lane)).candidate: lane for lane in halted.values()}
+            flight.halting.difference_update(list(candidates))
+
+    def _mind_deadline(self, flight: Flight[R]) -> None:
+        """When a budget is spent: give up what is not painted, but of a prompt without any picture the nearest one."""
+        if flight.deadline is None or self._clock() < flight.deadline:
+            return
+        flight.deadline = None
+        with self._alone(flight):
+            for trail in flight.trails:
+                if not trail.is_over:
+                    self._hurry(flight, trail)
+            self._search(flight)
+
+    def _hurry(self, flight: Flight[R], trail: Trail) -> None:
+        trail.moves.close()
+        trail.awaited = ()
+        left = [index for index in trail.candidates if index not in flight.given_up]
+        kept = [index for index in left if index in flight.painted]
+        if not kept:
+            nearest = max(left, key=lambda index: (index in flight.latents, flight.taken.get(index, -1), -index))
+            self._stop_draft(flight, nearest)
+            kept, trail.moves = [nearest], only(nearest)
+        self._give_up(flight, [index for index in left if index not in kept])
+
+    def _stop_draft(self, flight: Flight[R], index: int) -> None:
+        goal = flight.goals.get(index)
+        if goal is not None and goal.draft_steps and index not in flight.unspoken:
+            del flight.goals[index]
+            place = Place(flight.number, index, is_draft=True)
+            flight.waiting = deque(each for each in flight.waiting if row_of(each.row).key != place)
+            self._drop({place})
+
+    # --- what a search asks of its prompt --------------------------------------------------------------------------
+
+    def _previewed(self, flight: Flight[R], candidates: Sequence[int]) -> list[float]:
+        scores = []
+        for start in range(0, len(candidates), DECODE_CHUNK):
+            chunk = candidates[start : start + DECODE_CHUNK]
+            pixels = self.model.preview(torch.stack([flight.estimates[index] for index in chunk]))
+            texts = torch.stack([self._text(flight, index) for index in chunk])
+            scores.append(cosine(self._seen(pixels), texts))
+            flight.account.previews += len(chunk)
+            flight.account.scores += len(chunk)
+        return [] if not scores else torch.cat(scores).tolist()
+
+    def _branch(self, flight: Flight[R], source: int, targets: Sequence[int]) -> None:
+        self._halt(flight, flight.halting & {source, *targets})
+        if source not in flight.halted or any(index in flight.goals for index in targets):
+            raise ValueError(f"the search branches candidate {source} to {list(targets)}, which have not all halted")
+        lane, origin = flight.halted[source], flight.candidates[source]
+        path = (*origin.noise_path, Before(origin.seed, flight.taken[source]))
+        for index in targets:
+            candidate = replace(flight.candidates[index], noise_path=path)
+            place = Place(flight.number, index)
+            flight.candidates[index] = candidate
+            flight.halted[index] = self._stages[DECODER].branch(lane, place, candidate.seed)
+            flight.told[index], flight.estimates[index] = flight.told[source], flight.estimates[source]
+            flight.taken[index] = flight.taken[source]
+            flight.unspoken.discard(index)
+
+    def _turn(self, flight: Flight[R], source: int, targets: Sequence[int], share: float) -> None:
+        if source in flight.unspoken or any(index in flight.goals or index in flight.taken for index in targets):
+            raise ValueError(f"the search turns candidates {list(targets)}, which have begun, towards {source}")
+        origin = flight.candidates[source]
+        path = (*origin.noise_path, Before(origin.seed, 0, share))
+        for index in targets:
+            flight.candidates[index] = replace(flight.candidates[index], noise_path=path)
+            flight.told[index] = flight.told[source]
+            flight.unspoken.discard(index)
+
+    def _seconds_left(self, flight: Flight[R]) -> float:
+        if flight.job.budget is None:
+            return math.inf
+        return 0.0 if flight.deadline is None else flight.deadline - self._clock()
+
     # --- answers -------------------------------------------------------------------------------------------------
 
     def _end(self, flight: Flight[R]) -> None:
-        """Ask a request's rule, and answer the request if it is done."""
+        """Ask a request's searches, and answer the request if they are over."""
         with self._alone(flight):
-            if flight.rule is not None:
-                self._give_up(flight, set(flight.rule(list(flight.standing.values()))))
-            if flight.is_painted:
-                answer = self._conclude(flight.job, flight.painted, flight.account)
+            self._search(flight)
+            if flight.is_done:
+                job = replace(flight.job, candidates=tuple(flight.candidates))
+                answer = self._conclude(job, flight.painted, flight.account)
                 self._settle(flight, partial(flight.future.set_result, answer))
-
-    def _give_up(self, flight: Flight[R], candidates: set[int]) -> None:
-        if unknown := candidates - flight.standing.keys():
-            raise ValueError(f"the rule gave up candidates {sorted(unknown)}, which are not in flight")
-        if len(candidates) == len(flight.standing):
-            raise ValueError("the rule gave up every candidate; one at least has to be left")
-        flight.give_up(candidates)
-        for rows in self._stages.values():
-            rows.drop(flight.places(candidates))
 
 
 def _note_cancelled(cancelled: deque[int], number: int, future: Future[R]) -> None:

@@ -24,11 +24,11 @@ from torch import Tensor
 from gen import checkpoint
 from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
-from gen.engine import Account, Callback, Engine, Painted, Step
+from gen.engine import Account, Callback, Engine, Painted, Step, scores_of
 from gen.families import stable_unclip
 from gen.families.stable_unclip import StableUnCLIP
 from gen.request import JSON, Candidate, Job, Request
-from gen.search import best_of, drawing_order
+from gen.search import Search, best_first, diverse_first, drawing_order
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
@@ -106,9 +106,12 @@ class TextToImage:
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = None,  # None: 1, or with a budget as many as fit
         keep: int | None = None,  # best so many of each prompt; None: all, still ranked
         rerank: bool | None = None,  # None: ranked where the model has a CLIP and the prompt is text
+        search: str | Search | None = None,  # which candidates are painted to their end; None: best_of, all
+        budget: float | None = None,  # seconds for all of it; what is painted by then is kept, one at least
+        diverse: bool = False,  # keep no two near-copies; see `gen.search.choice`
         seed: int | Sequence[int] | None = None,  # candidate k has seed + k; one per prompt; None: drawn
         height: int | None = None,  # pixels; as everywhere below, None is the model's own
         width: int | None = None,
@@ -155,6 +158,9 @@ class TextToImage:
             num_images_per_prompt=num_images_per_prompt,
             keep=keep,
             rerank=rerank,
+            search=search,
+            budget=budget,
+            diverse=diverse,
             seed=seed,
             height=height,
             width=width,
@@ -259,7 +265,10 @@ class TextToImage:
             if settings.prior and self.model.prior is not None:
                 levels = self.model.prior.levels
                 totals["prior"] += levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps
-        tasks = {name: shown.add_task(name, total=number) for name, number in totals.items() if number}
+        unknown = any(job.budget is not None for job in jobs)
+        tasks = {
+            name: shown.add_task(name, total=None if unknown else number) for name, number in totals.items() if number
+        }
         return lambda step: shown.advance(tasks[step.stage], len(step.seeds))
 
     def _result(self, job: Job, painted: Mapping[int, Painted], account: Account) -> Result:
@@ -269,7 +278,10 @@ class TextToImage:
         if scores is None:
             order = drawing_order(len(candidates), n)
         else:
-            order = best_of([scores.get(index, math.nan) for index in range(len(candidates))], n, job.keep)
+            found = [scores.get(index, math.nan) for index in range(len(candidates))]
+            order = best_first(found, n, n if job.diverse else job.keep)
+        if job.diverse:
+            order = [diverse(painted, group, job.keep) for group in order]
         kept = [index for group in order for index in group if index in painted]
         among = set(kept)
         pictures = [painted[i].latents if job.output_type == "latent" else painted[i].pixels for i in kept]
@@ -292,10 +304,11 @@ class TextToImage:
         return candidate.to_json() | made | {"score": score}
 
 
-def scores_of(painted: Mapping[int, Painted]) -> dict[int, float]:
-    """The score of each candidate; here the device is waited for, once."""
-    scored = {index: each.score for index, each in painted.items() if each.score is not None}
-    return dict(zip(scored, torch.stack(list(scored.values())).tolist(), strict=True))
+def diverse(painted: Mapping[int, Painted], ranked: Sequence[int], keep: int) -> list[int]:
+    """The best `keep` of candidates, given best first, no two of them near-copies as far as there are others."""
+    seen = {index: each.embedding for index, each in painted.items() if each.embedding is not None}
+    found = [index for index in ranked if index in seen]
+    return [found[place] for place in diverse_first(torch.stack([seen[index] for index in found]), keep)]
 
 
 def both(first: Callback | None, second: Callback | None) -> Callback | None:

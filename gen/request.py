@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gen.search import BestOf, Search, by_name
 from samplers.guidance import RULES, Guide
 from samplers.sample import SAMPLERS
 
@@ -30,6 +31,7 @@ APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 PRIORS = ("prior_latents", "prior_num_inference_steps", "prior_guidance_scale")  # read where there is a prior
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
+MOST_IN_BUDGET = 4096  # candidates of a prompt, where only a budget says how many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,23 @@ class Settings:
         return replace(self, **values)
 
 
+@dataclass(frozen=True)
+class Before:
+    """Whose noise a picture went by before the next seed's; a search that copies or turns rows makes such paths."""
+
+    seed: int
+    steps: int  # of the decoder, from the start on; 0: its start alone, which the next seed's then turns
+    share: float = 0.0  # of the turned start that is the next seed's; 0 where steps is not
+
+    @classmethod
+    def from_json(cls, told: object) -> Before:
+        """As a record has it; ValueError where it is damaged."""
+        if not isinstance(told, Mapping) or told.keys() != {"seed", "steps", "share"}:
+            raise ValueError(f"the record is damaged: its noise_path has {told!r}")
+        seed, steps = whole("seed", told["seed"], 0, MAX_SEED), whole("steps", told["steps"], 0)
+        return cls(seed, steps, real("share", told["share"], 0.0, 1.0))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
     """One picture to paint: all that its pixels depend on but the model."""
@@ -130,6 +149,12 @@ class Candidate:
     prompt_embeds: Tensor | None = None  # (L, D) in place of the prompt's
     negative_prompt_embeds: Tensor | None = None  # (L, D) in place of the negative prompt's
     image_embeds: Tensor | None = None  # (E,) in place of the prior's answer
+    noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
+
+    @property
+    def first_seed(self) -> int:
+        """The seed that its prior and the noise of its image embedding go by."""
+        return self.noise_path[0].seed if self.noise_path else self.seed
 
     def to_json(self) -> dict[str, JSON]:
         """Prompt, seed and settings, and the names of tensors handed in, which JSON does not hold."""
@@ -138,6 +163,8 @@ class Candidate:
             "seed": self.seed,
             "settings": self.settings.to_json(),
         }
+        if self.noise_path:
+            record["noise_path"] = [asdict(before) for before in self.noise_path]
         given = [name for name in TENSORS if getattr(self, name) is not None]
         return record | ({"given": list(given)} if given else {})
 
@@ -154,7 +181,8 @@ class Candidate:
             raise ValueError("the record is damaged: its prompt is no text or its settings no object")
         settings = able.defaults.updated(told, "record")
         check_settings(settings, able)
-        return cls(prompt=prompt, seed=whole("seed", seed, 0, MAX_SEED), settings=settings)
+        path = tuple(Before.from_json(each) for each in record.get("noise_path", ()))
+        return cls(prompt=prompt, seed=whole("seed", seed, 0, MAX_SEED), settings=settings, noise_path=path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +194,9 @@ class Job:
     keep: int  # per prompt
     rank: bool
     output_type: str
+    search: Search = BestOf()  # noqa: RUF009 - frozen
+    budget: float | None = None  # seconds; None: as long as it takes
+    diverse: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +205,12 @@ class Request:
 
     prompt: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] | None = None
-    num_images_per_prompt: int = 1
+    num_images_per_prompt: int | None = None
     keep: int | None = None
     rerank: bool | None = None
+    search: str | Search | None = None
+    budget: float | None = None
+    diverse: bool = False
     seed: int | Sequence[int] | None = None
     height: int | None = None
     width: int | None = None
@@ -215,7 +249,11 @@ class Request:
         Raises ValueError with one line: what was given, what is allowed, what to do.
         """
         prompts = self._prompts()
-        n = whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+        if self.budget is not None and real("budget", self.budget, 0.0) == 0:
+            raise ValueError(f"budget={self.budget!r} is out of range; give a number of seconds above 0")
+        n = 1 if self.budget is None else MOST_IN_BUDGET
+        if self.num_images_per_prompt is not None:
+            n = whole("num_images_per_prompt", self.num_images_per_prompt, 1)
         if n > MAX_SEED:
             raise ValueError(f"num_images_per_prompt={n} is more than there are seeds; give at most {MAX_SEED}")
         keep = n if self.keep is None else whole("keep", self.keep, 1)
@@ -225,6 +263,7 @@ class Request:
         if keep < n and not rank:
             why = "rerank=False" if able.can_rank else "this model has no clip/ to rank with"
             raise ValueError(f"keep={keep} of {n} needs a ranking, but {why}; leave keep out, or let it rank")
+        search = self._search(rank, keep < n)
         one_of("output_type", self.output_type, OUTPUT_TYPES)
         settings = self._settings(able)
         negatives = self._negatives(len(prompts))
@@ -254,6 +293,9 @@ class Request:
             keep=keep,
             rank=rank,
             output_type=self.output_type,
+            search=search,
+            budget=self.budget,
+            diverse=self.diverse,
         )
 
     def _prompts(self) -> tuple[str, ...]:
@@ -294,6 +336,16 @@ class Request:
         if self.rerank and self.prompt is None:
             raise ValueError("rerank=True needs the prompt as text; give prompt as well, or leave rerank out")
         return self.rerank
+
+    def _search(self, rank: bool, chooses: bool) -> Search:
+        search = by_name("best_of" if self.search is None else self.search)
+        if not rank and not isinstance(search, BestOf):
+            raise ValueError(f"search '{search.name}' goes by CLIP's scores, but nothing is ranked; let it rank")
+        if not isinstance(self.diverse, bool):
+            raise ValueError(f"diverse={self.diverse!r}; give True or False")
+        if self.diverse and not chooses:
+            raise ValueError("diverse=True chooses among candidates, but all are kept; give a smaller keep")
+        return search
 
     def _settings(self, able: Abilities) -> Settings:
         names = {item.name for item in fields(Settings)} - {"negative_prompt"}
