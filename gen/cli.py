@@ -42,7 +42,7 @@ OPTIONS = {
     "negative_prompt": "--negative",
 }
 ALIKE = ("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
-ALIKE += ("guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps")
+ALIKE += ("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps")
 ALIKE += ("apg_eta", "apg_norm_threshold", "apg_momentum", "thresholding", "dynamic_thresholding_ratio")
 OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}
 
@@ -86,7 +86,8 @@ def generate(
     s_tmin: Annotated[float | None, _advanced("SIGMA", "Lowest level churned.")] = None,
     s_tmax: Annotated[float | None, _advanced("SIGMA", "Highest level churned.")] = None,
     s_noise: Annotated[float | None, _advanced("D", "Deviation of what churn adds.")] = None,
-    guidance_rule: Annotated[str | None, _advanced("RULE", "How to guide: cfg, cfg_zero, apg.")] = None,
+    guidance_rule: Annotated[str | None, _advanced("RULE", "How to guide: cfg, cfg_zero, apg, autoguidance.")] = None,
+    weak_unet: Annotated[Path | None, _advanced("DIR", "autoguidance: folder of a weaker UNet.")] = None,
     guidance_rescale: Annotated[float | None, _advanced("R", "Keep the prompt's own contrast; 0 is off.")] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, _advanced("LOW HIGH", "Guide where LOW < noise level <= HIGH.")
@@ -117,7 +118,7 @@ def generate(
     started = time.perf_counter()
     with _speaking("generate"), _output_folder(out) as folder:
         _check_text(prompt, negative or "")
-        painter = _load(model, attention)
+        painter = _load(model, attention, weak_unet)
         loaded = time.perf_counter()
         from gen.request import Request
 
@@ -270,7 +271,7 @@ def reproduce(
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
             raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
-        painter = _load(model or str(recorded))
+        painter = _load(model or str(recorded), weak_unet=record.get("weak_unet"))
         from gen.pipeline import as_output
 
         again = as_output([painter.repaint(record)], "pil")
@@ -338,11 +339,11 @@ def _check_text(*texts: str) -> None:
             raise ValueError(f"{text!r} is not text in UTF-8; set the terminal to UTF-8") from None
 
 
-def _load(name: str, attention: str = "auto") -> "TextToImage":
+def _load(name: str, attention: str = "auto", weak_unet: Path | str | None = None) -> "TextToImage":
     """The model, on the GPU where there is one."""
     from gen.pipeline import TextToImage
 
-    return TextToImage.from_pretrained(name, attention=attention)
+    return TextToImage.from_pretrained(name, attention=attention, weak_unet=weak_unet)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class Condition:
     tokens: Tensor | None = None  # (L, D), cross-attended
     vector: Tensor | None = None  # (V,), the UNet's class input or the prior's text embedding
     mask: Tensor | None = None  # (L,) bool, True where there is text
+    weak: bool = False  # whether the model's weaker network is asked (autoguidance)
 
     def twin(self) -> Condition:
         """The same told by another object, so that what is kept beside the one is not found beside the other."""

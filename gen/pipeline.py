@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -61,9 +63,16 @@ class Result:
 class TextToImage:
     """A text-to-image model with the CLIP that ranks its pictures."""
 
-    def __init__(self, model: StableUnCLIP, name: str = "", model_hash: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self,
+        model: StableUnCLIP,
+        name: str = "",
+        model_hash: Callable[[], str] | None = None,
+        weak_unet: str = "",  # where the weaker UNet came from
+    ) -> None:
         self.model = model
         self.name = name
+        self.weak_unet = weak_unet
         self._hash = model_hash
         self._buckets = Buckets()
 
@@ -75,6 +84,7 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,  # of the networks; rows are always float32
         *,
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers
+        weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
     ) -> TextToImage:
         """Load a model; what is unknown, missing or damaged is a ValueError of one line that names it.
 
@@ -89,12 +99,21 @@ class TextToImage:
             raise ValueError(f"model '{name_or_path}' is a {parts.family or 'folder of no class'}; ours are: {told}")
         model = StableUnCLIP.of(parts)
         set_attention(model.unet, attention)
-        return cls(model, str(name_or_path), lambda: parts.hash)
+        if weak_unet is not None:
+            weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
+            set_attention(weak, attention)
+            model = model.with_weak(weak, str(weak_unet))
+        return cls(model, str(name_or_path), lambda: parts.hash, str(weak_unet or ""))
 
     @property
     def hash(self) -> str:
         """SHA-256 of the model's files; empty for a model that was not loaded from any."""
         return "" if self._hash is None else self._hash()
+
+    @cached_property
+    def weak_hash(self) -> str:
+        """SHA-256 of the weaker UNet's files; empty where there is none."""
+        return checkpoint.folder_hash(Path(self.weak_unet), [""]) if self.weak_unet else ""
 
     @property
     def card(self) -> checkpoint.Card:
@@ -119,7 +138,7 @@ class TextToImage:
         guidance_scale: float | None = None,  # 1: off
         guidance_interval: tuple[float, float] | None = None,  # guided where low < sigma <= high
         guidance_rescale: float | None = None,  # 0: off; Lin et al. 2024
-        guidance_rule: str | None = None,  # cfg, cfg_zero (Fan et al. 2025), apg (Sadat et al. 2024)
+        guidance_rule: str | None = None,  # cfg, cfg_zero, apg or autoguidance; see `samplers.guidance.RULES`
         zero_init_steps: int | None = None,  # cfg_zero: first steps of output 0, for flows and v
         apg_eta: float | None = None,  # apg: how much stays of guidance along the prompt's own estimate
         apg_norm_threshold: float | None = None,  # apg: the largest norm of guidance; 0: any
@@ -234,6 +253,8 @@ class TextToImage:
                 f"and this is '{self.name}' of hash {self.hash[:12]}; load the one it was painted by"
             )
         candidate = Candidate.from_json(record, self.model.abilities)
+        if candidate.settings.guidance_rule == "autoguidance" and record.get("weak_unet_hash") != self.weak_hash:
+            raise ValueError(f"the picture was guided by another weak_unet than '{self.weak_unet}'; load that one")
         job = Job(candidates=(candidate,), num_images_per_prompt=1, keep=1, rank=False, output_type="pt")
         (result,) = self._paint([job], None, None)
         assert isinstance(result.images, Tensor), "output_type is pt"
@@ -301,6 +322,8 @@ class TextToImage:
     def _record(self, candidate: Candidate, score: float | None) -> dict[str, JSON]:
         """All that paints a picture again, and how it scored."""
         made: dict[str, JSON] = {"version": RECORD_VERSION, "model": self.name, "model_hash": self.hash}
+        if candidate.settings.guidance_rule == "autoguidance":
+            made |= {"weak_unet": self.weak_unet, "weak_unet_hash": self.weak_hash}
         return candidate.to_json() | made | {"score": score}
 
 

@@ -26,7 +26,8 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 TENSORS = ("latents", "prior_latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds")
 OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
-GUIDED = ("negative_prompt", "negative_prompt_embeds", "guidance_rule")  # read where there is guidance
+NULLS = ("negative_prompt", "negative_prompt_embeds")
+GUIDED = (*NULLS, "guidance_rule")  # read where there is guidance
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 PRIORS = ("prior_latents", "prior_num_inference_steps", "prior_guidance_scale")  # read where there is a prior
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
@@ -47,6 +48,7 @@ class Abilities:
     max_steps: int  # the timesteps the decoder was trained on
     prior_max_steps: int  # 0: the model has no prior
     can_rank: bool  # a whole CLIP lies beside the model
+    can_autoguide: bool = False  # a weaker network was loaded beside the decoder's
     defaults: Settings  # the model's own, from its scheduler and unclip.json
 
 
@@ -367,6 +369,7 @@ class Request:
         image = settings.prior or self.image_embeds is not None
         unheard: list[tuple[bool, str, tuple[str, ...]]] = [
             (settings.guidance_scale == 1, "guidance_scale is 1", GUIDED),
+            (settings.guidance_rule == "autoguidance", "autoguidance has another null", NULLS),
             (settings.guidance_rule != "cfg_zero", "guidance_rule is not cfg_zero", ("zero_init_steps",)),
             (settings.guidance_rule != "apg", "guidance_rule is not apg", APG),
             (not settings.thresholding, "thresholding is 0", ("dynamic_thresholding_ratio",)),
@@ -427,6 +430,8 @@ def check_settings(settings: Settings, able: Abilities) -> None:
     real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
     real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
     one_of("guidance_rule", settings.guidance_rule, list(RULES))
+    if settings.guidance_rule == "autoguidance" and not able.can_autoguide:
+        raise ValueError("guidance_rule=autoguidance needs a weaker UNet; load the model with weak_unet=FOLDER")
     whole("zero_init_steps", settings.zero_init_steps, 0, settings.num_inference_steps)
     real("apg_eta", settings.apg_eta, 0.0, 1.0)
     real("apg_norm_threshold", settings.apg_norm_threshold, 0.0)

@@ -109,14 +109,20 @@ class Live:
         """Whether the coming step may ask at a level that is guided."""
         return self._guided[self.index]
 
+    @cached_property
+    def null(self) -> Condition | None:
+        """What the row is guided away from: the null, or what a weaker network says of the prompt."""
+        row = self.row
+        return replace(row.prompt, weak=True) if row.null and row.guide.rule == "autoguidance" else row.null
+
     @property
     def terms(self) -> list[Term]:
         """What to evaluate on the coming step."""
         row = self.row
-        if row.null is None or not self.is_guided:
+        if self.null is None or not self.is_guided:
             return [Term(row.prompt, 1.0, 1.0)]
         weights = cfg_terms(row.guidance_scale)
-        return [Term(row.null, weights["null"], 0.0), Term(row.prompt, weights["prompt"], 1.0)]
+        return [Term(self.null, weights["null"], 0.0), Term(row.prompt, weights["prompt"], 1.0)]
 
     @cached_property
     def _guided(self) -> list[bool]:

@@ -101,6 +101,7 @@ RULES = {
     "cfg": "classifier-free guidance: Ho & Salimans 2022",
     "cfg_zero": "CFG-Zero*: Fan et al. 2025, see `zero_star`",
     "apg": "adaptive projected guidance: Sadat et al. 2024, see `project`",
+    "autoguidance": "away from what a weaker network says of the prompt: Karras et al. 2024, see `cfg_terms`",
 }
 
 

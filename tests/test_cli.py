@@ -185,6 +185,9 @@ def test_a_seed_paints_the_same_pictures_and_settings_reach_the_painter(
     wanted |= {"thresholding": 4.0, "dynamic_thresholding_ratio": 0.9}
     assert {name: told["settings"][name] for name in wanted} == wanted
     assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
+    options = ["--guidance-rule", "autoguidance", "--weak-unet", tiny / "unet"]
+    told = answer(capsys, *common, "--out", tmp_path / "auto", *options)
+    assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
     options = "--prior --prior-steps 2 --prior-guidance 1.5"
     told = answer(capsys, *common, "--out", tmp_path / "third", *options.split())
     wanted = {"prior": True, "prior_num_inference_steps": 2, "prior_guidance_scale": 1.5}
@@ -295,6 +298,11 @@ MISTAKES = {
     "churn of another sampler": ("--sampler ddim --s-churn 1", "--s-churn 1.0, but sampler 'ddim' takes none"),
     "churn and eta": ("--sampler euler --eta 1 --s-churn 1", "--eta 1.0 and --s-churn 1.0 were both given"),
     "unknown rule": ("--guidance-rule apq", "--guidance-rule 'apq' is unknown; choose from: cfg, cfg_zero, apg"),
+    "autoguidance alone": (
+        "--guidance-rule autoguidance",
+        "needs a weaker UNet; load the model with --weak-unet FOLDER",
+    ),
+    "weaker network that is not there": ("--weak-unet nowhere", "model part 'nowhere' is missing"),
     "rule's number": ("--guidance-rule apg --apg-eta 2", "--apg-eta 2.0 is out of range; give a number from 0 to 1"),
     "interval upside down": ("--guidance-interval 3 1", "--guidance-interval (3.0, 1.0) is upside down"),
     "steps in words": ("--steps many", "--steps"),

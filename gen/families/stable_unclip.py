@@ -58,6 +58,7 @@ class StableUnCLIP:
     image_noising: SchedulerMixin
     prior: Prior | None = None
     clip: CLIP | None = None  # the whole CLIP that ranks
+    weak: UNet2DConditionModel | None = None  # a weaker UNet of the same shape outside, for autoguidance
     card: Card = Card()  # noqa: RUF009 - frozen
 
     @classmethod
@@ -117,6 +118,14 @@ class StableUnCLIP:
         except ValueError as error:
             raise ValueError(f"{where}/{CARD}: {error}") from None
 
+    def with_weak(self, weak: UNet2DConditionModel, where: str) -> StableUnCLIP:
+        """The same with a weaker UNet for autoguidance; ValueError where it does not take or say what the UNet does."""
+        for name in ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim"):
+            given, fitting = getattr(weak.config, name), getattr(self.unet.config, name)
+            if given != fitting:
+                raise ValueError(f"weak_unet '{where}': {name} is {given}, but the model's UNet has {fitting}")
+        return replace(self, weak=weak)
+
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
@@ -150,6 +159,7 @@ class StableUnCLIP:
             max_steps=self.levels.num_train_timesteps,
             prior_max_steps=0 if self.prior is None else self.prior.levels.num_train_timesteps,
             can_rank=self.clip is not None,
+            can_autoguide=self.weak is not None,
             defaults=sized.updated(given, CARD),
         )
 
@@ -243,15 +253,19 @@ class StableUnCLIP:
         return torch.cat([noised * std + mean, told.to(noised.dtype)], dim=1)
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        """The wall to diffusers: (M, C, h, w) noisy latents -> the network's own output."""
-        return self.unet(
-            x.to(self.unet.dtype),
-            timestep,
-            encoder_hidden_states=told.tokens,
-            class_labels=told.vector,
-            cross_attention_kwargs=reading(self.unet, told.distinct_tokens),
-            return_dict=False,
-        )[0]
+        """The wall to diffusers: (M, C, h, w) noisy latents -> the network's own output, or the weaker network's."""
+        weak = [condition.weak for condition in told.each]
+        if not any(weak):
+            return asked(self.unet, x, timestep, told)
+        assert self.weak is not None, "autoguidance is refused where there is no weaker network"
+        order = sorted(range(len(weak)), key=weak.__getitem__)  # those that the UNet itself is asked, then the others
+        first = len(weak) - sum(weak)
+        answers = []
+        for network, places in ((self.unet, order[:first]), (self.weak, order[first:])):
+            if places:
+                at = sent(torch.tensor(places), x.device)
+                answers.append(asked(network, x[at], timestep[at], Conditions(tuple(told.each[k] for k in places))))
+        return torch.cat(answers)[sent(torch.tensor(order).argsort(), x.device)]
 
     def preview(self, latents: Tensor) -> Tensor:
         """The same, cheaply and roughly; see `gen.preview`."""
@@ -272,6 +286,18 @@ class StableUnCLIP:
         z = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         pixels = self.vae.decode(z, return_dict=False)[0].float()
         return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def asked(network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    """What a UNet says of (M, C, h, w) noisy latents."""
+    return network(
+        x.to(network.dtype),
+        timestep,
+        encoder_hidden_states=told.tokens,
+        class_labels=told.vector,
+        cross_attention_kwargs=reading(network, told.distinct_tokens),
+        return_dict=False,
+    )[0]
 
 
 def prompt_of(candidate: Candidate) -> Text:

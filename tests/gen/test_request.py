@@ -62,6 +62,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"s_tmin": 3.0, "s_tmax": 1.0, "s_churn": 1, "sampler": "heun"}, "s_tmin=3.0 is above s_tmax=1.0"),
     ({"s_churn": 2.0, "eta": 0.5, "sampler": "euler"}, "eta=0.5 and s_churn=2.0 were both given.*set one of them to 0"),
     ({"guidance_rule": "apq"}, "guidance_rule 'apq' is unknown; choose from: cfg, cfg_zero, apg"),
+    ({"guidance_rule": "autoguidance"}, "autoguidance needs a weaker UNet; load the model with weak_unet=FOLDER"),
     ({"guidance_rule": 3}, "guidance_rule '3' is unknown"),
     ({"zero_init_steps": 5}, "zero_init_steps=5 .* from 0 to 4"),
     ({"apg_eta": 2}, "apg_eta=2 .* from 0 to 1"),

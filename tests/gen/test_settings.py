@@ -6,15 +6,17 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from gen import Request, TextToImage
 from samplers.noise import noise
-from tests.tiny import WIDTH
+from tests.tiny import WIDTH, tiny_unet
 
 LEVEL = 1 / 255  # one 8-bit level
 SHAPE, SEED, SCALE = (4, 8, 8), 3, 5.0
@@ -34,13 +36,14 @@ class Painter:
 
     def __init__(self, model: TextToImage) -> None:
         self.model = model.model
+        self.unet = model.model.unet
         self.words, self.null = (self.model.text([text]).tokens for text in ("a star", ""))
 
     def x0(self, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
         """Salimans & Ho 2022: x0 = alpha z - sigma_vp v of z = alpha x, alpha = 1 / sqrt(1 + sigma^2)."""
         alpha = 1 / math.sqrt(1 + sigma**2)
         timestep = self.model.levels.scaling.timestep(torch.tensor([sigma]))
-        v = self.model.unet(alpha * x, timestep, tokens, class_labels=torch.zeros(1, 2 * WIDTH)).sample
+        v = self.unet(alpha * x, timestep, tokens, class_labels=torch.zeros(1, 2 * WIDTH)).sample
         return alpha * (alpha * x) - sigma * alpha * v
 
     def guided(self, x: Tensor, sigma: float, rule: Rule, step: int) -> Tensor:
@@ -175,6 +178,76 @@ def test_a_rule_holds_within_the_interval_alone(tiny: TextToImage, name: str) ->
     ours = latents(tiny, guidance_interval=interval, **asked)
     assert apart(ours, Painter(tiny).paint(within)) < 1e-4
     assert apart(ours, latents(tiny, **asked)) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def weak_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UNet of other weights and fewer channels, which takes what the tiny one does."""
+    folder = tmp_path_factory.mktemp("models") / "weak"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        UNet2DConditionModel.from_config(dict(tiny_unet().config) | {"block_out_channels": (4, 8)}).save_pretrained(
+            folder
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def autoguided(tiny_folder: Path, weak_folder: Path) -> TextToImage:
+    return TextToImage.from_pretrained(tiny_folder, device="cpu", weak_unet=weak_folder)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_autoguidance_is_away_from_a_weaker_network(autoguided: TextToImage, sampler: str) -> None:
+    """Karras et al. 2024, equation 3: D = w D_1 - (w - 1) D_0, both told the same prompt."""
+    weaker = Painter(autoguided)
+    assert autoguided.model.weak is not None
+    weaker.unet = autoguided.model.weak
+
+    def away(prompt: Tensor, null: Tensor, x: Tensor, sigma: float, step: int) -> Tensor:
+        return SCALE * prompt - (SCALE - 1) * weaker.x0(x, sigma, weaker.words)
+
+    ours = latents(autoguided, guidance_rule="autoguidance", sampler=sampler)
+    assert apart(ours, Painter(autoguided).paint(away, heun=sampler == "heun")) < 1e-4
+    assert apart(ours, latents(autoguided, sampler=sampler)) > 1e-2
+
+
+def test_autoguided_rows_share_a_batch_with_others(autoguided: TextToImage) -> None:
+    rules = [
+        {"guidance_rule": "autoguidance"},
+        {},
+        {"guidance_scale": 1.0},
+        {"guidance_rule": "autoguidance", "seed": 9},
+    ]
+    shared = ASKED | {"prompt": "a star", "output_type": "pt"}
+    asked = [Request(**(shared | rule)) for rule in rules]
+    alone = [autoguided.paint([request])[0] for request in asked]
+    assert [one.account.evaluations["decoder"] for one in alone] == [10, 10, 5, 10]
+    for batch_size in (None, 2):
+        for ours, other in zip(autoguided.paint(asked, batch_size=batch_size), alone, strict=True):
+            assert (ours.images - other.images).abs().max() <= LEVEL
+
+
+def test_autoguidance_is_recorded_with_its_network(
+    autoguided: TextToImage, tiny: TextToImage, tiny_folder: Path, weak_folder: Path
+) -> None:
+    result = autoguided("a star", **(ASKED | {"output_type": "pt", "guidance_rule": "autoguidance"}))
+    record = json.loads(json.dumps(result.records[0]))
+    assert record["weak_unet"] == str(weak_folder) and len(record["weak_unet_hash"]) == 64
+    assert (autoguided.repaint(record) - result.images[0]).abs().max() <= LEVEL
+    with pytest.raises(ValueError, match="guidance_rule=autoguidance needs a weaker UNet"):
+        tiny.repaint(record)
+    other = TextToImage.from_pretrained(tiny_folder, device="cpu", weak_unet=tiny_folder / "unet")
+    with pytest.raises(ValueError, match="guided by another weak_unet than"):
+        other.repaint(record)
+
+
+def test_a_weaker_network_that_does_not_fit_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model part '.*nowhere' is missing"):
+        TextToImage.from_pretrained(tiny_folder, device="cpu", weak_unet=tmp_path / "nowhere")
+    tiny_unet(None).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="projection_class_embeddings_input_dim is None, but the model's UNet has 32"):
+        TextToImage.from_pretrained(tiny_folder, device="cpu", weak_unet=tmp_path / "plain")
 
 
 # --- all of them -------------------------------------------------------------------------------------------------
