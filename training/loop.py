@@ -36,6 +36,7 @@ from training.checkpoints import (
     replace_folder,
     save_checkpoint,
 )
+from training.optimizer import make_optimizer
 from training.order import Order
 from training.recipe import Recipe, TrainSection
 from training.task import Task
@@ -109,12 +110,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     if recipe.init is not None and checkpoint is None:
         task.start_from(Path(recipe.init))
     average = _average(task.network, config.ema_decay)
-    optimizer = torch.optim.AdamW(
-        _decayed(task.network, config.weight_decay),
-        config.learning_rate,
-        config.betas,
-        fused=accelerator.device.type in ("cpu", "cuda"),  # far quicker than the plain one on a CPU
-    )
+    optimizer = make_optimizer(task.network, config, fused=accelerator.device.type in ("cpu", "cuda"))
     if config.compile:
         task.network.compile()
 
@@ -312,15 +308,6 @@ def _follow(average: AveragedModel, network: nn.Module, decay: float) -> None:
     for held, current in zip(average.module.buffers(), network.buffers(), strict=True):
         held.copy_(current)
     average.n_averaged += 1
-
-
-def _decayed(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay acts on matrices, not on biases, norms and single scales."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _write_sheet(task: Task, network: nn.Module, path: Path) -> None:

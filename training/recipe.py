@@ -37,6 +37,7 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up; cosine ends at zero
     warmup_steps: int = Field(100, ge=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW, at one rate
     weight_decay: float = Field(0.01, ge=0)  # on matrices only
     betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float | None = Field(1.0, gt=0)  # None: no clipping
@@ -67,8 +68,9 @@ class Recipe(Section):
             fields.pop(key)
         for key in ("compile", "workers", "log_every", "save_every", "sheet_every", "keep_checkpoints"):
             fields["train"].pop(key)
-        if self.init is None:  # checkpoints from before the key was there keep their name
-            fields.pop("init")
+        for section, key, before in ((fields, "init", None), (fields["train"], "optimizer", "adamw")):
+            if section[key] == before:  # checkpoints from before the key was there keep their name
+                section.pop(key)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

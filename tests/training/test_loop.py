@@ -195,10 +195,13 @@ def run_and_be_killed(code: str) -> None:
     assert done.returncode == -9, done.stderr
 
 
-def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(few_shapes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(
+    few_shapes: Path, tmp_path: Path, optimizer: str
+) -> None:
     """A real part with dropout: CLIP on Shapes, killed in step 7 of 10 (batch 3 of the second epoch of 4)."""
     fields = recipes(few_shapes, tmp_path)["clip"]
-    fields["train"] = fields["train"] | {"steps": 10, "save_every": 5, "sheet_every": 3}
+    fields["train"] = fields["train"] | {"steps": 10, "save_every": 5, "sheet_every": 3, "optimizer": optimizer}
     fields["text"] = fields["text"] | {"attention_dropout": 0.2}
     paths = {name: tmp_path / name for name in ("straight", "killed")}
     asked = {name: check(ClipRecipe, fields | {"out": str(path)}) for name, path in paths.items()}

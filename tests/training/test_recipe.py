@@ -174,8 +174,9 @@ def test_the_digest_names_what_is_trained_and_not_where_it_is_written(fields: di
         digest(train={"log_every": 7, "save_every": 8, "sheet_every": 9, "keep_checkpoints": 3, "workers": 2}),
     ]
     assert len(set(same)) == 1
-    other = [digest(kl_weight=0.5), digest(train={"steps": 99}), digest(train={"seed": 1}), digest(resolution=32)]
-    assert len({*same, *other}) == 5
+    changes = [{"steps": 99}, {"seed": 1}, {"optimizer": "muon"}]
+    other = [*(digest(train=change) for change in changes), digest(kl_weight=0.5), digest(resolution=32)]
+    assert len({*same, *other}) == 6
 
 
 def test_options_that_do_not_go_together_are_one_line(few_shapes: Path, tmp_path: Path) -> None:
