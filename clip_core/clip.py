@@ -115,10 +115,13 @@ class CLIP:
         tokens = Tokens(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
         return self.towers.text(tokens, clip_skip)
 
-    def image(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
-        """Embedding (B, E), not normalised, of pixels (B, 3, H, W) in [0, 1] or of Pillow pictures."""
+    def image(self, images: Tensor | Sequence[Image.Image], *, rounded: bool = True) -> Tensor:
+        """Embedding (B, E), not normalised, of pixels (B, 3, H, W) in [0, 1] or of Pillow pictures.
+
+        `rounded` False: pixels are not rounded to 8 bits on the way (see `Preprocess.from_pixels`).
+        """
         if isinstance(images, Tensor):
-            values = self.preprocess.from_pixels(images.to(self.device))
+            values = self.preprocess.from_pixels(images.to(self.device), rounded=rounded)
         else:
             values = self.preprocess.from_images(images).to(self.device)
         return self.towers.image(values.to(self.dtype))

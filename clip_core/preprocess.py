@@ -162,25 +162,27 @@ class Preprocess:
             rows.append(self._cropped(pixels))
         return self._normalised(torch.stack(rows))
 
-    def from_pixels(self, pixels: Tensor) -> Tensor:
+    def from_pixels(self, pixels: Tensor, *, rounded: bool = True) -> Tensor:
         """The tensor path: (B, 3, H, W) in [0, 1], any float type and device -> float32, normalised.
 
-        Values are rounded to 8 bits where a saved picture's would be; gradients pass through the rounding.
+        Values are rounded to 8 bits where a saved picture's would be; gradients pass through the rounding. Without it
+        the answer is continuous in the pixels, as who follows a gradient step by step needs.
         """
+        whole = _round if rounded else _clipped
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
             given = f"pixels are {pixels.dtype} {tuple(pixels.shape)}"
             raise ValueError(f"{given}; give floats in [0, 1] of shape (B, 3, H, W)")
         # products of 8-bit levels and 22-bit weights are exact in float64, which Apple's devices lack
         exact = torch.float32 if pixels.device.type == "mps" else torch.float64
         with torch.autocast(pixels.device.type, enabled=False):
-            levels = _round(pixels.to(exact) * 255)
+            levels = whole(pixels.to(exact) * 255)
             height, width = self._resized(*pixels.shape[-2:])
             if width != levels.shape[-1]:
                 weights = _weights(levels.shape[-1], width, self.resample, exact, pixels.device)
-                levels = _round(levels @ weights.T / FIXED_POINT)  # (B, 3, H, width)
+                levels = whole(levels @ weights.T / FIXED_POINT)  # (B, 3, H, width)
             if height != levels.shape[-2]:
                 weights = _weights(levels.shape[-2], height, self.resample, exact, pixels.device)
-                levels = _round(weights @ levels / FIXED_POINT)  # (B, 3, height, width)
+                levels = whole(weights @ levels / FIXED_POINT)  # (B, 3, height, width)
             return self._normalised(self._cropped(levels))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -229,6 +231,10 @@ class _EightBit(torch.autograd.Function):
 def _round(levels: Tensor) -> Tensor:
     rounded: Tensor = _EightBit.apply(levels)
     return rounded
+
+
+def _clipped(levels: Tensor) -> Tensor:
+    return levels.clamp(0, 255)
 
 
 @lru_cache(maxsize=32)

@@ -43,7 +43,8 @@ OPTIONS = {
 }
 ALIKE = ("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
 ALIKE += ("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps")
-ALIKE += ("apg_eta", "apg_norm_threshold", "apg_momentum", "thresholding", "dynamic_thresholding_ratio")
+ALIKE += ("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale")
+ALIKE += ("thresholding", "dynamic_thresholding_ratio")
 OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")]
@@ -96,6 +97,9 @@ def generate(
     apg_eta: Annotated[float | None, _advanced("E", "apg: share kept of guidance along the estimate.")] = None,
     apg_norm_threshold: Annotated[float | None, _advanced("R", "apg: largest norm of guidance; 0 is any.")] = None,
     apg_momentum: Annotated[float | None, _advanced("B", "apg: what earlier steps' guidance counts.")] = None,
+    clip_guidance_scale: Annotated[
+        float | None, _advanced("W", "By the gradient of CLIP's score, some 5 to 10; slow. 0 is off.")
+    ] = None,
     thresholding: Annotated[
         float | None, _advanced("BOUND", "Dynamic thresholding: what clean values keep within; 0 is off.")
     ] = None,
@@ -143,6 +147,7 @@ def generate(
             apg_eta=apg_eta,
             apg_norm_threshold=apg_norm_threshold,
             apg_momentum=apg_momentum,
+            clip_guidance_scale=clip_guidance_scale,
             thresholding=thresholding,
             dynamic_thresholding_ratio=dynamic_thresholding_ratio,
             sampler=sampler,

@@ -74,6 +74,7 @@ class Account:
     """What a request has taken; a step that had to be worked out again is counted once."""
 
     evaluations: dict[str, int] = field(default_factory=lambda: {PRIOR: 0, DECODER: 0})  # of each network
+    gradients: int = 0  # through the autoencoder and CLIP, of clip_guidance_scale
     decodes: int = 0  # by the autoencoder
     previews: int = 0  # in its place, for a search to look at
     scores: int = 0  # pictures that CLIP has read, previews among them
@@ -227,6 +228,7 @@ class Flight(Generic[R]):
         """Note a step of its rows, which are at these slots, and let the callback look."""
         rows = [taken.rows[slot] for slot in slots]
         self.account.evaluations[stage] += sum(taken.evaluations[slot] for slot in slots)
+        self.account.gradients += sum(taken.gradients[slot] for slot in slots)
         if stage == DECODER:
             for slot, one in zip(slots, rows, strict=True):
                 self.estimates[place_of(one.row).candidate] = taken.x0[slot]
@@ -401,7 +403,9 @@ class Engine(Generic[R]):
         if model.prior is not None:
             network, scaling = model.prior.asked(), model.prior.levels.scaling
             self._stages[PRIOR] = Rows(network, scaling, PRIOR, model.device, self._buckets)
-        self._stages[DECODER] = Rows(model.call, model.levels.scaling, DECODER, model.device, self._buckets)
+        self._stages[DECODER] = Rows(
+            model.call, model.levels.scaling, DECODER, model.device, self._buckets, partial(likeness, model)
+        )
         self._flights: dict[int, Flight[R]] = {}  # those that have begun; the ticking thread's alone
         self._changed = threading.Condition()  # guards what follows
         self._queue: deque[Flight[R]] = deque()  # those that have not
@@ -630,6 +634,8 @@ class Engine(Generic[R]):
             guidance_rescale=settings.guidance_rescale,
             guide=settings.guide,
             thresholding=settings.dynamic_thresholding,
+            clip_guidance_scale=settings.clip_guidance_scale,
+            target=self._text(flight, index) if settings.clip_guidance_scale else None,
             options=levels.options(settings.sampler) | settings.sampler_options,
             start=first_noise(candidate, shape),
             past=tuple((before.seed, before.steps) for before in candidate.noise_path),
@@ -899,6 +905,12 @@ class Engine(Generic[R]):
                 job = replace(flight.job, candidates=tuple(flight.candidates))
                 answer = self._conclude(job, flight.painted, flight.account)
                 self._settle(flight, partial(flight.future.set_result, answer))
+
+
+def likeness(model: Family, x0: Tensor, *, target: Tensor) -> Tensor:
+    """CLIP's cosine (B,) of estimated latents with their texts (B, E), through which a gradient is taken."""
+    assert model.clip is not None, "clip_guidance_scale is refused where there is no CLIP"
+    return cosine(model.clip.image(model.decode(x0), rounded=False), target)
 
 
 def _note_cancelled(cancelled: deque[int], number: int, future: Future[R]) -> None:

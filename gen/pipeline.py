@@ -143,6 +143,7 @@ class TextToImage:
         apg_eta: float | None = None,  # apg: how much stays of guidance along the prompt's own estimate
         apg_norm_threshold: float | None = None,  # apg: the largest norm of guidance; 0: any
         apg_momentum: float | None = None,  # apg: what the guidance of earlier steps counts
+        clip_guidance_scale: float | None = None,  # by the gradient of CLIP's cosine (Nichol et al. 2022); 0: off
         thresholding: float | None = None,  # what clean values keep within (Saharia et al. 2022); 0: off
         dynamic_thresholding_ratio: float | None = None,  # the share of values that are not clipped
         sampler: str | None = None,  # None: the checkpoint's own scheduler
@@ -192,6 +193,7 @@ class TextToImage:
             apg_eta=apg_eta,
             apg_norm_threshold=apg_norm_threshold,
             apg_momentum=apg_momentum,
+            clip_guidance_scale=clip_guidance_scale,
             thresholding=thresholding,
             dynamic_thresholding_ratio=dynamic_thresholding_ratio,
             sampler=sampler,

@@ -67,6 +67,7 @@ class Settings:
     apg_eta: float = 0.0  # apg: how much stays of guidance along the prompt's own estimate; 1: all
     apg_norm_threshold: float = 15.0  # apg: the largest norm of guidance; 0: any
     apg_momentum: float = -0.5  # apg: what the guidance of earlier steps counts
+    clip_guidance_scale: float = 0.0  # of the gradient of CLIP's cosine (Nichol et al. 2022), some 10; 0: off
     thresholding: float = 0.0  # dynamic thresholding: what clean values keep within, 1 for pixels; 0: off
     dynamic_thresholding_ratio: float = 0.995  # the share of values that are not clipped
     negative_prompt: str = ""  # what the null condition says
@@ -225,6 +226,7 @@ class Request:
     apg_eta: float | None = None
     apg_norm_threshold: float | None = None
     apg_momentum: float | None = None
+    clip_guidance_scale: float | None = None
     thresholding: float | None = None
     dynamic_thresholding_ratio: float | None = None
     sampler: str | None = None
@@ -362,6 +364,8 @@ class Request:
         check_settings(settings, able)
         if self.image_embeds is None and settings.prior and self.prompt is None:
             raise ValueError("the prior reads the prompt as text; give prompt as well, or prior=False")
+        if settings.clip_guidance_scale and self.prompt is None:
+            raise ValueError("clip_guidance_scale needs the prompt as text; give prompt as well, or leave it out")
         self._warn_ignored(settings)
         return settings
 
@@ -436,6 +440,8 @@ def check_settings(settings: Settings, able: Abilities) -> None:
     real("apg_eta", settings.apg_eta, 0.0, 1.0)
     real("apg_norm_threshold", settings.apg_norm_threshold, 0.0)
     real("apg_momentum", settings.apg_momentum, -1.0, 1.0)
+    if real("clip_guidance_scale", settings.clip_guidance_scale, 0.0) and not able.can_rank:
+        raise ValueError("clip_guidance_scale was given, but this model has no clip/ to guide by; leave it out")
     real("thresholding", settings.thresholding, 0.0)
     real("dynamic_thresholding_ratio", settings.dynamic_thresholding_ratio, 0.0, 1.0)
     one_of("sampler", settings.sampler, sorted(SAMPLERS))

@@ -16,6 +16,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,10 +30,18 @@ from samplers.sample import SAMPLERS, advance, needs_noise, start
 from samplers.scaling import Scaling, denoiser
 from samplers.schedule import Schedule
 from samplers.state import Denoise, Level, Prediction, State, per_row
-from samplers.wrap import thresholded
+from samplers.wrap import thresholded, towards
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]
 """network(input (M, ...), timestep (M,), conditions of M) -> output (M, ...)"""
+
+
+class Likeness(Protocol):
+    """How much pictures in the making are like what they are to show."""
+
+    def __call__(self, x0: Tensor, *, target: Tensor) -> Tensor:
+        """x0 (B, ...) and targets (B, E) -> (B,), the higher the better; differentiable."""
+
 
 MOMENTUM = "momentum"  # what a state remembers of rows that follow apg
 MOST_CHURN = 2**0.5  # a step with s_churn begins at up to this times its level (Karras et al. 2022, Algorithm 2)
@@ -57,6 +66,8 @@ class Row:
     guidance_rescale: float = 0.0
     guide: Guide = Guide()  # noqa: RUF009 - frozen
     thresholding: tuple[float, float] | None = None  # percentile and bound (see `thresholded`); None: off
+    clip_guidance_scale: float = 0.0  # of the gradient of the estimate's likeness to `target`; 0: off
+    target: Tensor | None = None  # (E,); None only where clip_guidance_scale is 0
     options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
     start: Tensor | None = None  # unit noise in place of the seed's block 0
     past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
@@ -143,6 +154,7 @@ class Taken:
     rows: list[Live]
     x0: Tensor  # (B, ...) their clean estimates
     evaluations: list[int]  # of the network, of each row
+    gradients: list[int]  # of the likeness, of each row
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +269,7 @@ class Plan:
     rescale: Tensor | None  # (B,); None where no row asks for it
     guides: Guides | None  # None where all rows follow cfg
     thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
+    steered: list[tuple[int, float, Tensor]]  # slot, clip_guidance_scale and target (1, E) of rows that have them
     options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
     calls: list[Call] = field(default_factory=list)  # as the last pass made them
 
@@ -291,6 +304,11 @@ class Plan:
             rescale=sent(torch.tensor(rescaled), device) if any(rescaled) else None,
             guides=guides,
             thresholding=(percentile, bound) if any(row.thresholding for row in rows) else None,
+            steered=[
+                (slot, row.clip_guidance_scale, row.target[None])
+                for slot, row in enumerate(rows)
+                if row.target is not None and row.clip_guidance_scale
+            ],
             options=options_of(lane, device),
         )
 
@@ -343,6 +361,7 @@ class Rows:
     stage: str  # whose noise the rows draw: "decoder", "prior", ...
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     buckets: Buckets = field(default_factory=Buckets)  # what is known of the memory that calls take
+    likeness: Likeness | None = None  # None: no row has a clip_guidance_scale
     lanes: dict[Hashable, Lane] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -461,10 +480,11 @@ class Rows:
                 self._take_out(lane, {slot for slot, one in enumerate(lane.rows) if id(one.row) in out})
             elif outcome is not None:  # None: memory ran out, and a smaller bucket tries again
                 evaluations = [outcome.num_asked * len(one.terms) for one in lane.rows]
+                gradients = [outcome.num_asked * bool(one.row.clip_guidance_scale) for one in lane.rows]
                 lane.state, lane.walk = outcome.state, lane.walk.on()
                 for one in lane.rows:
                     one.index += 1
-                return Taken(lane.rows, outcome.x0, evaluations)
+                return Taken(lane.rows, outcome.x0, evaluations, gradients)
         return None
 
     def _worked_out(self, lane: Lane) -> Moved | Failed | None:
@@ -532,7 +552,7 @@ class Rows:
             # guidance says where to go; how sure that is, the prompt's evaluation says alone, as in diffusers
             return Prediction(x0, None if each.variance is None else mixed(each.variance, plan.alone))
 
-        denoise: Denoise = guided
+        denoise: Denoise = self._steered(guided, plan) if plan.steered else guided
         if plan.thresholding is not None:
             percentile, bound = plan.thresholding
             denoise = thresholded(denoise, percentile, bound=bound)
@@ -543,6 +563,22 @@ class Rows:
             return prediction
 
         return noted
+
+    def _steered(self, guided: Denoise, plan: Plan) -> Denoise:
+        """Rows that have a target guided towards it, within their interval, by the gradient of the likeness."""
+        assert self.likeness is not None, "such rows are refused where there is none"
+        likeness = self.likeness
+
+        def steered(x: Tensor, sigma: Tensor) -> Prediction:
+            prediction, inside = guided(x, sigma), in_interval(sigma, plan.interval)
+            x0 = list(prediction.x0.split(1))
+            for slot, scale, target in plan.steered:  # one by one, for a gradient through a picture takes much memory
+                one = slice(slot, slot + 1)
+                climb = towards(partial(_said, x0[slot]), partial(likeness, target=target), scale * inside[one])
+                x0[slot] = climb(x[one], sigma[one]).x0
+            return Prediction(torch.cat(x0), prediction.variance)
+
+        return steered
 
     def _estimates(self, lane: Lane, plan: Plan, x: Tensor, sigma: Tensor) -> Prediction:
         """What the network says of every evaluation, (M, ...), in as few calls as the bucket allows."""
@@ -579,6 +615,11 @@ def alike(state: State, other: State) -> State:
     if MOMENTUM not in other.memory or MOMENTUM in state.memory:
         return state
     return state.remember(**{MOMENTUM: torch.zeros_like(state.x)})
+
+
+def _said(x0: Tensor, x: Tensor, sigma: Tensor) -> Prediction:
+    """A denoiser that has spoken."""
+    return Prediction(x0)
 
 
 def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:

@@ -42,20 +42,21 @@ def thresholded(
 def towards(denoise: Denoise, score: Score, scale: Tensor) -> Denoise:
     """Guidance by the gradient of a score of the estimate, such as CLIP's: Nichol et al. 2022 (GLIDE), section 2.4.
 
-    The score stands for the logarithm of a probability, whose gradient at x moves the estimate by sigma^2 times it
-    (Dhariwal & Nichol 2021, section 4); it is taken of the estimate and through the denoiser (Bansal et al. 2023).
-    scale (B,), 0 is off. The network must be differentiable; under torch.no_grad this works too.
+    The score stands for the logarithm of a probability. Its gradient at x moves the estimate by sigma^2 times it
+    (Dhariwal & Nichol 2021, section 4). Here it is taken at the estimate (Bansal et al. 2023) and carried to x by
+    the spread of x0 given x where clean values have variance 1, sigma^2 / (1 + sigma^2) (Song et al. 2023, PiGDM): a
+    network's own slope there is not near the true one at high levels, where sigma^2 would blow that up. scale (B,), 0
+    is off. No gradient goes through the denoiser; under torch.no_grad this works too.
     """
 
     def climb(x: Tensor, sigma: Tensor) -> Prediction:
+        prediction = denoise(x, sigma)
         with torch.enable_grad():
-            at = x.detach().requires_grad_()
-            prediction = denoise(at, sigma)
-            (slope,) = torch.autograd.grad(score(prediction.x0).sum(), at)
-        x0 = prediction.x0.detach()
-        moved = x0 + per_row(scale * sigma**2, x) * slope
-        variance = None if prediction.variance is None else prediction.variance.detach()
-        return Prediction(torch.where(per_row(scale == 0, x), x0, moved), variance)
+            at = prediction.x0.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(score(at).sum(), at)
+        spread = 1 / (1 + sigma**-2)
+        moved = prediction.x0 + per_row(scale * spread, x) * slope
+        return Prediction(torch.where(per_row(scale == 0, x), prediction.x0, moved), prediction.variance)
 
     return climb
 

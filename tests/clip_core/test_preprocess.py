@@ -132,3 +132,14 @@ def test_bad_input(tmp_path: Path) -> None:
     for bad in (torch.zeros(3, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
             Preprocess().from_pixels(bad)
+
+
+def test_unrounded_pixels_are_continuous_and_close() -> None:
+    """Half a level at most at each of three roundings; and a change too small for 8 bits is still seen."""
+    preprocess = Preprocess().with_size(24)
+    pixels = torch.rand(2, 3, 40, 32, generator=torch.Generator().manual_seed(0))
+    smooth, steps = (preprocess.from_pixels(pixels, rounded=rounded) for rounded in (False, True))
+    level = 1 / (255 * min(preprocess.std))
+    assert (smooth - steps).abs().max() < 2.5 * level and not torch.equal(smooth, steps)
+    nudged = (pixels * (1 - 1e-5)).clamp(0, 1)
+    assert 0 < (preprocess.from_pixels(nudged, rounded=False) - smooth).abs().max() < 0.01 * level

@@ -68,6 +68,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"apg_eta": 2}, "apg_eta=2 .* from 0 to 1"),
     ({"apg_norm_threshold": -1.0}, "apg_norm_threshold=-1.0 .* 0 or more"),
     ({"apg_momentum": 1.5}, "apg_momentum=1.5 .* from -1 to 1"),
+    ({"clip_guidance_scale": -1}, "clip_guidance_scale=-1 .* 0 or more"),
+    (
+        {"clip_guidance_scale": 9.0, "prompt": None, "prior": False, "prompt_embeds": EMBEDS},
+        "clip_guidance_scale needs the prompt as text",
+    ),
     ({"thresholding": -1}, "thresholding=-1 .* 0 or more"),
     ({"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio=99.5 .* from 0 to 1"),
     ({"clip_skip": 2}, "clip_skip=2 .* from 0 to 1"),
@@ -181,6 +186,8 @@ def test_a_model_without_prior_or_clip_says_so(tiny: TextToImage) -> None:
         Request(prompt="a star", rerank=True).resolve(plain)
     with pytest.raises(ValueError, match="keep=1 of 2 needs a ranking"):
         Request(prompt="a star", keep=1, num_images_per_prompt=2).resolve(plain)
+    with pytest.raises(ValueError, match="no clip/ to guide by"):
+        Request(prompt="a star", clip_guidance_scale=9.0).resolve(plain)
     assert Request(prompt="a star").resolve(plain).rank is False
 
 

@@ -250,6 +250,32 @@ def test_a_weaker_network_that_does_not_fit_is_refused(tiny_folder: Path, tmp_pa
         TextToImage.from_pretrained(tiny_folder, device="cpu", weak_unet=tmp_path / "plain")
 
 
+def test_clip_guidance_is_the_gradient_of_clips_cosine(tiny: TextToImage) -> None:
+    """Nichol et al. 2022, section 2.4, at the estimate: x0 + s sigma^2 / (1 + sigma^2) d cos / d x0."""
+    painter, strength = Painter(tiny), 0.5
+    clip = painter.model.clip
+    assert clip is not None
+    text = clip.text("a star").embedding
+
+    @torch.enable_grad()
+    def climbed(*told: Any) -> Tensor:
+        x0, sigma = cfg(*told).requires_grad_(), told[3]
+        image = clip.image(painter.model.decode(x0), rounded=False)
+        (slope,) = torch.autograd.grad(torch.cosine_similarity(image, text).sum(), x0)
+        return (x0 + strength * sigma**2 / (1 + sigma**2) * slope).detach()
+
+    ours = latents(tiny, clip_guidance_scale=strength)
+    assert apart(ours, painter.paint(climbed)) < 1e-3
+    assert apart(ours, latents(tiny)) > 1e-2
+
+
+def test_gradients_are_in_the_account(tiny: TextToImage) -> None:
+    shared = ASKED | {"prompt": "a star", "num_images_per_prompt": 3, "output_type": "latent"}
+    asked = [Request(**shared), Request(**shared, clip_guidance_scale=40.0)]
+    assert [result.account.gradients for result in tiny.paint(asked)] == [0, 15]
+    assert [result.account.evaluations["decoder"] for result in tiny.paint(asked)] == [30, 30]
+
+
 # --- all of them -------------------------------------------------------------------------------------------------
 
 OF_EVERY_KIND: list[dict[str, Any]] = [
@@ -261,6 +287,8 @@ OF_EVERY_KIND: list[dict[str, Any]] = [
     {"guidance_rule": "cfg_zero", "zero_init_steps": 1},
     {"guidance_rule": "apg", "num_inference_steps": 6},
     {"guidance_rule": "apg", "apg_eta": 0.5, "apg_norm_threshold": 3.0, "apg_momentum": 0.2, "guidance_rescale": 0.5},
+    {"clip_guidance_scale": 0.5},  # the tiny CLIP, drawn large at random, turns on a pixel; a real one takes some 10
+    {"clip_guidance_scale": 0.2, "guidance_rule": "apg", "guidance_interval": (0.5, 8.0)},
     {"thresholding": 1.2, "dynamic_thresholding_ratio": 0.9, "guidance_interval": (0.5, 8.0)},
 ]
 

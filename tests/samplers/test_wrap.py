@@ -7,7 +7,7 @@ from torch import Tensor
 
 from samplers.state import Denoise, Prediction, per_row
 from samplers.wrap import thresholded, towards
-from tests.samplers.exact import DEVIATION, gaussian
+from tests.samplers.exact import gaussian
 
 SHAPE = (3, 4, 4)
 SIGMA = torch.tensor([0.3, 2.0, 4096.0])
@@ -55,7 +55,12 @@ def test_thresholding_is_each_rows_own_and_0_is_off() -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_towards_a_linear_score_is_the_tilted_gaussian(grad: bool) -> None:
-    """Exact: N(m, d^2) times exp(a x0) is N(m + a d^2, d^2), whose denoiser is known, whatever the level."""
+    """Exact: N(m, 1) times exp(a x0) is N(m + a, 1), whose denoiser is known, whatever the level."""
+
+    def standard(x: Tensor, sigma: Tensor, mean: float | Tensor = 0.7) -> Prediction:
+        s = per_row(sigma, x)
+        return Prediction((x + s**2 * mean) / (1 + s**2))
+
     x, slope = torch.randn(3, *SHAPE) * per_row(1 + SIGMA, torch.empty(3, *SHAPE)), torch.randn(SHAPE)
     scale = torch.tensor([1.0, 0.5, 2.0])
 
@@ -63,9 +68,8 @@ def test_towards_a_linear_score_is_the_tilted_gaussian(grad: bool) -> None:
         return (slope * x0).flatten(1).sum(1)
 
     with torch.set_grad_enabled(grad):
-        found = towards(gaussian, score, scale)(x, SIGMA)
-    spread = DEVIATION**2 * SIGMA**2 / (DEVIATION**2 + SIGMA**2)  # of x0 given x
-    expected = gaussian(x, SIGMA).x0 + per_row(scale * spread, x) * slope
+        found = towards(standard, score, scale)(x, SIGMA)
+    expected = standard(x, SIGMA, 0.7 + per_row(scale, x) * slope).x0
     torch.testing.assert_close(found.x0, expected, atol=1e-5, rtol=1e-4)
     assert not found.x0.requires_grad and found.variance is None
 
