@@ -76,7 +76,7 @@ class Account:
     evaluations: dict[str, int] = field(default_factory=lambda: {PRIOR: 0, DECODER: 0})  # of each network
     gradients: int = 0  # through the autoencoder and CLIP, of clip_guidance_scale
     decodes: int = 0  # by the autoencoder
-    previews: int = 0  # in its place, for a search to look at
+    previews: int = 0  # by what stands in for it while a search looks on; of small pictures the autoencoder does
     scores: int = 0  # pictures that CLIP has read, previews among them
 
 
@@ -138,6 +138,9 @@ class Family(Protocol):
 
     def preview(self, latents: Tensor) -> Tensor:
         """The same, cheaply and roughly."""
+
+    def is_small(self, settings: Settings) -> bool:
+        """Whether pictures are so small that a search may look at them through the autoencoder itself."""
 
 
 # --- a request in flight -----------------------------------------------------------------------------------------
@@ -318,6 +321,11 @@ class PromptField(Generic[R]):
     def keep(self) -> int:
         """How many the user wants in the end."""
         return self.flight.job.keep
+
+    @property
+    def seed(self) -> int:
+        """The first candidate's."""
+        return self.flight.job.candidates[self.candidates[0]].seed
 
     @property
     def num_steps(self) -> int:
@@ -858,10 +866,15 @@ class Engine(Generic[R]):
         scores = []
         for start in range(0, len(candidates), DECODE_CHUNK):
             chunk = candidates[start : start + DECODE_CHUNK]
-            pixels = self.model.preview(torch.stack([flight.estimates[index] for index in chunk]))
+            latents = torch.stack([flight.estimates[index] for index in chunk])
+            if self.model.is_small(flight.candidates[chunk[0]].settings):
+                pixels = self.model.decode(latents)
+                flight.account.decodes += len(chunk)
+            else:
+                pixels = self.model.preview(latents)
+                flight.account.previews += len(chunk)
             texts = torch.stack([self._text(flight, index) for index in chunk])
             scores.append(cosine(self._seen(pixels), texts))
-            flight.account.previews += len(chunk)
             flight.account.scores += len(chunk)
         return [] if not scores else torch.cat(scores).tolist()
 

@@ -25,7 +25,7 @@ from clip_core.text import TextTower
 from gen.attention import reading
 from gen.checkpoint import CARD, Card, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
-from gen.preview import Preview, fitted
+from gen.preview import SMALL, Preview, fitted
 from gen.prior import Prior
 from gen.request import Abilities, Candidate, Settings, check_settings
 from gen.rows import sent
@@ -270,6 +270,10 @@ class StableUnCLIP:
     def preview(self, latents: Tensor) -> Tensor:
         """The same, cheaply and roughly; see `gen.preview`."""
         return self._look(latents)
+
+    def is_small(self, settings: Settings) -> bool:
+        """Whether a search may look at pictures of these settings through the autoencoder itself."""
+        return settings.height * settings.width <= SMALL
 
     @cached_property
     def _look(self) -> Preview:

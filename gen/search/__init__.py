@@ -6,20 +6,23 @@ are kept. All this knows how candidates stand, not how they got there.
 
 from gen.search.choice import best_first, diverse_first, drawing_order
 from gen.search.field import Asked, Field, Go, Move, Moves, Scout, Search
-from gen.search.rules import SEARCHES, BestOf, Draft, Halving, by_name, in_rounds
+from gen.search.rules import SEARCHES, BestOf, Draft, FeynmanKac, Halving, Racing, ZeroOrder, by_name, in_rounds
 
 __all__ = [
     "SEARCHES",
     "Asked",
     "BestOf",
     "Draft",
+    "FeynmanKac",
     "Field",
     "Go",
     "Halving",
     "Move",
     "Moves",
+    "Racing",
     "Scout",
     "Search",
+    "ZeroOrder",
     "best_first",
     "by_name",
     "diverse_first",

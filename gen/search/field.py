@@ -45,12 +45,16 @@ class Field(Protocol):
         """How many the user wants in the end."""
 
     @property
+    def seed(self) -> int:
+        """The first candidate's, from which a search draws what else it needs."""
+
+    @property
     def num_steps(self) -> int:
         """Steps of the decoder from the noise to a picture."""
 
     @property
     def scores(self) -> Mapping[int, float]:
-        """CLIP's cosine of every candidate of the prompt that is painted; the device is waited for."""
+        """CLIP's cosine of those of them that are painted; the device is waited for."""
 
     @property
     def sharpness(self) -> float:
