@@ -41,10 +41,12 @@ OPTIONS = {
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
 }
-ALIKE = ("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
-ALIKE += ("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps")
-ALIKE += ("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale")
-ALIKE += ("thresholding", "dynamic_thresholding_ratio")
+ALIKE = [  # by Python's own name
+    *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
+    *("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
+    *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
+    *("thresholding", "dynamic_thresholding_ratio"),
+]
 OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")]

@@ -86,6 +86,16 @@ def test_help_is_quick_and_loads_no_heavy_library(verb: str | None) -> None:
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
 
 
+def test_what_few_need_has_a_panel_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["generate", "--help"]) == 0
+    common, panel = capsys.readouterr().out.split(" Advanced ")
+    for option in ("--steps", "--guidance ", "--seed", "--sampler", "--prior"):
+        assert option in common and option not in panel
+    for name in ("attention", "s_churn", "guidance_rule", "weak_unet", "apg_eta", "clip_guidance_scale"):
+        option = f"--{name.replace('_', '-')}"
+        assert option in panel and option not in common
+
+
 def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -177,6 +187,8 @@ def test_a_seed_paints_the_same_pictures_and_settings_reach_the_painter(
     wanted = {"sampler": "heun", "s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.01}
     assert {name: told["settings"][name] for name in wanted} == wanted
     assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
+    told = answer(capsys, *common, "--out", tmp_path / "climbed", "--clip-guidance-scale", 0.5)
+    assert told["settings"]["clip_guidance_scale"] == 0.5
     options = "--guidance-rule apg --apg-eta 0.5 --apg-norm-threshold 3 --apg-momentum 0.1 --guidance-rescale 0.2"
     options += " --guidance-interval 0.1 9 --thresholding 4 --dynamic-thresholding-ratio 0.9"
     told = answer(capsys, *common, "--out", tmp_path / "guided", *options.split())
