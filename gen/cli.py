@@ -25,14 +25,20 @@ from PIL import Image
 from gen.picture import contact_sheet, largest_difference, read_picture, read_png, write_png
 
 if TYPE_CHECKING:
-    from gen.pipeline import TextToImage
+    from gen.pipeline import Result, TextToImage
 
 DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
 
 # How Python's words are said on the command line; errors raised below speak Python's.
-FLAGS = {"rerank=True": "--rerank", "rerank=False": "--no-rerank", "prior=True": "--prior", "prior=False": "--no-prior"}
+FLAGS = {"diverse=True": "--diverse"}
+FLAGS |= {
+    "rerank=True": "--rerank",
+    "rerank=False": "--no-rerank",
+    "prior=True": "--prior",
+    "prior=False": "--no-prior",
+}
 OPTIONS = {
     "num_images_per_prompt": "-n",
     "prior_num_inference_steps": "--prior-steps",
@@ -42,6 +48,7 @@ OPTIONS = {
     "negative_prompt": "--negative",
 }
 ALIKE = [  # by Python's own name
+    *("search", "budget"),
     *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
     *("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
     *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
@@ -60,7 +67,10 @@ def _advanced(metavar: str, help: str) -> Any:
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to paint, in words.")],
-    number: Annotated[int, typer.Option("-n", "--num-images", metavar="N", help="Candidates to paint.")] = 16,
+    number: Annotated[
+        int | None,
+        typer.Option("-n", "--num-images", metavar="N", help="Candidates (default: 16; with --budget as many as fit)."),
+    ] = None,
     keep: Annotated[
         int | None, typer.Option(metavar="K", help="Best candidates to keep (default: 4, or all of fewer).")
     ] = None,
@@ -73,6 +83,14 @@ def generate(
         str | None, typer.Option(metavar="NAME", help="euler, ddim, dpmpp_2m, ...; a wrong name lists all.")
     ] = None,
     model: Model = DEFAULT_MODEL,
+    search: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which go on: best_of, halving, draft, racing, feynman_kac, zero_order."),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Paint as many candidates as fit, one at least.")
+    ] = None,
+    diverse: Annotated[bool, typer.Option("--diverse/--no-diverse", help="Keep no near-copies.")] = False,
     prior: Annotated[
         bool | None,
         typer.Option("--prior/--no-prior", help="Through an image embedding (unCLIP), or from the text alone."),
@@ -129,14 +147,21 @@ def generate(
         from gen.request import Request
 
         can_rank = painter.model.abilities.can_rank
-        if keep is None:
+        if number is None and budget is None:
+            number = 16
+        if keep is None and number is not None:
             keep = min(4, number) if rerank and can_rank else number
+        elif keep is None and rerank and can_rank:
+            keep = 4
         request = Request(
             prompt=prompt,
             negative_prompt=negative,
             num_images_per_prompt=number,
             keep=keep,
             rerank=None if rerank else False,
+            search=search,
+            budget=budget,
+            diverse=diverse,
             seed=seed,
             height=height,
             width=width,
@@ -167,13 +192,14 @@ def generate(
         note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
         if note:
             _say("generate", note)
-        # All candidates come back, best first, for the sheet shows them all; the first `keep` become files.
+        # Of a plain best-of-N all come back, best first, for the sheet shows them all; the first `keep` become files.
+        shows_all = search in (None, "best_of") and budget is None and not diverse
         show = not quiet and sys.stderr.isatty()
-        (result,) = painter.paint([replace(request, keep=None)], progress=show)
+        (result,) = painter.paint([replace(request, keep=None) if shows_all else request], progress=show)
         painted = time.perf_counter()
         images = result.images
         assert isinstance(images, list)  # Pillow's, as was asked for
-        scores: list[float | None] = [*result.scores] if result.scores else [None] * number
+        scores: list[float | None] = [*result.scores] if result.scores else [None] * len(images)
         pictures = []
         for index, (image, record) in enumerate(zip(images[:keep], result.records, strict=False)):
             path = folder / f"{index + 1:04d}-seed{result.seeds[index]}.png"
@@ -181,7 +207,8 @@ def generate(
             pictures.append({"path": str(path), "score": scores[index], "seed": result.seeds[index]})
         captions = [_caption(score, one) for score, one in zip(scores, result.seeds, strict=True)]
         sheet = folder / "sheet.png"
-        write_png(contact_sheet(images, captions, num_kept=keep if keep < number else 0, title=prompt), sheet)
+        num_kept = len(pictures) if len(pictures) < len(images) else 0
+        write_png(contact_sheet(images, captions, num_kept=num_kept, title=prompt), sheet)
     first = result.records[0]
     answer = {
         "prompt": prompt,
@@ -192,10 +219,9 @@ def generate(
         "out": str(folder),
         "sheet": str(sheet),
         "pictures": pictures,  # the kept ones, best first
-        "candidates": [  # all of them, best first
-            {"seed": one, "score": score, "kept": index < keep}
-            for index, (one, score) in enumerate(zip(result.seeds, scores, strict=True))
-        ],
+        "candidates": _candidates(result, {one["seed"] for one in pictures}),
+        "shown": len(images),  # on the sheet
+        "account": vars(result.account),
         "seconds": {
             "load": round(loaded - started, 3),
             "paint": round(painted - loaded, 3),
@@ -409,6 +435,12 @@ def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:
     return f"{told} For other pictures choose another model with --model (a diffusers folder or a hub id)."
 
 
+def _candidates(result: "Result", kept: set[Any]) -> list[dict[str, Any]]:
+    """All candidates that were painted, best first."""
+    painted = sorted((each for each in result.candidates if each.painted), key=lambda each: -(each.score or 0.0))
+    return [{"seed": each.seed, "score": each.score, "kept": each.seed in kept} for each in painted]
+
+
 def _caption(score: float | None, seed: int) -> str:
     """What stands under a picture on the sheet."""
     return f"seed {seed}" if score is None else f"{score:.3f}  seed {seed}"
@@ -421,7 +453,8 @@ def _summary(answer: dict[str, Any]) -> list[str]:
         told = "" if one["score"] is None else f"score {one['score']:.4f}  "
         lines.append(f"{one['path']}  {told}seed {one['seed']}")
     number = len(answer["candidates"])
-    lines.append(f"{answer['sheet']}  contact sheet of all {number} candidates")
+    shown = f"all {number} candidates" if answer["shown"] == number else f"the {answer['shown']} kept"
+    lines.append(f"{answer['sheet']}  contact sheet of {shown}")
     seconds = answer["seconds"]
     lines.append(
         f"{number} painted, {len(answer['pictures'])} kept, in {seconds['total']:.1f} s "
