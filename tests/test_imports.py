@@ -23,7 +23,8 @@ LIBRARIES = {
     "samplers": {"torch"},
     "clip_core": {"torch", "transformers", "open_clip"} | SMALL,
     "gen": {"torch", "diffusers", "transformers", "rich", "typer"} | SMALL,
-    "training": {"torch", "diffusers", "transformers", "accelerate", "rich", "typer", "yaml", "pydantic"} | SMALL,
+    "training": {"torch", "torchvision", "diffusers", "transformers", "accelerate", "rich", "typer", "yaml", "pydantic"}
+    | SMALL,
 }
 EXTRAS = {"gen": {"xformers"}}  # optional: imported inside the function that needs it, and nowhere else
 LATE = ("cli.py", "command.py")  # endings of the modules that import on purpose when called: `--help` is quick
