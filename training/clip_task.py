@@ -34,6 +34,7 @@ from training.recipe import Recipe, built, options_of
 from training.sheets import grid
 from training.soften import soften
 from training.task import Task, held_back
+from training.vision_start import place_patches_, whiten_patches_
 
 Channels = tuple[float, float, float]
 
@@ -106,9 +107,13 @@ class ClipTask(Task[Learner]):
             captioner = Captioner(*sizes, recipe.caption_layers)
         self.network = Learner(clip, captioner)
         self.held = held_back(len(self.dataset))
-        mean, std = _channel_statistics(self.dataset)
+        sample = _sample(self.dataset)
+        mean, std = _channel_statistics(sample)
         size = recipe.resolution
         self.preprocess = Preprocess(resize=size, crop=(size, size), mean=mean, std=std)
+        start = clip.vision_model.embeddings
+        place_patches_(start.position_embedding.weight)
+        whiten_patches_(start.patch_embedding.weight, self.preprocess.from_pixels(sample))
 
     def start_from(self, folder: Path) -> None:
         """The weights of a CLIP; a captioner always starts anew."""
@@ -210,10 +215,14 @@ class Gathered(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _channel_statistics(dataset: Pictures, most: int = 1000) -> tuple[Channels, Channels]:
-    """Mean and deviation of each colour channel in [0, 1], over about `most` pictures."""
+def _sample(dataset: Pictures, most: int = 1000) -> Tensor:
+    """About `most` pictures (N, 3, H, W) in [0, 1], evenly from the whole data set."""
     step = max(1, len(dataset) // most)
-    values = torch.stack([dataset[index][0] for index in range(0, len(dataset), step)]).float() / 255
-    (*mean,) = values.mean(dim=(0, 2, 3)).tolist()
-    (*std,) = values.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
+    return torch.stack([dataset[index][0] for index in range(0, len(dataset), step)]).float() / 255
+
+
+def _channel_statistics(pictures: Tensor) -> tuple[Channels, Channels]:
+    """Mean and deviation of each colour channel."""
+    (*mean,) = pictures.mean(dim=(0, 2, 3)).tolist()
+    (*std,) = pictures.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

@@ -29,6 +29,7 @@ from training.recipe import RecipeError, check
 from training.soften import soften
 from training.task import Task, held_back
 from training.vae_task import VaeRecipe, VaeTask
+from training.vision_start import AMPLITUDE, whiten_patches_
 
 PARTS = ["clip", "vae", "prior", "decoder"]
 RECIPES = {"clip": (250, 1e-3), "vae": (60, 1e-2), "prior": (100, 1e-2), "decoder": (100, 1e-2)}  # steps and rate
@@ -219,6 +220,31 @@ def test_clip_is_shown_softened_pictures_and_measured_on_sharp_ones(few_shapes: 
     sharp, soft = (make("clip", few_shapes, trained, soften=share) for share in (0.0, 1.0))
     assert losses(sharp)["contrast"].item() != losses(soft)["contrast"].item()
     assert sharp.measure(sharp.network) == soft.measure(soft.network)
+
+
+def test_the_image_tower_starts_with_whitened_patches_and_places(few_shapes: Path, trained: Path) -> None:
+    task = make("clip", few_shapes, trained)
+    start = task.network.clip.vision_model.embeddings
+    pictures = torch.stack([task.dataset[index][0] for index in range(len(task.dataset))]).float() / 255
+    answers = start.patch_embedding(task.preprocess.from_pixels(pictures)).transpose(0, 1).flatten(1)  # (D, N)
+    second = answers @ answers.T / answers.shape[1]
+    assert torch.allclose(second.diagonal(), torch.full((WIDTH,), AMPLITUDE**2), rtol=0.05)
+    assert (second - second.diagonal().diag()).abs().max() < 0.01 * AMPLITUDE**2
+    places = start.position_embedding.weight[1:].unflatten(0, (4, 4))
+    assert len(places.flatten(0, 1).unique(dim=0)) == 16
+    for other in (places[2, 1], places[1, 2]):  # a neighbour is nearer than who is further along the same way
+        assert (places[1, 1] - other).norm() < (places[1, 1] - places[3, 3]).norm()
+    assert start.position_embedding.weight[0].abs().max() < 0.2
+
+
+def test_more_filters_than_a_patch_has_pixels_leave_the_rest_as_they_are() -> None:
+    pictures = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.full((20, 3, 2, 2), 7.0)
+    whiten_patches_(weight, pictures)
+    assert (weight[12:] == 7).all() and (weight[:12] != 7).all()
+    narrow = torch.zeros(5, 3, 2, 2)
+    whiten_patches_(narrow, pictures)
+    assert torch.allclose(narrow, weight[:5])
 
 
 def test_clip_preprocessing_is_measured(few_shapes: Path, trained: Path) -> None:
