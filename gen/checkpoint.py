@@ -323,6 +323,7 @@ def save(
     clip: CLIP | None = None,
     card: Card | None = None,
     dtype: torch.dtype | None = None,  # of the weights on disk; None: as they are
+    options: Mapping[str, JSON] | None = None,  # what else model_index.json says; None: nothing
 ) -> Path:
     """Write a diffusers folder that stock diffusers loads, with the CLIP in clip/ and the card beside it."""
     folder = Path(folder)
@@ -337,7 +338,7 @@ def save(
         save_part(clip.model, folder / "clip", dtype)
         clip.tokenizer.save_pretrained(folder / "clip")
         write_json(folder / "clip" / "preprocessor_config.json", clip.preprocess.to_config())
-    told = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__, **entries}
+    told = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__, **entries, **(options or {})}
     write_json(folder / INDEX, told)
     if card is not None:
         write_json(folder / CARD, card.to_json())

@@ -23,8 +23,9 @@ class Condition:
     """One thing a network can be told; what is None, this network does not take."""
 
     tokens: Tensor | None = None  # (L, D), cross-attended
-    vector: Tensor | None = None  # (V,), the UNet's class input or the prior's text embedding
+    vector: Tensor | None = None  # (V,), the UNet's class input or pooled text, or the prior's text embedding
     mask: Tensor | None = None  # (L,) bool, True where there is text
+    sizes: Tensor | None = None  # (S,), of the picture, in pixels
     weak: bool = False  # whether the model's weaker network is asked (autoguidance)
 
     def twin(self) -> Condition:
@@ -40,8 +41,8 @@ Told = tuple[Condition, Condition | None]
 class Conditions:
     """Conditions gathered for one network call of M evaluations.
 
-    A network that takes a tensor per evaluation reads `tokens`, `vector` and `mask`; what can be worked out once
-    for all evaluations that are told the same is worked out for the distinct ones.
+    A network that takes a tensor per evaluation reads `tokens`, `vector`, `mask` and `sizes`; what can be worked out
+    once for all evaluations that are told the same is worked out for the distinct ones.
     """
 
     each: tuple[Condition, ...]  # M of them
@@ -60,6 +61,11 @@ class Conditions:
     def mask(self) -> Tensor | None:
         """(M, L)."""
         return stacked([condition.mask for condition in self.each])
+
+    @cached_property
+    def sizes(self) -> Tensor | None:
+        """(M, S)."""
+        return stacked([condition.sizes for condition in self.each])
 
     @cached_property
     def distinct(self) -> Distinct[Condition]:

@@ -20,7 +20,7 @@ from functools import partial
 from itertools import count
 from time import monotonic
 from types import TracebackType
-from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -125,11 +125,6 @@ class Family(Protocol):
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told before any prior has spoken."""
 
-    def show(
-        self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
-    ) -> list[Condition]:
-        """The same with an image embedding (E,) beside it."""
-
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """The decoder's network."""
 
@@ -141,6 +136,16 @@ class Family(Protocol):
 
     def is_small(self, settings: Settings) -> bool:
         """Whether pictures are so small that a search may look at them through the autoencoder itself."""
+
+
+@runtime_checkable
+class WithImage(Protocol):
+    """A family that takes image embeddings, as every family with a prior does."""
+
+    def show(
+        self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
+    ) -> list[Condition]:
+        """What candidates are told, with an image embedding (E,) beside it."""
 
 
 # --- a request in flight -----------------------------------------------------------------------------------------
@@ -674,7 +679,7 @@ class Engine(Generic[R]):
         """Where rows of a request go from a stage's end: from the prior to the decoder, from there to be decoded."""
         indices = [place_of(one.row).candidate for one in finished]
         if stage == PRIOR:
-            assert self.model.prior is not None, "its rows are in flight"
+            assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
             told = [flight.told[index] for index in indices]
             embeds = self.model.prior.embeds([one.x for one in finished]).unbind(0)
             candidates = [flight.candidates[index] for index in indices]

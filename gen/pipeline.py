@@ -27,8 +27,7 @@ from gen import checkpoint
 from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
 from gen.engine import Account, Callback, Engine, Painted, Step, scores_of
-from gen.families import stable_unclip
-from gen.families.stable_unclip import StableUnCLIP
+from gen.families import FAMILIES, LatentModel
 from gen.request import JSON, Candidate, Job, Request
 from gen.search import Search, best_first, diverse_first, drawing_order
 
@@ -65,7 +64,7 @@ class TextToImage:
 
     def __init__(
         self,
-        model: StableUnCLIP,
+        model: LatentModel,
         name: str = "",
         model_hash: Callable[[], str] | None = None,
         weak_unet: str = "",  # where the weaker UNet came from
@@ -94,10 +93,10 @@ class TextToImage:
         device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_attention(attention, device, dtype)
         parts = checkpoint.load(name_or_path, device, dtype)
-        if parts.family not in stable_unclip.CLASSES:
-            told = ", ".join(stable_unclip.CLASSES)
+        if parts.family not in FAMILIES:
+            told = ", ".join(sorted(FAMILIES))
             raise ValueError(f"model '{name_or_path}' is a {parts.family or 'folder of no class'}; ours are: {told}")
-        model = StableUnCLIP.of(parts)
+        model = FAMILIES[parts.family].of(parts)
         set_attention(model.unet, attention)
         if weak_unet is not None:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
@@ -265,7 +264,7 @@ class TextToImage:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a stock diffusers folder with the CLIP and the card beside; see `checkpoint.save`."""
         parts = self.model.parts()
-        return checkpoint.save(folder, stable_unclip.CLASSES[0], parts, self.model.clip, self.card, dtype)
+        return checkpoint.save(folder, self.model.SAVED_AS, parts, self.model.clip, self.card, dtype, self.model.index)
 
     def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""

@@ -115,7 +115,7 @@ def edited(path: Path, **change: object) -> None:
     ("name", "change", "message"),
     [
         ("model_index.json", {"unet": ["os", "system"]}, "os.system is no class of diffusers or transformers"),
-        ("model_index.json", {"_class_name": "KolorsPipeline"}, "KolorsPipeline; ours are: StableUnCLIP"),
+        ("model_index.json", {"_class_name": "KolorsPipeline"}, "a KolorsPipeline; ours are: .*StableUnCLIP"),
         ("model_index.json", {"prior_tokenizer": [None, None]}, "prior_tokenizer' is missing from model_index.json"),
         ("model_index.json", {"vae": []}, "vae' is missing from model_index.json"),
         ("unclip.json", {"words": 3}, "unclip.json' is damaged .words is no list"),
