@@ -115,6 +115,8 @@ class DecoderTask(Task[Aligned]):
         self.held = held_back(len(self.dataset))
         torch.manual_seed(recipe.train.seed)
         unet = _unet(recipe, self.vae.config.latent_channels, embeddings.shape[1], self.clip_model.config)
+        if recipe.align_weight and unet.mid_block is None:
+            raise RecipeError("align_weight needs a network with a middle block; set it to 0 or give a mid_block_type")
         if recipe.attention == "eager":
             unet.set_attn_processor(AttnProcessor())
         self.network = Aligned(unet, patches.shape[-1] if recipe.align_weight else None)

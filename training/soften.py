@@ -1,7 +1,6 @@
 """Pictures warped and blurred at random, as a decoder that is not sure paints them.
 
-Trained on sharp pictures alone, CLIP has no opinion of a soft outline and ranks painted candidates by what it does
-know. Knows no CLIP and no captions.
+CLIP ranks painted pictures, so it should have seen outlines as soft as theirs. Knows no CLIP and no captions.
 """
 
 from __future__ import annotations

@@ -453,6 +453,13 @@ def test_a_decoder_aligned_with_clip_learns_what_clip_sees_and_is_saved_alone(
     assert aligned.keys() == plain.keys()
 
 
+def test_a_decoder_without_a_middle_cannot_be_aligned(few_shapes: Path, trained: Path) -> None:
+    network = recipes(few_shapes, trained)["decoder"]["network"] | {"mid_block_type": None}
+    with pytest.raises(RecipeError, match="align_weight needs a network with a middle block"):
+        make("decoder", few_shapes, trained, align_weight=0.5, network=network)
+    make("decoder", few_shapes, trained, network=network)
+
+
 def test_a_misalignment_of_nothing_is_nothing() -> None:
     seen = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
     patches = 3 * seen.flatten(2).transpose(1, 2)
