@@ -324,11 +324,11 @@ class Plan:
 
 
 class CallFailed(Exception):
-    """A network call raised; `__cause__` says what."""
+    """A network call raised, or a gradient; `__cause__` says what."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, slots: Sequence[int]) -> None:
         super().__init__()
-        self.call = call
+        self.slots = slots  # the row of each of its evaluations
 
 
 @dataclass(eq=False)
@@ -501,7 +501,7 @@ class Rows:
         except CallFailed as failure:
             cause = failure.__cause__
             assert isinstance(cause, Exception)
-            return self._given_up(lane, failure.call, cause)
+            return self._given_up(lane, failure.slots, cause)
         except Exception as error:
             return Failed([one.row for one in lane.rows], error)
         if heard.momentum is not None:
@@ -509,15 +509,13 @@ class Rows:
         assert heard.x0 is not None, "every step asks at least once"
         return Moved(state, heard.x0, heard.num_asked)
 
-    def _given_up(self, lane: Lane, call: Call, error: Exception) -> Failed | None:
+    def _given_up(self, lane: Lane, slots: Sequence[int], error: Exception) -> Failed | None:
         """The rows of a call that failed; None where it is to be asked again in smaller ones."""
-        assert lane.plan is not None
-        size = call.stop - call.start
         if is_out_of_memory(error):
-            if lane.bucket.halve(size):
+            if lane.bucket.halve(len(slots)):
                 return None
             error = lane.bucket.overflow(error)
-        return Failed([lane.rows[slot].row for slot in sorted(set(lane.plan.slots[call.start : call.stop]))], error)
+        return Failed([lane.rows[slot].row for slot in sorted(set(slots))], error)
 
     def _noise(self, lane: Lane, options: dict[str, Tensor]) -> Tensor | None:
         """Fresh noise (B, ...) of the coming step; None where no row of the lane takes any."""
@@ -575,7 +573,10 @@ class Rows:
             for slot, scale, target in plan.steered:  # one by one, for a gradient through a picture takes much memory
                 one = slice(slot, slot + 1)
                 climb = towards(partial(_said, x0[slot]), partial(likeness, target=target), scale * inside[one])
-                x0[slot] = climb(x[one], sigma[one]).x0
+                try:
+                    x0[slot] = climb(x[one], sigma[one]).x0
+                except Exception as error:
+                    raise CallFailed([slot]) from error
             return Prediction(torch.cat(x0), prediction.variance)
 
         return steered
@@ -585,23 +586,23 @@ class Rows:
         if lane.bucket.wants_probe(len(plan.slots)):
             told = Conditions(tuple(condition.twin() for condition in plan.conditions[:PROBE]))
             first, at = Call(0, PROBE, told), plan.rows[:PROBE]
-            lane.bucket.probe(lambda: self._asked(first, x[at], sigma[at]))
+            lane.bucket.probe(lambda: self._asked(first, plan.slots[:PROBE], x[at], sigma[at]))
         answers: list[Prediction] = []
         start = 0
         while start < len(plan.slots):
             call = plan.call(len(answers), start, lane.bucket.size)
-            at = plan.rows[call.start : call.stop]
-            answers.append(lane.bucket.ask(len(at), partial(self._asked, call, x[at], sigma[at])))
+            at, slots = plan.rows[call.start : call.stop], plan.slots[call.start : call.stop]
+            answers.append(lane.bucket.ask(len(at), partial(self._asked, call, slots, x[at], sigma[at])))
             start = call.stop
         variances = [each.variance for each in answers if each.variance is not None]
         return Prediction(torch.cat([each.x0 for each in answers]), torch.cat(variances) if variances else None)
 
-    def _asked(self, call: Call, x: Tensor, sigma: Tensor) -> Prediction:
+    def _asked(self, call: Call, slots: Sequence[int], x: Tensor, sigma: Tensor) -> Prediction:
         estimate = denoiser(lambda noisy, timestep: self.network(noisy, timestep, call.told), self.scaling)
         try:
             return estimate(x, sigma)
         except Exception as error:
-            raise CallFailed(call) from error
+            raise CallFailed(slots) from error
 
 
 def lane_of(row: Row) -> Hashable:

@@ -385,6 +385,25 @@ def test_a_network_call_that_fails_takes_its_requests_along_and_no_others(
     assert same(again.result(timeout=0), expected[0])
 
 
+def test_a_gradient_that_fails_takes_its_request_along_and_not_its_batch(
+    tiny: TextToImage, expected: list[Latents]
+) -> None:
+    """Both ways: an error, and memory that runs out over one picture, which cannot be asked in smaller calls."""
+    for error in (Refused("no slope"), torch.OutOfMemoryError("CUDA out of memory.")):
+
+        def decode(latents: Tensor, error: Exception = error) -> Tensor:
+            if torch.is_grad_enabled():
+                raise error
+            return tiny.model.decode(latents)
+
+        engine = engine_of(altered(tiny, decode=decode))
+        asked = [KINDS[0], replace(PLAIN, prompt="a star", clip_guidance_scale=9.0), KINDS[1]]
+        first, steered, last = [engine.submit(request) for request in asked]
+        run(engine)
+        assert isinstance(steered.exception(timeout=0), Refused | MemoryError)
+        assert same(first.result(timeout=0), expected[0]) and same(last.result(timeout=0), expected[1])
+
+
 def test_what_cannot_be_painted_is_refused_at_once(tiny: TextToImage) -> None:
     engine = engine_of(tiny)
     with pytest.raises(ValueError, match="sampler 'eular' is unknown"):
