@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -264,6 +264,7 @@ class Flight(Generic[R]):
     def paint(self, index: int, painted: Painted) -> None:
         """Note a candidate's end."""
         del self.latents[index], self.goals[index]
+        self.estimates.pop(index, None)
         self.painted[index] = painted
         self.account.decodes += painted.pixels is not None
         self.account.scores += painted.score is not None
@@ -281,7 +282,8 @@ class Flight(Generic[R]):
     def end(self) -> None:
         """Let go of the searches, which hold on to it."""
         for trail in self.trails:
-            trail.moves.close()
+            with suppress(Exception):  # of a search that somebody wrote, which has nobody left to tell
+                trail.moves.close()
         self.trails.clear()
         self.waiting.clear()
 
@@ -335,8 +337,7 @@ class PromptField(Generic[R]):
     @property
     def num_steps(self) -> int:
         """Steps of the decoder from the noise to a picture."""
-        settings = self.flight.candidates[self.candidates[0]].settings
-        return self.engine.model.levels.schedule(settings.sampler, settings.num_inference_steps).num_steps
+        return self.engine._num_steps(self.flight.job)
 
     @property
     def scores(self) -> dict[int, float]:
@@ -352,19 +353,19 @@ class PromptField(Generic[R]):
 
     def previews(self, candidates: Sequence[int]) -> list[float]:
         """CLIP's cosine of a cheap look at their latest clean estimates."""
-        return self.engine._previewed(self.flight, candidates)
+        return self.engine._previewed(self.flight, self.known(candidates))
 
     def drop(self, candidates: Sequence[int]) -> None:
         """Give up candidates that are not painted."""
-        self.engine._give_up(self.flight, candidates)
+        self.engine._give_up(self.flight, self.known(candidates))
 
     def branch(self, source: int, targets: Sequence[int]) -> None:
         """Let targets go on from where the source has halted."""
-        self.engine._branch(self.flight, source, targets)
+        self.engine._branch(self.flight, source, self.known([source, *targets])[1:])
 
     def turn(self, source: int, targets: Sequence[int], share: float) -> None:
         """Let targets begin near where the source began."""
-        self.engine._turn(self.flight, source, targets, share)
+        self.engine._turn(self.flight, source, self.known([source, *targets])[1:], share)
 
     def seconds_left(self) -> float:
         """Of the budget."""
@@ -372,7 +373,18 @@ class PromptField(Generic[R]):
 
     def among(self, candidates: Sequence[int]) -> PromptField[R]:
         """The same with these candidates alone."""
-        return replace(self, candidates=candidates)
+        return replace(self, candidates=self.known(candidates))
+
+    def known(self, candidates: Sequence[int]) -> Sequence[int]:
+        """These candidates, if a search may name them: its own, each once; else ValueError."""
+        check_named(candidates, self.candidates)
+        return candidates
+
+
+def check_named(candidates: Sequence[int], own: Sequence[int]) -> None:
+    """ValueError where a search names a candidate twice, or one that is not its own."""
+    if len(set(candidates)) < len(candidates) or not set(candidates) <= set(own):
+        raise ValueError(f"the search names candidates {list(candidates)}; give each once, of its own {list(own)}")
 
 
 def only(candidate: int) -> Moves:
@@ -784,6 +796,11 @@ class Engine(Generic[R]):
             has_latents=first.latents is not None,
         )
 
+    def _num_steps(self, job: Job) -> int:
+        """Steps of the decoder from the noise to a picture, which all of a job take alike."""
+        settings = job.candidates[0].settings
+        return self.model.levels.schedule(settings.sampler, settings.num_inference_steps).num_steps
+
     def _search(self, flight: Flight[R]) -> None:
         """Let those searches go on whose candidates are all where they should be, and halt what still waits for one."""
         for trail in flight.trails:
@@ -798,15 +815,22 @@ class Engine(Generic[R]):
                     self._give_up(flight, [index for index in unpainted if index not in flight.given_up])
                 else:
                     trail.awaited = list(move.candidates)
-                    self._set_going(flight, move)
+                    self._set_going(flight, trail, move)
         self._halt(flight, flight.halting)
 
-    def _set_going(self, flight: Flight[R], move: Move) -> None:
+    def _set_going(self, flight: Flight[R], trail: Trail, move: Move) -> None:
         """Give candidates a goal; those that are in no batch wait to be let in."""
         goal = Goal(until=move.until) if isinstance(move, Go) else Goal(draft_steps=move.num_inference_steps)
+        check_named(move.candidates, trail.candidates)
+        num_steps = self._num_steps(flight.job)
+        if goal.until is not None and goal.until >= num_steps:
+            told = f"the search takes candidates to step {goal.until} of {num_steps}"
+            raise ValueError(f"{told}; leave until out where they are to be painted")
+        if goal.draft_steps is not None and goal.draft_steps < 1:
+            raise ValueError(f"the search scouts in {goal.draft_steps} steps; give 1 or more")
         for index in move.candidates:
-            known = index in range(len(flight.candidates)) and index not in flight.given_up
-            if not known or index in flight.painted or (goal.draft_steps and index in flight.taken):
+            gone = index in flight.given_up or index in flight.painted
+            if gone or (goal.draft_steps and index in flight.taken):
                 raise ValueError(f"the search takes candidate {index} on, which is given up, painted or begun")
             if goal.until is not None and goal.until <= flight.taken.get(index, 0):
                 raise ValueError(f"the search takes candidate {index} to step {goal.until}, which it has behind it")
@@ -868,6 +892,8 @@ class Engine(Generic[R]):
     # --- what a search asks of its prompt --------------------------------------------------------------------------
 
     def _previewed(self, flight: Flight[R], candidates: Sequence[int]) -> list[float]:
+        if unseen := [index for index in candidates if index not in flight.estimates]:
+            raise ValueError(f"the search looks at candidates {unseen}, which have not begun or are painted")
         scores = []
         for start in range(0, len(candidates), DECODE_CHUNK):
             chunk = candidates[start : start + DECODE_CHUNK]
@@ -885,7 +911,8 @@ class Engine(Generic[R]):
 
     def _branch(self, flight: Flight[R], source: int, targets: Sequence[int]) -> None:
         self._halt(flight, flight.halting & {source, *targets})
-        if source not in flight.halted or any(index in flight.goals for index in targets):
+        gone = flight.given_up | flight.painted.keys()
+        if source not in flight.halted or any(index in flight.goals or index in gone for index in targets):
             raise ValueError(f"the search branches candidate {source} to {list(targets)}, which have not all halted")
         lane, origin = flight.halted[source], flight.candidates[source]
         path = (*origin.noise_path, Before(origin.seed, flight.taken[source]))
@@ -899,9 +926,13 @@ class Engine(Generic[R]):
             flight.unspoken.discard(index)
 
     def _turn(self, flight: Flight[R], source: int, targets: Sequence[int], share: float) -> None:
-        if source in flight.unspoken or any(index in flight.goals or index in flight.taken for index in targets):
-            raise ValueError(f"the search turns candidates {list(targets)}, which have begun, towards {source}")
+        begun = flight.goals.keys() | flight.taken.keys() | flight.given_up | flight.painted.keys()
+        if source in flight.unspoken or begun & set(targets):
+            told = f"the search turns candidates {list(targets)} towards {source}"
+            raise ValueError(f"{told}: of these some have begun or are given up, or its prior has not spoken")
         origin = flight.candidates[source]
+        if origin.latents is not None:
+            raise ValueError("the search turns noise that was handed in; leave latents out")
         path = (*origin.noise_path, Before(origin.seed, 0, share))
         for index in targets:
             flight.candidates[index] = replace(flight.candidates[index], noise_path=path)

@@ -27,7 +27,7 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 TENSORS = ("latents", "prior_latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds")
 OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
 NULLS = ("negative_prompt", "negative_prompt_embeds")
-GUIDED = (*NULLS, "guidance_rule")  # read where there is guidance
+GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 PRIORS = ("prior_latents", "prior_num_inference_steps", "prior_guidance_scale")  # read where there is a prior
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
@@ -184,7 +184,10 @@ class Candidate:
             raise ValueError("the record is damaged: its prompt is no text or its settings no object")
         settings = able.defaults.updated(told, "record")
         check_settings(settings, able)
-        path = tuple(Before.from_json(each) for each in record.get("noise_path", ()))
+        told = record.get("noise_path", [])
+        if not isinstance(told, list):
+            raise ValueError(f"the record is damaged: its noise_path is {told!r}")
+        path = tuple(Before.from_json(each) for each in told)
         return cls(prompt=prompt, seed=whole("seed", seed, 0, MAX_SEED), settings=settings, noise_path=path)
 
 
@@ -253,7 +256,7 @@ class Request:
         Raises ValueError with one line: what was given, what is allowed, what to do.
         """
         prompts = self._prompts()
-        if self.budget is not None and real("budget", self.budget, 0.0) == 0:
+        if self.budget is not None and (not is_number(self.budget, 0.0) or self.budget == 0):
             raise ValueError(f"budget={self.budget!r} is out of range; give a number of seconds above 0")
         n = 1 if self.budget is None else MOST_IN_BUDGET
         if self.num_images_per_prompt is not None:
@@ -276,6 +279,7 @@ class Request:
 
         # taken apart once, so that the candidates of a prompt share its tensors
         told = {name: entries(getattr(self, name)) for name in TENSORS}
+        settled = [replace(settings, negative_prompt=negative) for negative in negatives]
         candidates = []
         for index, seed in enumerate(seeds):
             at = index // n  # whose prompt
@@ -283,7 +287,7 @@ class Request:
                 Candidate(
                     prompt=prompts[at],
                     seed=seed,
-                    settings=replace(settings, negative_prompt=negatives[at]),
+                    settings=settled[at],
                     latents=told["latents"].get(index),
                     prior_latents=told["prior_latents"].get(index),
                     prompt_embeds=told["prompt_embeds"].get(at),
@@ -336,7 +340,8 @@ class Request:
         if self.rerank is None:
             return able.can_rank and self.prompt is not None
         if self.rerank and not able.can_rank:
-            raise ValueError("rerank=True, but this model has no clip/ to rank with; leave rerank out")
+            told = "load it with clip=NAME (a CLIP folder, hub id or open_clip:NAME/TAG), or leave rerank out"
+            raise ValueError(f"rerank=True, but this model has no clip/ to rank with; {told}")
         if self.rerank and self.prompt is None:
             raise ValueError("rerank=True needs the prompt as text; give prompt as well, or leave rerank out")
         return self.rerank
@@ -503,10 +508,15 @@ def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     return value
 
 
+def is_number(value: object, low: float, high: float = math.inf) -> bool:
+    """Whether it is a finite number of [low, high]."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return good and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type, operator]
+
+
 def real(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> float:
     """`value` if it is a finite number of [low, high], else ValueError."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+    if not is_number(value, low, high):
         allowed = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of {low:g} or more"
         raise ValueError(f"{name}={value!r} is out of range; give {allowed}" + (f" ({hint})" if hint else ""))
     return float(value)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +33,8 @@ def diverse_first(embeddings: Tensor, keep: int) -> list[int]:
         return list(range(number))[:keep]
     unit = F.normalize(embeddings.float(), dim=-1)
     alike = (unit @ unit.T).cpu()
-    bound = torch.quantile(alike[tuple(torch.triu_indices(number, number, 1))], NEAR_QUANTILE)
+    pairs = alike[tuple(torch.triu_indices(number, number, 1))]
+    bound = float(np.quantile(pairs.numpy(), NEAR_QUANTILE))  # torch's takes no more than 2^24 of them
     chosen: list[int] = []
     for index in range(number):
         if len(chosen) < keep and not bool((alike[index, chosen] >= bound).any()):

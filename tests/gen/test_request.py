@@ -166,6 +166,7 @@ def test_no_network_runs_is_able_to_fail(tiny: TextToImage, no_network_runs: Non
         ({"prompt_embeds": EMBEDS, "clip_skip": 1}, "clip_skip"),
         ({"sampler": "euler", "s_tmin": 0.1}, "s_tmin"),
         ({"guidance_scale": 1.0, "guidance_rule": "apg"}, "guidance_rule"),
+        ({"guidance_scale": 1.0, "guidance_rescale": 0.7}, "guidance_rescale"),
         ({"guidance_rule": "apg", "zero_init_steps": 1}, "zero_init_steps"),
         ({"guidance_rule": "cfg_zero", "apg_momentum": 0.1}, "apg_momentum"),
         ({"dynamic_thresholding_ratio": 0.9}, "dynamic_thresholding_ratio"),

@@ -500,6 +500,13 @@ def test_near_copies_are_passed_over() -> None:
     assert diverse_first(ranked[:1], 3) == [0]
 
 
+def test_thousands_of_pictures_have_a_quartile() -> None:
+    """6000 of them have more pairs than torch.quantile takes."""
+    rng = torch.Generator().manual_seed(0)
+    chosen = diverse_first(torch.randn(6000, 4, generator=rng), 3)
+    assert chosen[0] == 0 and len(chosen) == 3
+
+
 def test_diverse_keeps_other_pictures_and_the_best(tiny: TextToImage) -> None:
     request = replace(ASKED, num_images_per_prompt=12, keep=3, seed=9, prompt="a star")
     plain, diverse = tiny.paint([request])[0], tiny.paint([replace(request, diverse=True)])[0]
@@ -521,7 +528,8 @@ def test_diverse_keeps_other_pictures_and_the_best(tiny: TextToImage) -> None:
     [
         ({"search": "best"}, "search 'best' is unknown; choose from: best_of, draft, feynman_kac, halving"),
         ({"budget": 0}, "budget=0 is out of range; give a number of seconds above 0"),
-        ({"budget": -1.5}, "budget=-1.5 is out of range"),
+        ({"budget": -1.5}, "budget=-1.5 is out of range; give a number of seconds above 0"),
+        ({"budget": True}, "budget=True is out of range"),
         ({"budget": math.inf}, "budget=inf is out of range"),
         ({"search": "halving", "keep": None, "rerank": False}, "search 'halving' goes by CLIP's scores"),
         ({"search": "halving", "keep": 8}, "search 'halving' gives candidates up, but keep=8 of 8 keeps them all"),
@@ -560,7 +568,14 @@ def test_a_search_refuses_what_makes_no_sense(make: Callable[[], object]) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", [[{"seed": 1}], ["seed"], [{"seed": -1, "steps": 1, "share": 0.0}], [{"seed": 1, "steps": 1, "share": 2.0}]]
+    "path",
+    [
+        None,
+        [{"seed": 1}],
+        ["seed"],
+        [{"seed": -1, "steps": 1, "share": 0.0}],
+        [{"seed": 1, "steps": 1, "share": 2.0}],
+    ],
 )
 def test_a_damaged_noise_path_is_refused(tiny: TextToImage, path: Any) -> None:
     record = tiny.paint([replace(ASKED, prompt="a star", seed=1)])[0].records[0] | {"noise_path": path}
@@ -643,6 +658,45 @@ def turns_the_begun(field: Field) -> Moves:
     field.turn(field.candidates[0], field.candidates[1:], 0.5)
 
 
+def names_twice(field: Field) -> Moves:
+    yield Go([*field.candidates, field.candidates[0]], until=2)
+
+
+def stops_at_the_end(field: Field) -> Moves:
+    yield Go(field.candidates, until=field.num_steps)
+    yield Go(field.candidates)
+
+
+def drafts_in_no_steps(field: Field) -> Moves:
+    yield Scout(field.candidates, 0)
+
+
+def looks_at_nothing(field: Field) -> Moves:
+    field.previews(field.candidates)
+    yield Go(field.candidates)
+
+
+def drops_anothers(field: Field) -> Moves:
+    yield Go(field.candidates, until=2)
+    field.drop([(field.candidates[0] + 8) % 16])
+    yield Go(field.candidates)
+
+
+def branches_to_the_dropped(field: Field) -> Moves:
+    yield Go(field.candidates, until=2)
+    field.drop(field.candidates[1:])
+    field.branch(field.candidates[0], field.candidates[1:])
+    yield Go(field.candidates[:1])
+
+
+def will_not_end(field: Field) -> Moves:
+    try:
+        yield Go(field.candidates, until=2)
+        field.drop([100])
+    finally:
+        yield Go(field.candidates)
+
+
 @pytest.mark.parametrize(
     ("moves", "message"),
     [
@@ -650,10 +704,16 @@ def turns_the_begun(field: Field) -> Moves:
         (takes_the_dropped, "takes candidate 1 on"),
         (goes_back, "which it has behind it"),
         (drops_the_painted, "which are given up or painted"),
-        (names_nobody, "takes candidate 100 on"),
+        (names_nobody, r"names candidates \[100\]; give each once, of its own"),
+        (names_twice, "give each once, of its own"),
+        (stops_at_the_end, "takes candidates to step 10 of 10; leave until out"),
+        (drafts_in_no_steps, "scouts in 0 steps; give 1 or more"),
+        (looks_at_nothing, "looks at candidates .* which have not begun or are painted"),
+        (drops_anothers, "give each once, of its own"),
+        (branches_to_the_dropped, "which have not all halted"),
         (drafts_the_begun, "given up, painted or begun"),
         (branches_the_painted, "which have not all halted"),
-        (turns_the_begun, "which have begun"),
+        (turns_the_begun, "of these some have begun"),
     ],
 )
 def test_a_search_that_asks_for_nonsense_fails_its_request_alone(
@@ -667,6 +727,34 @@ def test_a_search_that_asks_for_nonsense_fails_its_request_alone(
         gone.result(timeout=0)
     assert len(other.result(timeout=0).images) == 4
     assert not engine._stages["decoder"].live
+
+
+@pytest.mark.parametrize("way", ["cancelled", "refused"])
+def test_a_search_that_will_not_end_is_let_go(tiny: TextToImage, way: str) -> None:
+    """Neither its request's end nor the engine's waits for it, or fails by it."""
+    engine = tiny.engine()
+    other = engine.submit(replace(ASKED, search="halving"))
+
+    def refuse(step: Step) -> None:
+        if way == "refused" and step.stage == "decoder":
+            step.cancel()
+
+    gone = engine.submit(replace(ASKED, search=Own(will_not_end)), callback=refuse)
+    engine.tick()
+    if way == "cancelled":
+        assert gone.cancel()
+    run(engine)
+    assert gone.done() and len(other.result(timeout=0).images) == 4
+
+
+def test_noise_that_was_handed_in_is_not_turned(tiny: TextToImage) -> None:
+    def turns(field: Field) -> Moves:
+        field.turn(field.candidates[0], field.candidates[1:], 0.5)
+        yield Go(field.candidates)
+
+    asked = replace(ASKED, prior=False, latents=torch.zeros(16, 4, 8, 8), search=Own(turns))
+    with pytest.raises(ValueError, match="leave latents out"):
+        tiny.paint([asked])
 
 
 def test_a_request_with_a_search_is_held_by_nobody_once_it_is_done(tiny: TextToImage) -> None:
