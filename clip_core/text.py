@@ -30,7 +30,7 @@ class Tokens:
 class TextStates:
     """What a text tower says of B texts, before any projection."""
 
-    tokens: Tensor  # (B, L, D) states after the final layer norm
+    tokens: Tensor  # (B, L, D) states, after the final layer norm unless it was left out
     pooled: Tensor  # (B, D) the state at the end of the text
     mask: Tensor  # (B, L) bool, true up to and with the end of the text
 
@@ -47,19 +47,22 @@ class TextTower:
         """Length L in tokens and width D."""
         return self.tokenizer.model_max_length, self.encoder.config.hidden_size
 
-    def __call__(self, texts: Sequence[str], clip_skip: int | None = None) -> TextStates:
+    def __call__(self, texts: Sequence[str], clip_skip: int | None = None, *, normed: bool = True) -> TextStates:
         """Encode texts; longer ones are cut with a warning."""
         length, _ = self.shape
         tokens, lengths = tokenize(self.tokenizer, texts, length)
         warn_cut(texts, lengths, length)
-        return self.read(tokens, clip_skip)
+        return self.read(tokens, clip_skip, normed=normed)
 
-    def read(self, tokens: Tokens, clip_skip: int | None = None) -> TextStates:
+    def read(self, tokens: Tokens, clip_skip: int | None = None, *, normed: bool = True) -> TextStates:
         """States of the last layer, or of the one `clip_skip` layers before it (diffusers' meaning), normed.
+
+        `normed` False leaves the final layer norm out; it takes a `clip_skip`. The pooled state is always normed.
 
         No mask goes in, as in diffusers, unless the configuration says `use_attention_mask`: pads come after
         the end, so they change no state but their own, and UNets were trained on those too.
         """
+        assert normed or clip_skip is not None, "the last layer's states come normed"
         device = self.encoder.device
         mask = tokens.attention_mask.to(device)
         out = self.encoder(
@@ -69,7 +72,8 @@ class TextTower:
         )
         states = out.last_hidden_state  # (B, L, D)
         if clip_skip is not None:
-            states = self.encoder.final_layer_norm(skip(out.hidden_states, clip_skip))
+            states = skip(out.hidden_states, clip_skip)
+            states = self.encoder.final_layer_norm(states) if normed else states
         return TextStates(states, out.pooler_output, mask)
 
 

@@ -38,8 +38,8 @@ from gen.request import JSON
 ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
 HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]  # what is fetched: never pickle, never code, no single file
-HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin"]
-UNUSED = ("safety_checker", "feature_extractor")  # parts that nothing here asks
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that nothing here asks
+HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin", *(f"{name}/*" for name in UNUSED)]
 OURS: dict[str, type] = {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer}  # not in diffusers' top level
 
 
@@ -192,9 +192,9 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
     return module.to(device).eval().requires_grad_(False)
 
 
-def load_clip(folder: Path, device: torch.device | str, dtype: torch.dtype) -> CLIP:
-    """The whole CLIP that ranks."""
-    return CLIP.from_pretrained(folder, device, dtype)
+def load_clip(name_or_folder: str | Path, device: torch.device | str, dtype: torch.dtype) -> CLIP:
+    """The whole CLIP that ranks, as `CLIP.from_pretrained` finds it."""
+    return CLIP.from_pretrained(name_or_folder, device, dtype)
 
 
 def shared_tower(kind: type, clip: CLIP | None, folder: Path, name: str) -> nn.Module | None:

@@ -48,7 +48,7 @@ OPTIONS = {
     "negative_prompt": "--negative",
 }
 ALIKE = [  # by Python's own name
-    *("search", "budget"),
+    *("search", "budget", "clip"),
     *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
     *("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
     *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
@@ -128,6 +128,10 @@ def generate(
         str, _advanced("NAME", "Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers.")
     ] = "auto",
     rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
+    clip: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="CLIP that ranks, if not the model's: folder, hub id, open_clip:NAME/TAG."),
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."),
@@ -142,7 +146,7 @@ def generate(
     started = time.perf_counter()
     with _speaking("generate"), _output_folder(out) as folder:
         _check_text(prompt, negative or "")
-        painter = _load(model, attention, weak_unet)
+        painter = _load(model, attention, weak_unet, clip)
         loaded = time.perf_counter()
         from gen.request import Request
 
@@ -304,7 +308,9 @@ def reproduce(
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
             raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
-        painter = _load(model or str(recorded), weak_unet=record.get("weak_unet"))
+        guided = record.get("settings", {}).get("clip_guidance_scale")  # or no CLIP is asked
+        clip = record.get("clip") if guided else None
+        painter = _load(model or str(recorded), weak_unet=record.get("weak_unet"), clip=clip)
         from gen.pipeline import as_output
 
         again = as_output([painter.repaint(record)], "pil")
@@ -372,11 +378,13 @@ def _check_text(*texts: str) -> None:
             raise ValueError(f"{text!r} is not text in UTF-8; set the terminal to UTF-8") from None
 
 
-def _load(name: str, attention: str = "auto", weak_unet: Path | str | None = None) -> "TextToImage":
+def _load(
+    name: str, attention: str = "auto", weak_unet: Path | str | None = None, clip: str | None = None
+) -> "TextToImage":
     """The model, on the GPU where there is one."""
     from gen.pipeline import TextToImage
 
-    return TextToImage.from_pretrained(name, attention=attention, weak_unet=weak_unet)
+    return TextToImage.from_pretrained(name, attention=attention, weak_unet=weak_unet, clip=clip)
 
 
 @contextmanager

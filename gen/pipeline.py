@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,12 @@ class TextToImage:
         name: str = "",
         model_hash: Callable[[], str] | None = None,
         weak_unet: str = "",  # where the weaker UNet came from
+        clip: str = "",  # where the CLIP that ranks came from, if not from the model's own folder
     ) -> None:
         self.model = model
         self.name = name
         self.weak_unet = weak_unet
+        self.clip = clip
         self._hash = model_hash
         self._buckets = Buckets()
 
@@ -84,15 +86,19 @@ class TextToImage:
         *,
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
+        clip: str | Path | None = None,  # what ranks: a transformers CLIP folder, a hub id, "open_clip:NAME/TAG"
     ) -> TextToImage:
         """Load a model; what is unknown, missing or damaged is a ValueError of one line that names it.
 
         Attention 'auto' measures each shape once on CUDA and takes torch's own choice elsewhere; a kernel that does not
-        take some shape leaves it to torch's own choice and logs why. See `gen.attention`.
+        take some shape leaves it to torch's own choice and logs why. See `gen.attention`. `clip` None: the whole CLIP
+        in the model's `clip/`; a model that has none paints, and does not rank.
         """
         device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_attention(attention, device, dtype)
         parts = checkpoint.load(name_or_path, device, dtype)
+        if clip is not None:
+            parts = replace(parts, clip=checkpoint.load_clip(clip, device, dtype))
         if parts.family not in FAMILIES:
             told = ", ".join(sorted(FAMILIES))
             raise ValueError(f"model '{name_or_path}' is a {parts.family or 'folder of no class'}; ours are: {told}")
@@ -102,7 +108,7 @@ class TextToImage:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
             set_attention(weak, attention)
             model = model.with_weak(weak, str(weak_unet))
-        return cls(model, str(name_or_path), lambda: parts.hash, str(weak_unet or ""))
+        return cls(model, str(name_or_path), lambda: parts.hash, str(weak_unet or ""), str(clip or ""))
 
     @property
     def hash(self) -> str:
@@ -256,6 +262,9 @@ class TextToImage:
         candidate = Candidate.from_json(record, self.model.abilities)
         if candidate.settings.guidance_rule == "autoguidance" and record.get("weak_unet_hash") != self.weak_hash:
             raise ValueError(f"the picture was guided by another weak_unet than '{self.weak_unet}'; load that one")
+        if candidate.settings.clip_guidance_scale and record.get("clip", "") != self.clip:
+            wanted = record.get("clip") or "the model's own"
+            raise ValueError(f"the picture was guided by another CLIP than '{self.clip}': {wanted}; load that one")
         job = Job(candidates=(candidate,), num_images_per_prompt=1, keep=1, rank=False, output_type="pt")
         (result,) = self._paint([job], None, None)
         assert isinstance(result.images, Tensor), "output_type is pt"
@@ -325,6 +334,8 @@ class TextToImage:
         made: dict[str, JSON] = {"version": RECORD_VERSION, "model": self.name, "model_hash": self.hash}
         if candidate.settings.guidance_rule == "autoguidance":
             made |= {"weak_unet": self.weak_unet, "weak_unet_hash": self.weak_hash}
+        if self.clip:
+            made["clip"] = self.clip
         return candidate.to_json() | made | {"score": score}
 
 

@@ -2,21 +2,25 @@
 
 `make_tiny_stable_unclip` writes a diffusers StableUnCLIPPipeline folder with the reranking CLIP in `clip/`
 beside it and an `unclip.json`, small enough for a network call to take milliseconds. The weights are random
-but large enough that words, image embedding and noise level all show in the picture.
+but large enough that words, image embedding and noise level all show in the picture. The other families' folders
+are as stock diffusers writes them, with nothing of ours; `make_tiny_clip` writes a CLIP folder to rank by.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    PNDMScheduler,
     PriorTransformer,
     SchedulerMixin,
+    StableDiffusionPipeline,
     StableUnCLIPPipeline,
     UNet2DConditionModel,
 )
@@ -25,6 +29,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -42,13 +47,13 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return train_tokenizer([WORDS] * 10, vocab_size=700, max_length=LENGTH)
 
 
-def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    text = {
+def tiny_text_config(tokenizer: CLIPTokenizer, width: int = WIDTH, layers: int = 2) -> dict[str, Any]:
+    return {
         "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "projection_dim": WIDTH,
-        "num_hidden_layers": 2,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "projection_dim": width,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "max_position_embeddings": LENGTH,
         "bos_token_id": tokenizer.bos_token_id,
@@ -56,6 +61,10 @@ def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
         "initializer_factor": 5.0,
     }
+
+
+def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    text = tiny_text_config(tokenizer)
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
@@ -82,8 +91,8 @@ def tiny_vae() -> AutoencoderKL:
     ).eval()
 
 
-def tiny_unet(class_width: int | None = 2 * WIDTH) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(
+def tiny_unet(class_width: int | None = 2 * WIDTH, **options: Any) -> UNet2DConditionModel:
+    told: dict[str, Any] = dict(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -96,8 +105,8 @@ def tiny_unet(class_width: int | None = 2 * WIDTH) -> UNet2DConditionModel:
         norm_num_groups=4,
         class_embed_type=None if class_width is None else "projection",
         projection_class_embeddings_input_dim=class_width,
-    ).eval()
-    return unet
+    )
+    return UNet2DConditionModel(**(told | options)).eval()
 
 
 def tiny_prior() -> PriorTransformer:
@@ -174,15 +183,7 @@ def make_tiny_stable_unclip(
         if isinstance(module, torch.nn.Module):
             torch.nn.Module.to(module, dtype)
     pipeline.save_pretrained(folder)
-    clip.save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
-    half = [0.5, 0.5, 0.5]
-    CLIPImageProcessor(
-        size={"shortest_edge": 64},
-        crop_size={"height": 64, "width": 64},
-        image_mean=half,
-        image_std=half,
-    ).save_pretrained(folder / "clip")
+    save_clip(clip, tokenizer, folder / "clip")
     for part in ("clip", "text_encoder", "prior_text_encoder"):
         config = folder / part / "config.json"
         # or transformers loads float16 weights as such beside diffusers' float32, and stock fails on the mix
@@ -197,4 +198,69 @@ def make_tiny_stable_unclip(
         },
     }
     (folder / "unclip.json").write_text(json.dumps(unclip, indent=2) + "\n")
+    return folder
+
+
+def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    half = [0.5, 0.5, 0.5]
+    CLIPImageProcessor(
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
+        image_mean=half,
+        image_std=half,
+    ).save_pretrained(folder)
+
+
+def make_tiny_clip(folder: str | Path, seed: int = 0) -> Path:
+    """Write a tiny random CLIP folder of both towers."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer()
+        save_clip(tiny_clip(tokenizer), tokenizer, folder)
+    return folder
+
+
+def stable_diffusion_scheduler() -> PNDMScheduler:
+    """As Stable Diffusion 1.5 and 2.1-base have it."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def make_tiny_stable_diffusion(
+    folder: str | Path,
+    version: int = 1,  # or 2: another padding, activation and counting of heads
+    seed: int = 0,
+    scheduler: SchedulerMixin | None = None,  # None: PNDM, eps
+) -> Path:
+    """Write a tiny random Stable Diffusion folder by diffusers' own pipeline; a seed fixes the model."""
+    folder = Path(folder)
+    tokenizer = tiny_tokenizer()
+    heads: dict[str, Any] = {}
+    if version == 2:
+        tokenizer.pad_token = "!"
+        heads = {"attention_head_dim": (2, 4), "use_linear_projection": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = tiny_text_config(tokenizer, layers=3)
+        text |= {"hidden_act": "gelu"} if version == 2 else {}
+        pipeline = StableDiffusionPipeline(
+            vae=tiny_vae(),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**text)).eval(),
+            tokenizer=tokenizer,
+            unet=tiny_unet(class_width=None, **heads),
+            scheduler=scheduler or stable_diffusion_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
     return folder
