@@ -88,6 +88,7 @@ class Parts:
     clip: CLIP | None  # the whole CLIP in clip/, which ranks
     card: Card
     folder: Path
+    options: Mapping[str, Any] = field(default_factory=dict)  # what else model_index.json says
 
     @cached_property
     def hash(self) -> str:
@@ -153,7 +154,8 @@ def load(
         kind = part_class(library, class_name, folder / INDEX)
         tower = shared_tower(kind, clip, folder, name)
         modules[name] = tower if tower is not None else load_part(kind, folder / name, device, dtype)
-    return Parts(index.get("_class_name", ""), modules, clip, Card.read(folder), folder)
+    options = {name: value for name, value in index.items() if not isinstance(value, list)}
+    return Parts(index.get("_class_name", ""), modules, clip, Card.read(folder), folder, options)
 
 
 def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -166,6 +166,8 @@ class TextToImage:
         prior_latents: Tensor | None = None,  # (prompts * num_images_per_prompt, E) unit noise
         prompt_embeds: Tensor | None = None,  # (prompts, L, D)
         negative_prompt_embeds: Tensor | None = None,  # (prompts, L, D)
+        pooled_prompt_embeds: Tensor | None = None,  # (prompts, P), with prompt_embeds of Stable Diffusion XL
+        negative_pooled_prompt_embeds: Tensor | None = None,  # (prompts, P)
         image_embeds: Tensor | None = None,  # (prompts, E), in place of the prior's answer
         output_type: str = "pil",  # "pil", "pt", "np" or "latent"
         batch_size: int | None = None,  # rows in flight at most; None: as memory allows. Pictures do not depend on it
@@ -216,6 +218,8 @@ class TextToImage:
             prior_latents=prior_latents,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             image_embeds=image_embeds,
             output_type=output_type,
         )

@@ -24,7 +24,8 @@ from samplers.sample import SAMPLERS
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
-TENSORS = ("latents", "prior_latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds")
+POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
+TENSORS = ("latents", "prior_latents", *POOLED, *POOLED.values(), "image_embeds")
 OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
 NULLS = ("negative_prompt", "negative_prompt_embeds")
 GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
@@ -43,6 +44,7 @@ class Abilities:
     latent_channels: int
     text_shape: tuple[int, int]  # (L, D) of prompt_embeds
     text_layers: int  # clip_skip is smaller than this
+    pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
     embedding_width: int | None  # E of image_embeds; None: this model takes none
     num_noise_levels: int  # noise_level is smaller than this; 0: no image embedding to noise
     max_steps: int  # the timesteps the decoder was trained on
@@ -151,6 +153,8 @@ class Candidate:
     prior_latents: Tensor | None = None  # (E,) unit noise in place of the seed's
     prompt_embeds: Tensor | None = None  # (L, D) in place of the prompt's
     negative_prompt_embeds: Tensor | None = None  # (L, D) in place of the negative prompt's
+    pooled_prompt_embeds: Tensor | None = None  # (P,) with prompt_embeds, where the UNet takes them pooled too
+    negative_pooled_prompt_embeds: Tensor | None = None  # (P,)
     image_embeds: Tensor | None = None  # (E,) in place of the prior's answer
     noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
 
@@ -247,6 +251,8 @@ class Request:
     prior_latents: Tensor | None = field(default=None, repr=False)
     prompt_embeds: Tensor | None = field(default=None, repr=False)
     negative_prompt_embeds: Tensor | None = field(default=None, repr=False)
+    pooled_prompt_embeds: Tensor | None = field(default=None, repr=False)
+    negative_pooled_prompt_embeds: Tensor | None = field(default=None, repr=False)
     image_embeds: Tensor | None = field(default=None, repr=False)
     output_type: str = "pil"
 
@@ -292,6 +298,8 @@ class Request:
                     prior_latents=told["prior_latents"].get(index),
                     prompt_embeds=told["prompt_embeds"].get(at),
                     negative_prompt_embeds=told["negative_prompt_embeds"].get(at),
+                    pooled_prompt_embeds=told["pooled_prompt_embeds"].get(at),
+                    negative_pooled_prompt_embeds=told["negative_pooled_prompt_embeds"].get(at),
                     image_embeds=told["image_embeds"].get(at),
                 )
             )
@@ -408,6 +416,14 @@ class Request:
             length = words.shape[1]  # any length, when words and null agree on it
         shape_of("prompt_embeds", words, (num_prompts, length, width))
         shape_of("negative_prompt_embeds", null, (num_prompts, length, width))
+        for name, pooled in POOLED.items():
+            if able.pooled_width is None:
+                if getattr(self, pooled) is not None:
+                    raise ValueError(f"{pooled} was given, but this model takes no pooled text; leave it out")
+            elif (getattr(self, name) is None) != (getattr(self, pooled) is None):
+                raise ValueError(f"this model takes {name} and {pooled} together; give both or none")
+            else:
+                shape_of(pooled, getattr(self, pooled), (num_prompts, able.pooled_width))
 
 
 def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) -> tuple[int, ...]:

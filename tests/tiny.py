@@ -17,10 +17,12 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     PriorTransformer,
     SchedulerMixin,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     StableUnCLIPPipeline,
     UNet2DConditionModel,
 )
@@ -78,7 +80,7 @@ def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)).eval()
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(**options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -88,6 +90,7 @@ def tiny_vae() -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=64,
         scaling_factor=0.8,
+        **options,
     ).eval()
 
 
@@ -263,4 +266,53 @@ def make_tiny_stable_diffusion(
             requires_safety_checker=False,
         )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_stable_diffusion_xl(
+    folder: str | Path,
+    seed: int = 0,
+    empty_is_zeros: bool = True,
+    vae: dict[str, Any] | None = None,  # options of the autoencoder; None: none
+) -> Path:
+    """Write a tiny random Stable Diffusion XL folder by diffusers' own pipeline; a seed fixes the model."""
+    folder = Path(folder)
+    width_2, pooled, of_time = 24, 20, 8  # D of the second tower, P, and of the sinusoids of each of six numbers
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer()
+    tokenizer_2.pad_token = "!"
+    text = tiny_text_config(tokenizer, layers=3)
+    text_2 = tiny_text_config(tokenizer_2, width_2, layers=4) | {"projection_dim": pooled, "hidden_act": "gelu"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = tiny_unet(
+            class_width=None,
+            cross_attention_dim=WIDTH + width_2,
+            attention_head_dim=(1, 2),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=of_time,
+            projection_class_embeddings_input_dim=pooled + 6 * of_time,
+        )
+        pipeline = StableDiffusionXLPipeline(
+            vae=tiny_vae(**(vae or {})),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**text)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text_2)).eval(),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                timestep_spacing="leading",
+                steps_offset=1,
+            ),
+            force_zeros_for_empty_prompt=empty_is_zeros,
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    # as the published file says, for classes that are built from it and would clip
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}, indent=2) + "\n")
     return folder

@@ -2,10 +2,12 @@
 
 from gen.families.latent import LatentModel
 from gen.families.stable_diffusion import StableDiffusion
+from gen.families.stable_diffusion_xl import StableDiffusionXL
 from gen.families.stable_unclip import StableUnCLIP
 
 FAMILIES: dict[str, type[LatentModel]] = {  # by the pipeline class of model_index.json
     "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableUnCLIPPipeline": StableUnCLIP,
     "StableUnCLIPImg2ImgPipeline": StableUnCLIP,
 }

@@ -121,8 +121,8 @@ class LatentModel(ABC):
         """What the UNet is told of each of these texts."""
         return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
 
-    def handed(self, tokens: Tensor) -> Condition:
-        """What the UNet is told of a text with these token states (L, D)."""
+    def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
+        """What the UNet is told of a text with these token states (L, D), and where it takes it pooled, (P,)."""
         return Condition(own(tokens, self.unet))
 
     def sizes(self, settings: Settings) -> tuple[int, ...]:
@@ -177,10 +177,11 @@ class LatentModel(ABC):
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told in words."""
         handed: dict[int, Condition] = {}  # by identity
-        for candidate in candidates:
-            for embeds in (candidate.prompt_embeds, candidate.negative_prompt_embeds):
+        for one in candidates:
+            prompt, null = one.prompt_embeds, one.negative_prompt_embeds
+            for embeds, pooled in ((prompt, one.pooled_prompt_embeds), (null, one.negative_pooled_prompt_embeds)):
                 if embeds is not None and id(embeds) not in handed:
-                    handed[id(embeds)] = self.handed(embeds)
+                    handed[id(embeds)] = self._sized(self.handed(embeds, pooled), self.sizes(one.settings))
         asked = dict.fromkeys(words for candidate in candidates for words in self._read_for(candidate))
         said = table.of(list(asked), self._encoded)
 
@@ -276,13 +277,23 @@ class LatentModel(ABC):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32."""
         posterior = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist
-        return posterior.mode().float() * self.vae.config.scaling_factor
+        mean, deviation = self._latent_moments
+        return (posterior.mode().float() - mean) / deviation
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
-        z = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        mean, deviation = self._latent_moments
+        z = (latents * deviation + mean).to(self.vae.dtype)
         pixels = self.vae.decode(z, return_dict=False)[0].float()
         return (pixels / 2 + 0.5).clamp(0, 1)
+
+    @cached_property
+    def _latent_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (1, C, 1, 1) of what the autoencoder itself says, by which latents are normed."""
+        config, channels = self.vae.config, self.vae.config.latent_channels
+        mean, deviation = config.latents_mean or [0.0] * channels, config.latents_std or [1.0] * channels
+        moments = torch.tensor([mean, deviation], device=self.device).reshape(2, 1, channels, 1, 1)
+        return moments[0], moments[1] / config.scaling_factor
 
 
 def listed(parts: Parts, names: Sequence[str]) -> Mapping[str, Any]:

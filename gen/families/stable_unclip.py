@@ -136,10 +136,10 @@ class StableUnCLIP(LatentModel):
         vectors = self.noise_image_embeddings(torch.stack(list(image_embeds)), levels, fresh).to(self.unet.dtype)
         return [replace(each, vector=vector) for each, vector in zip(told, vectors, strict=True)]
 
-    def handed(self, tokens: Tensor) -> Condition:
+    def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
         """What the UNet is told of a text with these token states (L, D): no image embedding."""
         zeros = torch.zeros(2 * self.embedding_width, dtype=self.unet.dtype, device=self.device)
-        return replace(super().handed(tokens), vector=zeros)
+        return replace(super().handed(tokens, pooled), vector=zeros)
 
     def said(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""

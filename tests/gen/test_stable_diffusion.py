@@ -14,20 +14,25 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from gen import Request, TextToImage
-from gen.picture import largest_difference
 from gen.scheduler import STOCK
-from samplers.noise import noise
+from tests.stock import (
+    LATENTS,
+    LONG,
+    PROMPTS,
+    SEED,
+    SHORT,
+    apart,
+    assert_same,
+    assert_same_sampled,
+    edited,
+    start,
+    stock_of,
+)
 from tests.tiny import make_tiny_clip, make_tiny_stable_diffusion
-
-SHORT, LONG = "a star", "a small red circle above a large blue square left of a green star on black"
-PROMPTS = [SHORT, LONG]
-SEED = 11
-LATENTS, LEVEL = 1e-4, 1  # what may differ: of the largest latent, and 8-bit levels of a picture
 
 
 @pytest.fixture(scope="session")
@@ -52,31 +57,6 @@ def models(folders: dict[str, Path]) -> dict[str, TextToImage]:
     return {name: TextToImage.from_pretrained(folder, device="cpu") for name, folder in folders.items()}
 
 
-def stock_of(folder: Path, scheduler: SchedulerMixin | None = None) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.scheduler = scheduler or pipeline.scheduler
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def start(num_prompts: int, n: int) -> Tensor:
-    """The noise our seeds stand for, in drawing order."""
-    return noise([SEED + k for _ in range(num_prompts) for k in range(n)], "decoder", 0, (4, 8, 8))
-
-
-def assert_same(model: TextToImage, stock: Any, prompts: list[str], n: int, **asked: Any) -> None:
-    """Final latents and the pictures on file, of one start."""
-    asked = {"num_images_per_prompt": n, "num_inference_steps": 5} | asked
-    theirs = stock(prompts, output_type="latent", latents=start(len(prompts), n), **asked).images
-    ours = model(prompts, output_type="latent", seed=SEED, **asked).images
-    assert isinstance(ours, Tensor) and ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= LATENTS * theirs.abs().max()
-    theirs = stock(prompts, output_type="pil", latents=start(len(prompts), n), **asked).images
-    ours = model(prompts, output_type="pil", seed=SEED, **asked).images
-    assert len(ours) == len(theirs) == len(prompts) * n
-    assert max(largest_difference(a, b) for a, b in zip(ours, theirs, strict=True)) <= LEVEL
-
-
 # --- the same pictures ----------------------------------------------------------------------------------------------
 
 
@@ -90,7 +70,7 @@ def assert_same(model: TextToImage, stock: Any, prompts: list[str], n: int, **as
 def test_pictures_equal_stock(
     models: dict[str, TextToImage], folders: dict[str, Path], kind: str, n: int, guided: dict[str, Any]
 ) -> None:
-    assert_same(models[kind], stock_of(folders[kind]), PROMPTS, n, **guided)
+    assert_same(models[kind], stock_of(StableDiffusionPipeline, folders[kind]), PROMPTS, n, **guided)
 
 
 def test_the_reference_can_fail(models: dict[str, TextToImage]) -> None:
@@ -121,10 +101,9 @@ def test_the_padding_is_the_tokenizers(models: dict[str, TextToImage]) -> None:
 
 def test_other_sizes_equal_stock(models: dict[str, TextToImage], folders: dict[str, Path]) -> None:
     asked: dict[str, Any] = {"height": 48, "width": 80, "num_inference_steps": 4}
-    latents = noise([SEED], "decoder", 0, (4, 6, 10))
-    theirs = stock_of(folders["1"])(SHORT, latents=latents, output_type="latent", **asked).images
-    ours = models["1"](SHORT, seed=SEED, output_type="latent", **asked).images
-    assert (ours - theirs).abs().max() <= LATENTS * theirs.abs().max()
+    asked["output_type"] = "latent"
+    theirs = stock_of(StableDiffusionPipeline, folders["1"])(SHORT, latents=start(1, 1, (6, 10)), **asked).images
+    assert apart(models["1"](SHORT, seed=SEED, **asked).images, theirs) <= LATENTS
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc", "euler_ancestral", "dpmpp_2m_sde"])
@@ -134,15 +113,10 @@ def test_another_sampler_equals_stocks_class(
 ) -> None:
     """Ours, and the class that is built from the checkpoint's configuration; one CPU generator for each picture."""
     name, options = STOCK[sampler]
-    stock = stock_of(folders[kind])
+    stock = stock_of(StableDiffusionPipeline, folders[kind])
     config = {**stock.scheduler.config, "clip_sample": False}  # as published files say, of whichever class
     stock.scheduler = getattr(diffusers, name).from_config(config, **options)
-    seeds = [SEED + k for _ in PROMPTS for k in range(2)]
-    asked: dict[str, Any] = {"num_images_per_prompt": 2, "num_inference_steps": 5, "output_type": "latent"}
-    # without latents stock draws block 0 as the start, and then a block for each step, as we do
-    theirs = stock(PROMPTS, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **asked).images
-    ours = models[kind](PROMPTS, seed=SEED, sampler=sampler, **asked).images
-    assert (ours - theirs).abs().max() <= LATENTS * theirs.abs().max()
+    assert_same_sampled(models[kind], stock, sampler)
 
 
 # --- clip_skip, which stock cannot do ----------------------------------------------------------------------------
@@ -151,14 +125,14 @@ def test_another_sampler_equals_stocks_class(
 def test_stocks_clip_skip_crashes(folders: dict[str, Path]) -> None:
     """The day this fails, compare with stock below."""
     with pytest.raises(AttributeError, match="text_model"):
-        stock_of(folders["1"])(SHORT, clip_skip=1, num_inference_steps=1)
+        stock_of(StableDiffusionPipeline, folders["1"])(SHORT, clip_skip=1, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1, 2])
 def test_clip_skip_is_an_earlier_layer_and_the_final_norm(
     models: dict[str, TextToImage], folders: dict[str, Path], clip_skip: int
 ) -> None:
-    stock = stock_of(folders["1"])
+    stock = stock_of(StableDiffusionPipeline, folders["1"])
     ids = stock.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         states = stock.text_encoder(ids, output_hidden_states=True).hidden_states
@@ -168,9 +142,9 @@ def test_clip_skip_is_an_earlier_layer_and_the_final_norm(
     asked: dict[str, Any] = {"num_inference_steps": 5, "output_type": "latent"}
     theirs = stock(prompt_embeds=handed, negative_prompt_embeds=null, latents=start(2, 1), **asked).images
     ours = models["1"](PROMPTS, seed=SEED, clip_skip=clip_skip, **asked).images
-    assert (ours - theirs).abs().max() <= LATENTS * theirs.abs().max()
+    assert apart(ours, theirs) <= LATENTS
     embedded = models["1"](prompt_embeds=handed, negative_prompt_embeds=null, seed=SEED, **asked).images
-    assert (embedded - theirs).abs().max() <= LATENTS * theirs.abs().max()
+    assert apart(embedded, theirs) <= LATENTS
 
 
 def test_clip_skip_has_an_end(models: dict[str, TextToImage]) -> None:
@@ -190,7 +164,7 @@ def test_what_we_save_stock_paints_the_same(
         assert index["_class_name"] == "StableDiffusionPipeline" and index["safety_checker"] == [None, None]
         kept = json.loads((folders[kind] / "model_index.json").read_text())
         assert index == kept
-        assert_same(model, stock_of(folder), PROMPTS, 1)
+        assert_same(model, stock_of(StableDiffusionPipeline, folder), PROMPTS, 1)
         again = TextToImage.from_pretrained(folder, device="cpu")
         before, after = (each(SHORT, seed=1, num_inference_steps=3, output_type="pt").images for each in (model, again))
         assert torch.equal(before, after)
@@ -199,10 +173,6 @@ def test_what_we_save_stock_paints_the_same(
 @pytest.fixture
 def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders["1"], tmp_path / "model"))
-
-
-def edited(path: Path, **change: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 def test_a_safety_checker_is_neither_loaded_nor_saved(copy: Path, tmp_path: Path) -> None:
@@ -246,7 +216,7 @@ def test_outdated_configurations_are_read_as_stock_reads_them(tmp_path: Path, ca
     assert "steps_offset" in caplog.text and "clip_sample" in caplog.text
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # stock says so too
-        assert_same(model, stock_of(folder), PROMPTS, 1)
+        assert_same(model, stock_of(StableDiffusionPipeline, folder), PROMPTS, 1)
     edited(folder / "unet" / "config.json", sample_size=32, _diffusers_version="0.6.0")
     settings = TextToImage.from_pretrained(folder, device="cpu").model.abilities.defaults
     assert (settings.height, settings.width) == (512, 512)
@@ -320,8 +290,4 @@ def test_a_scheduler_of_another_kind_is_the_models_own(tmp_path: Path) -> None:
     folder = make_tiny_stable_diffusion(tmp_path / "euler", scheduler=EulerDiscreteScheduler(**betas))
     model = TextToImage.from_pretrained(folder, device="cpu")
     assert model.model.abilities.defaults.sampler == "euler"
-    asked: dict[str, Any] = {"num_inference_steps": 5, "output_type": "latent"}
-    rngs = [torch.Generator().manual_seed(SEED) for _ in PROMPTS]
-    theirs = stock_of(folder)(PROMPTS, generator=rngs, **asked).images
-    ours = model(PROMPTS, seed=SEED, **asked).images
-    assert (ours - theirs).abs().max() <= LATENTS * theirs.abs().max()
+    assert_same_sampled(model, stock_of(StableDiffusionPipeline, folder), None)

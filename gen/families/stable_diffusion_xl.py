@@ -1,0 +1,131 @@
+"""Stable Diffusion XL base: two text towers, and the picture's size told beside the words.
+
+Token states are the last but one layer's of both towers side by side, without a final norm; the second tower's pooled
+embedding and six numbers of pixels (size before cropping, where it was cropped, size asked for) go in with the timestep
+(Podell et al. 2023, section 2.2). The empty prompt is zeros where model_index.json says so. The autoencoder overflows
+in float16 and is kept in float32 then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from clip_core.text import TextTower
+from gen.checkpoint import Parts
+from gen.conditioning import Condition, Conditions
+from gen.families.latent import LatentModel, check_length, listed, own
+from gen.request import JSON, Abilities, Settings
+from gen.scheduler import NoiseLevels
+
+NUM_SIZES = 6  # numbers that the UNet is told of a picture's size
+FORCE_ZEROS = "force_zeros_for_empty_prompt"
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class StableDiffusionXL(LatentModel):
+    """A loaded Stable Diffusion XL base."""
+
+    tokenizer_2: CLIPTokenizer
+    text_encoder_2: CLIPTextModelWithProjection
+    empty_is_zeros: bool = True  # whether the empty prompt is zeros, or what the towers say of it
+
+    SAVED_AS: ClassVar[str] = "StableDiffusionXLPipeline"
+    STOCK_DEFAULTS: ClassVar[dict[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 5.0}
+
+    @classmethod
+    def of(cls, parts: Parts) -> Self:
+        """Put the parts of a folder together; ValueError when one is missing or two do not fit."""
+        needed = ["unet", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "scheduler"]
+        got, vae = listed(parts, needed), parts.modules["vae"]
+        model = cls(
+            unet=got["unet"],
+            vae=vae.float() if vae.dtype == torch.float16 and vae.config.force_upcast else vae,
+            text=TextTower(got["tokenizer"], got["text_encoder"]),
+            levels=NoiseLevels.of(got["scheduler"], str(parts.folder / "scheduler")),
+            tokenizer_2=got["tokenizer_2"],
+            text_encoder_2=got["text_encoder_2"],
+            empty_is_zeros=parts.options.get(FORCE_ZEROS, True),
+            clip=parts.clip,
+            card=parts.card,
+        )
+        model.check(str(parts.folder))
+        return model
+
+    @property
+    def text_2(self) -> TextTower:
+        """The second text tower without its projection."""
+        return TextTower(self.tokenizer_2, self.text_encoder_2.text_model)
+
+    @property
+    def text_width(self) -> int:
+        """D of the token states that the UNet reads: of both towers."""
+        return self.text.shape[1] + self.text_2.shape[1]
+
+    @property
+    def pooled_width(self) -> int:
+        """P of the pooled text embedding."""
+        return self.text_encoder_2.config.projection_dim
+
+    @property
+    def index(self) -> dict[str, JSON]:
+        """What model_index.json says beside the parts."""
+        return {"feature_extractor": [None, None], "image_encoder": [None, None], FORCE_ZEROS: self.empty_is_zeros}
+
+    def parts(self) -> dict[str, Any]:
+        """Modules, tokenizers and schedulers by their names in model_index.json."""
+        return super().parts() | {"tokenizer_2": self.tokenizer_2, "text_encoder_2": self.text_encoder_2}
+
+    def check(self, where: str) -> None:
+        """Refuse parts that do not fit each other (ValueError), before a network finds out."""
+        super().check(where)
+        check_length(self.text_2, where, "text_encoder_2")
+
+    def fits(self) -> dict[str, tuple[object, object]]:
+        """What is given, and what the other parts need, by its name."""
+        config = self.unet.config
+        told = super().fits()
+        told["unet addition_embed_type"] = (config.addition_embed_type, "text_time")
+        told["unet time_cond_proj_dim"] = (config.time_cond_proj_dim, None)
+        told["unet class_embed_type"] = (config.class_embed_type, None)
+        told["tokenizer_2 model_max_length"] = (self.text_2.shape[0], self.text.shape[0])
+        added = self.pooled_width + NUM_SIZES * (config.addition_time_embed_dim or 0)
+        told["unet projection_class_embeddings_input_dim"] = (config.projection_class_embeddings_input_dim, added)
+        return told
+
+    def able(self) -> Abilities:
+        """What a request may ask for, and what it gets when it does not say."""
+        layers = min(tower.encoder.config.num_hidden_layers for tower in (self.text, self.text_2))
+        # one layer less, for the last is never read
+        return replace(super().able(), pooled_width=self.pooled_width, text_layers=layers - 1)
+
+    def read(self, texts: Sequence[str], clip_skip: int | None) -> list[Condition]:
+        """What the UNet is told of each of these texts."""
+        layer = 1 + (clip_skip or 0)
+        first = self.text(texts, layer, normed=False)
+        second = self.text_2(texts, layer, normed=False)
+        tokens = torch.cat([first.tokens, second.tokens], dim=-1)  # (B, L, D)
+        pooled = self.text_encoder_2.text_projection(second.pooled)  # (B, P)
+        if self.empty_is_zeros:
+            for place in (place for place, text in enumerate(texts) if not text):
+                tokens[place], pooled[place] = 0, 0
+        return [self.handed(*each) for each in zip(tokens, pooled, strict=True)]
+
+    def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
+        """What the UNet is told of a text with these token states (L, D) and this pooled embedding (P,)."""
+        assert pooled is not None, "a request with embeddings of one kind is refused"
+        return replace(super().handed(tokens), vector=own(pooled, self.unet))
+
+    def sizes(self, settings: Settings) -> tuple[int, ...]:
+        """What the UNet is told of a picture's size: never scaled and never cropped, as stock says by default."""
+        size = (settings.height, settings.width)
+        return (*size, 0, 0, *size)
+
+    def said(self, told: Conditions) -> dict[str, Any]:
+        """What the UNet is told beside the token states, by the names of its arguments."""
+        return {"added_cond_kwargs": {"text_embeds": told.vector, "time_ids": told.sizes}}
