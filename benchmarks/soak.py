@@ -22,7 +22,7 @@ import typer
 
 from gen import Engine, Request, Result, Step, TextToImage
 from gen.conditioning import Condition, Conditions
-from gen.engine import Flight
+from gen.flight import Flight
 from gen.request import Job
 from gen.rows import Live, Row
 from report import RESULTS, markdown, save

@@ -8,17 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gen.engine import Cancelled, Engine, Step
+    from gen.engine import Engine
+    from gen.flight import Cancelled, Step
     from gen.pipeline import Result, TextToImage
     from gen.request import Request, Settings
 
 _HOMES = {
-    "Cancelled": "gen.engine",
+    "Cancelled": "gen.flight",
     "Engine": "gen.engine",
     "Request": "gen.request",
     "Result": "gen.pipeline",
     "Settings": "gen.request",
-    "Step": "gen.engine",
+    "Step": "gen.flight",
     "TextToImage": "gen.pipeline",
 }
 

@@ -26,10 +26,11 @@ from torch import Tensor
 from gen import checkpoint
 from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
-from gen.engine import Account, Callback, Engine, Painted, Step, scores_of
+from gen.engine import Engine
 from gen.families import FAMILIES, LatentModel
+from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.request import JSON, Candidate, Job, Request
-from gen.search import Search, best_first, diverse_first, drawing_order
+from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
@@ -300,7 +301,7 @@ class TextToImage:
             if settings.prior and self.model.prior is not None:
                 levels = self.model.prior.levels
                 totals["prior"] += levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps
-        unknown = any(job.budget is not None for job in jobs)
+        unknown = any(job.budget is not None or not isinstance(job.search, BestOf) for job in jobs)
         tasks = {
             name: shown.add_task(name, total=None if unknown else number) for name, number in totals.items() if number
         }

@@ -22,7 +22,7 @@ from torch import Tensor
 from gen import Cancelled, Engine, Request, Result, Step, TextToImage
 from gen.bucket import Bucket, Buckets
 from gen.conditioning import Condition, Conditions
-from gen.engine import Account, Flight, Painted
+from gen.flight import Account, Flight, Painted
 from gen.request import Job
 from gen.rows import Live, Row
 
@@ -77,7 +77,7 @@ def same(ours: Latents, theirs: Latents) -> bool:
 
 
 def decoder_rows(engine: Engine[Any]) -> list[Live]:
-    return engine._stages["decoder"].live
+    return engine._stages.rows["decoder"].live
 
 
 def run(engine: Engine[Any], ticks: int | None = None) -> None:
@@ -222,7 +222,7 @@ def test_no_more_rows_are_in_flight_than_were_allowed(tiny: TextToImage, expecte
     futures = [engine.submit(request) for request in KINDS]
     seen = []
     while engine.tick():
-        seen.append(sum(len(rows.live) for rows in engine._stages.values()))
+        seen.append(sum(len(rows.live) for rows in engine._stages.rows.values()))
     assert max(seen) == 3
     assert all(same(future.result(timeout=0), theirs) for future, theirs in zip(futures, expected, strict=True))
 
@@ -281,7 +281,7 @@ def test_a_cancelled_request_is_out_at_the_next_tick(tiny: TextToImage, expected
     run(engine, ticks)
     assert gone.cancel() and gone.cancelled()
     engine.tick()
-    seeds = {one.row.seed for rows in engine._stages.values() for one in rows.live}
+    seeds = {one.row.seed for rows in engine._stages.rows.values() for one in rows.live}
     assert seeds == {1, 2, 3}
     assert wait([gone], timeout=0).done == {gone}
     with pytest.raises(CancelledError):

@@ -183,6 +183,21 @@ def test_what_each_takes_by_the_book(tiny: TextToImage) -> None:
     assert (zero.evaluations["decoder"], zero.decodes, zero.scores) == (2 * 8 * 10, 8, 8)
 
 
+def test_when_memory_runs_out_over_previews_fewer_are_looked_at_at_once(tiny: TextToImage) -> None:
+    asked = replace(ASKED, prompt="a star", seed=3, prior=False, search=Halving(rungs=(0.3,)))
+    sizes: list[int] = []
+
+    def short(latents: Tensor) -> Tensor:
+        sizes.append(len(latents))
+        if len(latents) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return tiny.model.decode(latents)
+
+    ours, theirs = altered(tiny, decode=short).paint([asked])[0], tiny.paint([asked])[0]
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2]  # eight previews, four pictures
+    assert ours.seeds == theirs.seeds and vars(ours.account) == vars(theirs.account)
+
+
 def test_a_draft_asks_the_prior_once(tiny: TextToImage) -> None:
     plain, draft = (tiny.paint([replace(ASKED, prior=True, search=name)])[0].account for name in ("best_of", "draft"))
     assert draft.evaluations["prior"] == plain.evaluations["prior"] > 0
@@ -197,7 +212,7 @@ def test_the_places_of_those_given_up_are_taken_at_the_next_step(tiny: TextToIma
     engine.submit(replace(one, seed=100, rerank=False, keep=None))
     seeds = []
     while engine.tick():
-        seeds.append({live.row.seed for live in engine._stages["decoder"].live})
+        seeds.append({live.row.seed for live in engine._stages.rows["decoder"].live})
     assert [len(each) for each in seeds[:4]] == [8, 8, 4, 8]  # three steps, the last of which gives four up
     assert all(seed < 100 for seed in seeds[1]) and sum(seed >= 100 for seed in seeds[3]) == 4
 
@@ -354,8 +369,8 @@ def test_a_round_begins_near_the_best_so_far(tiny: TextToImage) -> None:
 
 
 def test_turned_noise_is_unit_noise_near_its_origin(tiny: TextToImage) -> None:
-    from gen.engine import first_noise
     from gen.request import Candidate, Settings
+    from gen.stages import first_noise
     from samplers.noise import noise
 
     shape = (4, 64, 64)
@@ -481,7 +496,7 @@ def test_of_a_search_cut_short_the_nearest_picture_is_finished(tiny: TextToImage
             engine.tick()
         clock.now = 101.0
         engine.tick()
-        assert len(engine._stages["decoder"].live) == 2  # of two prompts
+        assert len(engine._stages.rows["decoder"].live) == 2  # of two prompts
         run(engine)
         assert len(future.result(timeout=0).images) == 2
 
@@ -726,7 +741,7 @@ def test_a_search_that_asks_for_nonsense_fails_its_request_alone(
     with pytest.raises(ValueError, match=message):
         gone.result(timeout=0)
     assert len(other.result(timeout=0).images) == 4
-    assert not engine._stages["decoder"].live
+    assert not engine._stages.rows["decoder"].live
 
 
 @pytest.mark.parametrize("way", ["cancelled", "refused"])

@@ -1,0 +1,152 @@
+"""From latents to pictures and CLIP's scores, for many requests at once.
+
+Finished latents wait until they make a chunk or a request waits for nothing else, are decoded and scored together,
+and where that fails the request is found that it fails for. A search's looks at unfinished pictures go through here
+too. It knows what requests have finished, and neither rows nor searches nor answers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_core.clip import CLIP
+from clip_core.score import cosine
+from gen.bucket import PROBE, Buckets, is_out_of_memory
+from gen.flight import Flight, Painted
+from gen.model import Family
+
+DECODE_CHUNK = 16  # pictures decoded and scored at once at most; the autoencoder is the largest user of memory
+
+Member = tuple[Flight[Any], int]
+"""A request and one of its candidates"""
+Fail = Callable[[Flight[Any], Exception], None]
+"""fail(request, why): it is out, and its future says so"""
+
+
+@dataclass(frozen=True, eq=False)
+class Darkroom:
+    """Where latents become pictures; see the module."""
+
+    model: Family
+    buckets: Buckets
+
+    @property
+    def clip(self) -> CLIP:
+        """The CLIP that ranks."""
+        assert self.model.clip is not None, "a ranking is refused where there is no CLIP"
+        return self.model.clip
+
+    def text(self, flight: Flight[Any], index: int) -> Tensor:
+        """CLIP's embedding (E,) of a candidate's prompt; those of a request are read together, once."""
+        if not flight.texts:
+            texts = list(dict.fromkeys(candidate.prompt for candidate in flight.job.candidates))
+            flight.texts = dict(zip(texts, self.clip.text(texts).embedding.unbind(0), strict=True))
+        return flight.texts[flight.job.candidates[index].prompt]
+
+    def develop(self, flights: Mapping[int, Flight[Any]], fail: Fail) -> None:
+        """Decode and score what has finished, once it makes a whole chunk or a request waits for nothing else.
+
+        `flights` are the requests in flight by their numbers; one that fails is out of them once `fail` was told.
+        """
+        ready: dict[tuple[int, ...], list[Member]] = {}
+        for flight in flights.values():
+            for index, latents in flight.latents.items():
+                ready.setdefault(tuple(latents.shape), []).append((flight, index))
+        for shape, members in ready.items():
+            here = [(flight, index) for flight, index in members if flight.number in flights]
+            if len(here) >= DECODE_CHUNK or any(flight.is_through for flight, _ in here):
+                self._develop(shape, here, flights, fail)
+
+    def look(self, flight: Flight[Any], candidates: Sequence[int]) -> list[float]:
+        """CLIP's cosine of candidates as they stand; the device is waited for.
+
+        Small pictures are seen through the autoencoder itself, others through what stands in for it.
+        """
+        small = self.model.is_small(flight.job.candidates[0].settings)
+        waiting, scores = deque(candidates), list[Tensor]()
+        while waiting:
+            shape = tuple(flight.estimates[waiting[0]].shape)
+            bucket = self.buckets.of("decode" if small else "preview", shape, self.model.device)
+            chunk = [waiting.popleft() for _ in range(min(len(waiting), DECODE_CHUNK, bucket.size))]
+            latents = torch.stack([flight.estimates[index] for index in chunk])
+            try:
+                pixels = self.model.decode(latents) if small else self.model.preview(latents)
+                texts = torch.stack([self.text(flight, index) for index in chunk])
+                scores.append(cosine(self._seen(pixels), texts))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not bucket.halve(len(chunk)):
+                    raise bucket.overflow(error) from error.with_traceback(None)
+                waiting.extendleft(reversed(chunk))
+                continue
+            flight.account.decodes += small * len(chunk)
+            flight.account.previews += (not small) * len(chunk)
+            flight.account.scores += len(chunk)
+        return torch.cat(scores).tolist() if scores else []
+
+    def _develop(
+        self, shape: tuple[int, ...], members: Sequence[Member], flights: Mapping[int, Flight[Any]], fail: Fail
+    ) -> None:
+        bucket, waiting = self.buckets.of("decode", shape, self.model.device), deque(members)
+        while waiting:
+            size = min(len(waiting), DECODE_CHUNK, bucket.size)
+            chunk = [waiting.popleft() for _ in range(size)]
+            try:
+                if bucket.wants_probe(size):
+                    latents = [flight.latents[index] for flight, index in chunk[:PROBE]]
+                    bucket.probe(partial(self.model.decode, torch.stack(latents)))
+                self._paint(chunk)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    self._find_fault(chunk, error, fail)
+                elif bucket.halve(size):
+                    waiting.extendleft(reversed(chunk))
+                else:
+                    self._find_fault(chunk, bucket.overflow(error), fail)
+            waiting = deque((flight, index) for flight, index in waiting if flight.number in flights)
+
+    def _find_fault(self, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:
+        """A chunk failed: the request it was of, or where there are several, those whose own pictures fail alone."""
+        shares: dict[int, list[Member]] = {}
+        for flight, index in chunk:
+            shares.setdefault(flight.number, []).append((flight, index))
+        for share in shares.values():
+            try:
+                if len(shares) == 1:
+                    raise error
+                self._paint(share)
+            except Exception as its_own:
+                fail(share[0][0], its_own)
+
+    def _paint(self, chunk: Sequence[Member]) -> None:
+        """Decode and score these latents; all of them or, where something raises, none."""
+        latents = [flight.latents[index] for flight, index in chunk]
+        pixels = self.model.decode(torch.stack(latents))
+        scores: dict[int, Tensor] = {}
+        embeddings: dict[int, Tensor] = {}
+        ranked = [place for place, (flight, _) in enumerate(chunk) if flight.job.rank]
+        if ranked:
+            texts = torch.stack([self.text(*chunk[place]) for place in ranked])
+            seen = self._seen(torch.stack([pixels[place] for place in ranked]))
+            embeddings = dict(zip(ranked, seen.unbind(0), strict=True))
+            scores = dict(zip(ranked, cosine(seen, texts).unbind(0), strict=True))
+        for place, (flight, index) in enumerate(chunk):
+            flight.paint(index, Painted(latents[place], pixels[place], scores.get(place), embeddings.get(place)))
+
+    def _seen(self, pixels: Tensor) -> Tensor:
+        """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""
+        return self.clip.image((pixels * 255).round() / 255)
+
+
+def likeness(model: Family, x0: Tensor, *, target: Tensor) -> Tensor:
+    """CLIP's cosine (B,) of estimated latents with their texts (B, E), through which a gradient is taken."""
+    assert model.clip is not None, "clip_guidance_scale is refused where there is no CLIP"
+    return cosine(model.clip.image(model.decode(x0), rounded=False), target)

@@ -1,0 +1,67 @@
+"""A model as an engine asks it; `gen.families` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from clip_core.clip import CLIP
+from gen.conditioning import Condition, Conditions, Table, Told
+from gen.prior import Prior
+from gen.request import Abilities, Candidate, Settings
+from gen.scheduler import NoiseLevels
+
+
+class Family(Protocol):
+    """What a family of checkpoints answers."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+
+    @property
+    def abilities(self) -> Abilities:
+        """What a request may ask for."""
+
+    @property
+    def levels(self) -> NoiseLevels:
+        """The decoder's."""
+
+    @property
+    def prior(self) -> Prior | None:
+        """None: there is none."""
+
+    @property
+    def clip(self) -> CLIP | None:
+        """The CLIP that ranks; None: there is none."""
+
+    def latent_shape(self, settings: Settings) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of these settings."""
+
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+        """What each candidate is told before any prior has spoken."""
+
+    def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        """The decoder's network."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """The same, cheaply and roughly."""
+
+    def is_small(self, settings: Settings) -> bool:
+        """Whether pictures are so small that a search may look at them through the autoencoder itself."""
+
+
+@runtime_checkable
+class WithImage(Protocol):
+    """A family that takes image embeddings, as every family with a prior does."""
+
+    def show(
+        self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
+    ) -> list[Condition]:
+        """What candidates are told, with an image embedding (E,) beside it."""

@@ -1,0 +1,145 @@
+"""The stages that a request's candidates go through: the prior, where there is one, and the decoder.
+
+Owns the rows of each, says what a candidate's rows are, and takes them from one stage to the next. It knows what a
+request in flight has noted, and neither who decides which of its candidates go on nor who waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from gen.bucket import UNBOUNDED, Buckets
+from gen.conditioning import Table
+from gen.darkroom import Darkroom, likeness
+from gen.flight import DECODER, PRIOR, Flight, Painted, Place, Stage, Waiting, place_of, row_of
+from gen.model import Family, WithImage
+from gen.request import Candidate
+from gen.rows import Finished, Lane, Row, Rows
+from samplers.noise import noise
+
+
+class Stages:
+    """The rows of one model; see the module."""
+
+    def __init__(self, model: Family, buckets: Buckets, darkroom: Darkroom) -> None:
+        self.model = model
+        self.darkroom = darkroom
+        self.table = Table()
+        self.rows: dict[Stage, Rows] = {}  # an embedding goes on as a picture within a tick, so the prior is first
+        if model.prior is not None:
+            network, scaling = model.prior.asked(), model.prior.levels.scaling
+            self.rows[PRIOR] = Rows(network, scaling, PRIOR, model.device, buckets)
+        self.rows[DECODER] = Rows(
+            model.call, model.levels.scaling, DECODER, model.device, buckets, partial(likeness, model)
+        )
+
+    def room(self, max_rows: int | None) -> int:
+        """How many rows may come in where so many may be in flight (None: as memory allows)."""
+        if sum(rows.filling for rows in self.rows.values()) >= 1:
+            return 0
+        return UNBOUNDED if max_rows is None else max_rows - sum(len(rows.live) for rows in self.rows.values())
+
+    def begin(self, flight: Flight[Any], candidates: Sequence[int]) -> Iterator[Waiting]:
+        """The first row of each candidate: the prior's, or the decoder's."""
+        asking = [index for index in candidates if index in flight.unspoken]
+        if asking:
+            assert self.model.prior is not None, "a request for a prior is refused where there is none"
+            keys = [Place(flight.number, index) for index in asking]
+            for row in self.model.prior.rows([flight.candidates[index] for index in asking], keys, self.table):
+                yield Waiting(PRIOR, row)
+        for index in candidates:
+            if index not in flight.unspoken:
+                yield Waiting(DECODER, self._decoder_row(flight, index))
+
+    def admit(self, chosen: Sequence[Waiting]) -> None:
+        """Let these in, at their beginning or where they were halted."""
+        for stage, rows in self.rows.items():
+            here = [row for where, row in chosen if where == stage]
+            rows.admit([row for row in here if isinstance(row, Row)])
+            rows.resume([lane for lane in here if isinstance(lane, Lane)])
+
+    def go_on(self, flight: Flight[Any], stage: Stage, finished: Sequence[Finished]) -> None:
+        """Where rows of a request go from a stage's end: from the prior to the decoder, from there to be decoded."""
+        indices = [place_of(one.row).candidate for one in finished]
+        if stage == PRIOR:
+            assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
+            told = [flight.told[index] for index in indices]
+            embeds = self.model.prior.embeds([one.x for one in finished]).unbind(0)
+            candidates = [flight.candidates[index] for index in indices]
+            prompts = self.model.show(candidates, [prompt for prompt, _ in told], embeds)
+            for index, prompt, (_, null) in zip(indices, prompts, told, strict=True):
+                flight.told[index] = (prompt, null)
+            flight.unspoken.difference_update(indices)
+            self.rows[DECODER].admit([self._decoder_row(flight, index) for index in indices])
+            return
+        for index, one in zip(indices, finished, strict=True):
+            if place_of(one.row).is_draft:
+                flight.estimates[index] = one.x
+                del flight.goals[index]
+            else:
+                flight.latents[index] = one.x
+                if not flight.wants_pixels:
+                    flight.paint(index, Painted(one.x))
+
+    def halt(self, flight: Flight[Any], candidates: Collection[int]) -> None:
+        """Take rows of the decoder that stand still out of their batch."""
+        if candidates:
+            halted = self.rows[DECODER].halt(flight.places(candidates))
+            flight.halted |= {place_of(row_of(lane)).candidate: lane for lane in halted.values()}
+            flight.halting.difference_update(list(candidates))
+
+    def branch(self, flight: Flight[Any], source: int, target: int) -> Lane:
+        """A copy of a halted row that goes on as another candidate, by the noise of that one's seed."""
+        place = Place(flight.number, target)
+        return self.rows[DECODER].branch(flight.halted[source], place, flight.candidates[target].seed)
+
+    def drop(self, places: AbstractSet[Hashable]) -> None:
+        """Give up the rows of these keys, wherever they are."""
+        for rows in self.rows.values():
+            rows.drop(places)
+
+    def _decoder_row(self, flight: Flight[Any], index: int) -> Row:
+        candidate, levels, told = flight.candidates[index], self.model.levels, flight.told[index]
+        settings, draft_steps = candidate.settings, flight.goals[index].draft_steps
+        shape = self.model.latent_shape(settings)
+        return Row(
+            key=Place(flight.number, index, draft_steps is not None),
+            seed=candidate.seed,
+            shape=shape,
+            schedule=levels.schedule(settings.sampler, draft_steps or settings.num_inference_steps),
+            sampler=settings.sampler,
+            prompt=told[0],
+            null=told[1],
+            guidance_scale=settings.guidance_scale,
+            guidance_interval=settings.guidance_interval,
+            guidance_rescale=settings.guidance_rescale,
+            guide=settings.guide,
+            thresholding=settings.dynamic_thresholding,
+            clip_guidance_scale=settings.clip_guidance_scale,
+            target=self.darkroom.text(flight, index) if settings.clip_guidance_scale else None,
+            options=levels.options(settings.sampler) | settings.sampler_options,
+            start=first_noise(candidate, shape),
+            past=tuple((before.seed, before.steps) for before in candidate.noise_path),
+        )
+
+
+def first_noise(candidate: Candidate, shape: Sequence[int]) -> Tensor | None:
+    """Unit noise that a candidate's decoder begins with; None: block 0 of its own seed's."""
+    if not candidate.noise_path:
+        return candidate.latents
+    seeds = [*(before.seed for before in candidate.noise_path), candidate.seed]
+    x = noise(seeds[:1], DECODER, 0, shape)[0]
+    for before, seed in zip(candidate.noise_path, seeds[1:], strict=True):
+        if before.steps == 0:
+            x = turned(x, noise([seed], DECODER, 0, shape)[0], before.share)
+    return x
+
+
+def turned(x: Tensor, fresh: Tensor, share: float) -> Tensor:
+    """Unit noise that is `share` fresh."""
+    return (1 - share**2) ** 0.5 * x + share * fresh
