@@ -1,6 +1,6 @@
 """The verbs that paint and look: generate, score, info, reproduce.
 
-Owns: options, folders, what is printed. A verb is a plain function that typer reads; heavy libraries are
+Owns: options and what is printed. A verb is a plain function that typer reads; heavy libraries are
 imported when it runs, so that `unclip VERB --help` answers at once. What Python callers need too is decided
 elsewhere. Standard output has the answer (with --json one object and nothing else), standard error the rest.
 """
@@ -8,21 +8,17 @@ elsewhere. Standard output has the answer (with --json one object and nothing el
 import json
 import re
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
-from itertools import count
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
 
+from gen.output_folder import output_folder
 from gen.picture import contact_sheet, largest_difference, read_picture, read_png, write_png
+from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:
     from gen.pipeline import Result, TextToImage
@@ -30,31 +26,6 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
-
-# How Python's words are said on the command line; errors raised below speak Python's.
-FLAGS = {"diverse=True": "--diverse"}
-FLAGS |= {
-    "rerank=True": "--rerank",
-    "rerank=False": "--no-rerank",
-    "prior=True": "--prior",
-    "prior=False": "--no-prior",
-}
-OPTIONS = {
-    "num_images_per_prompt": "-n",
-    "prior_num_inference_steps": "--prior-steps",
-    "prior_guidance_scale": "--prior-guidance",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "negative_prompt": "--negative",
-}
-ALIKE = [  # by Python's own name
-    *("search", "budget", "clip"),
-    *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
-    *("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
-    *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
-    *("thresholding", "dynamic_thresholding_ratio"),
-]
-OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -144,8 +115,8 @@ def generate(
     Writes the kept pictures, best first, and sheet.png with every candidate. Other defaults are the model's.
     """
     started = time.perf_counter()
-    with _speaking("generate"), _output_folder(out) as folder:
-        _check_text(prompt, negative or "")
+    with speaking("generate"), output_folder(out) as folder:
+        check_text(prompt, negative or "")
         painter = _load(model, attention, weak_unet, clip)
         loaded = time.perf_counter()
         from gen.request import Request
@@ -195,7 +166,7 @@ def generate(
         foreign = painter.card.unknown_words(prompt)
         note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
         if note:
-            _say("generate", note)
+            say("generate", note)
         # Of a plain best-of-N all come back, best first, for the sheet shows them all; the first `keep` become files.
         shows_all = search in (None, "best_of") and budget is None and not diverse
         show = not quiet and sys.stderr.isatty()
@@ -255,8 +226,8 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Say how well IMAGE fits each TEXT: the cosine of their CLIP embeddings, from -1 to 1."""
-    with _speaking("score"):
-        _check_text(*texts)
+    with speaking("score"):
+        check_text(*texts)
         if any(not text.strip() for text in texts):
             raise ValueError("a text is empty; say in words what the picture may show")
         paths = [image, *(more or [])]
@@ -279,8 +250,10 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Tell what a model is made of, what it knows, how it was trained and what it reaches."""
-    with _speaking("info"):
-        facts = _facts(model)
+    with speaking("info"):
+        from gen.facts import facts_of, lines_of
+
+        facts = facts_of(model)
     if as_json:
         print(json.dumps(facts))
         return
@@ -288,7 +261,7 @@ def info(
     for name, part in facts["parts"].items():
         print(f"  {name:<24} {part['class']:<28} {part['parameters']:>13,} parameters {_size(part['bytes']):>9}")
     print(f"  {'together':<53} {facts['parameters']:>13,} parameters {_size(facts['bytes']):>9}")
-    for line in _tree(facts["card"]):
+    for line in lines_of(facts["card"]):
         print(line)
 
 
@@ -298,19 +271,25 @@ def reproduce(
         str | None,
         typer.Option("--model", "-m", metavar="NAME", help="Where the model is now (default: as recorded)."),
     ] = None,
+    weak_unet: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the weaker UNet is now, if it was guided by one.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Paint FILE.png again from its own record; exit status 1 when a pixel is more than one level off."""
-    with _speaking("reproduce"):
+    with speaking("reproduce"):
         image, record = read_png(picture)
         recorded = record.get("model")
         if model is None and not isinstance(recorded, str):
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
             raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
+        for name, kind in (("settings", dict), ("weak_unet", str), ("clip", str)):
+            if not isinstance(record.get(name, kind()), kind):
+                raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
         guided = record.get("settings", {}).get("clip_guidance_scale")  # or no CLIP is asked
         clip = record.get("clip") if guided else None
-        painter = _load(model or str(recorded), weak_unet=record.get("weak_unet"), clip=clip)
+        painter = _load(model or str(recorded), weak_unet=weak_unet or record.get("weak_unet"), clip=clip)
         from gen.pipeline import as_output
 
         again = as_output([painter.repaint(record)], "pil")
@@ -332,52 +311,6 @@ def reproduce(
         raise typer.Exit(1)
 
 
-@contextmanager
-def _speaking(verb: str) -> Iterator[None]:
-    """While a verb works: errors in the command line's words, warnings in one line, standard output clean."""
-
-    def warn(message: Warning | str, category: type[Warning], *where: object) -> None:
-        if issubclass(category, UserWarning) and (line := _in_options(str(message))) not in said:
-            said.add(line)
-            _say(verb, line)
-
-    said: set[str] = set()
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")  # a library's deprecations are no news to who paints
-        warnings.filterwarnings("always", message=r".* is ignored: ", category=UserWarning)
-        warnings.showwarning = warn  # type: ignore[assignment]
-        try:
-            yield
-        except ValueError as error:
-            error.args = (_in_options(str(error)),)
-            raise
-
-
-def _say(verb: str, message: str) -> None:
-    """One line on standard error."""
-    print(f"unclip {verb}: {message}", file=sys.stderr)
-
-
-def _in_options(message: str) -> str:
-    """A message in the command line's words: `--steps` where Python says `num_inference_steps`."""
-    for word, flag in FLAGS.items():
-        message = message.replace(word, flag)
-    for name, option in OPTIONS.items():
-        message = re.sub(rf"\b{name}=", f"{option} ", message)
-        if "_" in name:  # the others are English words too, and mean themselves without a value
-            message = re.sub(rf"\b{name}\b", option, message)
-    return message
-
-
-def _check_text(*texts: str) -> None:
-    """ValueError for bytes of the command line that are no text; Python holds them as lone surrogates."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{text!r} is not text in UTF-8; set the terminal to UTF-8") from None
-
-
 def _load(
     name: str, attention: str = "auto", weak_unet: Path | str | None = None, clip: str | None = None
 ) -> "TextToImage":
@@ -385,54 +318,6 @@ def _load(
     from gen.pipeline import TextToImage
 
     return TextToImage.from_pretrained(name, attention=attention, weak_unet=weak_unet, clip=clip)
-
-
-@contextmanager
-def _output_folder(out: Path) -> Iterator[Path]:
-    """A folder for this run alone, proved writable before any work; gone again when nothing came into it.
-
-    `out` itself where it is new or empty, else the first free of `out/002`, `out/003`, ... A hidden file holds
-    it meanwhile, so that a run which starts before this one has written anything takes another.
-    """
-    made: list[Path] = []
-    try:
-        folder = _make_folder(out, made)
-        claim = tempfile.NamedTemporaryFile(prefix=".unclip-", dir=folder)  # noqa: SIM115 - closed below
-    except OSError as error:
-        _remove_empty(made)
-        reason = error.strerror or str(error)
-        raise ValueError(f"out folder '{out}' cannot be written ({reason}); choose another with --out DIR") from None
-    try:
-        with claim:
-            yield folder
-    except BaseException:
-        _remove_empty(made)
-        raise
-
-
-def _make_folder(out: Path, made: list[Path]) -> Path:
-    """`out`, or where it holds something its first free number, made with its parents; what was made is added."""
-    while True:
-        folder = out
-        if out.is_dir() and any(out.iterdir()):
-            folder = next(path for number in count(2) if not (path := out / f"{number:03d}").exists())
-        try:
-            for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
-                path.mkdir()
-                made.append(path)
-            return folder
-        except FileExistsError:  # another run was quicker
-            if not folder.is_dir():
-                raise
-
-
-def _remove_empty(made: list[Path]) -> None:
-    """Take away the folders that this run made, innermost first, as far as they are empty."""
-    for path in reversed(made):
-        try:
-            path.rmdir()
-        except OSError:
-            return
 
 
 def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:
@@ -488,60 +373,6 @@ def _cosines(model: str, pictures: list[Image.Image], texts: list[str]) -> list[
         embeddings = clip.image(pictures)  # (B, E)
         scores = [clip.score(one.expand(len(texts), -1), texts) for one in embeddings]  # (T,) each
     return [[float(value) for value in row] for row in scores]
-
-
-def _facts(name: str) -> dict[str, Any]:
-    """Everything `info` tells, from the folder's files; no weight is read, only their headers."""
-    from safetensors import safe_open
-
-    from gen.checkpoint import INDEX, Card, check_weights, find, folder_hash, listed, read_json, weight_files
-
-    folder = find(name)
-    index = read_json(folder / INDEX)
-    classes = {part: class_name for part, (_, class_name) in listed(index).items()}
-    hashed = sorted([*classes, "clip"])
-    if (folder / "clip").is_dir():
-        classes["clip"] = read_json(folder / "clip" / "config.json").get("architectures", ["CLIPModel"])[0]
-    parts = {}
-    for part, kind in classes.items():
-        if not (folder / part).is_dir():
-            raise ValueError(f"model part '{folder / part}' is missing; the folder is not complete")
-        files = [path for path in (folder / part).rglob("*") if path.is_file()]
-        paths = weight_files(folder / part)
-        if paths:
-            check_weights(folder / part)
-        parameters = 0
-        for path in paths:
-            with safe_open(path, "np") as weights:
-                parameters += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-        parts[part] = {"class": kind, "parameters": parameters, "bytes": sum(f.stat().st_size for f in files)}
-    return {
-        "name": name,
-        "folder": str(folder),
-        "family": index.get("_class_name", ""),
-        "hash": folder_hash(folder, hashed),
-        "parts": parts,
-        "parameters": sum(part["parameters"] for part in parts.values()),
-        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        "card": Card.read(folder).to_json(),
-    }
-
-
-def _tree(told: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """Nested facts as lines, one fact each; a list of words in one line, of sentences one to a line."""
-    for name, value in told.items():
-        if isinstance(value, dict):
-            yield f"{indent}{name}:"
-            yield from _tree(value, indent + "  ")
-        elif isinstance(value, list) and any(isinstance(one, str) and " " in one for one in value):
-            yield f"{indent}{name}:"
-            yield from (f"{indent}  {one}" for one in value)
-        elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
-            yield f"{indent}{name}:"
-            for number, one in enumerate(value, 1):
-                yield from _tree(one if isinstance(one, dict) else {str(number): one}, indent + "  ")
-        else:
-            yield f"{indent}{name}: {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _size(num_bytes: int) -> str:

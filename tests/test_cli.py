@@ -17,7 +17,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 
-from gen import cli, command
+from gen import command
+from gen.output_folder import output_folder
 from gen.picture import read_png
 from tests.tiny import make_tiny_stable_unclip
 
@@ -200,6 +201,9 @@ def test_a_seed_paints_the_same_pictures_and_settings_reach_the_painter(
     options = ["--guidance-rule", "autoguidance", "--weak-unet", tiny / "unet"]
     told = answer(capsys, *common, "--out", tmp_path / "auto", *options)
     assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
+    moved = shutil.copytree(tiny / "unet", tmp_path / "moved")
+    found = answer(capsys, "reproduce", told["pictures"][0]["path"], "--weak-unet", moved)
+    assert found["reproduced"] is True
     options = "--prior --prior-steps 2 --prior-guidance 1.5"
     told = answer(capsys, *common, "--out", tmp_path / "third", *options.split())
     wanted = {"prior": True, "prior_num_inference_steps": 2, "prior_guidance_scale": 1.5}
@@ -219,7 +223,7 @@ def test_a_filled_folder_is_left_alone(tiny: Path, tmp_path: Path, capsys: pytes
 
 def test_two_runs_at_once_take_two_folders(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with cli._output_folder(out) as first, cli._output_folder(out) as second, cli._output_folder(out) as third:
+    with output_folder(out) as first, output_folder(out) as second, output_folder(out) as third:
         assert (first, second, third) == (out, out / "002", out / "003")
         for folder in (first, second):
             (folder / "0001.png").write_bytes(b"")
@@ -492,6 +496,9 @@ def test_reproduce_refuses_what_it_cannot_repaint(
         lacking = {key: value for key, value in record.items() if key != name}
         said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"no-{name}.png", lacking))
         assert f"no {name}" in said or f"no '{name}'" in said
+    for name, damage in (("settings", [1]), ("weak_unet", 3), ("clip", {}), ("noise_path", 7)):
+        said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"{name}.png", record | {name: damage}))
+        assert "is damaged: its " in said
     gone = rewrite(source, tmp_path / "gone.png", record | {"model": "nowhere"})
     assert "'nowhere' is unknown" in refused(capsys, "reproduce", gone)
     assert answer(capsys, "reproduce", gone, "--model", tiny)["reproduced"] is True

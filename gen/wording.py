@@ -1,0 +1,80 @@
+"""How Python's words are said on the command line, and what a verb says while it works.
+
+Errors and warnings speak Python's words; here they become the options that were typed, one line each.
+"""
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+FLAGS = {"diverse=True": "--diverse"}
+FLAGS |= {
+    "rerank=True": "--rerank",
+    "rerank=False": "--no-rerank",
+    "prior=True": "--prior",
+    "prior=False": "--no-prior",
+}
+OPTIONS = {
+    "num_images_per_prompt": "-n",
+    "prior_num_inference_steps": "--prior-steps",
+    "prior_guidance_scale": "--prior-guidance",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative",
+}
+ALIKE = [  # by Python's own name
+    *("search", "budget", "clip"),
+    *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
+    *("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
+    *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
+    *("thresholding", "dynamic_thresholding_ratio"),
+]
+OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}
+
+
+@contextmanager
+def speaking(verb: str) -> Iterator[None]:
+    """While a verb works: errors in the command line's words, warnings in one line, standard output clean."""
+
+    def warn(message: Warning | str, category: type[Warning], *where: object) -> None:
+        if issubclass(category, UserWarning) and (line := in_options(str(message))) not in said:
+            said.add(line)
+            say(verb, line)
+
+    said: set[str] = set()
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")  # a library's deprecations are no news to who paints
+        warnings.filterwarnings("always", message=r".* is ignored: ", category=UserWarning)
+        warnings.showwarning = warn  # type: ignore[assignment]
+        try:
+            yield
+        except ValueError as error:
+            error.args = (in_options(str(error)),)
+            raise
+
+
+def say(verb: str, message: str) -> None:
+    """One line on standard error."""
+    print(f"unclip {verb}: {message}", file=sys.stderr)
+
+
+def in_options(message: str) -> str:
+    """A message in the command line's words: `--steps` where Python says `num_inference_steps`."""
+    for word, flag in FLAGS.items():
+        message = message.replace(word, flag)
+    for name, option in OPTIONS.items():
+        message = re.sub(rf"\b{name}=", f"{option} ", message)
+        if "_" in name:  # the others are English words too, and mean themselves without a value
+            message = re.sub(rf"\b{name}\b", option, message)
+    return message
+
+
+def check_text(*texts: str) -> None:
+    """ValueError for bytes of the command line that are no text; Python holds them as lone surrogates."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{text!r} is not text in UTF-8; set the terminal to UTF-8") from None
