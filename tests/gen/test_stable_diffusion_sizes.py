@@ -1,0 +1,161 @@
+"""Stable Diffusion 1.5, 2.1 and XL at full size, without memory: every part on the meta device, shapes all the way.
+
+The configurations are the published ones. That they are is known from how many numbers the published files hold, and
+that we take them, from the stock classes' own keys and shapes going in and coming out, with a call of each network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from gen.checkpoint import Card, Parts, part_class
+from gen.conditioning import Conditions, Table
+from gen.families import FAMILIES
+from gen.request import Request
+from tests.tiny import tiny_tokenizer
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+BLOCKS = {"down_block_types": DOWN, "up_block_types": UP, "block_out_channels": (320, 640, 1280, 1280)}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
+OPEN_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+
+FULL: dict[str, dict[str, Any]] = {
+    "1.5": {
+        "class": StableDiffusionPipeline,
+        "unet": {**BLOCKS, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        "vae": {**VAE, "sample_size": 512, "scaling_factor": 0.18215},
+        "text_encoder": CLIP_L,
+        "scheduler": PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False),
+        "numbers": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+        "paints": (512, "pndm", "eps"),
+    },
+    "2.1": {
+        "class": StableDiffusionPipeline,
+        "unet": {
+            **BLOCKS,
+            "sample_size": 96,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+        "vae": {**VAE, "sample_size": 768, "scaling_factor": 0.18215},
+        "text_encoder": {**OPEN_CLIP_H, "hidden_act": "gelu"},
+        "scheduler": DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"),
+        "numbers": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+        "paints": (768, "ddim", "v"),
+    },
+    "XL": {
+        "class": StableDiffusionXLPipeline,
+        "unet": {
+            "sample_size": 128,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        "vae": {**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+        "text_encoder": CLIP_L,
+        "text_encoder_2": {**OPEN_CLIP_G, "hidden_act": "gelu", "projection_dim": 1280},
+        "scheduler": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
+        "numbers": {
+            "unet": 2_567_463_684,
+            "vae": 83_653_863,
+            "text_encoder": 123_060_480,
+            "text_encoder_2": 694_659_840,
+        },
+        "paints": (1024, "euler", "eps"),
+    },
+}
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def at_full_size(full: dict[str, Any]) -> dict[str, Any]:
+    """Parts by their names; networks of the classes that our loader takes, on the meta device."""
+    tokenizer = tiny_tokenizer()  # its words are of no account here, the length is
+    tokenizer.model_max_length = 77
+    where = Path("model_index.json")
+    text = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
+    with torch.device("meta"):
+        parts: dict[str, Any] = {
+            "unet": part_class("diffusers", "UNet2DConditionModel", where)(**full["unet"]),
+            "vae": part_class("diffusers", "AutoencoderKL", where)(**full["vae"]),
+            "text_encoder": part_class("transformers", "CLIPTextModel", where)(
+                CLIPTextConfig(**text, **full["text_encoder"])
+            ),
+        }
+        if "text_encoder_2" in full:
+            kind = part_class("transformers", "CLIPTextModelWithProjection", where)
+            parts["text_encoder_2"] = kind(CLIPTextConfig(**text, **full["text_encoder_2"]))
+            parts["tokenizer_2"] = tokenizer
+    return parts | {"tokenizer": tokenizer, "scheduler": full["scheduler"]}
+
+
+@pytest.mark.parametrize("name", FULL)
+@torch.no_grad()
+def test_full_size(name: str) -> None:
+    full = FULL[name]
+    parts = at_full_size(full)
+    for part, number in full["numbers"].items():
+        assert sum(weight.numel() for weight in parts[part].parameters()) == number, part
+
+    family = FAMILIES[full["class"].__name__]
+    model = family.of(Parts(full["class"].__name__, parts, None, Card(), Path(name)))
+    size, sampler, kind = full["paints"]
+    settings = model.abilities.defaults
+    assert (settings.height, settings.width, settings.sampler) == (size, size, sampler)
+    assert model.levels.scaling.kind == kind
+
+    stock = full["class"](**parts, **({} if family.SAVED_AS.endswith("XLPipeline") else UNCHECKED))
+    ours = {part: module for part, module in model.parts().items() if isinstance(module, nn.Module)}
+    theirs = {part: module for part, module in stock.components.items() if isinstance(module, nn.Module)}
+    assert {part: shapes(module) for part, module in ours.items()} == {
+        part: shapes(module) for part, module in theirs.items()
+    }
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    kinds |= {"text_encoder_2": CLIPTextModelWithProjection}
+    assert {part: type(module) for part, module in ours.items()} == {part: kinds[part] for part in ours}
+    assert isinstance(model.text.tokenizer, CLIPTokenizer)
+
+    # a prompt and its null through towers, UNet and autoencoder
+    (candidate,) = Request(prompt="a star", seed=0).resolve(model.abilities).candidates
+    ((prompt, null),) = model.tell([candidate], Table())
+    assert null is not None and prompt.tokens is not None and null.tokens is not None
+    assert prompt.tokens.shape == null.tokens.shape == (77, full["unet"]["cross_attention_dim"])
+    x = torch.empty(2, *model.latent_shape(settings), device="meta")
+    assert x.shape[1:] == (4, size // 8, size // 8)
+    assert model.call(x, torch.empty(2, device="meta"), Conditions((null, prompt))).shape == x.shape
+    assert model.decode(x).shape == (2, 3, size, size)
