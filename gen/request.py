@@ -464,7 +464,10 @@ def check_settings(settings: Settings, able: Abilities) -> None:
     if real("clip_guidance_scale", settings.clip_guidance_scale, 0.0) and not able.can_rank:
         raise ValueError("clip_guidance_scale was given, but this model has no clip/ to guide by; leave it out")
     real("thresholding", settings.thresholding, 0.0)
-    real("dynamic_thresholding_ratio", settings.dynamic_thresholding_ratio, 0.0, 1.0)
+    if real("dynamic_thresholding_ratio", settings.dynamic_thresholding_ratio, 0.0, 1.0) == 0:
+        raise ValueError(
+            "dynamic_thresholding_ratio=0 is out of range; give a share above 0, or thresholding=0 for off"
+        )
     one_of("sampler", settings.sampler, sorted(SAMPLERS))
     check_sampler_options(settings)
     if settings.guidance_interval is not None:

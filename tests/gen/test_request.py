@@ -74,6 +74,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "clip_guidance_scale needs the prompt as text",
     ),
     ({"thresholding": -1}, "thresholding=-1 .* 0 or more"),
+    ({"dynamic_thresholding_ratio": 0.0}, "dynamic_thresholding_ratio=0 is out of range; give a share above 0"),
     ({"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio=99.5 .* from 0 to 1"),
     ({"clip_skip": 2}, "clip_skip=2 .* from 0 to 1"),
     ({"noise_level": 1000}, "noise_level=1000 .* from 0 to 999"),
