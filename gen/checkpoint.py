@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,11 +35,14 @@ from clip_core.load import load_tokenizer
 from clip_core.text import with_projection, without_projection
 from gen.request import JSON
 
+logger = logging.getLogger(__name__)
+
 ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
 HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]  # what is fetched: never pickle, never code, no single file
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that nothing here asks
 HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin", *(f"{name}/*" for name in UNUSED)]
+NAMED = 5  # weights that an error names
 OURS: dict[str, type] = {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer}  # not in diffusers' top level
 
 
@@ -185,13 +188,28 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
             return kind.from_pretrained(folder)  # type: ignore[attr-defined]
     read_json(folder / "config.json")
     check_weights(folder)
+    words: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "low_cpu_mem_usage": True}
+    if issubclass(kind, transformers.PreTrainedModel):  # reports misshaped weights; diffusers raises and names one
+        words |= {"dtype": dtype, "ignore_mismatched_sizes": True}
+    else:
+        words["torch_dtype"] = dtype
     with damaged(folder), quiet():
-        words = {"use_safetensors": True, "output_loading_info": True, "low_cpu_mem_usage": True}
-        words["dtype" if issubclass(kind, transformers.PreTrainedModel) else "torch_dtype"] = dtype  # type: ignore
         module, report = kind.from_pretrained(folder, **words)  # type: ignore[attr-defined]
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model part '{folder}' is damaged: weight {missing[0]} is missing")
+        raise ValueError(f"model part '{folder}' is damaged: {named(missing)} missing")
+    if misshaped := sorted(f"{key} {tuple(given)}" for key, given, _ in report["mismatched_keys"]):
+        raise ValueError(f"model part '{folder}' is damaged: {named(misshaped)} of another shape than its config.json")
+    if extra := sorted(key for key in report["unexpected_keys"] if not key.endswith("position_ids")):
+        logger.warning("model part '%s' has more than its config.json asks for: %s not read", folder, named(extra))
     return module.to(device).eval().requires_grad_(False)
+
+
+def named(keys: Sequence[str]) -> str:
+    """Weights by name, the first five of them and how many more there are, with the verb."""
+    if len(keys) == 1:
+        return f"weight {keys[0]} is"
+    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return f"weights {', '.join(keys[:NAMED])}{more} are"
 
 
 def load_clip(name_or_folder: str | Path, device: torch.device | str, dtype: torch.dtype) -> CLIP:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gen import Request, TextToImage
 from gen.scheduler import STOCK
@@ -205,6 +208,38 @@ def test_weights_named_as_published_files_name_them(copy: Path, models: dict[str
         for each in (models["1"], TextToImage.from_pretrained(copy, device="cpu"))
     )
     assert torch.equal(ours, again)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_weights_that_do_not_fit_are_named(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first five and how many more, whichever library reads them."""
+    text, unet = copy / "text_encoder" / "model.safetensors", copy / "unet" / "diffusion_pytorch_model.safetensors"
+    kept = {path: path.read_bytes() for path in (text, unet)}
+
+    def refused(path: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+        rewritten(path, change)
+        with pytest.raises(ValueError, match=message) as caught:
+            TextToImage.from_pretrained(copy, device="cpu")
+        assert "\n" not in str(caught.value)
+        path.write_bytes(kept[path])
+
+    for path in kept:
+        six = sorted(load_file(path))[:6]
+        told = "is damaged: weights " + ", ".join(re.escape(name) for name in six[:5]) + " and 1 more are missing"
+        refused(path, lambda weights, six=six: [weights.pop(name) for name in six], told)  # type: ignore[misc]
+    norm = torch.zeros(3)
+    refused(
+        text, lambda weights: weights.update({"final_layer_norm.bias": norm}), r"norm.bias \(3,\) is of another shape"
+    )
+    refused(unet, lambda weights: weights.update({"conv_in.bias": norm}), "unet' cannot be loaded: .*conv_in.bias")
+    rewritten(text, lambda weights: weights.update({"extra.weight": norm}))
+    TextToImage.from_pretrained(copy, device="cpu")
+    assert "weight extra.weight is not read" in caplog.text
 
 
 def test_outdated_configurations_are_read_as_stock_reads_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
