@@ -308,7 +308,8 @@ def damaged(folder: Path) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """No progress bars while a part loads; a missing weight is raised by us and needs no report."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    names = ("transformers.modeling_utils", "diffusers.models.modeling_utils")
+    names = ["transformers.modeling_utils", "diffusers.models.modeling_utils"]
+    names.append("transformers.distributed.tensor_parallel")  # that layers are not sharded, where nobody asked for it
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     transformers.utils.logging.disable_progress_bar()

@@ -274,8 +274,10 @@ class Request:
             raise ValueError(f"keep={keep} is more than num_images_per_prompt={n}; keep at most what is painted")
         rank = self._rank(able)
         if keep < n and not rank:
-            why = "rerank=False" if able.can_rank else "this model has no clip/ to rank with"
-            raise ValueError(f"keep={keep} of {n} needs a ranking, but {why}; leave keep out, or let it rank")
+            why, cure = "rerank=False", "let it rank"
+            if not able.can_rank:
+                why, cure = "this model has no clip/ to rank with", "load it with clip=NAME"
+            raise ValueError(f"keep={keep} of {n} needs a ranking, but {why}; leave keep out, or {cure}")
         search = self._search(rank, keep < n)
         one_of("output_type", self.output_type, OUTPUT_TYPES)
         settings = self._settings(able)
