@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
-FLAGS = {"diverse=True": "--diverse"}
-FLAGS |= {
+FLAGS = {
+    "diverse=True": "--diverse",
     "rerank=True": "--rerank",
     "rerank=False": "--no-rerank",
     "prior=True": "--prior",

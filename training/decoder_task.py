@@ -2,7 +2,8 @@
 
 The network is diffusers' UNet2DConditionModel in the Stable unCLIP layout. Each example drops its text, its image
 embedding or both at random (Ho & Salimans 2022), so one decoder serves text alone, the unCLIP way (Ramesh et al. 2022)
-and guidance. The loss is weighted by Min-SNR-gamma (Hang et al. 2023).
+and guidance. The loss is weighted by Min-SNR-gamma (Hang et al. 2023); beside it the UNet's middle features may be led
+towards CLIP's patch tokens (alignment.py).
 """
 
 from __future__ import annotations

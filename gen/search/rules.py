@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import atan2, ceil, cos, pi, sin, sqrt
+from math import ceil, sqrt
 
 import torch
+from scipy.special import stdtr
 from torch import Tensor
 
 from gen.search.field import Asked, Field, Go, Moves, Scout, Search
@@ -30,6 +31,13 @@ def best(scores: Mapping[int, float], number: int) -> list[int]:
 def previewed(field: Field, candidates: Sequence[int]) -> dict[int, float]:
     """How the previews of these candidates score."""
     return dict(zip(candidates, field.previews(candidates), strict=True))
+
+
+def narrowed(field: Field, candidates: Sequence[int], number: int) -> list[int]:
+    """Those whose previews score best; the others are given up."""
+    chosen = sorted(best(previewed(field, candidates), number))
+    field.drop([index for index in candidates if index not in chosen])
+    return chosen
 
 
 def steps_of(share: float, num_steps: int) -> int:
@@ -92,9 +100,7 @@ class Halving:
             if step >= field.num_steps or number >= len(here):
                 break
             yield Go(here, until=step)
-            chosen = sorted(best(previewed(field, here), number))
-            field.drop([index for index in here if index not in chosen])
-            here = chosen
+            here = narrowed(field, here, number)
         yield Go(here)
 
 
@@ -121,9 +127,7 @@ class Draft:
         number = max(ceil(SPARE * field.keep), ceil(self.goes_on * len(here)))
         if number < len(here):
             yield Scout(here, steps_of(self.steps, field.num_steps))
-            chosen = sorted(best(previewed(field, here), number))
-            field.drop([index for index in here if index not in chosen])
-            here = chosen
+            here = narrowed(field, here, number)
         yield Go(here)
 
 
@@ -290,20 +294,8 @@ def overtaking(looks: Sequence[float], scores: Sequence[float], others: Sequence
     for x in others:
         error = sqrt(off / (number - 2) * (1 + 1 / number + (x - middle) ** 2 / spread))
         ahead = bound - mean - slope * (x - middle)
-        chances.append(student_tail(ahead / error, number - 2) if error > 0 else float(ahead < 0))
+        chances.append(float(stdtr(number - 2, -ahead / error)) if error > 0 else float(ahead < 0))
     return chances
-
-
-def student_tail(t: float, degrees: int) -> float:
-    """P(T > t) of Student's distribution with a whole number of degrees (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-    angle = atan2(t, sqrt(degrees))
-    sine, cosine = sin(angle), cos(angle)
-    total, term = 0.0, cosine if degrees % 2 else 1.0
-    for k in range(degrees % 2, degrees - 1, 2):
-        total += term
-        term *= cosine**2 * (k + 1) / (k + 2)
-    inside = 2 / pi * (angle + sine * total) if degrees % 2 else sine * total
-    return (1 - inside) / 2
 
 
 def in_rounds(search: Search, field: Field) -> Moves:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from gen.search import (
     ZeroOrder,
     diverse_first,
 )
-from gen.search.rules import overtaking, resampled, student_tail
+from gen.search.rules import LINE, overtaking, resampled
 
 LEVEL = 1 / 255  # one 8-bit level
 STEPS = 10
@@ -291,10 +292,17 @@ def test_a_race_is_lost_no_more_often_than_its_risk_says() -> None:
 @pytest.mark.parametrize(
     ("t", "degrees"), [(12.7062, 1), (4.30265, 2), (3.18245, 3), (2.77645, 4), (2.57058, 5), (2.08596, 20)]
 )
-def test_students_tail_against_the_printed_table(t: float, degrees: int) -> None:
-    assert student_tail(t, degrees) == pytest.approx(0.025, abs=1e-6)
-    assert student_tail(-t, degrees) == pytest.approx(0.975, abs=1e-6)
-    assert student_tail(0.0, degrees) == pytest.approx(0.5)
+def test_a_bound_at_the_printed_tables_distance_is_passed_once_in_forty(t: float, degrees: int) -> None:
+    """Student's table (two sides, 5 %) on the prediction interval of a line, worked out by least squares."""
+    rng = np.random.default_rng(degrees)
+    looks, scores, other = rng.normal(size=degrees + 2), rng.normal(size=degrees + 2), 0.7
+    design = np.stack([np.ones_like(looks), looks], axis=1)
+    line, residual, *_ = np.linalg.lstsq(design, scores, rcond=None)
+    at = np.array([1.0, other])
+    error = np.sqrt(residual[0] / degrees * (1 + at @ np.linalg.inv(design.T @ design) @ at))
+    for bound, chance in ((t * error, 0.025), (-t * error, 0.975), (0.0, 0.5)):
+        found = overtaking(looks.tolist(), scores.tolist(), [other], float(at @ line + bound))
+        assert found == [pytest.approx(chance if degrees + 2 >= LINE else 1.0, abs=1e-5)]
 
 
 def test_too_few_finished_or_all_alike_say_nothing() -> None:

@@ -12,7 +12,7 @@ from training.recipe import TrainSection
 
 
 def net() -> nn.Sequential:
-    """By name: a convolution from pixels, a hidden one, a norm, a hidden matrix, an embedding's stand-in, a head."""
+    """A convolution from pixels, a hidden one ("1"), a norm, a hidden matrix ("4"), a narrow head."""
     torch.manual_seed(0)
     hidden = [nn.Conv2d(16, 24, 3, padding=1), nn.GroupNorm(4, 24), nn.Flatten(), nn.Linear(24 * 16, 32)]
     return nn.Sequential(nn.Conv2d(3, 16, 1), *hidden, nn.Linear(32, 2))
