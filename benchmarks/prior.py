@@ -23,7 +23,8 @@ from gauges import now
 from gen.conditioning import Condition
 from gen.prior import STAGE
 from gen.prior_prefix import CachedPrior
-from gen.rows import Row, Rows
+from gen.row import Row
+from gen.rows import Rows
 from gen.scheduler import NoiseLevels
 from options import DTYPES, known
 from report import RESULTS, markdown, save, spread

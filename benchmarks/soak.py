@@ -24,7 +24,7 @@ from gen import Engine, Request, Result, Step, TextToImage
 from gen.conditioning import Condition, Conditions
 from gen.flight import Flight
 from gen.request import Job
-from gen.rows import Live, Row
+from gen.row import Live, Row
 from report import RESULTS, markdown, save
 from training.provenance import provenance
 

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from gen.engine import Engine
     from gen.flight import Cancelled, Step
     from gen.pipeline import Result, TextToImage
-    from gen.request import Request, Settings
+    from gen.request import Request
+    from gen.settings import Settings
 
 _HOMES = {
     "Cancelled": "gen.flight",
     "Engine": "gen.engine",
     "Request": "gen.request",
     "Result": "gen.pipeline",
-    "Settings": "gen.request",
+    "Settings": "gen.settings",
     "Step": "gen.flight",
     "TextToImage": "gen.pipeline",
 }

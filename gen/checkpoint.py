@@ -33,7 +33,7 @@ from clip_core.clip import CLIP
 from clip_core.convert import to_transformers
 from clip_core.load import load_tokenizer
 from clip_core.text import with_projection, without_projection
-from gen.request import JSON
+from gen.settings import JSON
 
 logger = logging.getLogger(__name__)
 

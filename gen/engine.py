@@ -29,7 +29,8 @@ from gen.flight import Account, Callback, Flight, Painted, Stage, place_of
 from gen.lead import Lead
 from gen.model import Family
 from gen.request import Job, Request
-from gen.rows import Row, Rows
+from gen.row import Row
+from gen.rows import Rows
 from gen.stages import Stages
 
 R = TypeVar("R")

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from gen.conditioning import Told
+from gen.lane import Lane
 from gen.prior import STAGE as PRIOR
 from gen.request import Candidate, Job
-from gen.rows import Lane, Live, Row, Taken
+from gen.row import Live, Row
+from gen.rows import Taken
 from gen.search import Moves
 
 Stage = Literal["prior", "decoder"]

@@ -11,8 +11,9 @@ from torch import Tensor
 from clip_core.clip import CLIP
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.prior import Prior
-from gen.request import Abilities, Candidate, Settings
+from gen.request import Candidate
 from gen.scheduler import NoiseLevels
+from gen.settings import Abilities, Settings
 
 
 class Family(Protocol):

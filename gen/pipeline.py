@@ -29,8 +29,9 @@ from gen.bucket import Buckets
 from gen.engine import Engine
 from gen.families import FAMILIES, LatentModel
 from gen.flight import Account, Callback, Painted, Step, scores_of
-from gen.request import JSON, Candidate, Job, Request
+from gen.request import Candidate, Job, Request
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
+from gen.settings import JSON
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1

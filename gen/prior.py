@@ -21,7 +21,8 @@ from clip_core.text import TextTower
 from gen.conditioning import Condition, Table
 from gen.prior_prefix import CachedPrior
 from gen.request import Candidate
-from gen.rows import Row, Rows
+from gen.row import Row
+from gen.rows import Rows
 from gen.scheduler import NoiseLevels
 
 STAGE: Final = "prior"

@@ -9,27 +9,24 @@ waits for the device. It knows no requests, no prompts, no autoencoder and no ra
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import accumulate, groupby, pairwise
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory, next_cut
-from gen.conditioning import Condition, Conditions
-from samplers.guidance import Guide, Guides, cfg_terms, combine, in_interval, rescale
-from samplers.noise import NoiseStream
-from samplers.sample import SAMPLERS, advance, needs_noise, start
+from gen.bucket import PROBE, Buckets, is_out_of_memory
+from gen.conditioning import Conditions
+from gen.lane import MOMENTUM, Call, Lane, Plan, Walk, alike, lane_of, sent
+from gen.row import Live, Row
+from samplers.guidance import combine, in_interval, rescale
+from samplers.sample import advance, needs_noise, start
 from samplers.scaling import Scaling, denoiser
-from samplers.schedule import Schedule
-from samplers.state import Denoise, Level, Prediction, State, per_row
+from samplers.state import Denoise, Prediction, State, per_row
 from samplers.wrap import thresholded, towards
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]
@@ -43,108 +40,7 @@ class Likeness(Protocol):
         """x0 (B, ...) and targets (B, E) -> (B,), the higher the better; differentiable."""
 
 
-MOMENTUM = "momentum"  # what a state remembers of rows that follow apg
-MOST_CHURN = 2**0.5  # a step with s_churn begins at up to this times its level (Karras et al. 2022, Algorithm 2)
-
-
-# --- what goes in, and what comes out ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One picture in the making, as it is admitted; it is never changed."""
-
-    key: Hashable  # the caller's name for it
-    seed: int
-    shape: tuple[int, ...]  # of its x
-    schedule: Schedule
-    sampler: str
-    prompt: Condition  # the condition that counts
-    null: Condition | None = None  # the one guided away from; None only where guidance_scale is 1
-    guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: everywhere
-    guidance_rescale: float = 0.0
-    guide: Guide = Guide()  # noqa: RUF009 - frozen
-    thresholding: tuple[float, float] | None = None  # percentile and bound (see `thresholded`); None: off
-    clip_guidance_scale: float = 0.0  # of the gradient of the estimate's likeness to `target`; 0: off
-    target: Tensor | None = None  # (E,); None only where clip_guidance_scale is 0
-    options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
-    start: Tensor | None = None  # unit noise in place of the seed's block 0
-    past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """A condition that a row is evaluated under on the coming step."""
-
-    condition: Condition
-    weight: float  # a row's weights sum to one
-    alone: float  # the weight where guidance is off
-
-
-@dataclass(eq=False)
-class Live:
-    """A row in flight: where it stands, and where its noise comes from."""
-
-    row: Row
-    streams: list[tuple[float, NoiseStream]]  # up to how many steps taken each is drawn from; the last is its own
-    index: int = 0  # steps taken
-
-    @classmethod
-    def of(cls, row: Row, stage: str, index: int = 0) -> Live:
-        """At its first level, or so many steps on; `stage` is whose noise it draws."""
-        seeds = [*row.past, (row.seed, math.inf)]
-        return cls(row, [(end, NoiseStream([seed], stage, row.shape)) for seed, end in seeds], index)
-
-    @property
-    def stream(self) -> NoiseStream:
-        """What the coming step draws from."""
-        return next(stream for end, stream in self.streams if self.index < end)
-
-    @property
-    def steps_left(self) -> int:
-        """0 at the row's last level."""
-        return self.row.schedule.num_steps - self.index
-
-    def option(self, name: str) -> float:
-        """The row's own, or else the sampler's."""
-        return self.row.options.get(name, SAMPLERS[self.row.sampler].defaults[name])
-
-    @cached_property
-    def is_noisy(self) -> bool:
-        """Whether its steps add fresh noise."""
-        return any(self.option(name) > 0 for name in SAMPLERS[self.row.sampler].noise)
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether the coming step may ask at a level that is guided."""
-        return self._guided[self.index]
-
-    @cached_property
-    def null(self) -> Condition | None:
-        """What the row is guided away from: the null, or what a weaker network says of the prompt."""
-        row = self.row
-        return replace(row.prompt, weak=True) if row.null and row.guide.rule == "autoguidance" else row.null
-
-    @property
-    def terms(self) -> list[Term]:
-        """What to evaluate on the coming step."""
-        row = self.row
-        if self.null is None or not self.is_guided:
-            return [Term(row.prompt, 1.0, 1.0)]
-        weights = cfg_terms(row.guidance_scale)
-        return [Term(self.null, weights["null"], 0.0), Term(row.prompt, weights["prompt"], 1.0)]
-
-    @cached_property
-    def _guided(self) -> list[bool]:
-        row = self.row
-        if row.guidance_scale == 1 or row.guidance_interval is None:
-            return [row.guidance_scale != 1] * row.schedule.num_steps
-        low, high = row.guidance_interval
-        churn = MOST_CHURN if row.options.get("s_churn") else 1.0
-        sigmas = row.schedule.sigmas.tolist()
-        # a step asks where it begins, and may ask on its way down and where it goes to, but never at level 0
-        return [low < now * churn and (next if next > 0 else now) <= high for now, next in pairwise(sigmas)]
+# --- what comes out --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,145 +78,7 @@ class Tick:
     failed: list[Failed] = field(default_factory=list)
 
 
-# --- lanes -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Walk:
-    """Where each row stands in its own schedule, on the device, so that no tick has to send it there."""
-
-    sigmas: Tensor  # (B, N + 1) float32, each row's levels; zeros behind its last
-    num_steps: Tensor  # (B,) int64
-    index: Tensor  # (B,) int64, steps taken
-
-    @classmethod
-    def of(cls, live: Sequence[Live], device: torch.device) -> Walk:
-        """As the rows stand."""
-        longest = max(one.row.schedule.num_steps for one in live)
-        levels = [one.row.schedule.sigmas.float() for one in live]
-        sigmas = torch.stack([F.pad(each, (0, longest + 1 - len(each))) for each in levels])
-        num_steps = torch.tensor([one.row.schedule.num_steps for one in live])
-        index = torch.tensor([one.index for one in live])
-        return cls(sent(sigmas, device), sent(num_steps, device), sent(index, device))
-
-    def level(self, ahead: int) -> Level:
-        """The level so many steps on."""
-        index = self.index + ahead
-        return Level(self.sigmas.gather(1, index[:, None])[:, 0], index, self.num_steps - index)
-
-    def on(self) -> Walk:
-        """One step further."""
-        return Walk(self.sigmas, self.num_steps, self.index + 1)
-
-    def select(self, rows: Tensor) -> Walk:
-        """The rows (K,) that go on."""
-        return Walk(self.sigmas[rows], self.num_steps[rows], self.index[rows])
-
-    def cat(self, other: Walk) -> Walk:
-        """These rows, then the other's."""
-        longest = max(self.sigmas.shape[1], other.sigmas.shape[1])
-        sigmas = [F.pad(each, (0, longest - each.shape[1])) for each in (self.sigmas, other.sigmas)]
-        return Walk(
-            torch.cat(sigmas),
-            torch.cat([self.num_steps, other.num_steps]),
-            torch.cat([self.index, other.index]),
-        )
-
-
-@dataclass(eq=False)
-class Lane:
-    """Rows that share a state: one sampler, one shape."""
-
-    sampler: str
-    rows: list[Live]
-    state: State
-    walk: Walk
-    bucket: Bucket
-    plan: Plan | None = None  # of the coming step; None where the rows have changed
-
-    @property
-    def filling(self) -> float:
-        """Its evaluations as a share of what fills a network call."""
-        return sum(len(one.terms) for one in self.rows) / self.bucket.enough
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """A chunk of a lane's evaluations that the network is asked at once."""
-
-    start: int
-    stop: int
-    told: Conditions
-
-
-@dataclass(eq=False)
-class Plan:
-    """How a lane's evaluations are asked; it holds until the rows change, or which of them are guided."""
-
-    guided: list[bool]  # of each row
-    conditions: list[Condition]  # (M,) of each evaluation: text by text, and condition by condition within a text
-    slots: list[int]  # (M,) the row of each evaluation
-    ends: list[int]  # where the groups of one condition end
-    rows: Tensor  # (M,) int64, `slots` on the device, as all that follows
-    weights: Tensor  # (M,)
-    alone: Tensor  # (M,) the weights where guidance is off
-    away: Tensor  # (B,) bool, the rows that have a null on the coming step
-    interval: tuple[Tensor, Tensor]  # (B,) each
-    rescale: Tensor | None  # (B,); None where no row asks for it
-    guides: Guides | None  # None where all rows follow cfg
-    thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
-    steered: list[tuple[int, float, Tensor]]  # slot, clip_guidance_scale and target (1, E) of rows that have them
-    options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
-    calls: list[Call] = field(default_factory=list)  # as the last pass made them
-
-    @classmethod
-    def of(cls, lane: Lane, device: torch.device) -> Plan:
-        """For the rows as they stand."""
-        listed = [(term, slot) for slot, one in enumerate(lane.rows) for term in one.terms]
-        texts: dict[int, int] = {}
-        conditions: dict[int, int] = {}
-        for term, _ in listed:  # in the order of their first use
-            texts.setdefault(id(term.condition.tokens), len(texts))
-            conditions.setdefault(id(term.condition), len(conditions))
-        listed.sort(key=lambda each: (texts[id(each[0].condition.tokens)], conditions[id(each[0].condition)], each[1]))
-        told = [term.condition for term, _ in listed]
-        rows = [one.row for one in lane.rows]
-        slots = [slot for _, slot in listed]
-        intervals = [row.guidance_interval or (-math.inf, math.inf) for row in rows]
-        low, high = sent(torch.tensor(intervals), device).unbind(1)
-        rescaled = [row.guidance_rescale for row in rows]
-        guides = Guides.of([(row.guide, row.guidance_scale) for row in rows], partial(sent, device=device))
-        percentile, bound = sent(torch.tensor([row.thresholding or (0.0, 1.0) for row in rows]), device).unbind(1)
-        return cls(
-            guided=[one.is_guided for one in lane.rows],
-            conditions=told,
-            slots=slots,
-            ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),
-            rows=sent(torch.tensor(slots), device),
-            weights=sent(torch.tensor([term.weight for term, _ in listed]), device),
-            alone=sent(torch.tensor([term.alone for term, _ in listed]), device),
-            away=sent(torch.tensor([len(one.terms) > 1 for one in lane.rows]), device),
-            interval=(low, high),
-            rescale=sent(torch.tensor(rescaled), device) if any(rescaled) else None,
-            guides=guides,
-            thresholding=(percentile, bound) if any(row.thresholding for row in rows) else None,
-            steered=[
-                (slot, row.clip_guidance_scale, row.target[None])
-                for slot, row in enumerate(rows)
-                if row.target is not None and row.clip_guidance_scale
-            ],
-            options=options_of(lane, device),
-        )
-
-    def call(self, place: int, start: int, size: int) -> Call:
-        """Call number `place` of a pass, of `size` evaluations at most; the last pass's own where it is the same."""
-        stop = next_cut(self.ends, start, size)
-        if place < len(self.calls):
-            former = self.calls[place]
-            if (former.start, former.stop) == (start, stop):
-                return former
-        self.calls[place:] = [Call(start, stop, Conditions(tuple(self.conditions[start:stop])))]
-        return self.calls[place]
+# --- the loop ----------------------------------------------------------------------------------------------------
 
 
 class CallFailed(Exception):
@@ -347,9 +105,6 @@ class Moved:
     state: State
     x0: Tensor
     num_asked: int  # times that every evaluation was asked; 2 of Heun's steps
-
-
-# --- the loop ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -605,36 +360,6 @@ class Rows:
             raise CallFailed(slots) from error
 
 
-def lane_of(row: Row) -> Hashable:
-    """What rows have in common that share a lane."""
-    tokens = row.prompt.tokens
-    return row.sampler, row.shape, None if tokens is None else tokens.shape
-
-
-def alike(state: State, other: State) -> State:
-    """A state that remembers what the other does of its rows' guidance, from its beginning: zeros."""
-    if MOMENTUM not in other.memory or MOMENTUM in state.memory:
-        return state
-    return state.remember(**{MOMENTUM: torch.zeros_like(state.x)})
-
-
 def _said(x0: Tensor, x: Tensor, sigma: Tensor) -> Prediction:
     """A denoiser that has spoken."""
     return Prediction(x0)
-
-
-def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:
-    """The sampler's options, (B,) each; one that every row leaves as the sampler has it is left out."""
-    told = {}
-    for name, default in SAMPLERS[lane.sampler].defaults.items():
-        values = [one.option(name) for one in lane.rows]
-        if any(value != default for value in values):
-            told[name] = sent(torch.tensor(values), device)
-    return told
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; to CUDA through pinned memory, so that nothing waits for the copy."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

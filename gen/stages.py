@@ -17,9 +17,11 @@ from gen.bucket import UNBOUNDED, Buckets
 from gen.conditioning import Table
 from gen.darkroom import Darkroom, likeness
 from gen.flight import DECODER, PRIOR, Flight, Painted, Place, Stage, Waiting, place_of, row_of
+from gen.lane import Lane
 from gen.model import Family, WithImage
 from gen.request import Candidate
-from gen.rows import Finished, Lane, Row, Rows
+from gen.row import Row
+from gen.rows import Finished, Rows
 from samplers.noise import noise
 
 

@@ -23,8 +23,9 @@ from clip_core.score import cosine
 from clip_core.text import with_projection
 from gen.conditioning import stacked
 from gen.prior import Prior
-from gen.request import Candidate, Settings
+from gen.request import Candidate
 from gen.scheduler import NoiseLevels
+from gen.settings import Settings
 from training.data.pictures import Pictures
 from training.frozen import image_embeddings, load_clip, reads, transformers_model
 from training.recipe import Recipe, built, options_of

@@ -23,11 +23,12 @@ from clip_core.text import TextTower
 from gen.attention import reading
 from gen.checkpoint import CARD, Card, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
+from gen.lane import sent
 from gen.preview import SMALL, Preview, fitted
 from gen.prior import Prior
-from gen.request import JSON, Abilities, Candidate, Settings, check_settings
-from gen.rows import sent
+from gen.request import Candidate
 from gen.scheduler import NoiseLevels
+from gen.settings import JSON, Abilities, Settings, check_settings
 
 # What a UNet takes and says: those of a weaker UNet have to be the model's own.
 OUTSIDE = (

@@ -17,8 +17,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from clip_core.text import TextTower
 from gen.checkpoint import UNUSED, Parts
 from gen.families.latent import LatentModel, listed
-from gen.request import JSON
 from gen.scheduler import NoiseLevels
+from gen.settings import JSON
 
 logger = logging.getLogger(__name__)
 

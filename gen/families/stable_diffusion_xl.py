@@ -20,8 +20,8 @@ from clip_core.text import TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions
 from gen.families.latent import LatentModel, check_length, listed, own
-from gen.request import JSON, Abilities, Settings
 from gen.scheduler import NoiseLevels
+from gen.settings import JSON, Abilities, Settings
 
 NUM_SIZES = 6  # numbers that the UNet is told of a picture's size
 FORCE_ZEROS = "force_zeros_for_empty_prompt"

@@ -21,10 +21,11 @@ from clip_core.text import TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.latent import LatentModel, listed
+from gen.lane import sent
 from gen.prior import Prior
-from gen.request import Abilities, Candidate
-from gen.rows import sent
+from gen.request import Candidate
 from gen.scheduler import NoiseLevels
+from gen.settings import Abilities
 from samplers.noise import noise
 
 

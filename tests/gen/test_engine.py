@@ -24,7 +24,7 @@ from gen.bucket import Bucket, Buckets
 from gen.conditioning import Condition, Conditions
 from gen.flight import Account, Flight, Painted
 from gen.request import Job
-from gen.rows import Live, Row
+from gen.row import Live, Row
 
 LEVEL = 1 / 255  # one 8-bit level
 SECONDS = 120  # a wait that should never be needed

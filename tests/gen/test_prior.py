@@ -25,8 +25,10 @@ from gen.bucket import PROBE
 from gen.conditioning import Condition, Conditions, Distinct, Table
 from gen.prior import STAGE, Prior
 from gen.prior_prefix import CachedPrior, folded
-from gen.request import Candidate, Settings
-from gen.rows import Row, Rows
+from gen.request import Candidate
+from gen.row import Row
+from gen.rows import Rows
+from gen.settings import Settings
 from samplers.noise import noise
 from tests.tiny import WIDTH
 

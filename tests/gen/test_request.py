@@ -15,7 +15,8 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from gen import Request, TextToImage
-from gen.request import MAX_SEED, Candidate, Settings, candidate_seeds
+from gen.request import MAX_SEED, Candidate, candidate_seeds
+from gen.settings import Settings
 from tests.tiny import WIDTH, make_tiny_stable_unclip
 
 GOOD = {"prompt": "a red circle"}

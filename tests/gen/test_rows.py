@@ -15,9 +15,12 @@ from torch import Tensor
 from gen import Request, TextToImage
 from gen.bucket import PROBE, Bucket, Buckets, Footprint, next_cut
 from gen.conditioning import Conditions, Table
-from gen.request import Candidate, Settings
-from gen.rows import Lane, Live, Row, Rows, Walk
+from gen.lane import Lane, Walk
+from gen.request import Candidate
+from gen.row import Live, Row
+from gen.rows import Rows
 from gen.scheduler import STOCK
+from gen.settings import Settings
 from samplers.noise import noise
 from samplers.sample import advance, start
 from samplers.scaling import denoiser

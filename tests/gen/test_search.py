@@ -377,7 +377,8 @@ def test_a_round_begins_near_the_best_so_far(tiny: TextToImage) -> None:
 
 
 def test_turned_noise_is_unit_noise_near_its_origin(tiny: TextToImage) -> None:
-    from gen.request import Candidate, Settings
+    from gen.request import Candidate
+    from gen.settings import Settings
     from gen.stages import first_noise
     from samplers.noise import noise
 

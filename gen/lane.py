@@ -1,0 +1,194 @@
+"""Rows that share a state (`Lane`), and how the evaluations of their coming step are asked (`Plan`).
+
+All that a tick needs of a lane's rows lies on the device in the order of its rows, and changes only when they do. It
+asks no network and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gen.bucket import Bucket, next_cut
+from gen.conditioning import Condition, Conditions
+from gen.row import Live, Row
+from samplers.guidance import Guides
+from samplers.sample import SAMPLERS
+from samplers.state import Level, State
+
+MOMENTUM = "momentum"  # what a state remembers of rows that follow apg
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Where each row stands in its own schedule, on the device, so that no tick has to send it there."""
+
+    sigmas: Tensor  # (B, N + 1) float32, each row's levels; zeros behind its last
+    num_steps: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64, steps taken
+
+    @classmethod
+    def of(cls, live: Sequence[Live], device: torch.device) -> Walk:
+        """As the rows stand."""
+        longest = max(one.row.schedule.num_steps for one in live)
+        levels = [one.row.schedule.sigmas.float() for one in live]
+        sigmas = torch.stack([F.pad(each, (0, longest + 1 - len(each))) for each in levels])
+        num_steps = torch.tensor([one.row.schedule.num_steps for one in live])
+        index = torch.tensor([one.index for one in live])
+        return cls(sent(sigmas, device), sent(num_steps, device), sent(index, device))
+
+    def level(self, ahead: int) -> Level:
+        """The level so many steps on."""
+        index = self.index + ahead
+        return Level(self.sigmas.gather(1, index[:, None])[:, 0], index, self.num_steps - index)
+
+    def on(self) -> Walk:
+        """One step further."""
+        return Walk(self.sigmas, self.num_steps, self.index + 1)
+
+    def select(self, rows: Tensor) -> Walk:
+        """The rows (K,) that go on."""
+        return Walk(self.sigmas[rows], self.num_steps[rows], self.index[rows])
+
+    def cat(self, other: Walk) -> Walk:
+        """These rows, then the other's."""
+        longest = max(self.sigmas.shape[1], other.sigmas.shape[1])
+        sigmas = [F.pad(each, (0, longest - each.shape[1])) for each in (self.sigmas, other.sigmas)]
+        return Walk(
+            torch.cat(sigmas),
+            torch.cat([self.num_steps, other.num_steps]),
+            torch.cat([self.index, other.index]),
+        )
+
+
+@dataclass(eq=False)
+class Lane:
+    """Rows that share a state: one sampler, one shape."""
+
+    sampler: str
+    rows: list[Live]
+    state: State
+    walk: Walk
+    bucket: Bucket
+    plan: Plan | None = None  # of the coming step; None where the rows have changed
+
+    @property
+    def filling(self) -> float:
+        """Its evaluations as a share of what fills a network call."""
+        return sum(len(one.terms) for one in self.rows) / self.bucket.enough
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A chunk of a lane's evaluations that the network is asked at once."""
+
+    start: int
+    stop: int
+    told: Conditions
+
+
+@dataclass(eq=False)
+class Plan:
+    """How a lane's evaluations are asked; it holds until the rows change, or which of them are guided."""
+
+    guided: list[bool]  # of each row
+    conditions: list[Condition]  # (M,) of each evaluation: text by text, and condition by condition within a text
+    slots: list[int]  # (M,) the row of each evaluation
+    ends: list[int]  # where the groups of one condition end
+    rows: Tensor  # (M,) int64, `slots` on the device, as all that follows
+    weights: Tensor  # (M,)
+    alone: Tensor  # (M,) the weights where guidance is off
+    away: Tensor  # (B,) bool, the rows that have a null on the coming step
+    interval: tuple[Tensor, Tensor]  # (B,) each
+    rescale: Tensor | None  # (B,); None where no row asks for it
+    guides: Guides | None  # None where all rows follow cfg
+    thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
+    steered: list[tuple[int, float, Tensor]]  # slot, clip_guidance_scale and target (1, E) of rows that have them
+    options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
+    calls: list[Call] = field(default_factory=list)  # as the last pass made them
+
+    @classmethod
+    def of(cls, lane: Lane, device: torch.device) -> Plan:
+        """For the rows as they stand."""
+        listed = [(term, slot) for slot, one in enumerate(lane.rows) for term in one.terms]
+        texts: dict[int, int] = {}
+        conditions: dict[int, int] = {}
+        for term, _ in listed:  # in the order of their first use
+            texts.setdefault(id(term.condition.tokens), len(texts))
+            conditions.setdefault(id(term.condition), len(conditions))
+        listed.sort(key=lambda each: (texts[id(each[0].condition.tokens)], conditions[id(each[0].condition)], each[1]))
+        told = [term.condition for term, _ in listed]
+        rows = [one.row for one in lane.rows]
+        slots = [slot for _, slot in listed]
+        intervals = [row.guidance_interval or (-math.inf, math.inf) for row in rows]
+        low, high = sent(torch.tensor(intervals), device).unbind(1)
+        rescaled = [row.guidance_rescale for row in rows]
+        guides = Guides.of([(row.guide, row.guidance_scale) for row in rows], partial(sent, device=device))
+        percentile, bound = sent(torch.tensor([row.thresholding or (0.0, 1.0) for row in rows]), device).unbind(1)
+        return cls(
+            guided=[one.is_guided for one in lane.rows],
+            conditions=told,
+            slots=slots,
+            ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),
+            rows=sent(torch.tensor(slots), device),
+            weights=sent(torch.tensor([term.weight for term, _ in listed]), device),
+            alone=sent(torch.tensor([term.alone for term, _ in listed]), device),
+            away=sent(torch.tensor([len(one.terms) > 1 for one in lane.rows]), device),
+            interval=(low, high),
+            rescale=sent(torch.tensor(rescaled), device) if any(rescaled) else None,
+            guides=guides,
+            thresholding=(percentile, bound) if any(row.thresholding for row in rows) else None,
+            steered=[
+                (slot, row.clip_guidance_scale, row.target[None])
+                for slot, row in enumerate(rows)
+                if row.target is not None and row.clip_guidance_scale
+            ],
+            options=options_of(lane, device),
+        )
+
+    def call(self, place: int, start: int, size: int) -> Call:
+        """Call number `place` of a pass, of `size` evaluations at most; the last pass's own where it is the same."""
+        stop = next_cut(self.ends, start, size)
+        if place < len(self.calls):
+            former = self.calls[place]
+            if (former.start, former.stop) == (start, stop):
+                return former
+        self.calls[place:] = [Call(start, stop, Conditions(tuple(self.conditions[start:stop])))]
+        return self.calls[place]
+
+
+def lane_of(row: Row) -> Hashable:
+    """What rows have in common that share a lane."""
+    tokens = row.prompt.tokens
+    return row.sampler, row.shape, None if tokens is None else tokens.shape
+
+
+def alike(state: State, other: State) -> State:
+    """A state that remembers what the other does of its rows' guidance, from its beginning: zeros."""
+    if MOMENTUM not in other.memory or MOMENTUM in state.memory:
+        return state
+    return state.remember(**{MOMENTUM: torch.zeros_like(state.x)})
+
+
+def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:
+    """The sampler's options, (B,) each; one that every row leaves as the sampler has it is left out."""
+    told = {}
+    for name, default in SAMPLERS[lane.sampler].defaults.items():
+        values = [one.option(name) for one in lane.rows]
+        if any(value != default for value in values):
+            told[name] = sent(torch.tensor(values), device)
+    return told
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; to CUDA through pinned memory, so that nothing waits for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,120 @@
+"""A picture in the making, as it is admitted (`Row`) and in flight (`Live`).
+
+What a row is, which conditions its coming step asks about, and where its noise comes from. It knows no other row, no
+network and no device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+
+from torch import Tensor
+
+from gen.conditioning import Condition
+from samplers.guidance import Guide, cfg_terms
+from samplers.noise import NoiseStream
+from samplers.sample import SAMPLERS
+from samplers.schedule import Schedule
+
+MOST_CHURN = 2**0.5  # a step with s_churn begins at up to this times its level (Karras et al. 2022, Algorithm 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One picture in the making, as it is admitted; it is never changed."""
+
+    key: Hashable  # the caller's name for it
+    seed: int
+    shape: tuple[int, ...]  # of its x
+    schedule: Schedule
+    sampler: str
+    prompt: Condition  # the condition that counts
+    null: Condition | None = None  # the one guided away from; None only where guidance_scale is 1
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: everywhere
+    guidance_rescale: float = 0.0
+    guide: Guide = Guide()  # noqa: RUF009 - frozen
+    thresholding: tuple[float, float] | None = None  # percentile and bound (see `thresholded`); None: off
+    clip_guidance_scale: float = 0.0  # of the gradient of the estimate's likeness to `target`; 0: off
+    target: Tensor | None = None  # (E,); None only where clip_guidance_scale is 0
+    options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
+    start: Tensor | None = None  # unit noise in place of the seed's block 0
+    past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A condition that a row is evaluated under on the coming step."""
+
+    condition: Condition
+    weight: float  # a row's weights sum to one
+    alone: float  # the weight where guidance is off
+
+
+@dataclass(eq=False)
+class Live:
+    """A row in flight: where it stands, and where its noise comes from."""
+
+    row: Row
+    streams: list[tuple[float, NoiseStream]]  # up to how many steps taken each is drawn from; the last is its own
+    index: int = 0  # steps taken
+
+    @classmethod
+    def of(cls, row: Row, stage: str, index: int = 0) -> Live:
+        """At its first level, or so many steps on; `stage` is whose noise it draws."""
+        seeds = [*row.past, (row.seed, math.inf)]
+        return cls(row, [(end, NoiseStream([seed], stage, row.shape)) for seed, end in seeds], index)
+
+    @property
+    def stream(self) -> NoiseStream:
+        """What the coming step draws from."""
+        return next(stream for end, stream in self.streams if self.index < end)
+
+    @property
+    def steps_left(self) -> int:
+        """0 at the row's last level."""
+        return self.row.schedule.num_steps - self.index
+
+    def option(self, name: str) -> float:
+        """The row's own, or else the sampler's."""
+        return self.row.options.get(name, SAMPLERS[self.row.sampler].defaults[name])
+
+    @cached_property
+    def is_noisy(self) -> bool:
+        """Whether its steps add fresh noise."""
+        return any(self.option(name) > 0 for name in SAMPLERS[self.row.sampler].noise)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the coming step may ask at a level that is guided."""
+        return self._guided[self.index]
+
+    @cached_property
+    def null(self) -> Condition | None:
+        """What the row is guided away from: the null, or what a weaker network says of the prompt."""
+        row = self.row
+        return replace(row.prompt, weak=True) if row.null and row.guide.rule == "autoguidance" else row.null
+
+    @property
+    def terms(self) -> list[Term]:
+        """What to evaluate on the coming step."""
+        row = self.row
+        if self.null is None or not self.is_guided:
+            return [Term(row.prompt, 1.0, 1.0)]
+        weights = cfg_terms(row.guidance_scale)
+        return [Term(self.null, weights["null"], 0.0), Term(row.prompt, weights["prompt"], 1.0)]
+
+    @cached_property
+    def _guided(self) -> list[bool]:
+        row = self.row
+        if row.guidance_scale == 1 or row.guidance_interval is None:
+            return [row.guidance_scale != 1] * row.schedule.num_steps
+        low, high = row.guidance_interval
+        churn = MOST_CHURN if row.options.get("s_churn") else 1.0
+        sigmas = row.schedule.sigmas.tolist()
+        # a step asks where it begins, and may ask on its way down and where it goes to, but never at level 0
+        return [low < now * churn and (next if next > 0 else now) <= high for now, next in pairwise(sigmas)]

@@ -1,0 +1,174 @@
+"""What a picture is painted with: `Settings`, and what a model can be asked for: `Abilities`.
+
+With the model, the prompt and the seed, settings are all that a picture depends on; a record holds them. Here they are
+checked against what a model can do, which every request and every record is. It knows no network and no file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeAlias
+
+from gen.checks import one_of, real, texts, whole
+from samplers.guidance import RULES, Guide
+from samplers.sample import SAMPLERS
+
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+
+OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a model can be asked for; a family fills it in from its networks' configurations."""
+
+    size_multiple: int  # pixels per latent cell: height and width are multiples of it
+    latent_channels: int
+    text_shape: tuple[int, int]  # (L, D) of prompt_embeds
+    text_layers: int  # clip_skip is smaller than this
+    pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
+    embedding_width: int | None  # E of image_embeds; None: this model takes none
+    num_noise_levels: int  # noise_level is smaller than this; 0: no image embedding to noise
+    max_steps: int  # the timesteps the decoder was trained on
+    prior_max_steps: int  # 0: the model has no prior
+    can_rank: bool  # a whole CLIP lies beside the model
+    can_autoguide: bool = False  # a weaker network was loaded beside the decoder's
+    defaults: Settings  # the model's own, from its scheduler and unclip.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """With the model, the prompt and the seed, all that a picture depends on; JSON both ways."""
+
+    height: int = 0  # pixels; 0 only before a model has filled it in
+    width: int = 0
+    num_inference_steps: int = 20
+    guidance_scale: float = 5.0  # 1: off
+    guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: all
+    guidance_rescale: float = 0.0  # 0: off, 1: the guided output keeps the prompt's own contrast
+    guidance_rule: str = "cfg"  # one of `samplers.guidance.RULES`
+    zero_init_steps: int = 0  # cfg_zero: first steps of output 0, for flows and v; the paper's 1
+    apg_eta: float = 0.0  # apg: how much stays of guidance along the prompt's own estimate; 1: all
+    apg_norm_threshold: float = 15.0  # apg: the largest norm of guidance; 0: any
+    apg_momentum: float = -0.5  # apg: what the guidance of earlier steps counts
+    clip_guidance_scale: float = 0.0  # of the gradient of CLIP's cosine (Nichol et al. 2022), some 10; 0: off
+    thresholding: float = 0.0  # dynamic thresholding: what clean values keep within, 1 for pixels; 0: off
+    dynamic_thresholding_ratio: float = 0.995  # the share of values that are not clipped
+    negative_prompt: str = ""  # what the null condition says
+    sampler: str = "ddim"
+    eta: float | None = None  # fresh noise of a step, 0 none, 1 ancestral; None: the sampler's own
+    s_churn: float | None = None  # noise added and taken away again, over all steps (Karras et al. 2022); None: none
+    s_tmin: float | None = None  # churned where s_tmin <= sigma <= s_tmax; None: no limit
+    s_tmax: float | None = None
+    s_noise: float | None = None  # the deviation of what is added; None: 1
+    clip_skip: int | None = None  # layers of the text tower left out; None: none, as trained
+    noise_level: int = 0  # noise on the image embedding
+    prior: bool = False  # whether a prior turns the text into an image embedding first
+    prior_num_inference_steps: int = 25
+    prior_guidance_scale: float = 1.0  # 1: off
+
+    @property
+    def sampler_options(self) -> dict[str, float]:
+        """The sampler's options that were chosen."""
+        chosen = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    @property
+    def guide(self) -> Guide:
+        """By which rule it is guided."""
+        return Guide(
+            rule=self.guidance_rule,
+            zero_init_steps=self.zero_init_steps,
+            apg_eta=self.apg_eta,
+            apg_norm_threshold=self.apg_norm_threshold or math.inf,
+            apg_momentum=self.apg_momentum,
+        )
+
+    @property
+    def dynamic_thresholding(self) -> tuple[float, float] | None:
+        """Percentile and bound, as `samplers.wrap.thresholded` takes them; None: off."""
+        return (self.dynamic_thresholding_ratio, self.thresholding) if self.thresholding else None
+
+    def to_json(self) -> dict[str, JSON]:
+        """The settings as one flat JSON object."""
+        values = asdict(self)
+        if self.guidance_interval is not None:
+            values["guidance_interval"] = list(self.guidance_interval)
+        return values
+
+    def updated(self, values: Mapping[str, Any], origin: str) -> Settings:
+        """These settings with `values` in place; an unknown name is a ValueError that names its `origin`."""
+        known = [item.name for item in fields(self)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"{origin}: setting '{unknown[0]}' is unknown; choose from: {', '.join(known)}")
+        interval = values.get("guidance_interval")
+        if isinstance(interval, list):  # as JSON and YAML hold it
+            values = {**values, "guidance_interval": tuple(interval)}
+        return replace(self, **values)
+
+
+def check_settings(settings: Settings, able: Abilities) -> None:
+    """Refuse settings this model cannot paint with (ValueError)."""
+    for name in ("height", "width"):
+        pixels = whole(name, getattr(settings, name), 1)
+        if pixels % able.size_multiple:
+            below = max(pixels // able.size_multiple, 1) * able.size_multiple
+            raise ValueError(
+                f"{name}={pixels} cannot be halved into latents; give a multiple of {able.size_multiple}, "
+                f"such as {below}"
+            )
+    texts("negative_prompt", settings.negative_prompt)
+    whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
+    real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
+    real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
+    one_of("guidance_rule", settings.guidance_rule, list(RULES))
+    if settings.guidance_rule == "autoguidance" and not able.can_autoguide:
+        raise ValueError("guidance_rule=autoguidance needs a weaker UNet; load the model with weak_unet=FOLDER")
+    whole("zero_init_steps", settings.zero_init_steps, 0, settings.num_inference_steps)
+    real("apg_eta", settings.apg_eta, 0.0, 1.0)
+    real("apg_norm_threshold", settings.apg_norm_threshold, 0.0)
+    real("apg_momentum", settings.apg_momentum, -1.0, 1.0)
+    if real("clip_guidance_scale", settings.clip_guidance_scale, 0.0) and not able.can_rank:
+        raise ValueError("clip_guidance_scale was given, but this model has no clip/ to guide by; leave it out")
+    real("thresholding", settings.thresholding, 0.0)
+    if real("dynamic_thresholding_ratio", settings.dynamic_thresholding_ratio, 0.0, 1.0) == 0:
+        raise ValueError(
+            "dynamic_thresholding_ratio=0 is out of range; give a share above 0, or thresholding=0 for off"
+        )
+    one_of("sampler", settings.sampler, sorted(SAMPLERS))
+    check_sampler_options(settings)
+    if settings.guidance_interval is not None:
+        interval = settings.guidance_interval
+        if not isinstance(interval, tuple) or len(interval) != 2:
+            raise ValueError(f"guidance_interval={interval} is not a pair (lowest, highest) of noise levels")
+        low, high = (real("guidance_interval", end, 0.0) for end in interval)
+        if low > high:
+            raise ValueError(f"guidance_interval={interval} is upside down; give (lowest, highest) noise level")
+    if settings.clip_skip is not None:
+        whole("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
+    if not isinstance(settings.prior, bool):
+        raise ValueError(f"prior={settings.prior!r}; give True, False or None")
+    if settings.prior:
+        if able.prior_max_steps == 0:
+            raise ValueError("prior=True, but this model has no prior; leave prior out, or give image_embeds")
+        whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
+        real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
+    whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
+
+
+def check_sampler_options(settings: Settings) -> None:
+    """Refuse options that this sampler does not take or that do not go together (ValueError)."""
+    options = settings.sampler_options
+    for name, value in options.items():
+        real(name, value, 0.0, 1.0 if name == "eta" else math.inf)
+        if name not in SAMPLERS[settings.sampler].defaults:
+            takes = ", ".join(known for known, sampler in sorted(SAMPLERS.items()) if name in sampler.defaults)
+            raise ValueError(f"{name}={value}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
+    low, high = options.get("s_tmin", 0.0), options.get("s_tmax", math.inf)
+    if low > high:
+        raise ValueError(f"s_tmin={low} is above s_tmax={high}; give the lowest level churned and the highest")
+    if options.get("eta", 0.0) > 0 and options.get("s_churn", 0.0) > 0:  # a step's noise is spent once
+        told = f"eta={options['eta']} and s_churn={options['s_churn']}"
+        raise ValueError(f"{told} were both given, and each would spend the noise of a step; set one of them to 0")
