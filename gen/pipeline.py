@@ -27,7 +27,7 @@ from gen import checkpoint
 from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
 from gen.engine import Engine
-from gen.families import FAMILIES, LatentModel
+from gen.families import FAMILIES, Painter
 from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.request import Candidate, Job, Request
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
@@ -66,7 +66,7 @@ class TextToImage:
 
     def __init__(
         self,
-        model: LatentModel,
+        model: Painter,
         name: str = "",
         model_hash: Callable[[], str] | None = None,
         weak_unet: str = "",  # where the weaker UNet came from

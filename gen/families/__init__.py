@@ -1,11 +1,11 @@
 """One module per family of checkpoints: what its networks are told, and what a request may ask of it."""
 
-from gen.families.latent import LatentModel
+from gen.families.painter import Painter
 from gen.families.stable_diffusion import StableDiffusion
 from gen.families.stable_diffusion_xl import StableDiffusionXL
 from gen.families.stable_unclip import StableUnCLIP
 
-FAMILIES: dict[str, type[LatentModel]] = {  # by the pipeline class of model_index.json
+FAMILIES: dict[str, type[Painter]] = {  # by the pipeline class of model_index.json
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableUnCLIPPipeline": StableUnCLIP,

@@ -16,7 +16,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from clip_core.text import TextTower
 from gen.checkpoint import UNUSED, Parts
-from gen.families.latent import LatentModel, listed
+from gen.families.autoencoder import LatentModel
+from gen.families.painter import listed
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON
 

@@ -19,7 +19,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from clip_core.text import TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions
-from gen.families.latent import LatentModel, check_length, listed, own
+from gen.families.autoencoder import LatentModel
+from gen.families.painter import check_length, listed, own
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON, Abilities, Settings
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from clip_core.text import TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
-from gen.families.latent import LatentModel, listed
+from gen.families.autoencoder import LatentModel
+from gen.families.painter import listed
 from gen.lane import sent
 from gen.prior import Prior
 from gen.request import Candidate

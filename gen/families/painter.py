@@ -1,9 +1,9 @@
-"""What the families share: a UNet that reads text by cross-attention and paints an autoencoder's latents.
+"""What the families share: a UNet that reads text by cross-attention.
 
-`LatentModel` is the wall to those networks. It turns candidates into what the UNet is told, asks the UNet (or the
-weaker one), and goes between latents and pixels. Here a base class is shorter than wrapping: a family is the same
-model that says a little more, or reads its texts otherwise, and each of the few methods it says that in is marked as
-a family's own. It knows no rows and no ranking.
+`Painter` is the wall to that network. It turns candidates into what the UNet is told and asks the UNet (or the weaker
+one); what becomes of what it paints is another's to say. Here a base class is shorter than wrapping: a family is the
+same model that says a little more, or reads its texts otherwise, and each of the few methods it says that in is marked
+as a family's own. It knows no rows and no ranking.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from clip_core.clip import CLIP
@@ -24,7 +24,6 @@ from gen.attention import reading
 from gen.checkpoint import CARD, Card, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.lane import sent
-from gen.preview import SMALL, Preview, fitted
 from gen.prior import Prior
 from gen.request import Candidate
 from gen.scheduler import NoiseLevels
@@ -46,11 +45,10 @@ class Words(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class LatentModel(ABC):
+class Painter(ABC):
     """A loaded model of any family."""
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
     text: TextTower
     levels: NoiseLevels
     clip: CLIP | None = None  # the whole CLIP that ranks
@@ -66,6 +64,28 @@ class LatentModel(ABC):
     @abstractmethod
     def of(cls, parts: Parts) -> Self:
         """Put the parts of a folder together; ValueError when one is missing or two do not fit."""
+
+    @property
+    @abstractmethod
+    def factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """C of what the UNet paints."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
+
+    @abstractmethod
+    def preview(self, latents: Tensor) -> Tensor:
+        """The same, cheaply and roughly."""
+
+    @abstractmethod
+    def is_small(self, settings: Settings) -> bool:
+        """Whether a search may look at pictures of these settings by `decode` itself."""
 
     @property
     def prior(self) -> Prior | None:
@@ -86,7 +106,6 @@ class LatentModel(ABC):
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return {
             "unet": self.unet,
-            "vae": self.vae,
             "tokenizer": self.text.tokenizer,
             "text_encoder": self.text.encoder,
             "scheduler": self.levels.stock,
@@ -96,7 +115,7 @@ class LatentModel(ABC):
         """What is given, and what the other parts need, by its name."""
         return {
             "unet cross_attention_dim": (self.unet.config.cross_attention_dim, self.text_width),
-            "unet in_channels": (self.unet.config.in_channels, self.vae.config.latent_channels),
+            "unet in_channels": (self.unet.config.in_channels, self.latent_channels),
         }
 
     def able(self) -> Abilities:
@@ -106,7 +125,7 @@ class LatentModel(ABC):
         sized = Settings(height=height * self.factor, width=width * self.factor, sampler=self.levels.sampler)
         return Abilities(
             size_multiple=self.factor,
-            latent_channels=self.vae.config.latent_channels,
+            latent_channels=self.latent_channels,
             text_shape=(self.text.shape[0], self.text_width),
             text_layers=self.text.encoder.config.num_hidden_layers,
             embedding_width=None,
@@ -160,11 +179,6 @@ class LatentModel(ABC):
         """Where the networks are."""
         return self.unet.device
 
-    @property
-    def factor(self) -> int:
-        """Pixels per latent cell, along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
     @cached_property
     def abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
@@ -172,8 +186,7 @@ class LatentModel(ABC):
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int]:
         """(C, h, w) of a picture of these settings."""
-        channels = self.vae.config.latent_channels
-        return channels, settings.height // self.factor, settings.width // self.factor
+        return self.latent_channels, settings.height // self.factor, settings.width // self.factor
 
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told in words."""
@@ -261,40 +274,6 @@ class LatentModel(ABC):
             return_dict=False,
             **self.said(told),
         )[0]
-
-    def preview(self, latents: Tensor) -> Tensor:
-        """The same as `decode`, cheaply and roughly; see `gen.preview`."""
-        return self._look(latents)
-
-    def is_small(self, settings: Settings) -> bool:
-        """Whether a search may look at pictures of these settings through the autoencoder itself."""
-        return settings.height * settings.width <= SMALL
-
-    @cached_property
-    def _look(self) -> Preview:
-        defaults = self.abilities.defaults
-        return fitted(self.encode, self.decode, defaults.height, defaults.width, self.factor, self.device)
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32."""
-        posterior = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist
-        mean, deviation = self._latent_moments
-        return (posterior.mode().float() - mean) / deviation
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
-        mean, deviation = self._latent_moments
-        z = (latents * deviation + mean).to(self.vae.dtype)
-        pixels = self.vae.decode(z, return_dict=False)[0].float()
-        return (pixels / 2 + 0.5).clamp(0, 1)
-
-    @cached_property
-    def _latent_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation (1, C, 1, 1) of what the autoencoder itself says, by which latents are normed."""
-        config, channels = self.vae.config, self.vae.config.latent_channels
-        mean, deviation = config.latents_mean or [0.0] * channels, config.latents_std or [1.0] * channels
-        moments = torch.tensor([mean, deviation], device=self.device).reshape(2, 1, channels, 1, 1)
-        return moments[0], moments[1] / config.scaling_factor
 
 
 def listed(parts: Parts, names: Sequence[str]) -> Mapping[str, Any]:
