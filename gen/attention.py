@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import count, groupby
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -229,6 +229,9 @@ def kernel_for(
 # --- which text each evaluation reads ----------------------------------------------------------------------------
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, eq=False)
 class Texts:
     """Which text each of M evaluations reads, in blocks of equally many evaluations that read the same one.
@@ -257,16 +260,16 @@ class Texts:
 
 @dataclass(eq=False)
 class Kept:
-    """What the processors of one network keep of texts: beside their tokens, told apart by identity, gone with them."""
+    """What the processors of one network keep of texts: told apart by identity, gone with them."""
 
-    pairs: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # Texts.pairs of a text, by its tokens
-    calls: WeakKeyDictionary[Distinct[Tensor], Texts] = field(default_factory=WeakKeyDictionary)
+    pairs: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # Texts.pairs of a text
+    calls: WeakKeyDictionary[Distinct[Any], Texts] = field(default_factory=WeakKeyDictionary)
 
 
 def reading(
     network: nn.Module,
-    tokens: Distinct[Tensor],
-    states: Tensor | None = None,  # (U, L, D), what the layers read of each text; None: its tokens
+    texts: Distinct[T],  # told apart by identity: token states, or conditions where other things are read as well
+    states: Callable[[list[T]], Tensor],  # what the layers read of some of them, (U, L, D)
 ) -> dict[str, Texts] | None:
     """The network's `cross_attention_kwargs`: which text each evaluation reads, and its keys and values in every layer.
 
@@ -276,14 +279,13 @@ def reading(
     if first is None or not isinstance(first.processor, Processor):
         return None
     kept = first.processor.kept
-    if tokens not in kept.calls:
-        new = [place for place, text in enumerate(tokens.unique) if text not in kept.pairs]
+    if texts not in kept.calls:
+        new = [text for text in texts.unique if text not in kept.pairs]
         if new:
-            told = torch.stack(tokens.unique) if states is None else states
-            for place, pairs in zip(new, projected(network, told[new]), strict=True):
-                kept.pairs[tokens.unique[place]] = pairs
-        kept.calls[tokens] = Texts.read(tokens.of, [kept.pairs[text] for text in tokens.unique])
-    return {"texts": kept.calls[tokens]}
+            for text, pairs in zip(new, projected(network, states(new)), strict=True):
+                kept.pairs[text] = pairs
+        kept.calls[texts] = Texts.read(texts.of, [kept.pairs[text] for text in texts.unique])
+    return {"texts": kept.calls[texts]}
 
 
 @torch.no_grad()  # constants of the text, whatever else is differentiated

@@ -140,7 +140,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "variance_type": ("fixed_small", None),
+    "variance_type": ("fixed_small", "learned_range", None),
     "solver_order": (1, 2, 3),
     "lambda_min_clipped": (-math.inf,),
     "predict_x0": (True,),
@@ -194,8 +194,9 @@ class NoiseLevels:
         told = {name: float(config[name]) for name in SAMPLERS[sampler].defaults if name in config}
         if sampler == "unipc":
             told["bh1"] = float(config["solver_type"] == "bh1")
-        if sampler == "unclip":
+        if sampler in ("ddpm", "unclip"):
             told["clip"] = config["clip_sample_range"] if config["clip_sample"] else math.inf
+            told["learned"] = float(config["variance_type"] == "learned_range")
         return told
 
     def _config(self, sampler: str) -> Config:

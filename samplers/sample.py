@@ -44,11 +44,12 @@ class Sampler:
 # Defaults are diffusers' own.
 _LAST = {"lower_order_final": 1.0, "euler_at_final": 0.0}
 _CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
+_DDPM = {"eta": 1.0, "clip": math.inf, "learned": 1.0}
 _ETA = ("eta",)
 
 SAMPLERS = {
     "ddim": Sampler(euler.ddim, {"eta": 0.0}, _ETA),
-    "ddpm": Sampler(euler.ddim, {"eta": 1.0}, _ETA),
+    "ddpm": Sampler(unclip.step, _DDPM, _ETA),
     "deis": Sampler(adams.deis, {"solver_order": 2.0, "lower_order_final": 1.0}, past=2),
     "dpm_2": Sampler(dpm.step, {"eta": 0.0}, _ETA),
     "dpm_2_ancestral": Sampler(dpm.step, {"eta": 1.0}, _ETA),
@@ -63,7 +64,7 @@ SAMPLERS = {
     "lcm": Sampler(few_step.lcm, {"eta": 1.0}, _ETA),
     "lms": Sampler(adams.lms, past=3),
     "pndm": Sampler(adams.pndm, past=3),
-    "unclip": Sampler(unclip.step, {"eta": 1.0, "clip": math.inf}, _ETA),
+    "unclip": Sampler(unclip.step, _DDPM, _ETA),
     "unipc": Sampler(unipc.step, {"solver_order": 2.0, "bh1": 0.0, "lower_order_final": 1.0}, past=3, begun=True),
 }
 

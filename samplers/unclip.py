@@ -1,4 +1,4 @@
-"""The ancestral step of unCLIP's networks (DALL-E 2, Karlo), which may learn how much noise to add."""
+"""DDPM's ancestral step, of networks that may learn how much noise to add (DALL-E 2, Karlo, Kandinsky)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def step(
 ) -> State:
     """DDPM (Ho et al. 2020, equation 7) with the learned variance of Nichol & Dhariwal 2021, equation 15.
 
-    Options: clip, the largest magnitude of an estimate of x0 (inf: none); eta, 0 without noise, 1 all of it. Where
-    the prediction has no variance, it is the smallest. A step to level 0 adds none.
+    Options: clip, the largest magnitude of an estimate of x0 (inf: none); eta, 0 without noise, 1 all of it; learned,
+    1 where the prediction's own variance counts. Else it is the smallest. A step to level 0 adds none.
     """
     prediction = denoise(state.x, now.sigma)
     limit = per_row(options["clip"], state.x)
@@ -27,7 +27,8 @@ def step(
         return State(x)
     deviation = per_row(up, x)
     if prediction.variance is not None:
-        deviation = deviation * per_row(_widest(now.sigma, next.sigma), x) ** prediction.variance
+        share = per_row(options["learned"], x) * prediction.variance
+        deviation = deviation * per_row(_widest(now.sigma, next.sigma), x) ** share
     return State(x + deviation * noise)
 
 

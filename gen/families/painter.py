@@ -270,7 +270,7 @@ class Painter(ABC):
             x.to(network.dtype),
             timestep,
             encoder_hidden_states=told.tokens,
-            cross_attention_kwargs=reading(network, told.distinct_tokens),
+            cross_attention_kwargs=reading(network, told.distinct_tokens, torch.stack),
             return_dict=False,
             **self.said(told),
         )[0]

@@ -217,7 +217,8 @@ def painted(unet: UNet2DConditionModel, given: dict[str, Any], texts: Distinct[T
     told = None
     if texts is not None:
         states = unet.process_encoder_hidden_states(given["encoder_hidden_states"], given.get("added_cond_kwargs"))
-        told = reading(unet, texts, states[[texts.of.index(text) for text in range(len(texts.unique))]])
+        of_text = {id(text): states[texts.of.index(place)] for place, text in enumerate(texts.unique)}
+        told = reading(unet, texts, lambda new: torch.stack([of_text[id(text)] for text in new]))
     return unet(**given, cross_attention_kwargs=told).sample
 
 
@@ -281,7 +282,7 @@ def test_torch_compile_traces_a_layer_whole(name: str) -> None:
     theirs = layer(**given)
     set_attention(layer, name)
     states = given["encoder_hidden_states"]
-    told = reading(layer, Distinct.among(states.unbind(0)), states)
+    told = reading(layer, Distinct.among(states.unbind(0)), torch.stack)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert apart(compiled(**given), theirs) < 1e-5
     assert told is not None and apart(compiled(**given, **told), theirs) < 1e-5

@@ -85,9 +85,11 @@ OPTIONS = [
     (DEISMultistepScheduler(solver_order=3), {"solver_order": 3, "lower_order_final": 1}),
     (DPMSolverMultistepScheduler(euler_at_final=True), {"lower_order_final": 1, "euler_at_final": 1}),
     (DPMSolverSinglestepScheduler(lower_order_final=True), {"lower_order_final": 1}),
-    (UnCLIPScheduler(), {"clip": 1}),
-    (UnCLIPScheduler(clip_sample_range=5), {"clip": 5}),
-    (UnCLIPScheduler(clip_sample=False), {"clip": math.inf}),
+    (UnCLIPScheduler(), {"clip": 1, "learned": 0}),
+    (UnCLIPScheduler(clip_sample_range=5), {"clip": 5, "learned": 0}),
+    (UnCLIPScheduler(clip_sample=False, variance_type="learned_range"), {"clip": math.inf, "learned": 1}),
+    (DDPMScheduler(clip_sample=False), {"clip": math.inf, "learned": 0}),
+    (DDPMScheduler(clip_sample=False, variance_type="learned_range"), {"clip": math.inf, "learned": 1}),
     (LCMScheduler(), {}),
 ]
 
@@ -122,7 +124,7 @@ def test_options_are_the_configurations(stock: SchedulerMixin, options: dict[str
         (UniPCMultistepScheduler(prediction_type="flow_prediction"), "prediction_type='flow_prediction' is not"),
         (LCMScheduler(timestep_scaling=1.0), "timestep_scaling=1.0 is not supported; choose from: 10.0"),
         (LCMScheduler(clip_sample=True), "clip_sample=True is not supported"),
-        (DDPMScheduler(clip_sample=False, variance_type="learned_range"), "variance_type='learned_range' is not"),
+        (DDPMScheduler(clip_sample=False, variance_type="fixed_large"), "variance_type='fixed_large' is not"),
     ],
 )
 def test_what_has_no_equal_is_refused_by_name(stock: SchedulerMixin, message: str) -> None:

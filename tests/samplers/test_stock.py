@@ -341,6 +341,27 @@ def test_third_order_from_clamped_zero_snr(sampler: str) -> None:
     torch.testing.assert_close(paint(stock, network, 10), theirs, atol=1e-4, rtol=1e-4)
 
 
+def with_variance(network: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A network that says in a second half of its channels how much noise a step adds."""
+
+    def learned(latent: Tensor, timestep: Tensor) -> Tensor:
+        output = network(latent, timestep)
+        return torch.cat([output, (3 * output).sin()], 1)
+
+    return learned
+
+
+@pytest.mark.parametrize("kind", PREDICTION)
+@pytest.mark.parametrize("steps", [10, 13])
+def test_ddpm_with_a_learned_variance(kind: str, steps: int) -> None:
+    """From timestep 0, where stock adds no noise either; from a later last one it does, by the variance's say."""
+    stock, plain = stock_of("ddpm", kind, variance_type="learned_range"), network_of(kind, make_betas())
+    network = with_variance(plain)
+    painted = paint(stock, network, steps)
+    torch.testing.assert_close(painted, stock_run(stock, network, steps), atol=1e-4, rtol=1e-4)
+    assert (painted - paint(stock_of("ddpm", kind), plain, steps)).abs().max() > 1e-2
+
+
 def doubled(stock: SchedulerMixin) -> SchedulerMixin:
     """UnCLIPScheduler in float64: in float32 its weight of x0 in the last step is 1.0015 instead of 1."""
     stock.alphas_cumprod = stock.alphas_cumprod.double()
@@ -356,12 +377,8 @@ def doubled(stock: SchedulerMixin) -> SchedulerMixin:
 def test_unclip(kind: str, variance: str, clip: float | None, steps: int) -> None:
     told = {"variance_type": variance, "clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
     stock = stock_of("unclip", kind, **told)
-    one = network_of(kind, stock.betas)
-
-    def network(latent: Tensor, timestep: Tensor) -> Tensor:
-        output = one(latent, timestep)
-        return torch.cat([output, (3 * output).sin()], 1) if variance == "learned_range" else output
-
+    network = network_of(kind, stock.betas)
+    network = with_variance(network) if variance == "learned_range" else network
     theirs = stock_run(doubled(stock_of("unclip", kind, **told)), network, steps).float()
     # its first levels hold x0 in the last digits of eps: sigma is 20291 there
     torch.testing.assert_close(paint(stock, network, steps), theirs, atol=5e-3 if kind == "eps" else 1e-4, rtol=1e-4)
