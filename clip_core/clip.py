@@ -1,6 +1,6 @@
 """CLIP as everyone else here sees it: token states, text embedding, image embedding, score.
 
-One face over transformers CLIP folders and open_clip models. It knows no diffusion and draws no picture; who
+One face over transformers CLIP and SigLIP folders and open_clip models. It knows no diffusion and draws no picture; who
 trains a CLIP calls the same methods, since none of them forbids gradients.
 """
 
@@ -27,7 +27,7 @@ class CLIP:
     """A CLIP model with its tokenizer and preprocessing (Radford et al. 2021)."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, preprocess: Preprocess | None = None) -> None:
-        """Wrap a transformers CLIPModel with its CLIPTokenizer, or an open_clip model with its tokenizer.
+        """Wrap a transformers CLIPModel or SiglipModel, or an open_clip model, with its tokenizer.
 
         `preprocess` None: the shorter side to the tower's size, bicubic, middle crop, OpenAI's mean and std.
         """
@@ -45,7 +45,7 @@ class CLIP:
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
     ) -> CLIP:
-        """A transformers CLIP folder, a folder open_clip wrote, a hub id, or "open_clip:NAME/TAG".
+        """A transformers CLIP or SigLIP folder, a folder open_clip wrote, a hub id, or "open_clip:NAME/TAG".
 
         Only safetensors are read, and only a hub id or an open_clip name touches the network. The weights
         come frozen, in eval mode, as `dtype`, on `device` (None: the CPU). `attn_implementation` is a name
@@ -57,7 +57,7 @@ class CLIP:
 
     @property
     def model(self) -> Any:
-        """The library's own model: transformers' CLIPModel or open_clip's."""
+        """The library's own model: transformers' CLIPModel or SiglipModel, or open_clip's."""
         return self.towers.model
 
     @property
@@ -80,6 +80,12 @@ class CLIP:
         """The logarithm of 1 / temperature, as learned."""
         scale: Tensor = self.towers.model.logit_scale
         return scale.squeeze()  # some open_clip models hold it as (1,)
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """What SigLIP adds to a scaled cosine, as learned; None: a CLIP that learned by contrast has none."""
+        bias: Tensor | None = getattr(self.towers.model, "logit_bias", None)
+        return None if bias is None else bias.squeeze()
 
     @property
     def max_length(self) -> int:
@@ -138,3 +144,13 @@ class CLIP:
         image = images.to(self.device) if isinstance(images, Tensor) and embedded else self.image(images)
         text = texts if isinstance(texts, TextFeatures) else self.text(texts)
         return cosine(image, text.embedding)
+
+    @torch.no_grad()
+    def probability(self, scores: Tensor) -> Tensor | None:
+        """How likely a pair of these scores belongs together, by SigLIP's sigmoid (Zhai et al. 2023, section 3.2).
+
+        None for a CLIP that learned by contrast: there a cosine means something beside others alone.
+        """
+        if self.logit_bias is None:
+            return None
+        return torch.sigmoid(scores * self.logit_scale.float().exp() + self.logit_bias.float())

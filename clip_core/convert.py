@@ -14,7 +14,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -23,7 +23,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedModel, SiglipModel
 
 from clip_core.clip import CLIP
 from clip_core.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
@@ -57,15 +57,40 @@ BLOCK = {
 }
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # one matrix in open_clip, in this order
 DEFAULT_EPS = 1e-5  # of torch's and both libraries' layer norms
+COMPARED = ("a photo of a cat", "", "naïve café!", "two words " * 99)  # plain, empty, beyond ASCII, too long
+
+
+class Converted(NamedTuple):
+    """What a conversion wrote."""
+
+    library: str  # whose folder it is now: "transformers" or "open_clip"
+    difference: float  # of any number the two say of the same texts and pictures, by `largest_difference`
+
+
+def convert(name_or_folder: str | Path, folder: str | Path) -> Converted:
+    """Write a CLIP as the other library's folder, read it again and compare: open_clip to transformers, or back.
+
+    Raises ValueError for a folder that holds something, and for a CLIP that the other library cannot hold exactly.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty; give a new folder")
+    clip = CLIP.from_pretrained(name_or_folder)
+    library, save = "transformers", save_transformers
+    if isinstance(clip.model, PreTrainedModel):
+        library, save = "open_clip", save_open_clip
+    save(clip, folder)
+    pixels = torch.rand(2, 3, *clip.image_size, generator=torch.Generator().manual_seed(0))
+    return Converted(library, largest_difference(clip, CLIP.from_pretrained(folder), COMPARED, pixels))
 
 
 def to_transformers(clip: CLIP) -> CLIP:
-    """An open_clip CLIP as transformers' CLIPModel and CLIPTokenizer, weights copied; one of those is returned as is.
+    """An open_clip CLIP as transformers' CLIPModel and CLIPTokenizer, weights copied; transformers' own returns as is.
 
     open_clip pads with id 0, which is also the token "!". So does the tokenizer that comes out, as Stable
     Diffusion 2's does; a "!" that stands alone in a text is then taken for padding, one after a word is not.
     """
-    if isinstance(clip.model, CLIPModel):
+    if isinstance(clip.model, PreTrainedModel):
         return clip
     model, tokenizer = clip.model, _as_clip_tokenizer(clip.tokenizer)
     assert isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP)
@@ -115,8 +140,9 @@ def to_transformers(clip: CLIP) -> CLIP:
 
 def to_open_clip(clip: CLIP) -> CLIP:
     """A transformers CLIP as open_clip's CLIP and HFTokenizer, weights copied; an open_clip one is returned as is."""
-    if not isinstance(clip.model, CLIPModel):
+    if not isinstance(clip.model, PreTrainedModel):
         return clip
+    _refuse_siglip(clip)
     config = _open_clip_model_config(clip.model.config, clip.max_length)
     model = open_clip.CLIP(**config).to(clip.dtype)
     model.load_state_dict(_rename_back(clip.model.state_dict()))
@@ -128,7 +154,7 @@ def to_open_clip(clip: CLIP) -> CLIP:
 
 
 def save_transformers(clip: CLIP, folder: str | Path) -> None:
-    """Write a CLIP as a transformers CLIP folder: model, tokenizer and preprocessor_config.json."""
+    """Write a CLIP as a transformers folder: model, tokenizer and preprocessor_config.json."""
     clip = to_transformers(clip)
     folder = Path(folder)
     clip.model.save_pretrained(folder)
@@ -138,6 +164,7 @@ def save_transformers(clip: CLIP, folder: str | Path) -> None:
 
 def save_open_clip(clip: CLIP, folder: str | Path) -> None:
     """Write a transformers CLIP as a folder for open_clip: `open_clip.create_model("local-dir:FOLDER")`."""
+    _refuse_siglip(clip)
     if not isinstance(clip.model, CLIPModel):
         raise ValueError("an open_clip model does not carry its config; convert it to transformers first")
     preprocess, size = clip.preprocess, clip.image_size[0]
@@ -178,6 +205,10 @@ def largest_difference(a: CLIP, b: CLIP, texts: Sequence[str], pixels: Tensor) -
         (a.logit_scale, b.logit_scale),
     ]
     return max((x.float().cpu() - y.float().cpu()).abs().max().item() for x, y in pairs)
+
+
+def _refuse_siglip(clip: CLIP) -> None:
+    _refuse_unless(not isinstance(clip.model, SiglipModel), "it is a SigLIP")
 
 
 def _refuse_unless(holds: bool, why: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from huggingface_hub.errors import (
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPConfig, CLIPTokenizer
+from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPTokenizer, SiglipConfig
 
 from clip_core.preprocess import Preprocess
 
@@ -38,6 +39,7 @@ OPEN_CLIP_WEIGHTS = (
 )
 WEIGHTS = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CONFIGS = {"clip": CLIPConfig, "siglip": SiglipConfig}  # by the model_type of config.json
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -77,11 +79,12 @@ def _load_folder(folder: Path, dtype: torch.dtype, attn_implementation: str, net
 
 def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: str) -> Loaded:
     values = _read_json(folder / "config.json")
-    if values.get("model_type") != "clip":
-        kind = values.get("model_type")
-        raise ValueError(f"{folder / 'config.json'} is of model_type {kind!r}; only 'clip' can be used here")
+    kind = values.get("model_type")
+    if kind not in CONFIGS:
+        can = " and ".join(map(repr, CONFIGS))
+        raise ValueError(f"{folder / 'config.json'} is of model_type {kind!r}; only {can} can be used here")
     try:
-        config = CLIPConfig.from_dict(values)
+        config = CONFIGS[kind].from_dict(values)
         with torch.device("meta"):  # shapes without memory, and no random numbers drawn
             model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
@@ -92,10 +95,11 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
     model.load_state_dict({key: weights[key].to(dtype) for key in wanted}, assign=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # not stored in the file: the one kind that CLIP has counts the positions
+            if buffer.is_meta:  # not stored in the file: the one kind that these have counts the positions
                 assert name == "position_ids", name
                 setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
-    return Loaded(model, load_tokenizer(folder), Preprocess.from_folder(folder))
+    tokenizer = load_tokenizer(folder) if kind == "clip" else _load_siglip_tokenizer(folder)
+    return Loaded(model, tokenizer, Preprocess.from_folder(folder))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -138,6 +142,21 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust reader raises plain Exception
         raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {_line(error)}") from error
+
+
+def _load_siglip_tokenizer(folder: Path) -> Any:
+    """The tokenizer that a SigLIP folder names: SigLIP's own, SigLIP 2's, Gemma's."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; it says which tokenizer this SigLIP reads by")
+    kind = _read_json(path).get("tokenizer_class")
+    if kind == "SiglipTokenizer" and not (find_spec("sentencepiece") and find_spec("google.protobuf")):
+        # or transformers would take another, which neither lowers case nor drops punctuation
+        raise ValueError(f"the tokenizer of {folder} is a {kind}, for which pip install 'unclip[siglip]'")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust reader raises plain Exception
+        raise ValueError(f"the tokenizer of {folder} cannot be read: {_line(error)}") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -21,6 +21,13 @@ from torch.nn import functional as F
 CONFIG_NAME = "preprocessor_config.json"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al. 2021, released preprocessing
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+# what transformers' SiglipImageProcessor takes where its file is silent
+SIGLIP: Mapping[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": 0.5,
+    "image_std": 0.5,
+}
 RESAMPLE = {
     "lanczos": 1,
     "bilinear": 2,
@@ -66,7 +73,9 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
-        """From the keys of transformers' CLIPImageProcessor; what is absent has that class's default."""
+        """From the keys of transformers' CLIP and SigLIP image processors; what is absent has that class's default."""
+        if str(config.get("image_processor_type", "")).startswith("Siglip"):
+            config = {**SIGLIP, **config}
         if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
             raise ValueError("pixels are rescaled by another factor than 1/255, which is not supported")
         resize: int | tuple[int, int] | None = None

@@ -78,10 +78,17 @@ class TextTower:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tokens, list[int]]:
-    """Ids as a CLIPTokenizer pads and cuts by itself, and how many tokens each text has before it is cut."""
+    """Ids as a tokenizer of transformers pads and cuts by itself, and how many tokens each text has before."""
     texts = list(texts)
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    batch = tokenizer(
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+        return_attention_mask=True,  # SigLIP's hands none over unasked
+    )
     return Tokens(batch.input_ids, batch.attention_mask.bool()), lengths
 
 

@@ -1,4 +1,4 @@
-"""What differs between transformers' and open_clip's CLIP, made alike: tokens, text states, image embedding.
+"""What differs between transformers' CLIP and SigLIP and open_clip's CLIP, made alike: tokens, states, embeddings.
 
 Each class wraps one library's model and tokenizer and calls them as that library does. They know no files
 and no preprocessing; `clip_core.clip.CLIP` is the face that others use.
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import open_clip
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPModel, SiglipModel
 
 from clip_core.text import TextTower, Tokens, skip, tokenize
 
@@ -88,6 +88,39 @@ class TransformersTowers:
         return embedding
 
 
+class SiglipTowers:
+    """transformers.SiglipModel with its own tokenizer (SigLIP, Zhai et al. 2023; SigLIP 2, Tschannen et al. 2025)."""
+
+    def __init__(self, model: SiglipModel, tokenizer: Any) -> None:
+        config = model.config.text_config
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} ids, the text tower only {config.vocab_size}")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token; SigLIP reads every text padded to its whole length")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+        size = model.config.vision_config.image_size
+        self.image_size = (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tokens, list[int]]:
+        """As the tokenizer pads and cuts by itself, always to the whole length: that is how SigLIP was trained."""
+        return tokenize(self.tokenizer, texts, self.max_length)
+
+    def text(self, tokens: Tokens, clip_skip: int | None) -> TextFeatures:
+        """As `get_text_features` of what the tokenizer hands over, which most often is no mask."""
+        if clip_skip is not None:
+            raise ValueError("clip_skip needs a CLIP text tower; this model's is SigLIP's: give None")
+        masked = "attention_mask" in self.tokenizer.model_input_names
+        mask = tokens.attention_mask.long() if masked else None
+        out = self.model.text_model(input_ids=tokens.input_ids, attention_mask=mask)
+        return TextFeatures(out.last_hidden_state, out.pooler_output, tokens.attention_mask)
+
+    def image(self, pixel_values: Tensor) -> Tensor:
+        """As `get_image_features`."""
+        embedding: Tensor = self.model.vision_model(pixel_values=pixel_values).pooler_output
+        return embedding
+
+
 class OpenClipTowers:
     """CLIP or CustomTextCLIP of open_clip (own text tower or Hugging Face's), its declared tokenizer."""
 
@@ -143,9 +176,11 @@ def make_towers(model: nn.Module, tokenizer: Any) -> Towers:
     """The wrapper for a model's library; ValueError for a model of another kind."""
     if isinstance(model, CLIPModel):
         return TransformersTowers(model, tokenizer)
+    if isinstance(model, SiglipModel):
+        return SiglipTowers(model, tokenizer)
     if isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP):
         return OpenClipTowers(model, tokenizer)
-    known = "transformers CLIPModel, open_clip CLIP, open_clip CustomTextCLIP"
+    known = "transformers CLIPModel, transformers SiglipModel, open_clip CLIP, open_clip CustomTextCLIP"
     raise ValueError(f"a {type(model).__name__} is not a CLIP that can be used here; give one of: {known}")
 
 

@@ -101,7 +101,9 @@ def generate(
     rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
     clip: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="CLIP that ranks, if not the model's: folder, hub id, open_clip:NAME/TAG."),
+        typer.Option(
+            metavar="NAME", help="CLIP or SigLIP that ranks, if not its own: folder, hub id, open_clip:NAME/TAG."
+        ),
     ] = None,
     out: Annotated[
         Path,
@@ -221,28 +223,34 @@ def score(
     ] = None,
     model: Annotated[
         str,
-        typer.Option("--model", "-m", metavar="NAME", help="Model whose CLIP judges, or a CLIP folder or hub id."),
+        typer.Option(
+            "--model", "-m", metavar="NAME", help="Model whose CLIP judges, or CLIP or SigLIP by folder or hub id."
+        ),
     ] = DEFAULT_MODEL,
     as_json: AsJson = False,
 ) -> None:
-    """Say how well IMAGE fits each TEXT: the cosine of their CLIP embeddings, from -1 to 1."""
+    """Say how well IMAGE fits each TEXT: the cosine of their CLIP embeddings, from -1 to 1.
+
+    A SigLIP says beside it how likely they belong together, in percent.
+    """
     with speaking("score"):
         check_text(*texts)
         if any(not text.strip() for text in texts):
             raise ValueError("a text is empty; say in words what the picture may show")
         paths = [image, *(more or [])]
         pictures = [read_picture(path) for path in paths]
-        rows = _cosines(model, pictures, texts)
+        rows = _scores(model, pictures, texts)
     scores = [
-        {"image": str(path), "text": text, "score": value}
+        {"image": str(path), "text": text, **told}
         for path, row in zip(paths, rows, strict=True)
-        for text, value in zip(texts, row, strict=True)
+        for text, told in zip(texts, row, strict=True)
     ]
     if as_json:
         print(json.dumps({"model": model, "scores": scores}))
     else:
         for one in scores:
-            print(f"{one['score']:7.4f}  {one['image']}  {one['text']}")
+            likely = f"  {one['probability']:6.1%}" if "probability" in one else ""
+            print(f"{one['score']:7.4f}{likely}  {one['image']}  {one['text']}")
 
 
 def info(
@@ -356,8 +364,8 @@ def _summary(answer: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _cosines(model: str, pictures: list[Image.Image], texts: list[str]) -> list[list[float]]:
-    """Per picture its CLIP score with every text."""
+def _scores(model: str, pictures: list[Image.Image], texts: list[str]) -> list[list[dict[str, float]]]:
+    """Per picture its CLIP `score` with every text, and of a SigLIP the `probability` that they belong together."""
     import torch
 
     from clip_core.clip import CLIP
@@ -371,8 +379,12 @@ def _cosines(model: str, pictures: list[Image.Image], texts: list[str]) -> list[
     clip = CLIP.from_pretrained(model, "cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         embeddings = clip.image(pictures)  # (B, E)
-        scores = [clip.score(one.expand(len(texts), -1), texts) for one in embeddings]  # (T,) each
-    return [[float(value) for value in row] for row in scores]
+        scores = torch.stack([clip.score(one.expand(len(texts), -1), texts) for one in embeddings])  # (B, T)
+        likely = clip.probability(scores)
+    if likely is None:
+        return [[{"score": value} for value in row] for row in scores.tolist()]
+    pairs = torch.stack([scores, likely], dim=-1).tolist()
+    return [[{"score": value, "probability": chance} for value, chance in row] for row in pairs]
 
 
 def _size(num_bytes: int) -> str:

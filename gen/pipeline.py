@@ -88,7 +88,7 @@ class TextToImage:
         *,
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
-        clip: str | Path | None = None,  # what ranks: a transformers CLIP folder, a hub id, "open_clip:NAME/TAG"
+        clip: str | Path | None = None,  # what ranks: a CLIP or SigLIP folder, a hub id, "open_clip:NAME/TAG"
     ) -> TextToImage:
         """Load a model; what is unknown, missing or damaged is a ValueError of one line that names it.
 

@@ -3,7 +3,7 @@
 `make_tiny_stable_unclip` writes a diffusers StableUnCLIPPipeline folder with the reranking CLIP in `clip/`
 beside it and an `unclip.json`, small enough for a network call to take milliseconds. The weights are random
 but large enough that words, image embedding and noise level all show in the picture. The other families' folders
-are as stock diffusers writes them, with nothing of ours; `make_tiny_clip` writes a CLIP folder to rank by.
+are as stock diffusers writes them, with nothing of ours; `make_tiny_clip` and `make_tiny_siglip` write what ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
 )
+from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
 
 from clip_core.tokenizer import train_tokenizer
 
@@ -223,6 +227,27 @@ def make_tiny_clip(folder: str | Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()
         save_clip(tiny_clip(tokenizer), tokenizer, folder)
+    return folder
+
+
+def make_tiny_siglip(folder: str | Path, seed: int = 0) -> Path:
+    """Write a tiny random SigLIP folder by transformers' own classes, with SigLIP 2's tokenizer of letters."""
+    folder = Path(folder)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = ["▁", *(chr(ord("a") + k) for k in range(26)), *(f"<0x{k:02X}>" for k in range(256))]
+    vocab = {token: number for number, token in enumerate([*special, *letters])}
+    tower = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 2}
+    text = tower | {"vocab_size": len(vocab), "num_hidden_layers": 2, "max_position_embeddings": 40}
+    vision = tower | {"num_hidden_layers": 1, "image_size": 48, "patch_size": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+        with torch.no_grad():
+            for weight in (weight for name, weight in model.named_parameters() if not name.startswith("logit_")):
+                weight.add_(torch.randn_like(weight) * 0.2)  # or every text would be told much the same
+    model.save_pretrained(folder)
+    Siglip2Tokenizer(vocab=vocab, merges=[], padding_side="right", model_max_length=40).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 48, "width": 48}, resample=2).save_pretrained(folder)
     return folder
 
 

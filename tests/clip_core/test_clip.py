@@ -332,8 +332,8 @@ def test_pickled_weights_are_refused(copy: Path) -> None:
 
 def test_other_models_are_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "model_type": "siglip"}))
-    with pytest.raises(ValueError, match="model_type 'siglip'"):
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(ValueError, match="model_type 'bert'; only 'clip' and 'siglip' can be used"):
         CLIP.from_pretrained(copy)
     (copy / "config.json").write_text(json.dumps({**config, "text_config": {"hidden_size": 15}}))
     with pytest.raises(ValueError) as error:
