@@ -68,6 +68,7 @@ def generate(
     ] = None,
     prior_steps: Annotated[int | None, typer.Option(metavar="N", help="Prior steps.")] = None,
     prior_guidance: Annotated[float | None, typer.Option(metavar="W", help="Prior guidance; 1 is off.")] = None,
+    super_res_steps: Annotated[int | None, typer.Option(metavar="N", help="Super-resolution steps.")] = None,
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to steer away from, in place of the empty text.")
     ] = None,
@@ -163,6 +164,7 @@ def generate(
             prior=prior,
             prior_num_inference_steps=prior_steps,
             prior_guidance_scale=prior_guidance,
+            super_res_num_inference_steps=super_res_steps,
         )
         request.resolve(painter.model.abilities)  # every mistake, before the note on words
         foreign = painter.card.unknown_words(prompt)

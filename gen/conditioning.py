@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+Asks = Literal["own", "weak", "last"]
+"""Which of a model's networks: its own, the weaker one of autoguidance, or that of a row's last step"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,8 @@ class Condition:
     vector: Tensor | None = None  # (V,), the UNet's class input or pooled text, or the prior's text embedding
     mask: Tensor | None = None  # (L,) bool, True where there is text
     sizes: Tensor | None = None  # (S,), of the picture, in pixels
-    weak: bool = False  # whether the model's weaker network is asked (autoguidance)
+    channels: Tensor | None = None  # (C', h, w), what the network sees beside x
+    asks: Asks = "own"
 
     def twin(self) -> Condition:
         """The same told by another object, so that what is kept beside the one is not found beside the other."""
@@ -41,8 +45,8 @@ Told = tuple[Condition, Condition | None]
 class Conditions:
     """Conditions gathered for one network call of M evaluations.
 
-    A network that takes a tensor per evaluation reads `tokens`, `vector`, `mask` and `sizes`; what can be worked out
-    once for all evaluations that are told the same is worked out for the distinct ones.
+    A network that takes a tensor per evaluation reads `tokens`, `vector`, `mask`, `sizes` and `channels`; what can be
+    worked out once for all evaluations that are told the same is worked out for the distinct ones.
     """
 
     each: tuple[Condition, ...]  # M of them
@@ -66,6 +70,11 @@ class Conditions:
     def sizes(self) -> Tensor | None:
         """(M, S)."""
         return stacked([condition.sizes for condition in self.each])
+
+    @cached_property
+    def channels(self) -> Tensor | None:
+        """(M, C', h, w)."""
+        return stacked([condition.channels for condition in self.each])
 
     @cached_property
     def distinct(self) -> Distinct[Condition]:

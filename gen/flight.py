@@ -23,8 +23,9 @@ from gen.request import Candidate, Job
 from gen.row import Live, Row
 from gen.rows import Taken
 from gen.search import Moves
+from gen.upscale import STAGE as SUPER_RESOLUTION
 
-Stage = Literal["prior", "decoder"]
+Stage = Literal["prior", "decoder", "super_resolution"]
 DECODER: Final = "decoder"
 
 R = TypeVar("R")
@@ -41,7 +42,7 @@ class Cancelled(Exception):
 class Step:
     """What a callback sees after every step that pictures of its request take together."""
 
-    stage: str  # "prior" or "decoder"
+    stage: str  # "prior", "decoder" or "super_resolution"
     seeds: list[int]  # of the B pictures that took this step together
     steps_left: list[int]
     x0: Tensor  # (B, ...) the clean estimates: latents, or embeddings in the prior
@@ -58,7 +59,7 @@ Callback = Callable[[Step], None]
 class Account:
     """What a request has taken; a step that had to be worked out again is counted once."""
 
-    evaluations: dict[str, int] = field(default_factory=lambda: {PRIOR: 0, DECODER: 0})  # of each network
+    evaluations: dict[str, int] = field(default_factory=lambda: {PRIOR: 0, DECODER: 0, SUPER_RESOLUTION: 0})
     gradients: int = 0  # through the autoencoder and CLIP, of clip_guidance_scale
     decodes: int = 0  # by the autoencoder
     previews: int = 0  # by what stands in for it while a search looks on; of small pictures the autoencoder does

@@ -96,9 +96,9 @@ class Call:
 
 @dataclass(eq=False)
 class Plan:
-    """How a lane's evaluations are asked; it holds until the rows change, or which of them are guided."""
+    """How a lane's evaluations are asked; it holds until the rows change, or what some of them ask."""
 
-    guided: list[bool]  # of each row
+    asking: list[tuple[bool, bool]]  # of each row
     conditions: list[Condition]  # (M,) of each evaluation: text by text, and condition by condition within a text
     slots: list[int]  # (M,) the row of each evaluation
     ends: list[int]  # where the groups of one condition end
@@ -133,7 +133,7 @@ class Plan:
         guides = Guides.of([(row.guide, row.guidance_scale) for row in rows], partial(sent, device=device))
         percentile, bound = sent(torch.tensor([row.thresholding or (0.0, 1.0) for row in rows]), device).unbind(1)
         return cls(
-            guided=[one.is_guided for one in lane.rows],
+            asking=[one.asking for one in lane.rows],
             conditions=told,
             slots=slots,
             ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),

@@ -14,6 +14,7 @@ from gen.prior import Prior
 from gen.request import Candidate
 from gen.scheduler import NoiseLevels
 from gen.settings import Abilities, Settings
+from gen.upscale import Upscaler
 
 
 class Family(Protocol):
@@ -36,11 +37,15 @@ class Family(Protocol):
         """None: there is none."""
 
     @property
+    def upscaler(self) -> Upscaler | None:
+        """What paints large pictures from the decoder's; None: these are the pictures."""
+
+    @property
     def clip(self) -> CLIP | None:
         """The CLIP that ranks; None: there is none."""
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of these settings."""
+        """(C, h, w) of what the decoder paints for a picture of these settings."""
 
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told before any prior has spoken."""
@@ -49,13 +54,13 @@ class Family(Protocol):
         """The decoder's network."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
+        """What the last stage, or the decoder, has painted (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
 
     def preview(self, latents: Tensor) -> Tensor:
         """The same, cheaply and roughly."""
 
     def is_small(self, settings: Settings) -> bool:
-        """Whether pictures are so small that a search may look at them through the autoencoder itself."""
+        """Whether pictures are so small that a search may look at them by `decode` itself."""
 
 
 @runtime_checkable

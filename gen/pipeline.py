@@ -164,6 +164,7 @@ class TextToImage:
         prior: bool | None = None,  # False: from the text alone
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
+        super_res_num_inference_steps: int | None = None,  # where the model paints small pictures first
         latents: Tensor | None = None,  # (prompts * num_images_per_prompt, C, h, w) unit noise
         prior_latents: Tensor | None = None,  # (prompts * num_images_per_prompt, E) unit noise
         prompt_embeds: Tensor | None = None,  # (prompts, L, D)
@@ -216,6 +217,7 @@ class TextToImage:
             prior=prior,
             prior_num_inference_steps=prior_num_inference_steps,
             prior_guidance_scale=prior_guidance_scale,
+            super_res_num_inference_steps=super_res_num_inference_steps,
             latents=latents,
             prior_latents=prior_latents,
             prompt_embeds=prompt_embeds,
@@ -279,7 +281,7 @@ class TextToImage:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a stock diffusers folder with the CLIP and the card beside; see `checkpoint.save`."""
         parts = self.model.parts()
-        return checkpoint.save(folder, self.model.SAVED_AS, parts, self.model.clip, self.card, dtype, self.model.index)
+        return checkpoint.save(folder, self.model.saved_as, parts, self.model.clip, self.card, dtype, self.model.index)
 
     def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""
@@ -296,12 +298,15 @@ class TextToImage:
 
     def _moving(self, jobs: Sequence[Job], shown: Progress) -> Callback:
         """A callback that moves a bar for each stage."""
-        totals = {"prior": 0, "decoder": 0}
+        totals = {"prior": 0, "decoder": 0, "super_resolution": 0}
         for settings in (candidate.settings for job in jobs for candidate in job.candidates):
             totals["decoder"] += self.model.levels.schedule(settings.sampler, settings.num_inference_steps).num_steps
             if settings.prior and self.model.prior is not None:
                 levels = self.model.prior.levels
                 totals["prior"] += levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps
+            if self.model.upscaler is not None:
+                levels, steps = self.model.upscaler.levels, settings.super_res_num_inference_steps
+                totals["super_resolution"] += levels.schedule(levels.sampler, steps).num_steps
         unknown = any(job.budget is not None or not isinstance(job.search, BestOf) for job in jobs)
         tasks = {
             name: shown.add_task(name, total=None if unknown else number) for name, number in totals.items() if number

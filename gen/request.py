@@ -153,6 +153,7 @@ class Request:
     prior: bool | None = None
     prior_num_inference_steps: int | None = None
     prior_guidance_scale: float | None = None
+    super_res_num_inference_steps: int | None = None
     latents: Tensor | None = field(default=None, repr=False)
     prior_latents: Tensor | None = field(default=None, repr=False)
     prompt_embeds: Tensor | None = field(default=None, repr=False)
@@ -285,12 +286,14 @@ class Request:
         check_settings(settings, able)
         if self.image_embeds is None and settings.prior and self.prompt is None:
             raise ValueError("the prior reads the prompt as text; give prompt as well, or prior=False")
+        if able.needs_image and self.image_embeds is None and not settings.prior:
+            raise ValueError("this model has no prior and paints nothing from a text alone; give image_embeds")
         if settings.clip_guidance_scale and self.prompt is None:
             raise ValueError("clip_guidance_scale needs the prompt as text; give prompt as well, or leave it out")
-        self._warn_ignored(settings)
+        self._warn_ignored(settings, able)
         return settings
 
-    def _warn_ignored(self, settings: Settings) -> None:
+    def _warn_ignored(self, settings: Settings, able: Abilities) -> None:
         image = settings.prior or self.image_embeds is not None
         unheard: list[tuple[bool, str, tuple[str, ...]]] = [
             (settings.guidance_scale == 1, "guidance_scale is 1", GUIDED),
@@ -302,6 +305,7 @@ class Request:
             (self.prompt_embeds is not None, "prompt_embeds was given", ("clip_skip",)),
             (not settings.prior, "the prior is off", PRIORS),
             (not image and bool(self.noise_level), "the prior is off", ("noise_level",)),
+            (not able.super_res_max_steps, "this model has no super resolution", ("super_res_num_inference_steps",)),
         ]
         for holds, reason, names in unheard:
             for name in names:
@@ -309,7 +313,7 @@ class Request:
                     warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=4)
 
     def _check_tensors(self, settings: Settings, able: Abilities, num_prompts: int, n: int) -> None:
-        cells = (settings.height // able.size_multiple, settings.width // able.size_multiple)
+        cells = (settings.height // able.cell_size, settings.width // able.cell_size)
         shape_of("latents", self.latents, (num_prompts * n, able.latent_channels, *cells))
         if able.embedding_width is None:
             for name in ("image_embeds", "prior_latents"):
@@ -318,8 +322,13 @@ class Request:
         else:
             shape_of("prior_latents", self.prior_latents, (num_prompts * n, able.embedding_width))
             shape_of("image_embeds", self.image_embeds, (num_prompts, able.embedding_width))
-        length, width = able.text_shape
         words, null = self.prompt_embeds, self.negative_prompt_embeds
+        if able.text_shape is None:
+            for name in (*POOLED, *POOLED.values()):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} was given, but this model reads its texts itself; give them as text")
+            return
+        length, width = able.text_shape
         if isinstance(words, Tensor) and words.ndim == 3 and null is not None:
             length = words.shape[1]  # any length, when words and null agree on it
         shape_of("prompt_embeds", words, (num_prompts, length, width))

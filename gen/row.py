@@ -33,6 +33,7 @@ class Row:
     schedule: Schedule
     sampler: str
     prompt: Condition  # the condition that counts
+    last: Condition | None = None  # in its place on the last step; None: the same
     null: Condition | None = None  # the one guided away from; None only where guidance_scale is 1
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: everywhere
@@ -97,16 +98,25 @@ class Live:
     def null(self) -> Condition | None:
         """What the row is guided away from: the null, or what a weaker network says of the prompt."""
         row = self.row
-        return replace(row.prompt, weak=True) if row.null and row.guide.rule == "autoguidance" else row.null
+        return replace(row.prompt, asks="weak") if row.null and row.guide.rule == "autoguidance" else row.null
+
+    @property
+    def prompt(self) -> Condition:
+        """The condition that counts on the coming step."""
+        return self.row.last if self.row.last is not None and self.steps_left == 1 else self.row.prompt
+
+    @property
+    def asking(self) -> tuple[bool, bool]:
+        """What `terms` go by, as far as it changes from step to step."""
+        return self.is_guided, self.prompt is self.row.prompt
 
     @property
     def terms(self) -> list[Term]:
         """What to evaluate on the coming step."""
-        row = self.row
         if self.null is None or not self.is_guided:
-            return [Term(row.prompt, 1.0, 1.0)]
-        weights = cfg_terms(row.guidance_scale)
-        return [Term(self.null, weights["null"], 0.0), Term(row.prompt, weights["prompt"], 1.0)]
+            return [Term(self.prompt, 1.0, 1.0)]
+        weights = cfg_terms(self.row.guidance_scale)
+        return [Term(self.null, weights["null"], 0.0), Term(self.prompt, weights["prompt"], 1.0)]
 
     @cached_property
     def _guided(self) -> list[bool]:

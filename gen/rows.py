@@ -243,7 +243,7 @@ class Rows:
         return None
 
     def _worked_out(self, lane: Lane) -> Moved | Failed | None:
-        if lane.plan is None or lane.plan.guided != [one.is_guided for one in lane.rows]:
+        if lane.plan is None or lane.plan.asking != [one.asking for one in lane.rows]:
             lane.bucket.refresh()
             lane.plan = Plan.of(lane, self.device)
         plan = lane.plan

@@ -88,6 +88,8 @@ def _plms(config: Config, num_steps: int, num_train: int) -> Tensor:
 
 
 def _unclip(config: Config, num_steps: int, num_train: int) -> Tensor:
+    if num_steps == 1:  # from noise to a picture; stock divides by zero
+        return torch.tensor([num_train - 1], dtype=torch.float64)
     return spaced_timesteps(num_steps, num_train, spacing="linspace")
 
 

@@ -24,15 +24,18 @@ OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each
 class Abilities:
     """What a model can be asked for; a family fills it in from its networks' configurations."""
 
-    size_multiple: int  # pixels per latent cell: height and width are multiples of it
+    size_multiple: int  # height and width are multiples of it
+    cell_size: int  # pixels per latent cell, along each side
     latent_channels: int
-    text_shape: tuple[int, int]  # (L, D) of prompt_embeds
+    text_shape: tuple[int, int] | None  # (L, D) of prompt_embeds; None: this model takes none
     text_layers: int  # clip_skip is smaller than this
     pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
     embedding_width: int | None  # E of image_embeds; None: this model takes none
     num_noise_levels: int  # noise_level is smaller than this; 0: no image embedding to noise
     max_steps: int  # the timesteps the decoder was trained on
     prior_max_steps: int  # 0: the model has no prior
+    super_res_max_steps: int = 0  # 0: it has no super resolution
+    needs_image: bool = False  # whether it paints nothing without an image embedding
     can_rank: bool  # a whole CLIP lies beside the model
     can_autoguide: bool = False  # a weaker network was loaded beside the decoder's
     defaults: Settings  # the model's own, from its scheduler and unclip.json
@@ -68,6 +71,7 @@ class Settings:
     prior: bool = False  # whether a prior turns the text into an image embedding first
     prior_num_inference_steps: int = 25
     prior_guidance_scale: float = 1.0  # 1: off
+    super_res_num_inference_steps: int = 7  # of super resolution, where the model has it
 
     @property
     def sampler_options(self) -> dict[str, float]:
@@ -156,6 +160,8 @@ def check_settings(settings: Settings, able: Abilities) -> None:
         whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
         real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
     whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
+    if able.super_res_max_steps:
+        whole("super_res_num_inference_steps", settings.super_res_num_inference_steps, 1, able.super_res_max_steps)
 
 
 def check_sampler_options(settings: Settings) -> None:

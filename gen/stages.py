@@ -1,4 +1,4 @@
-"""The stages that a request's candidates go through: the prior, where there is one, and the decoder.
+"""The stages that a request's candidates go through: a prior where there is one, the decoder, super resolution.
 
 Owns the rows of each, says what a candidate's rows are, and takes them from one stage to the next. It knows what a
 request in flight has noted, and neither who decides which of its candidates go on nor who waits for it.
@@ -16,7 +16,7 @@ from torch import Tensor
 from gen.bucket import UNBOUNDED, Buckets
 from gen.conditioning import Table
 from gen.darkroom import Darkroom, likeness
-from gen.flight import DECODER, PRIOR, Flight, Painted, Place, Stage, Waiting, place_of, row_of
+from gen.flight import DECODER, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
 from gen.lane import Lane
 from gen.model import Family, WithImage
 from gen.request import Candidate
@@ -32,13 +32,16 @@ class Stages:
         self.model = model
         self.darkroom = darkroom
         self.table = Table()
-        self.rows: dict[Stage, Rows] = {}  # an embedding goes on as a picture within a tick, so the prior is first
+        self.rows: dict[Stage, Rows] = {}  # in their order, so that what one has finished goes on within a tick
         if model.prior is not None:
-            network, scaling = model.prior.asked(), model.prior.levels.scaling
-            self.rows[PRIOR] = Rows(network, scaling, PRIOR, model.device, buckets)
+            asked, scaling = model.prior.asked(), model.prior.levels.scaling
+            self.rows[PRIOR] = Rows(asked, scaling, PRIOR, model.device, buckets)
         self.rows[DECODER] = Rows(
             model.call, model.levels.scaling, DECODER, model.device, buckets, partial(likeness, model)
         )
+        if model.upscaler is not None:
+            enlarge, scaling = model.upscaler.call, model.upscaler.levels.scaling
+            self.rows[SUPER_RESOLUTION] = Rows(enlarge, scaling, SUPER_RESOLUTION, model.device, buckets)
 
     def room(self, max_rows: int | None) -> int:
         """How many rows may come in where so many may be in flight (None: as memory allows)."""
@@ -66,7 +69,7 @@ class Stages:
             rows.resume([lane for lane in here if isinstance(lane, Lane)])
 
     def go_on(self, flight: Flight[Any], stage: Stage, finished: Sequence[Finished]) -> None:
-        """Where rows of a request go from a stage's end: from the prior to the decoder, from there to be decoded."""
+        """Where rows of a request go from a stage's end: on to the next one, and from the last to be decoded."""
         indices = [place_of(one.row).candidate for one in finished]
         if stage == PRIOR:
             assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
@@ -79,14 +82,22 @@ class Stages:
             flight.unspoken.difference_update(indices)
             self.rows[DECODER].admit([self._decoder_row(flight, index) for index in indices])
             return
+        ended: dict[int, Tensor] = {}
         for index, one in zip(indices, finished, strict=True):
             if place_of(one.row).is_draft:
                 flight.estimates[index] = one.x
                 del flight.goals[index]
             else:
-                flight.latents[index] = one.x
-                if not flight.wants_pixels:
-                    flight.paint(index, Painted(one.x))
+                ended[index] = one.x
+        if stage == DECODER and self.model.upscaler is not None:
+            candidates = [flight.candidates[index] for index in ended]
+            keys = [Place(flight.number, index) for index in ended]
+            self.rows[SUPER_RESOLUTION].admit(self.model.upscaler.rows(candidates, keys, list(ended.values())))
+            return
+        for index, x in ended.items():
+            flight.latents[index] = x
+            if not flight.wants_pixels:
+                flight.paint(index, Painted(x))
 
     def halt(self, flight: Flight[Any], candidates: Collection[int]) -> None:
         """Take rows of the decoder that stand still out of their batch."""

@@ -20,6 +20,7 @@ OPTIONS = {
     "num_images_per_prompt": "-n",
     "prior_num_inference_steps": "--prior-steps",
     "prior_guidance_scale": "--prior-guidance",
+    "super_res_num_inference_steps": "--super-res-steps",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -22,12 +22,15 @@ from clip_core.clip import CLIP
 from clip_core.text import TextTower
 from gen.attention import reading
 from gen.checkpoint import CARD, Card, Parts
-from gen.conditioning import Condition, Conditions, Table, Told
-from gen.lane import sent
+from gen.conditioning import Asks, Condition, Conditions, Table, Told
+from gen.dispatch import dispatched
+from gen.model import WithImage
 from gen.prior import Prior
 from gen.request import Candidate
+from gen.rows import Network
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON, Abilities, Settings, check_settings
+from gen.upscale import Upscaler
 
 # What a UNet takes and says: those of a weaker UNet have to be the model's own.
 OUTSIDE = (
@@ -55,7 +58,7 @@ class Painter(ABC):
     weak: UNet2DConditionModel | None = None  # a weaker UNet of the same shape outside, for autoguidance
     card: Card = Card()  # noqa: RUF009 - frozen
 
-    SAVED_AS: ClassVar[str]  # the pipeline class of model_index.json
+    SAVED_AS: ClassVar[str]  # the pipeline class of model_index.json, where there is one for all
     STOCK_DEFAULTS: ClassVar[dict[str, Any]]  # what that class paints with when it is told nothing
 
     # --- a family's own ------------------------------------------------------------------------------------------
@@ -93,9 +96,19 @@ class Painter(ABC):
         return None
 
     @property
+    def upscaler(self) -> Upscaler | None:
+        """What paints large pictures from the UNet's; None: nothing does."""
+        return None
+
+    @property
     def index(self) -> dict[str, JSON]:
         """What model_index.json says beside the parts."""
         return {}
+
+    @property
+    def saved_as(self) -> str:
+        """The pipeline class of model_index.json."""
+        return self.SAVED_AS
 
     @property
     def text_width(self) -> int:
@@ -125,6 +138,7 @@ class Painter(ABC):
         sized = Settings(height=height * self.factor, width=width * self.factor, sampler=self.levels.sampler)
         return Abilities(
             size_multiple=self.factor,
+            cell_size=self.factor,
             latent_channels=self.latent_channels,
             text_shape=(self.text.shape[0], self.text_width),
             text_layers=self.text.encoder.config.num_hidden_layers,
@@ -132,6 +146,7 @@ class Painter(ABC):
             num_noise_levels=0,
             max_steps=self.levels.num_train_timesteps,
             prior_max_steps=0,
+            super_res_max_steps=0 if self.upscaler is None else self.upscaler.levels.num_train_timesteps,
             can_rank=self.clip is not None,
             can_autoguide=self.weak is not None,
             defaults=sized.updated({**self.STOCK_DEFAULTS, **self.card.defaults}, CARD),
@@ -250,19 +265,10 @@ class Painter(ABC):
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """The wall to diffusers: (M, C, h, w) noisy latents -> the network's own output, or the weaker network's."""
-        weak = [condition.weak for condition in told.each]
-        if not any(weak):
-            return self._asked(self.unet, x, timestep, told)
-        assert self.weak is not None, "autoguidance is refused where there is no weaker network"
-        order = sorted(range(len(weak)), key=weak.__getitem__)  # those that the UNet itself is asked, then the others
-        first = len(weak) - sum(weak)
-        answers = []
-        for network, places in ((self.unet, order[:first]), (self.weak, order[first:])):
-            if places:
-                at = sent(torch.tensor(places), x.device)
-                told_here = Conditions(tuple(told.each[k] for k in places))
-                answers.append(self._asked(network, x[at], timestep[at], told_here))
-        return torch.cat(answers)[sent(torch.tensor(order).argsort(), x.device)]
+        networks: dict[Asks, Network] = {"own": partial(self._asked, self.unet)}
+        if self.weak is not None:
+            networks["weak"] = partial(self._asked, self.weak)
+        return dispatched(networks, x, timestep, told)
 
     def _asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
@@ -274,6 +280,20 @@ class Painter(ABC):
             return_dict=False,
             **self.said(told),
         )[0]
+
+
+def with_images(
+    model: WithImage, candidates: Sequence[Candidate], told: Sequence[Told], device: torch.device
+) -> list[Told]:
+    """What candidates are told, those that come with an image embedding with that beside their words."""
+    shown = {place: one.image_embeds for place, one in enumerate(candidates) if one.image_embeds is not None}
+    with_it = list(told)
+    if shown:
+        embeds = [each.to(device, torch.float32) for each in shown.values()]
+        prompts = model.show([candidates[place] for place in shown], [told[place][0] for place in shown], embeds)
+        for place, prompt in zip(shown, prompts, strict=True):
+            with_it[place] = (prompt, told[place][1])
+    return with_it
 
 
 def listed(parts: Parts, names: Sequence[str]) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from clip_core.text import TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.autoencoder import LatentModel
-from gen.families.painter import listed
+from gen.families.painter import listed, with_images
 from gen.lane import sent
 from gen.prior import Prior
 from gen.request import Candidate
@@ -118,15 +118,7 @@ class StableUnCLIP(LatentModel):
 
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
-        told = super().tell(candidates, table)
-        shown = [index for index, one in enumerate(candidates) if one.image_embeds is not None]
-        if shown:
-            given = [one.image_embeds for one in candidates if one.image_embeds is not None]
-            pictures = [each.to(self.device, torch.float32) for each in given]
-            pictured = self.show([candidates[k] for k in shown], [told[k][0] for k in shown], pictures)
-            for index, condition in zip(shown, pictured, strict=True):
-                told[index] = (condition, told[index][1])
-        return told
+        return with_images(self, candidates, super().tell(candidates, table), self.device)
 
     def show(
         self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]

@@ -15,6 +15,7 @@ from torch import Tensor
 from gen import Request, TextToImage
 from gen.bucket import PROBE, Bucket, Buckets, Footprint, next_cut
 from gen.conditioning import Conditions, Table
+from gen.dispatch import dispatched
 from gen.lane import Lane, Walk
 from gen.request import Candidate
 from gen.row import Live, Row
@@ -246,6 +247,35 @@ def test_a_tick_asks_the_network_once_for_all_rows(tiny: TextToImage) -> None:
     assert calls == [PROBE, 10, 10]  # the first of all is measured, and its answer thrown away
     # two prompts and one null: what is the same is told once
     assert len({condition for row in rows for condition in (row.prompt, row.null)} - {None}) == 3
+
+
+def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
+    """Rows of 6, 7 and 8 steps beside each other; each asks the other network once, and ends where it says."""
+    model, rows = tiny.model, [replace(row, guidance_scale=1.0, null=None, sampler="ddim") for row in rows_of(tiny, 3)]
+    asked: list[int] = []
+
+    def other(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        asked.append(len(x))
+        return -model.call(x, timestep, Conditions(tuple(replace(each, asks="own") for each in told.each)))
+
+    def network(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        return dispatched({"own": model.call, "last": other}, x, timestep, told)
+
+    turned = [replace(row, last=replace(row.prompt, asks="last")) for row in rows]
+    ours = finish(Rows(network, model.levels.scaling, "decoder"), turned)
+    assert asked == [1, 1, 1]
+    for row in rows:
+        together = rows_over(tiny)
+        with torch.no_grad():
+            together.admit([row])
+            for _ in range(row.schedule.num_steps - 1):
+                together.tick()
+            (lane,) = together.lanes.values()
+            now, before = lane.walk.level(0).sigma, lane.state.x
+            told = Conditions((row.prompt,))
+            estimate = denoiser(lambda x, t, told=told: -model.call(x, t, told), together.scaling)(before, now).x0
+        # a step of DDIM to level 0 ends at the estimate
+        assert (ours[row.key] - estimate[0]).abs().max() < 1e-4 * estimate.abs().max()
 
 
 def test_guidance_outside_its_interval_costs_nothing(tiny: TextToImage) -> None:

@@ -163,7 +163,7 @@ def counted(tiny: TextToImage) -> Counted:
 def test_the_account_is_exact(counted: Counted, name: str) -> None:
     account = counted.model.paint([(CHOOSING | MAKING)[name]])[0].account
     seen = counted.seen
-    assert account.evaluations == {"prior": seen["prior"], "decoder": seen["call"]}
+    assert account.evaluations == {"prior": seen["prior"], "decoder": seen["call"], "super_resolution": 0}
     assert (account.decodes, account.previews) == (seen["decode"], seen["preview"])
     assert account.scores == seen["score"] == account.decodes + account.previews
     assert (account.previews > 0) == (name.startswith("large"))

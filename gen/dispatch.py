@@ -1,0 +1,28 @@
+"""One call of a model that has several networks: each evaluation is answered by the one that it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gen.conditioning import Asks, Conditions
+from gen.lane import sent
+from gen.rows import Network
+
+
+def dispatched(networks: Mapping[Asks, Network], x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    """The answers to M evaluations, in their order; each network is asked once, and one that nobody asks, never."""
+    places: dict[Asks, list[int]] = {}
+    for place, condition in enumerate(told.each):
+        places.setdefault(condition.asks, []).append(place)
+    if len(places) == 1:
+        (only,) = places
+        return networks[only](x, timestep, told)
+    answers = []
+    for name, here in places.items():
+        at = sent(torch.tensor(here), x.device)
+        answers.append(networks[name](x[at], timestep[at], Conditions(tuple(told.each[place] for place in here))))
+    order = torch.tensor([place for here in places.values() for place in here])
+    return torch.cat(answers)[sent(order.argsort(), x.device)]
