@@ -27,8 +27,8 @@ class Abilities:
     size_multiple: int  # height and width are multiples of it
     cell_size: int  # pixels per latent cell, along each side
     latent_channels: int
-    text_shape: tuple[int, int] | None  # (L, D) of prompt_embeds; None: this model takes none
-    text_layers: int  # clip_skip is smaller than this
+    text_shape: tuple[int, int] | None = None  # (L, D) of prompt_embeds; None: this model takes none
+    text_layers: int = 0  # clip_skip is smaller than this
     pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
     embedding_width: int | None  # E of image_embeds; None: this model takes none
     num_noise_levels: int  # noise_level is smaller than this; 0: no image embedding to noise
@@ -151,6 +151,8 @@ def check_settings(settings: Settings, able: Abilities) -> None:
         if low > high:
             raise ValueError(f"guidance_interval={interval} is upside down; give (lowest, highest) noise level")
     if settings.clip_skip is not None:
+        if able.text_layers == 0:
+            raise ValueError("clip_skip was given, but this model's decoder has no text tower of CLIP; leave it out")
         whole("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
     if not isinstance(settings.prior, bool):
         raise ValueError(f"prior={settings.prior!r}; give True, False or None")

@@ -16,8 +16,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from clip_core.text import TextTower
 from gen.checkpoint import UNUSED, Parts
-from gen.families.autoencoder import LatentModel
+from gen.families.autoencoder import KLModel
 from gen.families.painter import listed
+from gen.families.reader import Reader
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON
 
@@ -30,7 +31,7 @@ MEANT_SIZE = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class StableDiffusion(LatentModel):
+class StableDiffusion(KLModel, Reader):
     """A loaded Stable Diffusion 1.x or 2.x."""
 
     SAVED_AS: ClassVar[str] = "StableDiffusionPipeline"

@@ -19,8 +19,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from clip_core.text import TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions
-from gen.families.autoencoder import LatentModel
-from gen.families.painter import check_length, listed, own
+from gen.families.autoencoder import KLModel
+from gen.families.painter import listed, own
+from gen.families.reader import Reader, check_length
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON, Abilities, Settings
 
@@ -29,7 +30,7 @@ FORCE_ZEROS = "force_zeros_for_empty_prompt"
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class StableDiffusionXL(LatentModel):
+class StableDiffusionXL(KLModel, Reader):
     """A loaded Stable Diffusion XL base."""
 
     tokenizer_2: CLIPTokenizer

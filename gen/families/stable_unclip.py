@@ -20,8 +20,9 @@ from torch import Tensor
 from clip_core.text import TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
-from gen.families.autoencoder import LatentModel
+from gen.families.autoencoder import KLModel
 from gen.families.painter import listed, with_images
+from gen.families.reader import Reader
 from gen.lane import sent
 from gen.prior import Prior
 from gen.request import Candidate
@@ -31,7 +32,7 @@ from samplers.noise import noise
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class StableUnCLIP(LatentModel):
+class StableUnCLIP(KLModel, Reader):
     """A loaded Stable unCLIP model."""
 
     image_normalizer: StableUnCLIPImageNormalizer

@@ -1,0 +1,160 @@
+"""Families whose UNet reads the prompt by cross-attention: how texts become what it is told.
+
+A text tower's states are told as they are; a family may read its texts otherwise, or tell the UNet more. All who are
+told the same share a condition, and the empty prompt is encoded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from clip_core.text import TextTower
+from gen.attention import reading
+from gen.conditioning import Condition, Conditions, Table, Told
+from gen.families.painter import Painter, own
+from gen.request import Candidate
+from gen.settings import Abilities, Settings
+
+
+class Words(NamedTuple):
+    """What a candidate is told in words; all who are told equal ones share a condition."""
+
+    text: str
+    clip_skip: int | None = None  # layers of the text tower left out
+    sizes: tuple[int, ...] = ()  # of the picture, as the UNet is told them; empty: it is not
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Reader(Painter):
+    """A loaded model of any of these families."""
+
+    text: TextTower
+
+    # --- a family's own ------------------------------------------------------------------------------------------
+
+    @property
+    def text_width(self) -> int:
+        """D of the token states that the UNet reads."""
+        return self.text.shape[1]
+
+    def parts(self) -> dict[str, Any]:
+        """Modules, tokenizers and schedulers by their names in model_index.json."""
+        return super().parts() | {"tokenizer": self.text.tokenizer, "text_encoder": self.text.encoder}
+
+    def fits(self) -> dict[str, tuple[object, object]]:
+        """What is given, and what the other parts need, by its name."""
+        told = (self.unet.config.cross_attention_dim, self.text_width)
+        return {"unet cross_attention_dim": told} | super().fits()
+
+    def able(self) -> Abilities:
+        """What a request may ask for, and what it gets when it does not say."""
+        layers = self.text.encoder.config.num_hidden_layers
+        return replace(super().able(), text_shape=(self.text.shape[0], self.text_width), text_layers=layers)
+
+    def read(self, texts: Sequence[str], clip_skip: int | None) -> list[Condition]:
+        """What the UNet is told of each of these texts."""
+        return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
+
+    def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
+        """What the UNet is told of a text with these token states (L, D), and where it takes it pooled, (P,)."""
+        return Condition(own(tokens, self.unet))
+
+    def sizes(self, settings: Settings) -> tuple[int, ...]:
+        """What the UNet is told of a picture's size; empty: nothing."""
+        return ()
+
+    def said(self, told: Conditions) -> dict[str, Any]:
+        """What the UNet is told beside the token states, by the names of its arguments."""
+        return {}
+
+    # --- what all share ------------------------------------------------------------------------------------------
+
+    def check(self, where: str) -> None:
+        """Refuse parts that do not fit each other (ValueError), before a network finds out."""
+        super().check(where)
+        check_length(self.text, where, "text_encoder")
+
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+        """What each candidate is told in words."""
+        handed: dict[int, Condition] = {}  # by identity
+        for one in candidates:
+            prompt, null = one.prompt_embeds, one.negative_prompt_embeds
+            for embeds, pooled in ((prompt, one.pooled_prompt_embeds), (null, one.negative_pooled_prompt_embeds)):
+                if embeds is not None and id(embeds) not in handed:
+                    handed[id(embeds)] = self._sized(self.handed(embeds, pooled), self.sizes(one.settings))
+        asked = dict.fromkeys(words for candidate in candidates for words in self._read_for(candidate))
+        said = table.of(list(asked), self._encoded)
+
+        def told(embeds: Tensor | None, words: Words) -> Condition:
+            return said[words] if embeds is None else handed[id(embeds)]
+
+        return [
+            (
+                told(one.prompt_embeds, self._prompt_of(one)),
+                None if one.settings.guidance_scale == 1 else told(one.negative_prompt_embeds, self._null_of(one)),
+            )
+            for one in candidates
+        ]
+
+    def _prompt_of(self, candidate: Candidate) -> Words:
+        settings = candidate.settings
+        return Words(candidate.prompt, settings.clip_skip, self.sizes(settings))
+
+    def _null_of(self, candidate: Candidate) -> Words:
+        """What it is guided away from; as in diffusers, no layer is skipped here."""
+        settings = candidate.settings
+        return Words(settings.negative_prompt, None, self.sizes(settings))
+
+    def _read_for(self, candidate: Candidate) -> Iterator[Words]:
+        """What the text tower has to read for this candidate."""
+        if candidate.prompt_embeds is None:
+            yield self._prompt_of(candidate)
+        if candidate.negative_prompt_embeds is None and candidate.settings.guidance_scale != 1:
+            yield self._null_of(candidate)
+
+    def _encoded(self, words: Sequence[Words]) -> list[Condition]:
+        """The conditions of these words; one call of the text tower for each `clip_skip`."""
+        asked = dict.fromkeys((each.text, each.clip_skip) for each in words)
+        found: dict[tuple[str, int | None], Condition] = {("", None): self._empty} if ("", None) in asked else {}
+        for clip_skip in dict.fromkeys(skip for _, skip in asked):
+            texts = [text for text, skip in asked if skip == clip_skip and (text, skip) not in found]
+            if texts:
+                read = self.read(texts, clip_skip)
+                found |= {(text, clip_skip): condition for text, condition in zip(texts, read, strict=True)}
+        return [self._sized(found[each.text, each.clip_skip].twin(), each.sizes) for each in words]
+
+    def _sized(self, condition: Condition, sizes: tuple[int, ...]) -> Condition:
+        if not sizes:
+            return condition
+        return replace(condition, sizes=torch.tensor(sizes, dtype=self.unet.dtype, device=self.device))
+
+    @cached_property
+    @torch.no_grad()
+    def _empty(self) -> Condition:
+        """The empty prompt, which most pictures are guided away from; encoded once."""
+        return self.read([""], None)[0]
+
+    def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        """What a UNet says of (M, C, h, w) noisy latents."""
+        return network(
+            x.to(network.dtype),
+            timestep,
+            encoder_hidden_states=told.tokens,
+            cross_attention_kwargs=reading(network, told.distinct_tokens, torch.stack),
+            return_dict=False,
+            **self.said(told),
+        )[0]
+
+
+def check_length(text: TextTower, where: str, name: str) -> None:
+    """ValueError for a tokenizer that lets texts be longer than the text tower reads."""
+    length, positions = text.shape[0], text.encoder.config.max_position_embeddings
+    if length > positions:  # transformers says 10**30 where no file says how long a text may be
+        raise ValueError(f"{where}: model_max_length of the tokenizer is {length}, {name} has {positions}")
