@@ -106,6 +106,9 @@ def generate(
             metavar="NAME", help="CLIP or SigLIP that ranks, if not its own: folder, hub id, open_clip:NAME/TAG."
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="LoRA to merge into the model; repeatable.")
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."),
@@ -121,6 +124,8 @@ def generate(
     with speaking("generate"), output_folder(out) as folder:
         check_text(prompt, negative or "")
         painter = _load(model, attention, weak_unet, clip)
+        for file, scale in map(_scaled, lora or []):
+            painter.load_lora(file, scale)
         loaded = time.perf_counter()
         from gen.request import Request
 
@@ -300,6 +305,7 @@ def reproduce(
         guided = record.get("settings", {}).get("clip_guidance_scale")  # or no CLIP is asked
         clip = record.get("clip") if guided else None
         painter = _load(model or str(recorded), weak_unet=weak_unet or record.get("weak_unet"), clip=clip)
+        painter.load_again(record)
         from gen.pipeline import as_output
 
         again = as_output([painter.repaint(record)], "pil")
@@ -328,6 +334,15 @@ def _load(
     from gen.pipeline import TextToImage
 
     return TextToImage.from_pretrained(name, attention=attention, weak_unet=weak_unet, clip=clip)
+
+
+def _scaled(given: str) -> tuple[str, float]:
+    """FILE[:SCALE] as file and scale, which is 1 where it is left out."""
+    path, _, scale = given.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (given, 1.0)
+    except ValueError:  # a colon of the path's own
+        return given, 1.0
 
 
 def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from gen import checkpoint
+from gen.adapters import Adapter, lora
 from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
 from gen.engine import Engine
@@ -76,6 +77,7 @@ class TextToImage:
         self.name = name
         self.weak_unet = weak_unet
         self.clip = clip
+        self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
         self._hash = model_hash
         self._buckets = Buckets()
 
@@ -112,9 +114,25 @@ class TextToImage:
             model = model.with_weak(weak, str(weak_unet))
         return cls(model, str(name_or_path), lambda: parts.hash, str(weak_unet or ""), str(clip or ""))
 
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Merge a LoRA into the weights, `scale` times: a file, a folder or a hub id; see `gen.adapters.lora`.
+
+        Several add up. Not while an engine of this model runs; to be without it again, load the model again.
+        """
+        model = self.model.with_own_texts()
+        adapter = lora.merge(model, path, scale)
+        self.model, self.adapters = model, (*self.adapters, adapter)
+
+    def load_again(self, record: Mapping[str, Any]) -> None:
+        """Add what the model of a record had been given, from where its record says it lies."""
+        for each in adapters_of(record):
+            if each.kind != "lora" or each.scale is None:
+                raise ValueError(f"the record names an adapter of kind '{each.kind}', which is not known here")
+            self.load_lora(each.name, each.scale)
+
     @property
     def hash(self) -> str:
-        """SHA-256 of the model's files; empty for a model that was not loaded from any."""
+        """SHA-256 of the model's files as loaded; empty for a model that was not loaded from any."""
         return "" if self._hash is None else self._hash()
 
     @cached_property
@@ -267,6 +285,10 @@ class TextToImage:
                 f"the picture was painted by model '{record.get('model', '')}' of hash {str(made_by)[:12]}, "
                 f"and this is '{self.name}' of hash {self.hash[:12]}; load the one it was painted by"
             )
+        given = adapters_of(record)
+        if len(given) != len(self.adapters) or not all(map(Adapter.is_same, given, self.adapters)):
+            wanted, has = (", ".join(map(str, each)) or "none" for each in (given, self.adapters))
+            raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
         candidate = Candidate.from_json(record, self.model.abilities)
         if candidate.settings.guidance_rule == "autoguidance" and record.get("weak_unet_hash") != self.weak_hash:
             raise ValueError(f"the picture was guided by another weak_unet than '{self.weak_unet}'; load that one")
@@ -347,7 +369,17 @@ class TextToImage:
             made |= {"weak_unet": self.weak_unet, "weak_unet_hash": self.weak_hash}
         if self.clip:
             made["clip"] = self.clip
+        if self.adapters:
+            made["adapters"] = [each.to_json() for each in self.adapters]
         return candidate.to_json() | made | {"score": score}
+
+
+def adapters_of(record: Mapping[str, Any]) -> list[Adapter]:
+    """What the model of a record had been given; ValueError where the record is damaged."""
+    told = record.get("adapters", [])
+    if not isinstance(told, list):
+        raise ValueError(f"the record is damaged: its adapters are {told!r}")
+    return [Adapter.from_json(each) for each in told]
 
 
 def diverse(painted: Mapping[int, Painted], ranked: Sequence[int], keep: int) -> list[int]:

@@ -8,6 +8,7 @@ own. It knows no rows and no ranking.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_core.clip import CLIP
 from gen.checkpoint import CARD, Card, Parts
@@ -126,6 +127,13 @@ class Painter(ABC):
             defaults=sized.updated({**self.STOCK_DEFAULTS, **self.card.defaults}, CARD),
         )
 
+    def with_own_texts(self) -> Self:
+        """The same, with text towers that neither CLIP nor a prior shares, so that they alone can be changed.
+
+        Nothing that was worked out of the former weights is kept.
+        """
+        return replace(self)
+
     @abstractmethod
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told before any prior has spoken."""
@@ -153,6 +161,13 @@ class Painter(ABC):
             if given != fitting:
                 raise ValueError(f"weak_unet '{where}': {name} is {given}, but the model's UNet has {fitting}")
         return replace(self, weak=weak)
+
+    def unshared(self, tower: nn.Module) -> nn.Module:
+        """A text tower, or a copy of it where CLIP or a prior reads by the same weights."""
+        others = [self.clip.model] if self.clip is not None else []
+        others += [self.prior.text_encoder] if self.prior is not None else []
+        read = {weight.data_ptr() for other in others for weight in other.parameters()}
+        return copy.deepcopy(tower) if any(weight.data_ptr() in read for weight in tower.parameters()) else tower
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -73,6 +73,10 @@ class Reader(Painter):
     def said(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""
         return {}
+
+    def with_own_texts(self) -> Self:
+        """The same, with text towers that neither CLIP nor a prior shares, so that they alone can be changed."""
+        return replace(super().with_own_texts(), text=replace(self.text, encoder=self.unshared(self.text.encoder)))
 
     # --- what all share ------------------------------------------------------------------------------------------
 

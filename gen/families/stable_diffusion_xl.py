@@ -83,6 +83,10 @@ class StableDiffusionXL(KLModel, Reader):
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return super().parts() | {"tokenizer_2": self.tokenizer_2, "text_encoder_2": self.text_encoder_2}
 
+    def with_own_texts(self) -> Self:
+        """The same with text towers that CLIP does not share, so that they alone can be changed."""
+        return replace(super().with_own_texts(), text_encoder_2=self.unshared(self.text_encoder_2))
+
     def check(self, where: str) -> None:
         """Refuse parts that do not fit each other (ValueError), before a network finds out."""
         super().check(where)

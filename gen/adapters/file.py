@@ -1,0 +1,115 @@
+"""The file of an adapter: found by path or on the hub, read whole, told apart by its content.
+
+Safetensors only, never pickle; only a hub id touches the network. It knows no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gen.checks import is_number
+from gen.settings import JSON
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was added to a model, as a record names it: enough to add it again and to know it for the same."""
+
+    kind: str  # "lora"
+    name: str  # the path or hub id it was loaded by
+    hash: str  # SHA-256 of its file
+    scale: float | None = None  # None: its kind has none
+
+    def to_json(self) -> dict[str, JSON]:
+        """As it stands in a record."""
+        told: dict[str, JSON] = {"kind": self.kind, "name": self.name, "hash": self.hash}
+        return told | ({} if self.scale is None else {"scale": self.scale})
+
+    @classmethod
+    def from_json(cls, told: object) -> Adapter:
+        """As a record has it; ValueError where it is damaged."""
+        if isinstance(told, Mapping):
+            kind, name, digest, scale = (told.get(key) for key in ("kind", "name", "hash", "scale"))
+            scaled = scale is None or is_number(scale, -math.inf)
+            if isinstance(kind, str) and isinstance(name, str) and isinstance(digest, str) and scaled:
+                return cls(kind, name, digest, scale)
+        raise ValueError(f"the record is damaged: its adapters have {told!r}")
+
+    def __str__(self) -> str:
+        scaled = "" if self.scale is None else f" x {self.scale:g}"
+        return f"{self.kind} '{self.name}'{scaled} ({self.hash[:12]})"
+
+    def is_same(self, other: Adapter) -> bool:
+        """Whether both add the same, wherever their files lie."""
+        return (self.kind, self.hash, self.scale) == (other.kind, other.hash, other.scale)
+
+
+class Weights(NamedTuple):
+    """What a file holds."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def found(kind: str, name: str | Path, usual: str) -> Path:
+    """The file of a path, a folder or a hub id (owner/name or owner/name/FILE.safetensors).
+
+    Of a folder or repository it is the file called `usual`, or the only one. ValueError where there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != SUFFIX:
+            raise ValueError(f"{kind} '{name}' is no {SUFFIX} file; others may hold pickle, which is never read")
+        return path
+    if path.is_dir():
+        return path / chosen(kind, str(name), sorted(each.name for each in path.glob(f"*{SUFFIX}")), usual)
+    owner, _, rest = str(name).partition("/")
+    repository, _, file = rest.partition("/")
+    if not owner or not repository or str(name).startswith((".", "~", "/")) or Path(owner).is_dir():
+        raise ValueError(f"{kind} '{name}' is no file; give a {SUFFIX} file, a folder with one, or a hub id")
+    repository = f"{owner}/{repository}"
+    try:
+        file = file or chosen(kind, str(name), [each for each in list_repo_files(repository) if "/" not in each], usual)
+        return Path(hf_hub_download(repository, file))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{kind} '{name}' is no file here and cannot be fetched from the hub ({reason})") from error
+
+
+def chosen(kind: str, name: str, files: list[str], usual: str) -> str:
+    """Which of the files is meant."""
+    offered = [file for file in files if file.endswith(SUFFIX)]
+    if usual in offered:
+        return usual
+    if len(offered) != 1:
+        told = f"has {', '.join(offered)}; name one of them" if offered else f"has no {SUFFIX} file"
+        raise ValueError(f"{kind} '{name}' {told}")
+    return offered[0]
+
+
+def read(path: Path) -> Weights:
+    """All tensors of a file and what it says of itself; ValueError for a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a safe_open is no mapping
+            return Weights(tensors, dict(file.metadata() or {}))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"file '{path}' is damaged ({error}); fetch it again") from error
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
