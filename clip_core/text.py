@@ -7,8 +7,10 @@ states included. It knows no pictures and no files.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ class TextTower:
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tokens, list[int]]:
     """Ids as a tokenizer of transformers pads and cuts by itself, and how many tokens each text has before."""
-    texts = list(texts)
+    texts = [spelled_out(tokenizer, text) for text in texts]
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
     batch = tokenizer(
         texts,
@@ -90,6 +92,17 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tokens,
         return_attention_mask=True,  # SigLIP's hands none over unasked
     )
     return Tokens(batch.input_ids, batch.attention_mask.bool()), lengths
+
+
+def spelled_out(tokenizer: Any, text: str) -> str:
+    """A text with every learned word of several vectors as its tokens: word, word_1, ..., as diffusers names them."""
+    added = tokenizer.added_tokens_encoder
+    spelled = {word: [word, *takewhile(added.__contains__, (f"{word}_{k}" for k in count(1)))] for word in added}
+    if all(len(tokens) == 1 for tokens in spelled.values()):
+        return text
+    folded = {word.lower(): " ".join(tokens) for word, tokens in spelled.items()}  # tokenizers lower the case
+    longest_first = "|".join(re.escape(word) for word in sorted(added, key=len, reverse=True))
+    return re.sub(longest_first, lambda found: folded[found[0].lower()], text, flags=re.IGNORECASE)
 
 
 def warn_cut(texts: Sequence[str], lengths: Sequence[int], length: int) -> None:

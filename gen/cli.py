@@ -109,6 +109,9 @@ def generate(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="LoRA to merge into the model; repeatable.")
     ] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:TOKEN]", help="Textual inversion: a learned word; repeatable.")
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."),
@@ -126,6 +129,8 @@ def generate(
         painter = _load(model, attention, weak_unet, clip)
         for file, scale in map(_scaled, lora or []):
             painter.load_lora(file, scale)
+        for file, token in map(_called, embedding or []):
+            painter.load_textual_inversion(file, token)
         loaded = time.perf_counter()
         from gen.request import Request
 
@@ -343,6 +348,12 @@ def _scaled(given: str) -> tuple[str, float]:
         return (path, float(scale)) if path else (given, 1.0)
     except ValueError:  # a colon of the path's own
         return given, 1.0
+
+
+def _called(given: str) -> tuple[str, str | None]:
+    """FILE[:TOKEN] as file and token, which is the file's own where it is left out."""
+    path, _, token = given.rpartition(":")
+    return (path, token) if path and not Path(given).exists() else (given, None)
 
 
 def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from gen import checkpoint
-from gen.adapters import Adapter, lora
+from gen.adapters import Adapter, lora, textual_inversion
 from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
 from gen.engine import Engine
@@ -123,12 +123,25 @@ class TextToImage:
         adapter = lora.merge(model, path, scale)
         self.model, self.adapters = model, (*self.adapters, adapter)
 
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> None:
+        """Teach the text towers a word: a file, a folder or a hub id; see `gen.adapters.textual_inversion`.
+
+        `token` is what prompts call it; None: as the file says, or the file's name. Not while an engine of this model
+        runs. CLIP, which ranks, does not learn it.
+        """
+        model = self.model.with_own_texts()
+        adapter = textual_inversion.learn(model, path, token)
+        self.model, self.adapters = model, (*self.adapters, adapter)
+
     def load_again(self, record: Mapping[str, Any]) -> None:
         """Add what the model of a record had been given, from where its record says it lies."""
         for each in adapters_of(record):
-            if each.kind != "lora" or each.scale is None:
+            if each.kind == "lora" and each.scale is not None:
+                self.load_lora(each.name, each.scale)
+            elif each.kind == "embedding":
+                self.load_textual_inversion(each.name, each.token)
+            else:
                 raise ValueError(f"the record names an adapter of kind '{each.kind}', which is not known here")
-            self.load_lora(each.name, each.scale)
 
     @property
     def hash(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,33 +27,36 @@ SUFFIX = ".safetensors"
 class Adapter:
     """What was added to a model, as a record names it: enough to add it again and to know it for the same."""
 
-    kind: str  # "lora"
+    kind: str  # "lora" or "embedding"
     name: str  # the path or hub id it was loaded by
     hash: str  # SHA-256 of its file
     scale: float | None = None  # None: its kind has none
+    token: str | None = None  # the word it is; None: its kind has none
 
     def to_json(self) -> dict[str, JSON]:
         """As it stands in a record."""
         told: dict[str, JSON] = {"kind": self.kind, "name": self.name, "hash": self.hash}
-        return told | ({} if self.scale is None else {"scale": self.scale})
+        told |= {} if self.scale is None else {"scale": self.scale}
+        return told | ({} if self.token is None else {"token": self.token})
 
     @classmethod
     def from_json(cls, told: object) -> Adapter:
         """As a record has it; ValueError where it is damaged."""
         if isinstance(told, Mapping):
-            kind, name, digest, scale = (told.get(key) for key in ("kind", "name", "hash", "scale"))
-            scaled = scale is None or is_number(scale, -math.inf)
-            if isinstance(kind, str) and isinstance(name, str) and isinstance(digest, str) and scaled:
-                return cls(kind, name, digest, scale)
+            kind, name, digest, scale, token = (told.get(item.name) for item in fields(cls))
+            good = (scale is None or is_number(scale, -math.inf)) and (token is None or isinstance(token, str))
+            if isinstance(kind, str) and isinstance(name, str) and isinstance(digest, str) and good:
+                return cls(kind, name, digest, scale, token)
         raise ValueError(f"the record is damaged: its adapters have {told!r}")
 
     def __str__(self) -> str:
         scaled = "" if self.scale is None else f" x {self.scale:g}"
-        return f"{self.kind} '{self.name}'{scaled} ({self.hash[:12]})"
+        called = "" if self.token is None else f" as {self.token}"
+        return f"{self.kind} '{self.name}'{scaled}{called} ({self.hash[:12]})"
 
     def is_same(self, other: Adapter) -> bool:
         """Whether both add the same, wherever their files lie."""
-        return (self.kind, self.hash, self.scale) == (other.kind, other.hash, other.scale)
+        return replace(self, name="") == replace(other, name="")
 
 
 class Weights(NamedTuple):
