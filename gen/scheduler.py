@@ -10,13 +10,16 @@ is only read; nothing here steps it, and nothing here knows networks.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, get_args
 
 import diffusers
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
@@ -27,12 +30,15 @@ from samplers.schedule import (
     ZERO_SNR_SIGMA,
     Final,
     Schedule,
+    Spacing,
     exponential,
     from_timesteps,
     karras,
     lcm_timesteps,
     spaced_timesteps,
 )
+
+logger = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 
@@ -112,12 +118,13 @@ class Stock:
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # over what is in `ALLOWED`
 
 
+_CLIPS = {"clip_sample": (True, False)}
 _SIGMA_SPACE = Stock(_between, unit_variance=False, max_sigma=ZERO_SNR_SIGMA)
 _SOLVER = Stock(_beyond, max_sigma=ZERO_SNR_SIGMA, spans_table=True)
 
 CLASSES = {
-    "DDIMScheduler": Stock(_spaced),
-    "DDPMScheduler": Stock(_spaced),
+    "DDIMScheduler": Stock(_spaced, allowed=_CLIPS),
+    "DDPMScheduler": Stock(_spaced, allowed=_CLIPS),
     "DEISMultistepScheduler": replace(_SOLVER, final="sigma_min", allowed={"solver_type": ("logrho",)}),
     "DPMSolverMultistepScheduler": replace(_SOLVER, allowed={"solver_type": ("midpoint",)}),
     "DPMSolverSinglestepScheduler": replace(_SOLVER, timesteps=_singlestep, allowed={"solver_type": ("midpoint",)}),
@@ -126,18 +133,27 @@ CLASSES = {
     "HeunDiscreteScheduler": _SIGMA_SPACE,
     "KDPM2AncestralDiscreteScheduler": _SIGMA_SPACE,
     "KDPM2DiscreteScheduler": _SIGMA_SPACE,
-    "LCMScheduler": Stock(_lcm, final="zero"),
+    "LCMScheduler": Stock(_lcm, final="zero", allowed=_CLIPS),
     "LMSDiscreteScheduler": _SIGMA_SPACE,
     "PNDMScheduler": Stock(_plms),
-    "UnCLIPScheduler": Stock(
-        _unclip, allowed={"clip_sample": (True, False), "variance_type": ("fixed_small_log", "learned_range")}
-    ),
+    "UnCLIPScheduler": Stock(_unclip, allowed={**_CLIPS, "variance_type": ("fixed_small_log", "learned_range")}),
     "UniPCMultistepScheduler": replace(_SOLVER, allowed={"solver_type": ("bh1", "bh2")}),
 }
 
-# What we can do of each option; a checkpoint that asks for anything else is refused.
+# Options that are done as they say, whatever they say.
+HONOURED = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("steps_offset", "set_alpha_to_one", "clip_sample_range", "use_karras_sigmas", "use_exponential_sigmas"),
+    *("lower_order_final", "euler_at_final", "original_inference_steps", "skip_prk_steps", "algorithm_type"),
+}
+# Options that say nothing unless another is on, which is then refused: of thresholding, flows, moving shifts.
+IDLE = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "shift_terminal"}
+
+# What we can do of each other option; a checkpoint that asks for anything else is refused.
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "prediction_type": tuple(KINDS),
+    "timestep_spacing": get_args(Spacing),
+    "final_sigmas_type": get_args(Final),
     "clip_sample": (False,),
     "thresholding": (False,),
     "interpolation_type": ("linear",),
@@ -196,8 +212,9 @@ class NoiseLevels:
         told = {name: float(config[name]) for name in SAMPLERS[sampler].defaults if name in config}
         if sampler == "unipc":
             told["bh1"] = float(config["solver_type"] == "bh1")
-        if sampler in ("ddpm", "unclip"):
-            told["clip"] = config["clip_sample_range"] if config["clip_sample"] else math.inf
+        if "clip" in SAMPLERS[sampler].defaults:
+            told["clip"] = float(config["clip_sample_range"]) if config["clip_sample"] else math.inf
+        if "learned" in SAMPLERS[sampler].defaults:
             told["learned"] = float(config["variance_type"] == "learned_range")
         return told
 
@@ -209,7 +226,12 @@ class NoiseLevels:
             if sampler != self.sampler:
                 stock = getattr(diffusers, name).from_config(dict(stock.config), **options)
                 where = f"{where} as {sampler}"
-            self._configs[sampler] = _checked(stock, where)
+            self._configs[sampler] = config = _checked(stock, where)
+            if config.get("clip_sample") and "clip_sample" not in self.stock.config:
+                logger.warning(
+                    "%s: estimates are clipped to %s, for clip_sample is not said and diffusers' %s clips then",
+                    *(where, config["clip_sample_range"], name),
+                )
         return self._configs[sampler]
 
     def _schedule(self, sampler: str, num_steps: int) -> Schedule:
@@ -257,11 +279,33 @@ def _spelled(name: str, options: Config) -> str:
 
 
 def _checked(stock: SchedulerMixin, where: str) -> Config:
-    """What a stock scheduler is told, of what its class knows; ValueError for what has no equal here."""
+    """What a stock scheduler is told, of what its class knows; ValueError for what has no equal here.
+
+    Options of other classes are left to those, as in diffusers; one that no class knows is refused.
+    """
     known = inspect.signature(type(stock).__init__).parameters
     config = {key: value for key, value in stock.config.items() if key in known}
-    for option, allowed in {**ALLOWED, **CLASSES[type(stock).__name__].allowed}.items():
-        if option in config and config[option] not in allowed:
-            told = ", ".join(repr(value) for value in allowed)
-            raise ValueError(f"{where}: {option}={config[option]!r} is not supported; choose from: {told}")
+    here = {**ALLOWED, **CLASSES[type(stock).__name__].allowed}
+    for option, value in config.items():
+        if option in HONOURED | IDLE:
+            continue
+        allowed = here.get(option, (known[option].default,))
+        if value not in allowed:
+            told = ", ".join(map(repr, allowed))
+            raise ValueError(f"{where}: {option}={value!r} is not supported; choose from: {told}")
+    ours = HONOURED | IDLE | ALLOWED.keys() | config.keys()
+    for option in stock.config:
+        if option not in ours and not option.startswith("_") and option not in _all_options():
+            raise ValueError(f"{where}: option {option!r} is known to no scheduler of diffusers; leave it out")
     return config
+
+
+@cache
+def _all_options() -> frozenset[str]:
+    """The options that any scheduler class of diffusers knows."""
+    return frozenset(
+        option
+        for name in dir(diffusers)
+        if name.endswith("Scheduler") and issubclass(kind := getattr(diffusers, name), ConfigMixin)
+        for option in inspect.signature(kind.__init__).parameters
+    )

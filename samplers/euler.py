@@ -1,7 +1,8 @@
 """Euler's step, the first-order one, with noise before it or after it: pure functions of rows.
 
 Without noise it is DDIM (Song et al. 2021a) and the Euler half of Karras et al. 2022, Algorithm 1. With eta 1 it
-is DDPM (Ho et al. 2020, the small variance) and k-diffusion's ancestral Euler. They differ in name alone.
+is DDPM (Ho et al. 2020, the small variance) and k-diffusion's ancestral Euler. Where estimates are not clipped they
+differ in name alone.
 """
 
 from __future__ import annotations
@@ -22,14 +23,30 @@ def step(
     """
     x, sigma = churned(state.x, now, noise, options)
     eta = torch.where(options["s_churn"] > 0, 0.0, options["eta"])
-    return State(_move(denoise, x, sigma, next.sigma, noise, eta))
+    return State(_move(x, denoise(x, sigma).x0, sigma, next.sigma, noise, eta))
+
+
+def ancestral(
+    denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
+) -> State:
+    """Euler to a lower level and fresh noise after it, by eta: k-diffusion's ancestral Euler at 1."""
+    x0 = denoise(state.x, now.sigma).x0
+    return State(_move(state.x, x0, now.sigma, next.sigma, noise, options["eta"]))
 
 
 def ddim(
     denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
 ) -> State:
-    """DDIM with eta: Song et al. 2021a, equations 12 and 16, written in sigma."""
-    return State(_move(denoise, state.x, now.sigma, next.sigma, noise, options["eta"]))
+    """DDIM with eta: Song et al. 2021a, equations 12 and 16, written in sigma.
+
+    Options: eta; clip, the largest magnitude of an estimate of x0 (inf: none). The noise that is kept is what the
+    network said before its estimate was clipped, as in diffusers.
+    """
+    x0 = denoise(state.x, now.sigma).x0
+    limit = per_row(options["clip"], x0)
+    down, up = split(now.sigma, next.sigma, options["eta"])
+    moved = torch.clamp(x0, -limit, limit) + per_row(down / now.sigma, x0) * (state.x - x0)
+    return State(moved if noise is None else moved + per_row(up, x0) * noise)
 
 
 def split(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,9 +60,9 @@ def split(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> tuple[Tensor, Tenso
     return sigma_next * left.clamp(min=0).sqrt(), sigma_next * fresh
 
 
-def _move(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None, eta: Tensor) -> Tensor:
+def _move(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None, eta: Tensor) -> Tensor:
     down, up = split(sigma, sigma_next, eta)
     keep = per_row(down / sigma, x)
     # x0 + down * (x - x0) / sigma, which stays exact however large sigma is
-    moved = keep * x + (1 - keep) * denoise(x, sigma).x0
+    moved = keep * x + (1 - keep) * x0
     return moved if noise is None else moved + per_row(up, x) * noise

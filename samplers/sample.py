@@ -44,11 +44,13 @@ class Sampler:
 # Defaults are diffusers' own.
 _LAST = {"lower_order_final": 1.0, "euler_at_final": 0.0}
 _CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
-_DDPM = {"eta": 1.0, "clip": math.inf, "learned": 1.0}
+# Stock clips to 1 unless it is told not to; what a checkpoint is told, its configuration says.
+_CLIP = {"clip": math.inf}
+_DDPM = {"eta": 1.0, "learned": 1.0, **_CLIP}
 _ETA = ("eta",)
 
 SAMPLERS = {
-    "ddim": Sampler(euler.ddim, {"eta": 0.0}, _ETA),
+    "ddim": Sampler(euler.ddim, {"eta": 0.0, **_CLIP}, _ETA),
     "ddpm": Sampler(unclip.step, _DDPM, _ETA),
     "deis": Sampler(adams.deis, {"solver_order": 2.0, "lower_order_final": 1.0}, past=2),
     "dpm_2": Sampler(dpm.step, {"eta": 0.0}, _ETA),
@@ -59,9 +61,9 @@ SAMPLERS = {
     "dpmpp_3m": Sampler(dpmpp.multistep, {"eta": 0.0, **_LAST}, _ETA, past=2),
     "dpmpp_3m_sde": Sampler(dpmpp.multistep, {"eta": 1.0, **_LAST}, _ETA, past=2),
     "euler": Sampler(euler.step, {"eta": 0.0, **_CHURN}, ("eta", "s_churn")),
-    "euler_ancestral": Sampler(euler.ddim, {"eta": 1.0}, _ETA),
+    "euler_ancestral": Sampler(euler.ancestral, {"eta": 1.0}, _ETA),
     "heun": Sampler(heun.step, _CHURN, ("s_churn",)),
-    "lcm": Sampler(few_step.lcm, {"eta": 1.0}, _ETA),
+    "lcm": Sampler(few_step.lcm, {"eta": 1.0, **_CLIP}, _ETA),
     "lms": Sampler(adams.lms, past=3),
     "pndm": Sampler(adams.pndm, past=3),
     "unclip": Sampler(unclip.step, _DDPM, _ETA),

@@ -123,7 +123,7 @@ def edited(path: Path, **change: object) -> None:
         ("unclip.json", {"defaults": {"guidance_interval": 3}}, "guidance_interval=3 is not a pair"),
         ("unclip.json", {"defaults": {"steps": 3}}, "unclip.json: setting 'steps' is unknown"),
         ("unclip.json", {"defaults": {"num_inference_steps": 0}}, "unclip.json: num_inference_steps=0"),
-        ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample=True is not supported"),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding=True is not supported"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow'"),
     ],
 )

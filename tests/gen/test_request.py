@@ -141,10 +141,10 @@ def test_batch_size_below_one(tiny: TextToImage, no_network_runs: None) -> None:
 
 
 def test_a_sampler_that_the_checkpoint_cannot_be_read_as(tmp_path: Path) -> None:
-    """Stock builds DDIM from a config without `clip_sample` as one that clips, which has no equal here."""
     stock = EulerDiscreteScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    stock.register_to_config(thresholding=True)  # which is nothing to Euler
     model = TextToImage.from_pretrained(make_tiny_stable_unclip(tmp_path / "model", scheduler=stock), device="cpu")
-    with no_networks(model), pytest.raises(ValueError, match="as ddim: clip_sample=True is not supported"):
+    with no_networks(model), pytest.raises(ValueError, match="as ddim: thresholding=True is not supported"):
         model("a star", sampler="ddim")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from gen import Request, TextToImage
 from gen.scheduler import STOCK
@@ -73,6 +73,26 @@ def test_samplers_equal_stocks_classes(xl: TextToImage, folders: dict[bool, Path
         name, options = STOCK[sampler]
         stock.scheduler = getattr(diffusers, name).from_config(stock.scheduler.config, **options)
     assert_same_sampled(xl, stock, sampler)
+
+
+def test_a_ddim_that_is_not_told_whether_to_clip_clips_as_stock_does(tmp_path: Path) -> None:
+    """XL's pipeline leaves its class default alone, where that of 1.x turns it off."""
+    folder = make_tiny_stable_diffusion_xl(tmp_path / "xl")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "clip_sample"}
+    path.write_text(json.dumps(config))
+    as_ddim = stock_of(StableDiffusionXLPipeline, folder)
+    as_ddim.scheduler = DDIMScheduler.from_config(as_ddim.scheduler.config)
+    assert as_ddim.scheduler.config.clip_sample
+    asked: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
+    theirs = as_ddim(SHORT, latents=start(1, 1), **asked).images
+    assert theirs.abs().max() == 1
+    euler = TextToImage.from_pretrained(folder, device="cpu")
+    assert apart(euler(SHORT, seed=SEED, sampler="ddim", **asked).images, theirs) <= LATENTS
+    edited(path, _class_name="DDIMScheduler")
+    edited(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    own = TextToImage.from_pretrained(folder, device="cpu")
+    assert apart(own(SHORT, seed=SEED, **asked).images, theirs) <= LATENTS
 
 
 def test_the_reference_can_fail(models: dict[bool, TextToImage]) -> None:

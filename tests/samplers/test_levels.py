@@ -11,6 +11,7 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     UnCLIPScheduler,
@@ -90,7 +91,8 @@ OPTIONS = [
     (UnCLIPScheduler(clip_sample=False, variance_type="learned_range"), {"clip": math.inf, "learned": 1}),
     (DDPMScheduler(clip_sample=False), {"clip": math.inf, "learned": 0}),
     (DDPMScheduler(clip_sample=False, variance_type="learned_range"), {"clip": math.inf, "learned": 1}),
-    (LCMScheduler(), {}),
+    (DDIMScheduler(), {"clip": 1}),
+    (LCMScheduler(), {"clip": math.inf}),
 ]
 
 
@@ -123,7 +125,7 @@ def test_options_are_the_configurations(stock: SchedulerMixin, options: dict[str
         ),
         (UniPCMultistepScheduler(prediction_type="flow_prediction"), "prediction_type='flow_prediction' is not"),
         (LCMScheduler(timestep_scaling=1.0), "timestep_scaling=1.0 is not supported; choose from: 10.0"),
-        (LCMScheduler(clip_sample=True), "clip_sample=True is not supported"),
+        (HeunDiscreteScheduler(clip_sample=True), "clip_sample=True is not supported"),
         (DDPMScheduler(clip_sample=False, variance_type="fixed_large"), "variance_type='fixed_large' is not"),
     ],
 )
