@@ -22,6 +22,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -40,10 +41,15 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
 HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]  # what is fetched: never pickle, never code, no single file
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that nothing here asks
+IMAGE_PARTS = ("feature_extractor", "image_encoder")  # what makes an image embedding of a picture
+UNUSED = ("safety_checker", *IMAGE_PARTS)  # parts that nothing here asks
 HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin", *(f"{name}/*" for name in UNUSED)]
 NAMED = 5  # weights that an error names
-OURS: dict[str, type] = {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer}  # not in diffusers' top level
+# Not in diffusers' top level: by the name of the class, the package of pipelines that indices name for it.
+OURS: dict[str, tuple[str, type]] = {
+    "StableUnCLIPImageNormalizer": ("stable_diffusion", StableUnCLIPImageNormalizer),
+    "UnCLIPTextProjModel": ("unclip", UnCLIPTextProjModel),
+}
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 def part_class(library: str, name: str, where: Path) -> type:
     """The class an entry of model_index.json names; only the two libraries' own are ever taken."""
-    found = OURS.get(name)
+    _, found = OURS.get(name, ("", None))
     for known in (diffusers, transformers):
         found = found or (getattr(known, name, None) if library != "unclip" else None)
     if not isinstance(found, type):
@@ -352,8 +358,8 @@ def save(
     entries: dict[str, JSON] = {}
     for name, part in sorted(parts.items()):
         save_part(part, folder / name, dtype)
-        library = "stable_diffusion" if type(part).__name__ in OURS else type(part).__module__.split(".")[0]
-        entries[name] = [library, type(part).__name__]
+        kind = type(part).__name__
+        entries[name] = [OURS[kind][0] if kind in OURS else type(part).__module__.split(".")[0], kind]
     if clip is not None:
         clip = to_transformers(clip)
         save_part(clip.model, folder / "clip", dtype)

@@ -1,5 +1,6 @@
 """One module per family of checkpoints: what its networks are told, and what a request may ask of it."""
 
+from gen.families.karlo import Karlo
 from gen.families.painter import Painter
 from gen.families.stable_diffusion import StableDiffusion
 from gen.families.stable_diffusion_xl import StableDiffusionXL
@@ -10,4 +11,6 @@ FAMILIES: dict[str, type[Painter]] = {  # by the pipeline class of model_index.j
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableUnCLIPPipeline": StableUnCLIP,
     "StableUnCLIPImg2ImgPipeline": StableUnCLIP,
+    "UnCLIPPipeline": Karlo,
+    "UnCLIPImageVariationPipeline": Karlo,
 }

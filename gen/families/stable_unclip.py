@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from clip_core.text import TextTower
-from gen.checkpoint import Parts
+from gen.checkpoint import IMAGE_PARTS, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.autoencoder import KLModel
 from gen.families.painter import listed, with_images
@@ -27,8 +27,10 @@ from gen.lane import sent
 from gen.prior import Prior
 from gen.request import Candidate
 from gen.scheduler import NoiseLevels
-from gen.settings import Abilities
+from gen.settings import JSON, Abilities
 from samplers.noise import noise
+
+IMG2IMG = "StableUnCLIPImg2ImgPipeline"  # has no prior
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -38,6 +40,7 @@ class StableUnCLIP(KLModel, Reader):
     image_normalizer: StableUnCLIPImageNormalizer
     image_noising: SchedulerMixin
     prior: Prior | None = None
+    needs_image: bool = False  # whether it was made for image embeddings that others hand over, and not for text alone
 
     SAVED_AS: ClassVar[str] = "StableUnCLIPPipeline"
     STOCK_DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -62,6 +65,7 @@ class StableUnCLIP(KLModel, Reader):
             levels=NoiseLevels.of(got["scheduler"], str(parts.folder / "scheduler")),
             image_normalizer=got["image_normalizer"],
             image_noising=got["image_noising_scheduler"],
+            needs_image=parts.family == IMG2IMG and "prior" not in got,
             clip=parts.clip,
             card=parts.card,
         )
@@ -101,8 +105,19 @@ class StableUnCLIP(KLModel, Reader):
             embedding_width=self.embedding_width,
             num_noise_levels=self.image_noising.config.num_train_timesteps,
             prior_max_steps=0 if self.prior is None else self.prior.levels.num_train_timesteps,
+            needs_image=self.needs_image,
             defaults=replace(able.defaults, prior=prior),
         )
+
+    @property
+    def saved_as(self) -> str:
+        """The pipeline class of model_index.json."""
+        return IMG2IMG if self.needs_image else self.SAVED_AS
+
+    @property
+    def index(self) -> dict[str, JSON]:
+        """What model_index.json says beside the parts."""
+        return {name: [None, None] for name in IMAGE_PARTS} if self.needs_image else {}
 
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""

@@ -107,6 +107,30 @@ def test_decoder_alone_equals_stock_img2img(
     assert (ours - unlike).abs().max() > 1e-3
 
 
+def test_a_folder_without_a_prior_paints_image_embeddings_alone(
+    tiny: TextToImage, tiny_folder: Path, tmp_path: Path
+) -> None:
+    img2img(tiny_folder).save_pretrained(tmp_path / "stock")
+    model = TextToImage.from_pretrained(tmp_path / "stock", device="cpu")
+    for asked in ({}, {"prior": False}):
+        with pytest.raises(ValueError, match="has no prior and paints nothing from a text alone; give image_embeds"):
+            model(PROMPTS, **asked)
+    embeds = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
+    told: dict[str, Any] = {"image_embeds": embeds, "seed": SEED, "num_inference_steps": 5, "guidance_scale": 4.0}
+    told |= {"output_type": "pt", "rerank": False}
+    ours = model("a star", **told).images
+    assert torch.equal(ours, tiny("a star", **told).images)
+    again = TextToImage.from_pretrained(model.save(tmp_path / "ours"), device="cpu")
+    assert again.model.saved_as == "StableUnCLIPImg2ImgPipeline"
+    assert torch.equal(again("a star", **told).images, ours)
+    # stock's own loader takes it, with the image encoder that is not ours
+    parts = {"feature_extractor": None, "image_encoder": img2img(tiny_folder).image_encoder}
+    loaded = with_our_noise(StableUnCLIPImg2ImgPipeline.from_pretrained(tmp_path / "ours", **parts), [SEED])
+    told = {name: value for name, value in told.items() if name not in ("seed", "rerank")}
+    theirs = loaded(prompt="a star", latents=START[:1], **told).images
+    assert (ours - theirs).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_text_alone_is_zeros_over_the_whole_class_input(
     tiny: TextToImage, tiny_folder: Path, guidance_scale: float
