@@ -17,10 +17,12 @@ import typer
 from PIL import Image
 
 from gen.output_folder import output_folder
-from gen.picture import contact_sheet, largest_difference, read_picture, read_png, write_png
+from gen.picture import Writer, contact_sheet, largest_difference, read_picture, read_png
 from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:
+    import torch
+
     from gen.pipeline import Result, TextToImage
 
 DEFAULT_MODEL = "shapes64"
@@ -190,14 +192,15 @@ def generate(
         assert isinstance(images, list)  # Pillow's, as was asked for
         scores: list[float | None] = [*result.scores] if result.scores else [None] * len(images)
         pictures = []
-        for index, (image, record) in enumerate(zip(images[:keep], result.records, strict=False)):
-            path = folder / f"{index + 1:04d}-seed{result.seeds[index]}.png"
-            write_png(image, path, record)
-            pictures.append({"path": str(path), "score": scores[index], "seed": result.seeds[index]})
-        captions = [_caption(score, one) for score, one in zip(scores, result.seeds, strict=True)]
-        sheet = folder / "sheet.png"
-        num_kept = len(pictures) if len(pictures) < len(images) else 0
-        write_png(contact_sheet(images, captions, num_kept=num_kept, title=prompt), sheet)
+        with Writer() as writer:
+            for index, (image, record) in enumerate(zip(images[:keep], result.records, strict=False)):
+                path = folder / f"{index + 1:04d}-seed{result.seeds[index]}.png"
+                writer.write(image, path, record)
+                pictures.append({"path": str(path), "score": scores[index], "seed": result.seeds[index]})
+            captions = [_caption(score, one) for score, one in zip(scores, result.seeds, strict=True)]
+            sheet = folder / "sheet.png"
+            num_kept = len(pictures) if len(pictures) < len(images) else 0
+            writer.write(contact_sheet(images, captions, num_kept=num_kept, title=prompt), sheet)
     first = result.records[0]
     answer = {
         "prompt": prompt,
@@ -304,15 +307,19 @@ def reproduce(
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
             raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
-        for name, kind in (("settings", dict), ("weak_unet", str), ("clip", str)):
+        for name, kind in (("settings", dict), ("weak_unet", str), ("clip", str), ("attention", str)):
             if not isinstance(record.get(name, kind()), kind):
                 raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
         guided = record.get("settings", {}).get("clip_guidance_scale")  # or no CLIP is asked
         clip = record.get("clip") if guided else None
-        painter = _load(model or str(recorded), weak_unet=weak_unet or record.get("weak_unet"), clip=clip)
-        painter.load_again(record)
-        from gen.pipeline import as_output
+        from gen.pipeline import as_output, computed
 
+        dtype, attention = computed(record)
+        if attention != record.get("attention", attention):
+            say("reproduce", f"attention '{record['attention']}' does not run here; pixels may differ by torch's own")
+        weak = weak_unet or record.get("weak_unet")
+        painter = _load(model or str(recorded), attention, weak_unet=weak, clip=clip, dtype=dtype)
+        painter.load_again(record)
         again = as_output([painter.repaint(record)], "pil")
         assert isinstance(again, list)
         difference = largest_difference(image, again[0])
@@ -333,12 +340,19 @@ def reproduce(
 
 
 def _load(
-    name: str, attention: str = "auto", weak_unet: Path | str | None = None, clip: str | None = None
+    name: str,
+    attention: str = "auto",
+    weak_unet: Path | str | None = None,
+    clip: str | None = None,
+    dtype: "torch.dtype | None" = None,  # None: float32
 ) -> "TextToImage":
     """The model, on the GPU where there is one."""
+    import torch
+
     from gen.pipeline import TextToImage
 
-    return TextToImage.from_pretrained(name, attention=attention, weak_unet=weak_unet, clip=clip)
+    dtype = dtype or torch.float32
+    return TextToImage.from_pretrained(name, dtype=dtype, attention=attention, weak_unet=weak_unet, clip=clip)
 
 
 def _scaled(given: str) -> tuple[str, float]:

@@ -7,7 +7,9 @@ Pillow and JSON alone; what a record says is the pipeline's, and this module mus
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,33 @@ def write_png(picture: Image.Image, path: Path, record: dict[str, Any] | None = 
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+class Writer:
+    """Writes PNG files in threads, while what comes next is painted or laid out: `with Writer() as writer`.
+
+    However the block ends, by an error or Ctrl-C too, all that was handed over by then is written before it is left. An
+    error of a file is raised there, the first one's, where the block itself raised none.
+    """
+
+    def __init__(self, num_threads: int = 4) -> None:  # zlib takes most of the time, and lets other threads run
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="unclip-png")
+        self._files: list[Future[None]] = []
+
+    def write(self, picture: Image.Image, path: Path, record: dict[str, Any] | None = None) -> None:
+        """Have `write_png` called; the picture must not be changed any more."""
+        self._files.append(self._pool.submit(write_png, picture, path, record))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if error is None:
+            for file in self._files:
+                file.result()
 
 
 def read_png(path: Path) -> tuple[Image.Image, dict[str, Any]]:

@@ -8,6 +8,7 @@ put in order and the answer is made; each step itself is another module's.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from gen.settings import JSON
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # that a record may name
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,13 @@ class TextToImage:
         model_hash: Callable[[], str] | None = None,
         weak_unet: str = "",  # where the weaker UNet came from
         clip: str = "",  # where the CLIP that ranks came from, if not from the model's own folder
+        attention: str = AUTO,  # the UNet's kernel, as it was asked for
     ) -> None:
         self.model = model
         self.name = name
         self.weak_unet = weak_unet
         self.clip = clip
+        self.attention = attention
         self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
         self._hash = model_hash
         self._buckets = Buckets()
@@ -112,7 +116,7 @@ class TextToImage:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
             set_attention(weak, attention)
             model = model.with_weak(weak, str(weak_unet))
-        return cls(model, str(name_or_path), lambda: parts.hash, str(weak_unet or ""), str(clip or ""))
+        return cls(model, str(name_or_path), lambda: parts.hash, str(weak_unet or ""), str(clip or ""), attention)
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Merge a LoRA into the weights, `scale` times: a file, a folder or a hub id; see `gen.adapters.lora`.
@@ -290,7 +294,8 @@ class TextToImage:
     def repaint(self, record: Mapping[str, Any]) -> Tensor:
         """Paint one picture again from its record: (3, H, W) in [0, 1], to compare with the one on file.
 
-        Raises ValueError where the record lacks something or comes from a model of another hash.
+        Raises ValueError where the record lacks something or comes from a model of another hash. Warns where it was
+        painted in another dtype or by another kernel, which may change pixels.
         """
         made_by = record.get("model_hash")
         if made_by and self.hash and made_by != self.hash:
@@ -308,6 +313,9 @@ class TextToImage:
         if candidate.settings.clip_guidance_scale and record.get("clip", "") != self.clip:
             wanted = record.get("clip") or "the model's own"
             raise ValueError(f"the picture was guided by another CLIP than '{self.clip}': {wanted}; load that one")
+        for name, here in self._computed.items():
+            if (made := record.get(name, here)) != here:
+                warnings.warn(f"the picture was painted with {name} {made}, and this is {here}", stacklevel=2)
         job = Job(candidates=(candidate,), num_images_per_prompt=1, keep=1, rank=False, output_type="pt")
         (result,) = self._paint([job], None, None)
         assert isinstance(result.images, Tensor), "output_type is pt"
@@ -375,6 +383,11 @@ class TextToImage:
             account=account,
         )
 
+    @cached_property
+    def _computed(self) -> dict[str, str]:
+        """How the networks compute, as far as it shows in pixels."""
+        return {"dtype": str(self.model.unet.dtype).removeprefix("torch."), "attention": self.attention}
+
     def _record(self, candidate: Candidate, score: float | None) -> dict[str, JSON]:
         """All that paints a picture again, and how it scored."""
         made: dict[str, JSON] = {"version": RECORD_VERSION, "model": self.name, "model_hash": self.hash}
@@ -384,7 +397,23 @@ class TextToImage:
             made["clip"] = self.clip
         if self.adapters:
             made["adapters"] = [each.to_json() for each in self.adapters]
+        made |= self._computed
         return candidate.to_json() | made | {"score": score}
+
+
+def computed(record: Mapping[str, Any]) -> tuple[torch.dtype, str]:
+    """The dtype and attention that a record's picture was painted with; ValueError for a dtype that is none.
+
+    Attention is 'auto' where this machine cannot run that kernel, or the record does not say.
+    """
+    name, attention = record.get("dtype", "float32"), record.get("attention", AUTO)
+    if name not in DTYPES:
+        raise ValueError(f"the record is damaged: its dtype is {name!r}; ours are: {', '.join(DTYPES)}")
+    try:
+        check_attention(attention, usable("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[name])
+    except ValueError:
+        attention = AUTO
+    return DTYPES[name], attention
 
 
 def adapters_of(record: Mapping[str, Any]) -> list[Adapter]:

@@ -485,6 +485,21 @@ def test_reproduce_finds_a_changed_picture(painted: Path, tmp_path: Path, capsys
     assert told["largest_difference"] > 1, "another seed is another picture"
 
 
+def test_reproduce_computes_as_it_was_painted(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = kept(painted)
+    _, record = read_png(source)
+    assert (record["dtype"], record["attention"]) == ("float32", "auto")
+    lower = rewrite(source, tmp_path / "lower.png", record | {"dtype": "bfloat16"})
+    assert answer(capsys, "reproduce", lower, status=1)["largest_difference"] > 1  # it was float32
+    other = rewrite(source, tmp_path / "other.png", record | {"attention": "math"})
+    assert answer(capsys, "reproduce", other)["reproduced"] is True
+    elsewhere = rewrite(source, tmp_path / "elsewhere.png", record | {"attention": "cudnn"})
+    assert command.main(["reproduce", str(elsewhere)]) == 0
+    assert "attention 'cudnn' does not run here" in capsys.readouterr().err
+
+
 def test_reproduce_refuses_what_it_cannot_repaint(
     painted: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -496,7 +511,10 @@ def test_reproduce_refuses_what_it_cannot_repaint(
         lacking = {key: value for key, value in record.items() if key != name}
         said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"no-{name}.png", lacking))
         assert f"no {name}" in said or f"no '{name}'" in said
-    for name, damage in (("settings", [1]), ("weak_unet", 3), ("clip", {}), ("noise_path", 7)):
+    for name, damage in (
+        *(("settings", [1]), ("weak_unet", 3), ("clip", {}), ("noise_path", 7)),
+        *(("attention", 5), ("dtype", "float3")),
+    ):
         said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"{name}.png", record | {name: damage}))
         assert "is damaged: its " in said
     gone = rewrite(source, tmp_path / "gone.png", record | {"model": "nowhere"})

@@ -1,13 +1,14 @@
 """PNG records survive the file and its failures; the sheet shows every picture as painted."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gen.picture import TILE, contact_sheet, largest_difference, read_picture, read_png, write_png
+from gen.picture import TILE, Writer, contact_sheet, largest_difference, read_picture, read_png, write_png
 
 RECORD = {
     "prompt": "ein großer Kreis, 赤い円 🙂",
@@ -48,6 +49,30 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         write_png(hsv, tmp_path / "a.png", RECORD)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_that_was_handed_over_is_written_however_the_block_ends(tmp_path: Path) -> None:
+    for name, error in {"end": None, "error": RuntimeError("enough"), "ctrl-c": KeyboardInterrupt()}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        with suppress(RuntimeError, KeyboardInterrupt), Writer(num_threads=2) as writer:
+            for seed in range(9):
+                writer.write(noise(seed, (300, 300)), folder / f"{seed}.png", RECORD)
+            if error is not None:
+                raise error
+        assert sorted(path.name for path in folder.iterdir()) == [f"{seed}.png" for seed in range(9)]
+        for seed in range(9):
+            picture, record = read_png(folder / f"{seed}.png")
+            assert record == RECORD and largest_difference(picture, noise(seed, (300, 300))) == 0
+
+
+def test_a_file_that_fails_is_told_of_and_the_others_are_written(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="exists already"), Writer() as writer:
+        for seed in range(3):
+            writer.write(noise(seed), tmp_path / f"{seed}.png", RECORD)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+    assert (tmp_path / "1.png").read_bytes() == b"mine" and read_png(tmp_path / "2.png")[1] == RECORD
 
 
 def test_an_existing_file_is_never_replaced(tmp_path: Path) -> None:

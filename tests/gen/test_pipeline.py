@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from gen import Cancelled, Step, TextToImage
 from gen.checkpoint import Card
+from gen.pipeline import computed
 from gen.search import best_first, drawing_order
 
 LEVEL = 1 / 255
@@ -103,6 +105,22 @@ def test_repaint_refuses_what_it_cannot_repeat(tiny: TextToImage) -> None:
     given = tiny("a star", seed=1, latents=torch.zeros(1, 4, 8, 8)).records[0]
     with pytest.raises(ValueError, match=r"painted from tensors \(latents\)"):
         tiny.repaint(given)
+
+
+def test_a_record_says_how_it_was_computed(tiny: TextToImage) -> None:
+    (record,) = tiny("a star", seed=1).records
+    assert (record["dtype"], record["attention"]) == ("float32", "auto")
+    assert computed(record) == computed({}) == (torch.float32, "auto")
+    assert computed(record | {"dtype": "bfloat16", "attention": "math"}) == (torch.bfloat16, "math")
+    assert computed(record | {"attention": "xformers"}) == (torch.float32, "auto")  # not on the CPU
+    with pytest.raises(ValueError, match="the record is damaged: its dtype is 'int3'"):
+        computed(record | {"dtype": "int3"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.repaint(record)
+    for told in ({"dtype": "bfloat16"}, {"attention": "math"}):
+        with pytest.warns(UserWarning, match=f"with {' '.join(*told.items())}, and this is"):
+            tiny.repaint(record | told)
 
 
 def test_a_callback_looks(tiny: TextToImage) -> None:
