@@ -2,29 +2,34 @@
 
     python benchmarks/soak.py [MODEL] [--requests 10000] [--in-flight 32]
 
-Short requests of several kinds, among them some that are cancelled and some that fail. Ten times on the way the
-engine is let run empty, and what is in memory is counted: objects of requests, tensors and the resident set. It
-fails where there are more objects than after the first tenth, or the resident set has grown by more than a tenth since
-then. The result is kept in benchmarks/results/soak.json.
+Short requests of several kinds, among them some that are cancelled and some that fail, through a tiny model of random
+weights where none is named. Ten times on the way the engine is let run empty, and what is in memory is counted: objects
+of requests, tensors and the resident set. It fails where there are more objects than after the first tenth, or the
+resident set has grown by more than a tenth since then, or a request has not ended as it should. The result is kept in
+benchmarks/results/soak.json.
 """
 
 import gc
 import os
+import tempfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from contest.models import TINY, write_random
 from gen import Engine, Request, Result, Step, TextToImage
 from gen.conditioning import Condition, Conditions
 from gen.flight import Flight
 from gen.request import Job
 from gen.row import Live, Row
+from gen.settings import Abilities
 from report import RESULTS, markdown, save
 from training.provenance import provenance
 
@@ -33,18 +38,33 @@ SLACK = 50  # objects of the requests that the engine is just taking out; a leak
 GROWTH = 1.1  # of the resident set
 
 
-def request(index: int) -> Request:
+def request(index: int, able: Abilities) -> Request:
     """A short one; what each says is its own, so that nothing is shared."""
-    kind: dict[str, Any] = [{}, {"prior": False}, {"guidance_scale": 1.0}, {"sampler": "heun"}][index % 4]
-    return Request(
+    several = {"num_images_per_prompt": 3, "keep": 1, "rerank": True, "search": "halving", "num_inference_steps": 4}
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"prior": False},
+        {"guidance_scale": 1.0},
+        {"sampler": "heun"},
+        {"sampler": "dpmpp_2m_sde", "num_inference_steps": 3},
+        {"width": able.defaults.width + able.size_multiple},
+        several if able.can_rank else {},
+    ]
+    asked = Request(
         prompt=f"a small red circle, number {index}",
         seed=index,
         num_inference_steps=2,
-        prior_num_inference_steps=None if kind.get("prior") is False else 2,
+        prior=able.prior_max_steps > 0,
         rerank=False,
-        output_type="latent",
-        **kind,
+        output_type="pt" if index % 5 == 0 else "latent",
     )
+    asked = replace(asked, **kinds[index % len(kinds)])
+    return replace(asked, prior_num_inference_steps=2) if asked.prior else asked
+
+
+def fails(index: int) -> bool:
+    """Whether this request's callback does."""
+    return index % 11 == 0
 
 
 def fail(step: Step) -> None:
@@ -62,7 +82,8 @@ def paint(engine: Engine[Result], first: int, number: int, in_flight: int) -> Co
 
     for index in range(first, first + number):
         room.acquire()
-        future = engine.submit(request(index), callback=fail if index % 11 == 0 else None)
+        asked = request(index, engine.model.abilities)
+        future = engine.submit(asked, callback=fail if fails(index) else None)
         future.add_done_callback(ended)
         if index % 7 == 0:
             future.cancel()
@@ -84,14 +105,17 @@ def resident() -> int:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A bundled name, a folder or a hub id.")] = "shapes64",
+    model: Annotated[str | None, typer.Argument(help="A bundled name, a folder or a hub id.")] = None,
     requests: Annotated[int, typer.Option(min=20)] = 10_000,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 32,
     device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
     result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "soak.json",
 ) -> None:
     """Paint them all and count."""
-    painter = TextToImage.from_pretrained(model, device)
+    with tempfile.TemporaryDirectory() as folder:
+        if model is None:
+            write_random(TINY, "a small red circle, number 0123456789", Path(folder))
+        painter = TextToImage.from_pretrained(model or folder, device)
     ends, rounds = Counter[str](), []
     began = time.perf_counter()
     with painter.engine() as engine:
@@ -102,6 +126,8 @@ def main(
     first, last = rounds[0], rounds[-1]
     before = first["objects"]
     leaked = {name: number for name, number in last["objects"].items() if number > before.get(name, 0) + SLACK}
+    lost = requests // 10 * 10 - sum(ends.values())
+    unfailed = sum(fails(index) and index % 7 != 0 for index in range(requests // 10 * 10)) - ends["failed"]
     found = {"model": model, "requests": requests, "in_flight": in_flight, "ends": dict(ends), "rounds": rounds}
     save({**found, "seconds": seconds, **provenance(painter.model.device)}, result)
     rows = []
@@ -110,8 +136,14 @@ def main(
         rows.append([str(tenth * (requests // 10)), str(tensors), f"{megabytes:.0f}"])
     print(markdown(["after", "tensors", "resident, MB"], rows))
     print(f"\n{dict(ends)} in {seconds:.0f} s")
-    if leaked or last["resident_bytes"] > GROWTH * first["resident_bytes"]:
-        print(f"left behind: {leaked}")
+    faults = {
+        f"left behind: {leaked}": bool(leaked),
+        "the resident set has grown": last["resident_bytes"] > GROWTH * first["resident_bytes"],
+        f"{lost} lost": lost != 0,
+        f"{unfailed} answered that were to fail": unfailed > 0,
+    }
+    if any(faults.values()):
+        print(*(fault for fault, is_so in faults.items() if is_so), sep="\n")
         raise typer.Exit(1)
 
 

@@ -43,7 +43,8 @@ class Pace:
     """How fast calls of about one size are."""
 
     calls: int = 0
-    seconds: float = math.inf  # for an evaluation, in the fastest of them
+    seconds: float = math.inf  # for an evaluation, in the call that took least for each
+    count: int = 0  # evaluations of that call
 
 
 @dataclass(eq=False)
@@ -64,7 +65,7 @@ class Bucket:
         for k, pace in sorted(self.paces.items()):
             twice = self.paces.get(k + 1, Pace())
             if min(pace.calls, twice.calls) >= SURE and twice.seconds > HARDLY * pace.seconds:
-                return min(1 << (k - 1), self.size)
+                return min(pace.count, self.size)
         return self.size
 
     def ask(self, count: int, call: Callable[[], T]) -> T:
@@ -81,7 +82,8 @@ class Bucket:
     def note(self, count: int, seconds: float) -> None:
         """A call of so many evaluations took so long."""
         before = self.paces.get(count.bit_length(), Pace())
-        self.paces[count.bit_length()] = Pace(before.calls + 1, min(before.seconds, seconds / count))
+        fastest = min((before.seconds, before.count), (seconds / count, count))
+        self.paces[count.bit_length()] = Pace(before.calls + 1, *fastest)
 
     def wants_probe(self, count: int) -> bool:
         """Whether `PROBE` evaluations have to be measured before so many are asked."""

@@ -44,11 +44,18 @@ class Darkroom:
         return self.model.clip
 
     def text(self, flight: Flight[Any], index: int) -> Tensor:
-        """CLIP's embedding (E,) of a candidate's prompt; those of a request are read together, once."""
-        if not flight.texts:
-            texts = list(dict.fromkeys(candidate.prompt for candidate in flight.job.candidates))
-            flight.texts = dict(zip(texts, self.clip.text(texts).embedding.unbind(0), strict=True))
+        """CLIP's embedding (E,) of a candidate's prompt."""
+        self._read([flight])
         return flight.texts[flight.job.candidates[index].prompt]
+
+    def _read(self, flights: Sequence[Flight[Any]]) -> None:
+        """Let CLIP read the prompts of these requests together, of each once."""
+        unread = [flight for flight in flights if not flight.texts]
+        texts = list(dict.fromkeys(each.prompt for flight in unread for each in flight.job.candidates))
+        if texts:
+            found = dict(zip(texts, self.clip.text(texts).embedding.unbind(0), strict=True))
+            for flight in unread:
+                flight.texts = {each.prompt: found[each.prompt] for each in flight.job.candidates}
 
     def develop(self, flights: Mapping[int, Flight[Any]], fail: Fail) -> None:
         """Decode and score what has finished, once it makes a whole chunk or a request waits for nothing else.
@@ -128,12 +135,15 @@ class Darkroom:
 
     def _paint(self, chunk: Sequence[Member]) -> None:
         """Decode and score these latents; all of them or, where something raises, none."""
+        for flight in {id(flight): flight for flight, _ in chunk}.values():
+            flight.thin()
         latents = [flight.latents[index] for flight, index in chunk]
         pixels = self.model.decode(torch.stack(latents))
         scores: dict[int, Tensor] = {}
         embeddings: dict[int, Tensor] = {}
         ranked = [place for place, (flight, _) in enumerate(chunk) if flight.job.rank]
         if ranked:
+            self._read([chunk[place][0] for place in ranked])
             texts = torch.stack([self.text(*chunk[place]) for place in ranked])
             seen = self._seen(torch.stack([pixels[place] for place in ranked]))
             embeddings = dict(zip(ranked, seen.unbind(0), strict=True))

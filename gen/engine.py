@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 import torch
 
 from gen.bucket import Buckets
+from gen.conditioning import Condition
 from gen.darkroom import Darkroom
 from gen.flight import Account, Callback, Flight, Painted, Stage, place_of
 from gen.lead import Lead
@@ -192,32 +193,50 @@ class Engine(Generic[R]):
                 self._settle(flight, lambda: None)
 
     def _let_in(self) -> None:
-        """Let rows in, first come first served, while there is room."""
-        waiting = [flight for flight in self._flights.values() if flight.waiting]
-        while (room := self._stages.room(self._max_rows)) > 0:
-            flight = waiting.pop(0) if waiting else self._begun()
-            if flight is None:
-                return
-            while flight.waiting and room > 0:
-                self._admit(flight, room)
-                room = self._stages.room(self._max_rows)
+        """Let rows in while there is room for them, first come first served among pictures of a size."""
+        for flight in list(self._flights.values()):
+            self._admit(flight)
+        while chosen := self._next():
+            read = self._tell(chosen)  # noqa: F841 - held until rows refer to it
+            for flight in chosen:
+                if flight.number in self._flights:  # or its texts could not be encoded
+                    with self._alone(flight):
+                        self._lead.begin(flight)
+                    self._admit(flight)
 
-    def _begun(self) -> Flight[R] | None:
-        """The next request with its texts encoded, one that fails at that passed over; None where there is none."""
-        while True:
-            with self._changed:
-                if not self._queue:
-                    return None
-                flight = self._queue.popleft()
+    def _next(self) -> list[Flight[R]]:
+        """The requests at the front of the queue that there is room for, begun."""
+        chosen, full = list[Flight[R]](), set[tuple[int, ...]]()
+        with self._changed:
+            for flight in self._queue:
+                shape = self._stages.shape_of(flight)
+                if shape not in full and self._stages.room(flight, chosen, self._max_rows) > 0:
+                    chosen.append(flight)
+                else:
+                    full.add(shape)
+            for flight in chosen:
+                self._queue.remove(flight)
                 self._flights[flight.number] = flight
-            with self._alone(flight):
-                self._begin(flight)
-                return flight
+        for flight in chosen:
+            flight.candidates = list(flight.job.candidates)
+            flight.unspoken = {index for index, each in enumerate(flight.candidates) if each.settings.prior}
+        return chosen
 
-    def _admit(self, flight: Flight[R], room: int) -> None:
-        chosen = [flight.waiting.popleft() for _ in range(min(room, len(flight.waiting)))]
-        with self._alone(flight):
-            self._stages.admit(chosen)
+    def _tell(self, flights: Sequence[Flight[R]]) -> list[Condition]:
+        """Encode the texts of requests together, or where that fails one by one, to find whom it fails for."""
+        try:
+            return self._stages.tell(flights)
+        except Exception as error:
+            if len(flights) > 1:
+                return [condition for flight in flights for condition in self._tell([flight])]
+            self._fail(flights[0], error)
+            return []
+
+    def _admit(self, flight: Flight[R]) -> None:
+        while flight.waiting and (room := self._stages.room(flight, [], self._max_rows)) > 0:
+            chosen = [flight.waiting.popleft() for _ in range(min(room, len(flight.waiting)))]
+            with self._alone(flight):
+                self._stages.admit(chosen)
 
     def _settle(self, flight: Flight[R], resolve: Callable[[], object]) -> None:
         """Take a request out, and resolve its future unless it was cancelled."""
@@ -243,13 +262,6 @@ class Engine(Generic[R]):
         self._settle(flight, partial(flight.future.set_exception, error))
 
     # --- rows ----------------------------------------------------------------------------------------------------
-
-    def _begin(self, flight: Flight[R]) -> None:
-        """Encode a request's texts and let its searches say what is painted first."""
-        flight.candidates = list(flight.job.candidates)
-        flight.told = list(self.model.tell(flight.candidates, self._stages.table))
-        flight.unspoken = {index for index, each in enumerate(flight.candidates) if each.settings.prior}
-        self._lead.begin(flight)
 
     def _step(self, stage: Stage, rows: Rows) -> None:
         """One step of a stage's rows, and what follows from it for their requests."""

@@ -6,11 +6,12 @@ itself: `gen.engine` does, and a search by `gen.lead`. It knows neither networks
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from gen.prior import STAGE as PRIOR
 from gen.request import Candidate, Job
 from gen.row import Live, Row
 from gen.rows import Taken
-from gen.search import Moves
+from gen.search import Moves, best_first
 from gen.upscale import STAGE as SUPER_RESOLUTION
 
 Stage = Literal["prior", "decoder", "super_resolution"]
@@ -71,7 +72,7 @@ class Painted:
     """A candidate's end, on the device."""
 
     latents: Tensor  # (C, h, w)
-    pixels: Tensor | None = None  # (3, H, W) in [0, 1]; None: nobody asked for them
+    pixels: Tensor | None = None  # (3, H, W) in [0, 1]; None: nobody asked for them, or others are kept
     score: Tensor | None = None  # (); None: not ranked
     embedding: Tensor | None = None  # (E,) CLIP's of the picture; None: not ranked
 
@@ -196,6 +197,21 @@ class Flight(Generic[R]):
         self.painted[index] = painted
         self.account.decodes += painted.pixels is not None
         self.account.scores += painted.score is not None
+
+    def thin(self) -> None:
+        """Let go of the pixels that cannot be kept any more, where the best alone are.
+
+        The scores were asked for with the pictures before those that come now, so the device hardly has to be waited
+        for. Where near-copies are left out any of them may be kept.
+        """
+        n, keep = self.job.num_images_per_prompt, self.job.keep
+        if keep == n or self.job.diverse or len(self.painted) <= keep:
+            return
+        scores = scores_of(self.painted)
+        found = [scores.get(index, math.nan) for index in range(len(self.candidates))]
+        best = {index for group in best_first(found, n, keep) for index in group}
+        for index in scores.keys() - best:
+            self.painted[index] = replace(self.painted[index], pixels=None)
 
     def give_up(self, candidates: Collection[int]) -> None:
         """Forget these candidates."""

@@ -1,4 +1,4 @@
-"""Rows that share a state (`Lane`), and how the evaluations of their coming step are asked (`Plan`).
+"""Rows that share a state (`Lane`), what their coming step asks (`Plan`), and lanes that ask together (`Pass`).
 
 All that a tick needs of a lane's rows lies on the device in the order of its rows, and changes only when they do. It
 asks no network and decides nothing.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -80,28 +80,21 @@ class Lane:
     plan: Plan | None = None  # of the coming step; None where the rows have changed
 
     @property
-    def filling(self) -> float:
-        """Its evaluations as a share of what fills a network call."""
-        return sum(len(one.terms) for one in self.rows) / self.bucket.enough
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """A chunk of a lane's evaluations that the network is asked at once."""
-
-    start: int
-    stop: int
-    told: Conditions
+    def num_evaluations(self) -> int:
+        """Of the network, each time that it is asked on the coming step."""
+        return sum(len(one.terms) for one in self.rows)
 
 
 @dataclass(eq=False)
 class Plan:
-    """How a lane's evaluations are asked; it holds until the rows change, or what some of them ask."""
+    """What a lane's rows are asked under on the coming step, and how the answers are weighed.
 
-    asking: list[tuple[bool, bool]]  # of each row
-    conditions: list[Condition]  # (M,) of each evaluation: text by text, and condition by condition within a text
+    It holds until the rows change, or what some of them ask.
+    """
+
+    asking: list[tuple[bool, bool, bool]]  # of each row
+    conditions: list[Condition]  # (M,) of each evaluation, row by row
     slots: list[int]  # (M,) the row of each evaluation
-    ends: list[int]  # where the groups of one condition end
     rows: Tensor  # (M,) int64, `slots` on the device, as all that follows
     weights: Tensor  # (M,)
     alone: Tensor  # (M,) the weights where guidance is off
@@ -110,21 +103,13 @@ class Plan:
     rescale: Tensor | None  # (B,); None where no row asks for it
     guides: Guides | None  # None where all rows follow cfg
     thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
-    steered: list[tuple[int, float, Tensor]]  # slot, clip_guidance_scale and target (1, E) of rows that have them
+    steered: list[tuple[int, float, Tensor]]  # slot, clip_guidance_scale and target (1, E) of rows that climb
     options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
-    calls: list[Call] = field(default_factory=list)  # as the last pass made them
 
     @classmethod
     def of(cls, lane: Lane, device: torch.device) -> Plan:
         """For the rows as they stand."""
         listed = [(term, slot) for slot, one in enumerate(lane.rows) for term in one.terms]
-        texts: dict[int, int] = {}
-        conditions: dict[int, int] = {}
-        for term, _ in listed:  # in the order of their first use
-            texts.setdefault(id(term.condition.tokens), len(texts))
-            conditions.setdefault(id(term.condition), len(conditions))
-        listed.sort(key=lambda each: (texts[id(each[0].condition.tokens)], conditions[id(each[0].condition)], each[1]))
-        told = [term.condition for term, _ in listed]
         rows = [one.row for one in lane.rows]
         slots = [slot for _, slot in listed]
         intervals = [row.guidance_interval or (-math.inf, math.inf) for row in rows]
@@ -134,9 +119,8 @@ class Plan:
         percentile, bound = sent(torch.tensor([row.thresholding or (0.0, 1.0) for row in rows]), device).unbind(1)
         return cls(
             asking=[one.asking for one in lane.rows],
-            conditions=told,
+            conditions=[term.condition for term, _ in listed],
             slots=slots,
-            ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),
             rows=sent(torch.tensor(slots), device),
             weights=sent(torch.tensor([term.weight for term, _ in listed]), device),
             alone=sent(torch.tensor([term.alone for term, _ in listed]), device),
@@ -146,15 +130,69 @@ class Plan:
             guides=guides,
             thresholding=(percentile, bound) if any(row.thresholding for row in rows) else None,
             steered=[
-                (slot, row.clip_guidance_scale, row.target[None])
-                for slot, row in enumerate(rows)
-                if row.target is not None and row.clip_guidance_scale
+                (slot, one.row.clip_guidance_scale, one.row.target[None])
+                for slot, one in enumerate(lane.rows)
+                if one.is_steered and one.row.target is not None
             ],
             options=options_of(lane, device),
         )
 
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A chunk of a pass that the network is asked at once."""
+
+    start: int
+    stop: int
+    told: Conditions
+
+
+@dataclass(eq=False)
+class Pass:
+    """The evaluations of lanes that ask the network at one time, in the order it is asked; it holds as their plans do.
+
+    Lanes stand one behind the other: the second lane's first row is the row behind the first lane's last.
+    """
+
+    plans: list[Plan]
+    conditions: list[Condition]  # (M,) of each evaluation: text by text, and condition by condition within a text
+    owners: list[tuple[int, int]]  # (M,) whose each evaluation is: which lane's, and its slot there
+    ends: list[int]  # where the groups of one condition end
+    rows: Tensor  # (M,) int64, the row of each evaluation, on the device
+    places: list[Tensor]  # of each lane where its evaluations are, in the order of its plan, on the device
+    calls: list[Call] = field(default_factory=list)  # as it was asked last
+
+    @classmethod
+    def of(cls, lanes: Sequence[Lane], plans: Sequence[Plan], device: torch.device) -> Pass:
+        """For lanes whose rows share network calls, with their plans."""
+        listed = [
+            (condition, number, slot)
+            for number, plan in enumerate(plans)
+            for condition, slot in zip(plan.conditions, plan.slots, strict=True)
+        ]
+        texts: dict[int, int] = {}
+        conditions: dict[int, int] = {}
+        for condition, _, _ in listed:  # in the order of their first use
+            texts.setdefault(id(condition.tokens), len(texts))
+            conditions.setdefault(id(condition), len(conditions))
+        keys = [(texts[id(condition.tokens)], conditions[id(condition)]) for condition, _, _ in listed]
+        order = sorted(range(len(listed)), key=keys.__getitem__)
+        told = [listed[k][0] for k in order]
+        owners = [listed[k][1:] for k in order]
+        first_rows = list(accumulate((len(lane.rows) for lane in lanes), initial=0))
+        places = sorted(range(len(order)), key=order.__getitem__)
+        first_places = list(accumulate((len(plan.slots) for plan in plans), initial=0))
+        return cls(
+            plans=list(plans),
+            conditions=told,
+            owners=owners,
+            ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),
+            rows=sent(torch.tensor([first_rows[number] + slot for number, slot in owners]), device),
+            places=[sent(torch.tensor(places[start:stop]), device) for start, stop in pairwise(first_places)],
+        )
+
     def call(self, place: int, start: int, size: int) -> Call:
-        """Call number `place` of a pass, of `size` evaluations at most; the last pass's own where it is the same."""
+        """Call number `place`, of `size` evaluations at most; that of the last time where it is the same."""
         stop = next_cut(self.ends, start, size)
         if place < len(self.calls):
             former = self.calls[place]
@@ -166,8 +204,13 @@ class Plan:
 
 def lane_of(row: Row) -> Hashable:
     """What rows have in common that share a lane."""
+    return row.sampler, batch_of(row)
+
+
+def batch_of(row: Row) -> Hashable:
+    """What rows have in common whose evaluations share network calls."""
     tokens = row.prompt.tokens
-    return row.sampler, row.shape, None if tokens is None else tokens.shape
+    return row.shape, None if tokens is None else tokens.shape
 
 
 def alike(state: State, other: State) -> State:

@@ -50,6 +50,11 @@ class Prior:
             found |= {one.row.key: one.x for one in finished}
         return self.embeds([found[key] for key in range(len(candidates))])
 
+    @property
+    def shape(self) -> tuple[int]:
+        """Of a row's x."""
+        return (self.network.config.embedding_dim,)
+
     def asked(self) -> CachedPrior:
         """The network as rows ask it."""
         return CachedPrior(self.network)
@@ -59,23 +64,28 @@ class Prior:
 
         The null is the empty prompt, whatever the candidate's negative prompt, as in diffusers.
         """
-        said = dict.fromkeys(["", *(candidate.prompt for candidate in candidates)])
-        told = table.of([(STAGE, text) for text in said], lambda names: self.conditions([text for _, text in names]))
+        told = self.told(candidates, table)
         return [
             Row(
                 key=key,
                 seed=candidate.first_seed,
-                shape=(self.network.config.embedding_dim,),
+                shape=self.shape,
                 schedule=self.levels.schedule(self.levels.sampler, candidate.settings.prior_num_inference_steps),
                 sampler=self.levels.sampler,
-                prompt=told[STAGE, candidate.prompt],
-                null=told[STAGE, ""],
+                prompt=told[candidate.prompt],
+                null=told[""],
                 guidance_scale=candidate.settings.prior_guidance_scale,
                 options=self.levels.options(self.levels.sampler),
                 start=candidate.prior_latents,
             )
             for key, candidate in zip(keys, candidates, strict=True)
         ]
+
+    def told(self, candidates: Sequence[Candidate], table: Table) -> dict[str, Condition]:
+        """What it is told by each text that these candidates' rows read."""
+        said = dict.fromkeys(["", *(candidate.prompt for candidate in candidates)])
+        told = table.of([(STAGE, text) for text in said], lambda names: self.conditions([text for _, text in names]))
+        return {text: condition for (_, text), condition in told.items()}
 
     def embeds(self, x: Sequence[Tensor]) -> Tensor:
         """Image embeddings (B, E) float32, as CLIP's image tower would give them, of rows (E,) that have finished."""

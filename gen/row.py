@@ -92,7 +92,12 @@ class Live:
     @property
     def is_guided(self) -> bool:
         """Whether the coming step may ask at a level that is guided."""
-        return self._guided[self.index]
+        return self.row.guidance_scale != 1 and self._inside[self.index]
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether the coming step may need the gradient of the likeness."""
+        return self.row.clip_guidance_scale > 0 and self._inside[self.index]
 
     @cached_property
     def null(self) -> Condition | None:
@@ -106,9 +111,9 @@ class Live:
         return self.row.last if self.row.last is not None and self.steps_left == 1 else self.row.prompt
 
     @property
-    def asking(self) -> tuple[bool, bool]:
-        """What `terms` go by, as far as it changes from step to step."""
-        return self.is_guided, self.prompt is self.row.prompt
+    def asking(self) -> tuple[bool, bool, bool]:
+        """What is asked on the coming step, as far as it changes from step to step."""
+        return self.is_guided, self.is_steered, self.prompt is self.row.prompt
 
     @property
     def terms(self) -> list[Term]:
@@ -119,10 +124,11 @@ class Live:
         return [Term(self.null, weights["null"], 0.0), Term(self.prompt, weights["prompt"], 1.0)]
 
     @cached_property
-    def _guided(self) -> list[bool]:
+    def _inside(self) -> list[bool]:
+        """Of each step whether it may ask within the interval."""
         row = self.row
-        if row.guidance_scale == 1 or row.guidance_interval is None:
-            return [row.guidance_scale != 1] * row.schedule.num_steps
+        if row.guidance_interval is None:
+            return [True] * row.schedule.num_steps
         low, high = row.guidance_interval
         churn = MOST_CHURN if row.options.get("s_churn") else 1.0
         sigmas = row.schedule.sigmas.tolist()

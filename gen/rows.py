@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from gen.bucket import PROBE, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
-from gen.lane import MOMENTUM, Call, Lane, Plan, Walk, alike, lane_of, sent
+from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of, sent
 from gen.row import Live, Row
 from samplers.guidance import combine, in_interval, rescale
 from samplers.sample import advance, needs_noise, start
@@ -29,6 +30,8 @@ from samplers.scaling import Scaling, denoiser
 from samplers.state import Denoise, Prediction, State, per_row
 from samplers.wrap import thresholded, towards
 
+Member = tuple[Lane, int]
+"""A lane and a slot of it"""
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]
 """network(input (M, ...), timestep (M,), conditions of M) -> output (M, ...)"""
 
@@ -81,30 +84,55 @@ class Tick:
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
-class CallFailed(Exception):
-    """A network call raised, or a gradient; `__cause__` says what."""
+class StepFailed(Exception):
+    """What rows needed for their step raised; `__cause__` says what."""
 
-    def __init__(self, slots: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[Member]) -> None:
         super().__init__()
-        self.slots = slots  # the row of each of its evaluations
+        self.members = members  # a row as often as it has evaluations in a call that failed
+
+
+class Question(Exception):
+    """A step has come to where it asks the network what it has not been told yet."""
+
+    def __init__(self, x: Tensor, sigma: Tensor) -> None:
+        super().__init__()
+        self.x, self.sigma = x, sigma  # (B, ...) and (B,)
 
 
 @dataclass(eq=False)
-class Heard:
-    """What the denoiser of a step has said so far."""
+class Attempt:
+    """A lane's step being worked out; nothing of it is taken before all of it is there."""
 
-    x0: Tensor | None = None  # (B, ...) its latest estimate
-    num_asked: int = 0
-    momentum: Tensor | None = None  # (B, ...) the running differences of rows that follow apg; None: no row has one
+    lane: Lane
+    plan: Plan
+    noise: Tensor | None  # (B, ...) None where no row of the lane takes any
+    momentum: Tensor | None  # (B, ...) the running differences of rows that follow apg; None: no row has one
+    told: list[Prediction] = field(default_factory=list)  # what its denoiser has said so far
+    state: State | None = None  # None: not worked out yet
 
+    def play(self) -> Question | None:
+        """Work the step out as far as it has been told; what it asks next, or None where it is done.
 
-@dataclass(frozen=True, eq=False)
-class Moved:
-    """A step that has been worked out and not yet taken."""
+        It begins anew each time, which is nothing to a pure function, so that lanes of several samplers, some of which
+        ask twice, can share network calls.
+        """
+        told, lane = iter(self.told), self.lane
 
-    state: State
-    x0: Tensor
-    num_asked: int  # times that every evaluation was asked; 2 of Heun's steps
+        def denoise(x: Tensor, sigma: Tensor) -> Prediction:
+            prediction = next(told, None)
+            if prediction is None:
+                raise Question(x, sigma)
+            return prediction
+
+        now, then = lane.walk.level(0), lane.walk.level(1)
+        try:
+            self.state = advance(lane.sampler, denoise, lane.state, now, then, self.noise, self.plan.options)
+        except Question as asked:
+            return asked
+        if self.momentum is not None:
+            self.state = self.state.remember(**{MOMENTUM: self.momentum})
+        return None
 
 
 @dataclass(eq=False)
@@ -118,6 +146,7 @@ class Rows:
     buckets: Buckets = field(default_factory=Buckets)  # what is known of the memory that calls take
     likeness: Likeness | None = None  # None: no row has a clip_guidance_scale
     lanes: dict[Hashable, Lane] = field(default_factory=dict)
+    passes: list[Pass] = field(default_factory=list)  # those whose plans hold
 
     def __post_init__(self) -> None:
         self.scaling = self.scaling.to(self.device)
@@ -129,8 +158,14 @@ class Rows:
 
     @property
     def filling(self) -> float:
-        """How many network calls the rows fill: from 1 on, further ones would hardly go faster beside them."""
-        return sum(lane.filling for lane in self.lanes.values())
+        """How many network calls the rows fill: from 1 on, further ones would hardly make each faster."""
+        return sum(lane.num_evaluations / lane.bucket.enough for lane in self.lanes.values())
+
+    def filling_of(self, shape: tuple[int, ...], more: int) -> float:
+        """The same of the rows of one shape, with so many evaluations more."""
+        here = [lane for lane in self.lanes.values() if lane.rows[0].row.shape == shape]
+        evaluations = more + sum(lane.num_evaluations for lane in here)
+        return evaluations / self.buckets.of(self.stage, shape, self.device).enough
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Let rows in at their first level, beside whatever is in flight."""
@@ -149,7 +184,8 @@ class Rows:
         """Let a lane's rows in as they stand."""
         if key in self.lanes:
             here = self.lanes[key]
-            here.rows, here.plan = here.rows + lane.rows, None
+            self._unplan(here)
+            here.rows = here.rows + lane.rows
             here.state = alike(here.state, lane.state).cat(alike(lane.state, here.state))
             here.walk = here.walk.cat(lane.walk)
         else:
@@ -157,11 +193,12 @@ class Rows:
 
     def tick(self) -> Tick:
         """Take every row one step; the rows that reached their last level leave, and so do those that failed."""
-        tick = Tick()
+        tick, together = Tick(), dict[Hashable, list[Lane]]()
+        for lane in self.lanes.values():
+            together.setdefault(batch_of(lane.rows[0].row), []).append(lane)
+        for lanes in together.values():
+            tick.taken += self._step(lanes, tick.failed)
         for lane in list(self.lanes.values()):
-            taken = self._step(lane, tick.failed)
-            if taken is not None:
-                tick.taken.append(taken)
             ended = {slot for slot, one in enumerate(lane.rows) if one.steps_left == 0}
             for slot in sorted(ended):
                 row = lane.rows[slot].row
@@ -218,59 +255,85 @@ class Rows:
         if not slots:
             return
         kept = [slot for slot in range(len(lane.rows)) if slot not in slots]
-        lane.rows, lane.plan = [lane.rows[slot] for slot in kept], None
+        self._unplan(lane)
+        lane.rows = [lane.rows[slot] for slot in kept]
         if kept:
             rows = sent(torch.tensor(kept), self.device)
             lane.state, lane.walk = lane.state.select(rows), lane.walk.select(rows)
         else:
             self.lanes = {key: other for key, other in self.lanes.items() if other is not lane}
 
-    def _step(self, lane: Lane, failed: list[Failed]) -> Taken | None:
-        """The lane's rows one step on; the same step again without the rows of a call that failed."""
-        while lane.rows:
-            outcome = self._worked_out(lane)
-            if isinstance(outcome, Failed):
-                failed.append(outcome)
-                out = {id(row) for row in outcome.rows}
-                self._take_out(lane, {slot for slot, one in enumerate(lane.rows) if id(one.row) in out})
-            elif outcome is not None:  # None: memory ran out, and a smaller bucket tries again
-                evaluations = [outcome.num_asked * len(one.terms) for one in lane.rows]
-                gradients = [outcome.num_asked * bool(one.row.clip_guidance_scale) for one in lane.rows]
-                lane.state, lane.walk = outcome.state, lane.walk.on()
-                for one in lane.rows:
-                    one.index += 1
-                return Taken(lane.rows, outcome.x0, evaluations, gradients)
-        return None
+    def _unplan(self, lane: Lane) -> None:
+        """Its rows change, or which of them are guided."""
+        self.passes = [each for each in self.passes if lane.plan not in each.plans]
+        lane.plan = None
 
-    def _worked_out(self, lane: Lane) -> Moved | Failed | None:
+    def _step(self, lanes: Sequence[Lane], failed: list[Failed]) -> list[Taken]:
+        """One step of lanes that share network calls; the same again without the rows of what failed."""
+        while lanes:
+            try:
+                attempts = self._worked_out(lanes)
+            except StepFailed as failure:
+                self._give_up(failure, failed)
+                lanes = [lane for lane in lanes if lane.rows]
+            else:
+                return [self._taken(attempt) for attempt in attempts]
+        return []
+
+    def _worked_out(self, lanes: Sequence[Lane]) -> list[Attempt]:
+        """The step of each lane; those that ask the network at one time ask it together."""
+        attempts = []
+        for lane in lanes:
+            with blaming(members_of(lane)):
+                attempts.append(self._attempt(lane))
+        asking = attempts
+        while True:
+            questions: list[tuple[Attempt, Question]] = []
+            for attempt in asking:
+                with blaming(members_of(attempt.lane)):
+                    asked = attempt.play()
+                if asked is not None:
+                    questions.append((attempt, asked))
+            if not questions:
+                return attempts
+            asking = [attempt for attempt, _ in questions]
+            for (attempt, asked), each in zip(questions, self._estimates(questions), strict=True):
+                with blaming(members_of(attempt.lane)):
+                    attempt.told.append(self._denoise(attempt, each)(asked.x, asked.sigma))
+
+    def _attempt(self, lane: Lane) -> Attempt:
         if lane.plan is None or lane.plan.asking != [one.asking for one in lane.rows]:
+            self._unplan(lane)
             lane.bucket.refresh()
             lane.plan = Plan.of(lane, self.device)
-        plan = lane.plan
-        heard = Heard(momentum=lane.state.memory.get(MOMENTUM))
-        try:
-            noise = self._noise(lane, plan.options)
-            denoise = self._denoise(lane, plan, heard)
-            now, next = lane.walk.level(0), lane.walk.level(1)
-            state = advance(lane.sampler, denoise, lane.state, now, next, noise, plan.options)
-        except CallFailed as failure:
-            cause = failure.__cause__
-            assert isinstance(cause, Exception)
-            return self._given_up(lane, failure.slots, cause)
-        except Exception as error:
-            return Failed([one.row for one in lane.rows], error)
-        if heard.momentum is not None:
-            state = state.remember(**{MOMENTUM: heard.momentum})
-        assert heard.x0 is not None, "every step asks at least once"
-        return Moved(state, heard.x0, heard.num_asked)
+        return Attempt(lane, lane.plan, self._noise(lane, lane.plan.options), lane.state.memory.get(MOMENTUM))
 
-    def _given_up(self, lane: Lane, slots: Sequence[int], error: Exception) -> Failed | None:
-        """The rows of a call that failed; None where it is to be asked again in smaller ones."""
+    def _taken(self, attempt: Attempt) -> Taken:
+        """Take a step that has been worked out."""
+        lane, num_asked = attempt.lane, len(attempt.told)
+        assert attempt.state is not None and num_asked, "every step asks at least once"
+        evaluations = [num_asked * len(one.terms) for one in lane.rows]
+        gradients = [num_asked * one.is_steered for one in lane.rows]
+        lane.state, lane.walk = attempt.state, lane.walk.on()
+        for one in lane.rows:
+            one.index += 1
+        return Taken(lane.rows, attempt.told[-1].x0, evaluations, gradients)
+
+    def _give_up(self, failure: StepFailed, failed: list[Failed]) -> None:
+        """Take out the rows that something failed for, unless memory ran out and smaller calls may do."""
+        error = failure.__cause__
+        assert isinstance(error, Exception)
+        (bucket,) = {id(lane.bucket): lane.bucket for lane, _ in failure.members}.values()
         if is_out_of_memory(error):
-            if lane.bucket.halve(len(slots)):
-                return None
-            error = lane.bucket.overflow(error)
-        return Failed([lane.rows[slot].row for slot in sorted(set(slots))], error)
+            if bucket.halve(len(failure.members)):
+                return
+            error = bucket.overflow(error)
+        out: dict[int, tuple[Lane, set[int]]] = {}
+        for lane, slot in failure.members:
+            out.setdefault(id(lane), (lane, set()))[1].add(slot)
+        failed.append(Failed([lane.rows[slot].row for lane, slots in out.values() for slot in sorted(slots)], error))
+        for lane, slots in out.values():
+            self._take_out(lane, slots)
 
     def _noise(self, lane: Lane, options: dict[str, Tensor]) -> Tensor | None:
         """Fresh noise (B, ...) of the coming step; None where no row of the lane takes any."""
@@ -280,47 +343,41 @@ class Rows:
         blocks = [one.stream.at(one.index + 1) if one.is_noisy else torch.zeros(1, *one.row.shape) for one in lane.rows]
         return sent(torch.cat(blocks), self.device)
 
-    def _denoise(self, lane: Lane, plan: Plan, heard: Heard) -> Denoise:
-        """The lane's rows as one denoiser, evaluations weighed into their rows; what it says is noted in `heard`."""
+    def _denoise(self, attempt: Attempt, each: Prediction) -> Denoise:
+        """The lane's rows as a denoiser, once the network has said this of their M evaluations."""
+        plan = attempt.plan
 
         def guided(x: Tensor, sigma: Tensor) -> Prediction:
             def mixed(values: Tensor, weights: Tensor) -> Tensor:
                 return combine(values, weights, plan.rows, len(x))
 
             inside = in_interval(sigma, plan.interval)
-            each = self._estimates(lane, plan, x, sigma)  # of M evaluations
             weights = torch.where(inside[plan.rows], plan.weights, plan.alone)
             x0 = mixed(each.x0, weights)
             if plan.guides is not None:
-                prompt, null, before = mixed(each.x0, plan.alone), mixed(each.x0, 1 - plan.alone), heard.momentum
-                index = lane.walk.index
+                prompt, null, before = mixed(each.x0, plan.alone), mixed(each.x0, 1 - plan.alone), attempt.momentum
+                index = attempt.lane.walk.index
                 ruled, momentum = plan.guides.apply(x0, prompt, null, x, sigma, index, before, self.scaling)
                 held = per_row(inside & plan.away, x)
                 x0 = torch.where(held, ruled, x0)
                 if momentum is not None:
-                    heard.momentum = torch.where(held, momentum, 0.0 if before is None else before)
+                    attempt.momentum = torch.where(held, momentum, 0.0 if before is None else before)
             if plan.rescale is not None:
                 changed = rescale(x0, mixed(each.x0, plan.alone), x, sigma, plan.rescale, self.scaling)
                 x0 = torch.where(per_row((plan.rescale > 0) & inside, x0), changed, x0)
             # guidance says where to go; how sure that is, the prompt's evaluation says alone, as in diffusers
             return Prediction(x0, None if each.variance is None else mixed(each.variance, plan.alone))
 
-        denoise: Denoise = self._steered(guided, plan) if plan.steered else guided
+        denoise: Denoise = self._steered(guided, attempt) if plan.steered else guided
         if plan.thresholding is not None:
             percentile, bound = plan.thresholding
             denoise = thresholded(denoise, percentile, bound=bound)
+        return denoise
 
-        def noted(x: Tensor, sigma: Tensor) -> Prediction:
-            prediction = denoise(x, sigma)
-            heard.x0, heard.num_asked = prediction.x0, heard.num_asked + 1
-            return prediction
-
-        return noted
-
-    def _steered(self, guided: Denoise, plan: Plan) -> Denoise:
+    def _steered(self, guided: Denoise, attempt: Attempt) -> Denoise:
         """Rows that have a target guided towards it, within their interval, by the gradient of the likeness."""
         assert self.likeness is not None, "such rows are refused where there is none"
-        likeness = self.likeness
+        likeness, plan = self.likeness, attempt.plan
 
         def steered(x: Tensor, sigma: Tensor) -> Prediction:
             prediction, inside = guided(x, sigma), in_interval(sigma, plan.interval)
@@ -328,36 +385,62 @@ class Rows:
             for slot, scale, target in plan.steered:  # one by one, for a gradient through a picture takes much memory
                 one = slice(slot, slot + 1)
                 climb = towards(partial(_said, x0[slot]), partial(likeness, target=target), scale * inside[one])
-                try:
+                with blaming([(attempt.lane, slot)]):
                     x0[slot] = climb(x[one], sigma[one]).x0
-                except Exception as error:
-                    raise CallFailed([slot]) from error
             return Prediction(torch.cat(x0), prediction.variance)
 
         return steered
 
-    def _estimates(self, lane: Lane, plan: Plan, x: Tensor, sigma: Tensor) -> Prediction:
-        """What the network says of every evaluation, (M, ...), in as few calls as the bucket allows."""
-        if lane.bucket.wants_probe(len(plan.slots)):
-            told = Conditions(tuple(condition.twin() for condition in plan.conditions[:PROBE]))
-            first, at = Call(0, PROBE, told), plan.rows[:PROBE]
-            lane.bucket.probe(lambda: self._asked(first, plan.slots[:PROBE], x[at], sigma[at]))
-        answers: list[Prediction] = []
-        start = 0
-        while start < len(plan.slots):
-            call = plan.call(len(answers), start, lane.bucket.size)
-            at, slots = plan.rows[call.start : call.stop], plan.slots[call.start : call.stop]
-            answers.append(lane.bucket.ask(len(at), partial(self._asked, call, slots, x[at], sigma[at])))
+    def _estimates(self, questions: Sequence[tuple[Attempt, Question]]) -> list[Prediction]:
+        """What the network says of every evaluation of each lane, (M, ...), in as few calls as the bucket allows."""
+        lanes = [attempt.lane for attempt, _ in questions]
+        with blaming([member for lane in lanes for member in members_of(lane)]):
+            ask = self._pass(lanes, [attempt.plan for attempt, _ in questions])
+            members = [(lanes[number], slot) for number, slot in ask.owners]
+            x, sigma = (
+                torch.cat(parts) for parts in zip(*((each.x, each.sigma) for _, each in questions), strict=True)
+            )
+        bucket, answers, start = lanes[0].bucket, list[Prediction](), 0
+        if bucket.wants_probe(len(members)):
+            first = Call(0, PROBE, Conditions(tuple(condition.twin() for condition in ask.conditions[:PROBE])))
+            at = ask.rows[:PROBE]
+            bucket.probe(lambda: self._asked(first, members, x[at], sigma[at]))
+        while start < len(members):
+            call = ask.call(len(answers), start, bucket.size)
+            at = ask.rows[call.start : call.stop]
+            answers.append(bucket.ask(len(at), partial(self._asked, call, members, x[at], sigma[at])))
             start = call.stop
-        variances = [each.variance for each in answers if each.variance is not None]
-        return Prediction(torch.cat([each.x0 for each in answers]), torch.cat(variances) if variances else None)
+        x0, variances = torch.cat([each.x0 for each in answers]), [each.variance for each in answers]
+        variance = torch.cat([each for each in variances if each is not None]) if variances[0] is not None else None
+        return [Prediction(x0[at], None if variance is None else variance[at]) for at in ask.places]
 
-    def _asked(self, call: Call, slots: Sequence[int], x: Tensor, sigma: Tensor) -> Prediction:
+    def _pass(self, lanes: Sequence[Lane], plans: list[Plan]) -> Pass:
+        for known in self.passes:
+            if known.plans == plans:
+                return known
+        self.passes.append(Pass.of(lanes, plans, self.device))
+        return self.passes[-1]
+
+    def _asked(self, call: Call, members: Sequence[Member], x: Tensor, sigma: Tensor) -> Prediction:
         estimate = denoiser(lambda noisy, timestep: self.network(noisy, timestep, call.told), self.scaling)
-        try:
+        with blaming(members[call.start : call.stop]):
             return estimate(x, sigma)
-        except Exception as error:
-            raise CallFailed(slots) from error
+
+
+@contextmanager
+def blaming(members: Sequence[Member]) -> Iterator[None]:
+    """What goes wrong in here is these rows', unless somebody within knows better."""
+    try:
+        yield
+    except StepFailed:
+        raise
+    except Exception as error:
+        raise StepFailed(members) from error
+
+
+def members_of(lane: Lane) -> list[Member]:
+    """All rows of a lane."""
+    return [(lane, slot) for slot in range(len(lane.rows))]
 
 
 def _said(x0: Tensor, x: Tensor, sigma: Tensor) -> Prediction:

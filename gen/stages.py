@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from gen.bucket import UNBOUNDED, Buckets
-from gen.conditioning import Table
+from gen.conditioning import Condition, Table
 from gen.darkroom import Darkroom, likeness
 from gen.flight import DECODER, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
 from gen.lane import Lane
@@ -43,11 +44,41 @@ class Stages:
             enlarge, scaling = model.upscaler.call, model.upscaler.levels.scaling
             self.rows[SUPER_RESOLUTION] = Rows(enlarge, scaling, SUPER_RESOLUTION, model.device, buckets)
 
-    def room(self, max_rows: int | None) -> int:
-        """How many rows may come in where so many may be in flight (None: as memory allows)."""
-        if sum(rows.filling for rows in self.rows.values()) >= 1:
+    def shape_of(self, flight: Flight[Any]) -> tuple[int, ...]:
+        """Of its rows in the decoder; a request's pictures are of one size."""
+        return self.model.latent_shape(flight.job.candidates[0].settings)
+
+    def room(self, flight: Flight[Any], coming: Sequence[Flight[Any]], max_rows: int | None) -> int:
+        """How many rows of a request may come in where all of `coming` do, and so many may be in flight (None: any).
+
+        There is room while the calls that its rows will be in are not full: so far they are the faster for its coming,
+        and from there on all would wait for each other. Pictures of another size are in other calls of the decoder.
+        """
+        shape = self.shape_of(flight)
+        beside = [candidate for each in coming if self.shape_of(each) == shape for candidate in each.job.candidates]
+        more = sum(1 + (one.settings.guidance_scale != 1) for one in beside)
+        others = sum(rows.filling for stage, rows in self.rows.items() if stage != DECODER)
+        if self.rows[DECODER].filling_of(shape, more) + others >= 1:
             return 0
-        return UNBOUNDED if max_rows is None else max_rows - sum(len(rows.live) for rows in self.rows.values())
+        if max_rows is None:
+            return UNBOUNDED
+        in_flight = sum(len(rows.live) for rows in self.rows.values())
+        return max(0, max_rows - in_flight - sum(len(each.job.candidates) for each in coming))
+
+    def tell(self, flights: Sequence[Flight[Any]]) -> list[Condition]:
+        """Encode the texts of requests that begin, together; what of it their first rows are to find in the table.
+
+        That is forgotten with the list, except where a row refers to it.
+        """
+        candidates = [candidate for flight in flights for candidate in flight.candidates]
+        told = iter(self.model.tell(candidates, self.table))
+        for flight in flights:
+            flight.told = list(islice(told, len(flight.candidates)))
+        asking = [candidate for candidate in candidates if candidate.settings.prior]
+        if not asking:
+            return []
+        assert self.model.prior is not None, "a request for a prior is refused where there is none"
+        return list(self.model.prior.told(asking, self.table).values())
 
     def begin(self, flight: Flight[Any], candidates: Sequence[int]) -> Iterator[Waiting]:
         """The first row of each candidate: the prior's, or the decoder's."""

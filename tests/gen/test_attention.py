@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gen import Request, TextToImage, attention
 from gen.attention import KERNELS, Kept, Processor, Shape, Texts, attentions, reading, restore_attention, set_attention
 from gen.conditioning import Conditions, Distinct, Table
-from gen.lane import Plan
+from gen.lane import Pass, Plan
 from gen.request import Candidate
 from gen.row import Row
 from gen.rows import Rows
@@ -474,12 +474,12 @@ def test_texts_side_by_side_are_read_in_one_block_each(own: TextToImage) -> None
     rows = rows_over(own)
     rows.admit(
         [
-            Row(seed, seed, (4, 8, 8), schedule, asked.sampler, prompt, null, 3.0)
+            Row(seed, seed, (4, 8, 8), schedule, asked.sampler, prompt, null=null, guidance_scale=3.0)
             for seed, (prompt, (_, null)) in enumerate(zip(prompts, told, strict=True))
         ]
     )
     (lane,) = rows.lanes.values()
-    conditions = Plan.of(lane, rows.device).conditions
+    conditions = Pass.of([lane], [Plan.of(lane, rows.device)], rows.device).conditions
     texts = Texts.read(Conditions(tuple(conditions)).distinct_tokens.of, [])
     assert len(set(conditions)) == 5 and (texts.block, texts.of_block) == (2, (0, 0, 1, 2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -22,6 +23,7 @@ from gen.row import Live, Row
 from gen.rows import Rows
 from gen.scheduler import STOCK
 from gen.settings import Settings
+from samplers.guidance import Guide
 from samplers.noise import noise
 from samplers.sample import advance, start
 from samplers.scaling import denoiser
@@ -278,6 +280,78 @@ def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
         assert (ours[row.key] - estimate[0]).abs().max() < 1e-4 * estimate.abs().max()
 
 
+def test_rows_of_several_samplers_share_calls(tiny: TextToImage) -> None:
+    """One call for all of them, and one more for those that ask twice; each as it is by itself."""
+    samplers = ["ddim", "heun", "dpmpp_2m_sde", "heun", "ddim"]
+    rows = [replace(rows_of(tiny, 5, sampler=name)[key], key=key) for key, name in enumerate(samplers)]
+    whole = {key: x for row in rows for key, x in finish(rows_over(tiny), [row]).items()}
+    together = rows_over(tiny)
+    calls = counting(together)
+    with torch.no_grad():
+        together.admit(rows)
+        taken = together.tick().taken
+    assert calls == [PROBE, 2 + 1 + 2 + 2 + 1, 1 + 2]
+    assert sorted(len(each.rows) for each in taken) == [1, 2, 2]
+    assert {one.row.key: count for each in taken for one, count in zip(each.rows, each.evaluations, strict=True)} == {
+        0: 2,
+        1: 2,
+        2: 2,
+        3: 4,
+        4: 1,
+    }
+    assert same(finish(together, []), whole)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_join_and_leave_at_random(tiny: TextToImage, seed: int) -> None:
+    """Rows of any sampler and settings are admitted, dropped, halted and resumed at any tick, at any bucket."""
+    draw, rows, base = random.Random(seed), list[Row](), rows_of(tiny, 2)
+    for key in range(9):
+        sampler, row = draw.choice(sorted(STOCK)), draw.choice(base)
+        steps, scale = draw.randint(1, 6), draw.choice([1.0, 2.0, 6.0])
+        rows.append(
+            replace(
+                row,
+                key=key,
+                seed=draw.randrange(1000),
+                sampler=sampler,
+                schedule=tiny.model.levels.schedule(sampler, steps),
+                null=base[0].null,
+                guidance_scale=scale,
+                guidance_rescale=draw.choice([0.0, 0.5]),
+                guidance_interval=draw.choice([None, (0.5, 5.0)]),
+                guide=Guide(rule=draw.choice(["cfg", "apg", "cfg_zero"])),
+                thresholding=draw.choice([None, (0.9, 1.0)]),
+            )
+        )
+    whole = {key: x for row in rows for key, x in finish(rows_over(tiny), [row]).items()}
+    together = rows_over(tiny, draw.choice([None, buckets_of(3)]))
+    waiting, halted, dropped, found = list(rows), dict[Any, Lane](), set[Any](), dict[Any, Tensor]()
+    with torch.no_grad():
+        while waiting or halted or together.lanes:
+            together.admit([waiting.pop() for _ in range(min(draw.choice([0, 1, 3]), len(waiting)))])
+            together.resume([halted.pop(key) for key in list(halted) if draw.random() < 0.5])
+            live = [one.row.key for one in together.live]
+            halted |= together.halt({key for key in live if draw.random() < 0.2})
+            given_up = {key for key in live if key not in halted and draw.random() < 0.03}
+            together.drop(given_up)
+            dropped |= given_up
+            found |= {one.row.key: one.x for one in together.tick().finished}
+    assert found.keys() == whole.keys() - dropped and len(found) >= 5 and same(found, whole)
+    assert not together.passes
+
+
+def test_a_row_that_cannot_be_planned_takes_its_lane_along_and_no_other(tiny: TextToImage) -> None:
+    rows = [*rows_of(tiny, 2, sampler="heun"), replace(rows_of(tiny, 3)[2], options={"eta": "much"})]
+    together = rows_over(tiny)
+    with torch.no_grad():
+        together.admit(rows)
+        tick = together.tick()
+    (failed,) = tick.failed
+    assert [row.key for row in failed.rows] == [2] and isinstance(failed.error, TypeError | ValueError)
+    assert same(finish(together, []), finish(rows_over(tiny), rows[:2]))
+
+
 def test_guidance_outside_its_interval_costs_nothing(tiny: TextToImage) -> None:
     (row,) = (replace(row, guidance_scale=4.0) for row in rows_of(tiny, 1))
     sigmas = row.schedule.sigmas
@@ -293,6 +367,27 @@ def test_guidance_outside_its_interval_costs_nothing(tiny: TextToImage) -> None:
     assert asked["everywhere"] == [2] * 6
     assert asked["middle"] == [1, 2, 2, 2, 1, 1]  # level 1 only touches the interval's end, as Heun would
     assert asked["nowhere"] == [1] * 6
+
+
+def test_a_gradient_outside_the_interval_is_not_taken(tiny: TextToImage) -> None:
+    (row,) = (
+        replace(row, guidance_scale=1.0, clip_guidance_scale=4.0, target=torch.ones(1)) for row in rows_of(tiny, 1)
+    )
+    taken: list[int] = []
+
+    def likeness(x0: Tensor, *, target: Tensor) -> Tensor:
+        taken.append(len(x0))
+        return (x0 * target).flatten(1).sum(1)
+
+    sigmas, found = row.schedule.sigmas, {}
+    middle = (sigmas[4].item(), sigmas[2].item() * 1.001)  # the gradient moves the estimate at levels 2 and 3
+    for name, interval in (("everywhere", None), ("middle", middle), ("nowhere", (0.0, 1e-9))):
+        together = replace(rows_over(tiny), likeness=likeness)
+        found[name] = finish(together, [replace(row, guidance_interval=interval)])[0]
+        assert sum(taken) == {"everywhere": 6, "middle": 3, "nowhere": 0}[name]  # level 1 may ask on its way, as Heun
+        taken.clear()
+    plain = finish(rows_over(tiny), [replace(row, clip_guidance_scale=0.0, target=None)])[0]
+    assert torch.equal(found["nowhere"], plain) and not torch.equal(found["middle"], plain)
 
 
 # --- buckets -----------------------------------------------------------------------------------------------------
@@ -435,6 +530,10 @@ def test_enough_is_where_twice_as_many_are_hardly_faster() -> None:
     assert bucket.enough == 64
     bucket.size = 32
     assert bucket.enough == 32
+    uneven = Bucket("decoder", torch.device("cpu"))
+    for count in [3, 5, 7, 15, 31, 40] * 5:
+        uneven.note(count, 8.0 + count)
+    assert uneven.enough == 31  # not the 16 that its class begins with
 
 
 def test_every_call_is_timed(tiny: TextToImage) -> None:

@@ -452,6 +452,17 @@ def test_a_budget_too_small_for_one_paints_one(timed: tuple[TextToImage, Clock],
     assert len(result.images) == 1 and took <= ONE + 1e-9
 
 
+def test_waiting_for_room_is_spent_from_a_budget(timed: tuple[TextToImage, Clock]) -> None:
+    model, clock = timed
+    engine = Engine(model.model, model._result, max_rows=16, buckets=model._buckets, clock=clock)
+    first, late = engine.submit(replace(ASKED, prior=False)), engine.submit(replace(BUDGETED, budget=7.0))
+    run(engine)
+    assert len(first.result(timeout=0).images) == 4 and clock.now > 16 * ONE
+    assert [each.painted for each in late.result(timeout=0).candidates].count(True) == 1
+    alone, _ = spent(timed, replace(BUDGETED, budget=7.0))
+    assert [each.painted for each in alone.candidates].count(True) > 1
+
+
 @pytest.mark.parametrize("search", ["best_of", "halving", "draft", "racing"])
 @pytest.mark.parametrize("slow", [1.0, 3.0])
 def test_a_budget_is_overrun_by_a_step_at_most_once_something_is_painted(
