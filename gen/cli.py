@@ -74,6 +74,13 @@ def generate(
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to steer away from, in place of the empty text.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Begin with this picture (img2img).")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Paint --image anew where this is white, as large as it.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(metavar="S", help="How far from --image, above 0 and up to 1 (1: all steps).")
+    ] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
     height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
     eta: Annotated[float | None, _advanced("E", "Fresh noise per step: 0 none, 1 ancestral.")] = None,
@@ -153,6 +160,9 @@ def generate(
             budget=budget,
             diverse=diverse,
             seed=seed,
+            image=image,
+            mask_image=mask,
+            strength=strength,
             height=height,
             width=width,
             num_inference_steps=steps,
@@ -193,9 +203,9 @@ def generate(
         scores: list[float | None] = [*result.scores] if result.scores else [None] * len(images)
         pictures = []
         with Writer() as writer:
-            for index, (image, record) in enumerate(zip(images[:keep], result.records, strict=False)):
+            for index, (picture, record) in enumerate(zip(images[:keep], result.records, strict=False)):
                 path = folder / f"{index + 1:04d}-seed{result.seeds[index]}.png"
-                writer.write(image, path, record)
+                writer.write(picture, path, record)
                 pictures.append({"path": str(path), "score": scores[index], "seed": result.seeds[index]})
             captions = [_caption(score, one) for score, one in zip(scores, result.seeds, strict=True)]
             sheet = folder / "sheet.png"
@@ -297,11 +307,15 @@ def reproduce(
     weak_unet: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the weaker UNet is now, if it was guided by one.")
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Where a picture or mask is now that it was painted from; repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Paint FILE.png again from its own record; exit status 1 when a pixel is more than one level off."""
     with speaking("reproduce"):
-        image, record = read_png(picture)
+        before, record = read_png(picture)
         recorded = record.get("model")
         if model is None and not isinstance(recorded, str):
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
@@ -320,9 +334,9 @@ def reproduce(
         weak = weak_unet or record.get("weak_unet")
         painter = _load(model or str(recorded), attention, weak_unet=weak, clip=clip, dtype=dtype)
         painter.load_again(record)
-        again = as_output([painter.repaint(record)], "pil")
+        again = as_output([painter.repaint(record, image or ())], "pil")
         assert isinstance(again, list)
-        difference = largest_difference(image, again[0])
+        difference = largest_difference(before, again[0])
     answer = {
         "picture": str(picture),
         "largest_difference": difference,

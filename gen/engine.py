@@ -26,6 +26,7 @@ import torch
 from gen.bucket import Buckets
 from gen.conditioning import Condition
 from gen.darkroom import Darkroom
+from gen.edit import schedule_of
 from gen.flight import Account, Callback, Flight, Painted, Stage, place_of
 from gen.lead import Lead
 from gen.model import Family
@@ -89,7 +90,7 @@ class Engine(Generic[R]):
         """
         job = request.resolve(self.model.abilities) if isinstance(request, Request) else request
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
-            self.model.levels.schedule(settings.sampler, settings.num_inference_steps)  # may refuse the sampler
+            schedule_of(self.model.levels, settings)  # may refuse the sampler
         job.search.check(self._lead.asked(job))
         deadline = None if job.budget is None else self._clock() + job.budget
         with self._changed:

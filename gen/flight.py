@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gen.conditioning import Told
+from gen.edit import Read
 from gen.lane import Lane
 from gen.prior import STAGE as PRIOR
 from gen.request import Candidate, Job
@@ -133,6 +134,7 @@ class Flight(Generic[R]):
     waiting: deque[Waiting] = field(default_factory=deque)  # rows to be let in, of candidates that have a goal
     unspoken: set[int] = field(default_factory=set)  # those that the prior is to be asked for
     told: list[Told] = field(default_factory=list)  # of each candidate; once its prior has spoken, with its answer
+    read: list[Read | None] = field(default_factory=list)  # of each candidate, its picture handed in
     taken: dict[int, int] = field(default_factory=dict)  # the decoder's steps, of those that have begun
     halting: set[int] = field(default_factory=set)  # those that are where they should halt, and still in a batch
     halted: dict[int, Lane] = field(default_factory=dict)
@@ -185,8 +187,8 @@ class Flight(Generic[R]):
         """Note where a row of the decoder stands; where it should halt, its candidate is at rest."""
         place = place_of(one.row)
         if not place.is_draft:
-            self.taken[place.candidate] = one.index
-            if one.index == self.goals[place.candidate].until:
+            self.taken[place.candidate] = one.taken
+            if one.taken == self.goals[place.candidate].until:
                 del self.goals[place.candidate]
                 self.halting.add(place.candidate)
 

@@ -20,6 +20,7 @@ from gen.bucket import Bucket, next_cut
 from gen.conditioning import Condition, Conditions
 from gen.row import Live, Row
 from samplers.guidance import Guides
+from samplers.inpaint import Held
 from samplers.sample import SAMPLERS
 from samplers.state import Level, State
 
@@ -31,31 +32,31 @@ class Walk:
     """Where each row stands in its own schedule, on the device, so that no tick has to send it there."""
 
     sigmas: Tensor  # (B, N + 1) float32, each row's levels; zeros behind its last
-    num_steps: Tensor  # (B,) int64
-    index: Tensor  # (B,) int64, steps taken
+    last: Tensor  # (B,) int64, the index of each row's last level
+    index: Tensor  # (B,) int64
 
     @classmethod
     def of(cls, live: Sequence[Live], device: torch.device) -> Walk:
         """As the rows stand."""
-        longest = max(one.row.schedule.num_steps for one in live)
+        longest = max(one.row.schedule.last for one in live)
         levels = [one.row.schedule.sigmas.float() for one in live]
         sigmas = torch.stack([F.pad(each, (0, longest + 1 - len(each))) for each in levels])
-        num_steps = torch.tensor([one.row.schedule.num_steps for one in live])
+        last = torch.tensor([one.row.schedule.last for one in live])
         index = torch.tensor([one.index for one in live])
-        return cls(sent(sigmas, device), sent(num_steps, device), sent(index, device))
+        return cls(sent(sigmas, device), sent(last, device), sent(index, device))
 
     def level(self, ahead: int) -> Level:
         """The level so many steps on."""
         index = self.index + ahead
-        return Level(self.sigmas.gather(1, index[:, None])[:, 0], index, self.num_steps - index)
+        return Level(self.sigmas.gather(1, index[:, None])[:, 0], index, self.last - index)
 
     def on(self) -> Walk:
         """One step further."""
-        return Walk(self.sigmas, self.num_steps, self.index + 1)
+        return Walk(self.sigmas, self.last, self.index + 1)
 
     def select(self, rows: Tensor) -> Walk:
         """The rows (K,) that go on."""
-        return Walk(self.sigmas[rows], self.num_steps[rows], self.index[rows])
+        return Walk(self.sigmas[rows], self.last[rows], self.index[rows])
 
     def cat(self, other: Walk) -> Walk:
         """These rows, then the other's."""
@@ -63,7 +64,7 @@ class Walk:
         sigmas = [F.pad(each, (0, longest - each.shape[1])) for each in (self.sigmas, other.sigmas)]
         return Walk(
             torch.cat(sigmas),
-            torch.cat([self.num_steps, other.num_steps]),
+            torch.cat([self.last, other.last]),
             torch.cat([self.index, other.index]),
         )
 
@@ -104,6 +105,7 @@ class Plan:
     guides: Guides | None  # None where all rows follow cfg
     thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
     steered: list[tuple[int, float, Tensor]]  # slot, clip_guidance_scale and target (1, E) of rows that climb
+    held: Held | None  # None where all of every row is painted
     options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
 
     @classmethod
@@ -134,6 +136,7 @@ class Plan:
                 for slot, one in enumerate(lane.rows)
                 if one.is_steered and one.row.target is not None
             ],
+            held=held_of(lane, device),
             options=options_of(lane, device),
         )
 
@@ -218,6 +221,23 @@ def alike(state: State, other: State) -> State:
     if MOMENTUM not in other.memory or MOMENTUM in state.memory:
         return state
     return state.remember(**{MOMENTUM: torch.zeros_like(state.x)})
+
+
+def held_of(lane: Lane, device: torch.device) -> Held | None:
+    """What is held of the rows; of one that is painted whole, nothing."""
+    if not any(one.row.hold for one in lane.rows):
+        return None
+    nothing = torch.zeros(lane.rows[0].row.shape, device=device)
+    everywhere = torch.ones(lane.rows[0].row.shape, dtype=torch.bool, device=device)
+    holds = [one.row.hold for one in lane.rows]
+    return Held(
+        known=torch.stack([nothing if hold is None else hold.known.to(device) for hold in holds]),
+        noise=sent(torch.stack([one.start for one in lane.rows]), device),
+        is_painted=torch.stack(
+            [everywhere if hold is None else hold.is_painted.to(device).expand_as(nothing) for hold in holds]
+        ),
+        below=sent(torch.tensor([one.first_sigma for one in lane.rows]), device),
+    )
 
 
 def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:

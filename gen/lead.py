@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gen.darkroom import Darkroom
+from gen.edit import schedule_of
 from gen.flight import DECODER, Flight, Goal, Place, Trail, Waiting, row_of, scores_of
 from gen.model import Family
 from gen.request import Before, Job
@@ -56,7 +57,7 @@ class Lead:
     def num_steps(self, job: Job) -> int:
         """Steps of the decoder from the noise to a picture, which all of a job take alike."""
         settings = job.candidates[0].settings
-        return self.model.levels.schedule(settings.sampler, settings.num_inference_steps).num_steps
+        return schedule_of(self.model.levels, settings).num_steps
 
     def ask(self, flight: Flight[Any]) -> None:
         """Let those searches go on whose candidates are all where they should be, and halt what still waits for one."""

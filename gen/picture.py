@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 CHUNK = "unclip"  # the text chunk that holds the record as JSON
 SOFTWARE = "unclip"  # PNG's standard keyword `Software`; `Description` holds the prompt for other programs
@@ -94,7 +94,7 @@ def read_picture(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             opened.load()
             chunks = dict(getattr(opened, "text", {}))
-            picture = opened.convert("RGB")
+            picture = ImageOps.exif_transpose(opened).convert("RGB")  # as a camera held it
     except FileNotFoundError:
         raise ValueError(f"picture {path} does not exist; give the path of an image file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

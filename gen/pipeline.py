@@ -28,12 +28,14 @@ from gen import checkpoint
 from gen.adapters import Adapter, lora, textual_inversion
 from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
+from gen.edit import schedule_of
 from gen.engine import Engine
 from gen.families import FAMILIES, Painter
 from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.request import Candidate, Job, Request
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
+from gen.source import Picture, source
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
@@ -174,7 +176,10 @@ class TextToImage:
         budget: float | None = None,  # seconds for all of it; what is painted by then is kept, one at least
         diverse: bool = False,  # keep no two near-copies; see `gen.search.choice`
         seed: int | Sequence[int] | None = None,  # candidate k has seed + k; one per prompt; None: drawn
-        height: int | None = None,  # pixels; as everywhere below, None is the model's own
+        image: Picture | Sequence[Picture] | None = None,  # what it begins with: a path, Pillow, array or tensor
+        mask_image: Picture | Sequence[Picture] | None = None,  # white where that is painted anew; None: everywhere
+        strength: float | None = None,  # the share of the steps taken from image on; None: 1 with a mask, else stock's
+        height: int | None = None,  # pixels; as everywhere below, None is the model's own, or image's
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,  # 1: off
@@ -227,6 +232,9 @@ class TextToImage:
             budget=budget,
             diverse=diverse,
             seed=seed,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -291,11 +299,12 @@ class TextToImage:
         return Engine(self.model, self._result, max_rows=max_rows, buckets=self._buckets)
 
     @torch.no_grad()
-    def repaint(self, record: Mapping[str, Any]) -> Tensor:
+    def repaint(self, record: Mapping[str, Any], images: Sequence[Picture] = ()) -> Tensor:
         """Paint one picture again from its record: (3, H, W) in [0, 1], to compare with the one on file.
 
-        Raises ValueError where the record lacks something or comes from a model of another hash. Warns where it was
-        painted in another dtype or by another kernel, which may change pixels.
+        What it was painted from is looked for among `images`, and then in the files that the record names. Raises
+        ValueError where the record lacks something, a file has changed or the model has another hash. Warns where it
+        was painted in another dtype or by another kernel, which may change pixels.
         """
         made_by = record.get("model_hash")
         if made_by and self.hash and made_by != self.hash:
@@ -307,7 +316,7 @@ class TextToImage:
         if len(given) != len(self.adapters) or not all(map(Adapter.is_same, given, self.adapters)):
             wanted, has = (", ".join(map(str, each)) or "none" for each in (given, self.adapters))
             raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
-        candidate = Candidate.from_json(record, self.model.abilities)
+        candidate = Candidate.from_json(record, self.model.abilities, [source("image", one) for one in images])
         if candidate.settings.guidance_rule == "autoguidance" and record.get("weak_unet_hash") != self.weak_hash:
             raise ValueError(f"the picture was guided by another weak_unet than '{self.weak_unet}'; load that one")
         if candidate.settings.clip_guidance_scale and record.get("clip", "") != self.clip:
@@ -343,7 +352,7 @@ class TextToImage:
         """A callback that moves a bar for each stage."""
         totals = {"prior": 0, "decoder": 0, "super_resolution": 0}
         for settings in (candidate.settings for job in jobs for candidate in job.candidates):
-            totals["decoder"] += self.model.levels.schedule(settings.sampler, settings.num_inference_steps).num_steps
+            totals["decoder"] += schedule_of(self.model.levels, settings).num_steps
             if settings.prior and self.model.prior is not None:
                 levels = self.model.prior.levels
                 totals["prior"] += levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps

@@ -19,6 +19,7 @@ from torch import Tensor
 from gen.checks import is_number, one_of, real, shape_of, texts, whole
 from gen.search import BestOf, Search, by_name
 from gen.settings import JSON, OPTIONS, Abilities, Settings, check_settings
+from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, found, size_of, sources
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
 TENSORS = ("latents", "prior_latents", *POOLED, *POOLED.values(), "image_embeds")
@@ -26,9 +27,14 @@ NULLS = ("negative_prompt", "negative_prompt_embeds")
 GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 PRIORS = ("prior_latents", "prior_num_inference_steps", "prior_guidance_scale")  # read where there is a prior
+PICTURES = {"image": RGB, "mask_image": GREY}  # their channels
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
 MOST_IN_BUDGET = 4096  # candidates of a prompt, where only a budget says how many
+
+
+Pictures = Mapping[str, Sequence[Source | None]]
+"""Those of each prompt, by their names in `PICTURES`"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Candidate:
     pooled_prompt_embeds: Tensor | None = None  # (P,) with prompt_embeds, where the UNet takes them pooled too
     negative_pooled_prompt_embeds: Tensor | None = None  # (P,)
     image_embeds: Tensor | None = None  # (E,) in place of the prior's answer
+    image: Source | None = None  # the picture it begins with, noised as far as `strength` says
+    mask_image: Source | None = None  # white where that is painted anew; None: everywhere
     noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
 
     @property
@@ -78,12 +86,18 @@ class Candidate:
         }
         if self.noise_path:
             record["noise_path"] = [asdict(before) for before in self.noise_path]
+        for name in PICTURES:
+            if (source := getattr(self, name)) is not None:
+                record[name] = source.to_json()
         given = [name for name in TENSORS if getattr(self, name) is not None]
         return record | ({"given": list(given)} if given else {})
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], able: Abilities) -> Candidate:
-        """The candidate of a record, checked as a request is; ValueError says what the record lacks."""
+    def from_json(cls, record: Mapping[str, Any], able: Abilities, images: Sequence[Source] = ()) -> Candidate:
+        """The candidate of a record, checked as a request is; ValueError says what the record lacks.
+
+        The pictures it was painted from are looked for among `images`, and then where the record says.
+        """
         if given := record.get("given"):
             raise ValueError(f"the picture was painted from tensors ({', '.join(given)}) that its record lacks")
         try:
@@ -98,7 +112,15 @@ class Candidate:
         if not isinstance(told, list):
             raise ValueError(f"the record is damaged: its noise_path is {told!r}")
         path = tuple(Before.from_json(each) for each in told)
-        return cls(prompt=prompt, seed=whole("seed", seed, 0, MAX_SEED), settings=settings, noise_path=path)
+        pictures = {name: found(name, record[name], images, PICTURES[name]) for name in PICTURES if name in record}
+        return cls(
+            prompt=prompt,
+            seed=whole("seed", seed, 0, MAX_SEED),
+            settings=settings,
+            image=pictures.get("image"),
+            mask_image=pictures.get("mask_image"),
+            noise_path=path,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +150,9 @@ class Request:
     budget: float | None = None
     diverse: bool = False
     seed: int | Sequence[int] | None = None
+    image: Picture | Sequence[Picture] | None = field(default=None, repr=False)
+    mask_image: Picture | Sequence[Picture] | None = field(default=None, repr=False)
+    strength: float | None = None
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
@@ -187,7 +212,9 @@ class Request:
             raise ValueError(f"keep={keep} of {n} needs a ranking, but {why}; leave keep out, or {cure}")
         search = self._search(rank, keep < n)
         one_of("output_type", self.output_type, OUTPUT_TYPES)
-        settings = self._settings(able)
+        pictures = {name: sources(name, getattr(self, name), len(prompts), PICTURES[name]) for name in PICTURES}
+        settings = self._settings(able, pictures)
+        self._check_pictures(settings, able, pictures)
         negatives = self._negatives(len(prompts))
         seeds = candidate_seeds(self.seed, len(prompts), n)
         self._check_tensors(settings, able, len(prompts), n)
@@ -210,6 +237,8 @@ class Request:
                     pooled_prompt_embeds=told["pooled_prompt_embeds"].get(at),
                     negative_pooled_prompt_embeds=told["negative_pooled_prompt_embeds"].get(at),
                     image_embeds=told["image_embeds"].get(at),
+                    image=pictures["image"][at],
+                    mask_image=pictures["mask_image"][at],
                 )
             )
         return Job(
@@ -273,7 +302,7 @@ class Request:
             raise ValueError("diverse=True chooses among candidates, but all are kept; give a smaller keep")
         return search
 
-    def _settings(self, able: Abilities) -> Settings:
+    def _settings(self, able: Abilities, pictures: Pictures) -> Settings:
         names = {item.name for item in fields(Settings)} - {"negative_prompt"}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.sampler not in (None, able.defaults.sampler):
@@ -282,6 +311,11 @@ class Request:
             if self.prior:
                 raise ValueError("prior=True and image_embeds were both given; an image embedding needs no prior")
             given["prior"] = False
+        if (first := pictures["image"][0]) is not None:
+            if able.strength is None:
+                raise ValueError("image was given, but this model cannot begin with a picture; leave it out")
+            given.setdefault("strength", able.strength if self.mask_image is None else 1.0)
+            given["height"], given["width"] = size_of(first, self.height, self.width, able.size_multiple)
         settings = able.defaults.updated(given, "request")
         check_settings(settings, able)
         if self.image_embeds is None and settings.prior and self.prompt is None:
@@ -292,6 +326,21 @@ class Request:
             raise ValueError("clip_guidance_scale needs the prompt as text; give prompt as well, or leave it out")
         self._warn_ignored(settings, able)
         return settings
+
+    def _check_pictures(self, settings: Settings, able: Abilities, pictures: Pictures) -> None:
+        if self.image is None:
+            for name in ("mask_image", "strength"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} was given without image; give the picture as well, or leave {name} out")
+        if able.inpaints_alone and (self.image is None or self.mask_image is None):
+            raise ValueError(
+                "this model paints a part of a picture anew and does nothing else; give image and mask_image"
+            )
+        for image, mask in zip(pictures["image"], pictures["mask_image"], strict=True):
+            if image is not None:
+                check_sized("image", image, settings.height, settings.width)
+            if image is not None and mask is not None:
+                check_mask(mask, image, settings.height, settings.width, able.size_multiple)
 
     def _warn_ignored(self, settings: Settings, able: Abilities) -> None:
         image = settings.prior or self.image_embeds is not None

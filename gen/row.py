@@ -24,6 +24,14 @@ MOST_CHURN = 2**0.5  # a step with s_churn begins at up to this times its level 
 
 
 @dataclass(frozen=True, eq=False)
+class Hold:
+    """What is held of a picture while the rest of it is painted."""
+
+    known: Tensor  # as the row's x, clean
+    is_painted: Tensor  # bool, as the row's x or with 1 for channels
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """One picture in the making, as it is admitted; it is never changed."""
 
@@ -44,7 +52,10 @@ class Row:
     target: Tensor | None = None  # (E,); None only where clip_guidance_scale is 0
     options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
     start: Tensor | None = None  # unit noise in place of the seed's block 0
+    drawn: int = 0  # blocks of the seed's noise that are spent before its steps, over that of its start
     past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
+    origin: Tensor | None = None  # what its start is added to, clean; None: it begins with noise alone
+    hold: Hold | None = None  # what is held of it while the rest is painted; None: all of it is painted
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,23 +73,39 @@ class Live:
 
     row: Row
     streams: list[tuple[float, NoiseStream]]  # up to how many steps taken each is drawn from; the last is its own
-    index: int = 0  # steps taken
+    index: int  # its level, by its place in the schedule
 
     @classmethod
-    def of(cls, row: Row, stage: str, index: int = 0) -> Live:
-        """At its first level, or so many steps on; `stage` is whose noise it draws."""
+    def of(cls, row: Row, stage: str, index: int | None = None) -> Live:
+        """At this level (None: its first); `stage` is whose noise it draws."""
         seeds = [*row.past, (row.seed, math.inf)]
-        return cls(row, [(end, NoiseStream([seed], stage, row.shape)) for seed, end in seeds], index)
+        streams = [(end, NoiseStream([seed], stage, row.shape)) for seed, end in seeds]
+        return cls(row, streams, row.schedule.first if index is None else index)
+
+    @property
+    def taken(self) -> int:
+        """Steps it has taken."""
+        return self.index - self.row.schedule.first
+
+    @property
+    def start(self) -> Tensor:
+        """The unit noise it begins with, on the CPU."""
+        return self.streams[0][1].at(0)[0] if self.row.start is None else self.row.start.float().cpu()
+
+    @property
+    def first_sigma(self) -> float:
+        """The level it begins at."""
+        return self.row.schedule.sigmas[self.row.schedule.first].item()
 
     @property
     def stream(self) -> NoiseStream:
         """What the coming step draws from."""
-        return next(stream for end, stream in self.streams if self.index < end)
+        return next(stream for end, stream in self.streams if self.taken < end)
 
     @property
     def steps_left(self) -> int:
         """0 at the row's last level."""
-        return self.row.schedule.num_steps - self.index
+        return self.row.schedule.last - self.index
 
     def option(self, name: str) -> float:
         """The row's own, or else the sampler's."""
@@ -128,7 +155,7 @@ class Live:
         """Of each step whether it may ask within the interval."""
         row = self.row
         if row.guidance_interval is None:
-            return [True] * row.schedule.num_steps
+            return [True] * row.schedule.last
         low, high = row.guidance_interval
         churn = MOST_CHURN if row.options.get("s_churn") else 1.0
         sigmas = row.schedule.sigmas.tolist()

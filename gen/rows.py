@@ -25,7 +25,8 @@ from gen.conditioning import Conditions
 from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of, sent
 from gen.row import Live, Row
 from samplers.guidance import combine, in_interval, rescale
-from samplers.sample import advance, needs_noise, start
+from samplers.inpaint import held
+from samplers.sample import advance, needs_noise, start_from
 from samplers.scaling import Scaling, denoiser
 from samplers.state import Denoise, Prediction, State, per_row
 from samplers.wrap import thresholded, towards
@@ -111,6 +112,12 @@ class Attempt:
     told: list[Prediction] = field(default_factory=list)  # what its denoiser has said so far
     state: State | None = None  # None: not worked out yet
 
+    @property
+    def x0(self) -> Tensor:
+        """The latest estimate (B, ...)."""
+        said = self.told[-1].x0
+        return said if self.plan.held is None else torch.where(self.plan.held.is_painted, said, self.plan.held.known)
+
     def play(self) -> Question | None:
         """Work the step out as far as it has been told; what it asks next, or None where it is done.
 
@@ -126,8 +133,9 @@ class Attempt:
             return prediction
 
         now, then = lane.walk.level(0), lane.walk.level(1)
+        asking = denoise if self.plan.held is None else held(denoise, self.plan.held)
         try:
-            self.state = advance(lane.sampler, denoise, lane.state, now, then, self.noise, self.plan.options)
+            self.state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
         except Question as asked:
             return asked
         if self.momentum is not None:
@@ -174,9 +182,12 @@ class Rows:
             grouped.setdefault(lane_of(row), []).append(Live.of(row, self.stage))
         for key, live in grouped.items():
             first = live[0].row
-            unit = [one.stream.at(0)[0] if one.row.start is None else one.row.start.float().cpu() for one in live]
-            scales = torch.tensor([one.row.schedule.start_scale for one in live])
-            state = start(first.sampler, sent(torch.stack(unit), self.device), sent(scales, self.device))
+            unit = sent(torch.stack([one.start for one in live]), self.device)
+            nothing = torch.zeros(first.shape, device=self.device)
+            origins = [one.row.origin for one in live]
+            x0 = torch.stack([nothing if origin is None else origin.to(self.device) for origin in origins])
+            scales = [one.row.schedule.start_scale if one.row.origin is None else one.first_sigma for one in live]
+            state = start_from(first.sampler, x0, unit, sent(torch.tensor(scales), self.device))
             bucket = self.buckets.of(self.stage, first.shape, self.device)
             self.join(key, Lane(first.sampler, live, state, Walk.of(live, self.device), bucket))
 
@@ -202,7 +213,10 @@ class Rows:
             ended = {slot for slot, one in enumerate(lane.rows) if one.steps_left == 0}
             for slot in sorted(ended):
                 row = lane.rows[slot].row
-                tick.finished.append(Finished(row, lane.state.x[slot] * row.schedule.end_scale))
+                x = lane.state.x[slot] * row.schedule.end_scale
+                if row.hold is not None:  # as it was handed in, also where the last level is not 0
+                    x = torch.where(row.hold.is_painted.to(x.device), x, row.hold.known.to(x.device))
+                tick.finished.append(Finished(row, x))
             self._take_out(lane, ended)
         return tick
 
@@ -231,7 +245,7 @@ class Rows:
     def branch(self, halted: Lane, key: Hashable, seed: int) -> Lane:
         """A copy of a halted row that goes on by the noise of another seed."""
         (one,) = halted.rows
-        past = (*one.row.past, (one.row.seed, one.index))
+        past = (*one.row.past, (one.row.seed, one.taken))
         row = replace(one.row, key=key, seed=seed, past=past)
         return replace(halted, rows=[Live.of(row, self.stage, one.index)])
 
@@ -317,7 +331,7 @@ class Rows:
         lane.state, lane.walk = attempt.state, lane.walk.on()
         for one in lane.rows:
             one.index += 1
-        return Taken(lane.rows, attempt.told[-1].x0, evaluations, gradients)
+        return Taken(lane.rows, attempt.x0, evaluations, gradients)
 
     def _give_up(self, failure: StepFailed, failed: list[Failed]) -> None:
         """Take out the rows that something failed for, unless memory ran out and smaller calls may do."""
@@ -339,8 +353,11 @@ class Rows:
         """Fresh noise (B, ...) of the coming step; None where no row of the lane takes any."""
         if not needs_noise(lane.sampler, options):
             return None
-        # block 0 was the start, so the step from level i draws block i + 1
-        blocks = [one.stream.at(one.index + 1) if one.is_noisy else torch.zeros(1, *one.row.shape) for one in lane.rows]
+        # block 0 was the start's, or that behind what was drawn for an edit, so step i draws block i + 1 after it
+        blocks = [
+            one.stream.at(one.row.drawn + one.taken + 1) if one.is_noisy else torch.zeros(1, *one.row.shape)
+            for one in lane.rows
+        ]
         return sent(torch.cat(blocks), self.device)
 
     def _denoise(self, attempt: Attempt, each: Prediction) -> Denoise:

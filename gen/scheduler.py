@@ -200,11 +200,15 @@ class NoiseLevels:
         """The most steps a run can take."""
         return len(self.scaling.sigmas)
 
-    def schedule(self, sampler: str, num_steps: int) -> Schedule:
-        """The levels that the stock class of this sampler visits in so many steps."""
+    def schedule(self, sampler: str, num_steps: int, skipped: int = 0) -> Schedule:
+        """The levels that the stock class of this sampler visits in so many steps, without the first so many."""
         if (sampler, num_steps) not in self._schedules:
             self._schedules[sampler, num_steps] = self._schedule(sampler, num_steps)
-        return self._schedules[sampler, num_steps]
+        whole = self._schedules[sampler, num_steps]
+        if sampler == "pndm" and skipped:  # a run from the middle has its own second level twice
+            sigmas = whole.sigmas[skipped + 1 :]
+            return replace(whole, sigmas=torch.cat([sigmas[:2], sigmas[1:]]) if len(sigmas) > 2 else sigmas)
+        return replace(whole, first=skipped)
 
     def options(self, sampler: str) -> dict[str, float]:
         """This sampler's options as the configuration has them; those it does not speak of are left out."""

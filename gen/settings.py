@@ -37,6 +37,8 @@ class Abilities:
     super_res_max_steps: int = 0  # 0: it has no super resolution
     needs_image: bool = False  # whether it paints nothing without an image embedding
     can_rank: bool  # a whole CLIP lies beside the model
+    strength: float | None = None  # from a picture, if not told otherwise; None: it cannot begin with a picture
+    inpaints_alone: bool = False  # its UNet takes a mask beside x and does nothing without
     can_autoguide: bool = False  # a weaker network was loaded beside the decoder's
     defaults: Settings  # the model's own, from its scheduler and unclip.json
 
@@ -48,6 +50,7 @@ class Settings:
     height: int = 0  # pixels; 0 only before a model has filled it in
     width: int = 0
     num_inference_steps: int = 20
+    strength: float = 1.0  # the share of these steps that is taken, where a picture was handed in
     guidance_scale: float = 5.0  # 1: off
     guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: all
     guidance_rescale: float = 0.0  # 0: off, 1: the guided output keeps the prompt's own contrast
@@ -78,6 +81,11 @@ class Settings:
         """The sampler's options that were chosen."""
         chosen = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out at the beginning; as in diffusers, a share of a step is left out too."""
+        return self.num_inference_steps - min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
 
     @property
     def guide(self) -> Guide:
@@ -125,6 +133,12 @@ def check_settings(settings: Settings, able: Abilities) -> None:
             )
     texts("negative_prompt", settings.negative_prompt)
     whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
+    if real("strength", settings.strength, 0.0, 1.0, hint="the share painted anew") == 0 or (
+        settings.skipped_steps == settings.num_inference_steps
+    ):
+        least = math.ceil(100 / settings.num_inference_steps) / 100
+        told = f"strength={settings.strength} leaves none of {settings.num_inference_steps} steps"
+        raise ValueError(f"{told}; give {least} or more, up to 1, or more num_inference_steps")
     real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
     real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
     one_of("guidance_rule", settings.guidance_rule, list(RULES))

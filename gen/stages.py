@@ -17,13 +17,12 @@ from torch import Tensor
 from gen.bucket import UNBOUNDED, Buckets
 from gen.conditioning import Condition, Table
 from gen.darkroom import Darkroom, likeness
+from gen.edit import beginning, read, schedule_of
 from gen.flight import DECODER, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
 from gen.lane import Lane
 from gen.model import Family, WithImage
-from gen.request import Candidate
 from gen.row import Row
 from gen.rows import Finished, Rows
-from samplers.noise import noise
 
 
 class Stages:
@@ -74,6 +73,7 @@ class Stages:
         told = iter(self.model.tell(candidates, self.table))
         for flight in flights:
             flight.told = list(islice(told, len(flight.candidates)))
+            flight.read = read(self.model, flight.candidates)
         asking = [candidate for candidate in candidates if candidate.settings.prior]
         if not asking:
             return []
@@ -148,17 +148,19 @@ class Stages:
             rows.drop(places)
 
     def _decoder_row(self, flight: Flight[Any], index: int) -> Row:
-        candidate, levels, told = flight.candidates[index], self.model.levels, flight.told[index]
+        candidate, levels = flight.candidates[index], self.model.levels
         settings, draft_steps = candidate.settings, flight.goals[index].draft_steps
         shape = self.model.latent_shape(settings)
+        begins = beginning(candidate, flight.read[index], shape)
+        prompt, null = begins.telling(flight.told[index])
         return Row(
             key=Place(flight.number, index, draft_steps is not None),
             seed=candidate.seed,
             shape=shape,
-            schedule=levels.schedule(settings.sampler, draft_steps or settings.num_inference_steps),
+            schedule=schedule_of(levels, settings, draft_steps),
             sampler=settings.sampler,
-            prompt=told[0],
-            null=told[1],
+            prompt=prompt,
+            null=null,
             guidance_scale=settings.guidance_scale,
             guidance_interval=settings.guidance_interval,
             guidance_rescale=settings.guidance_rescale,
@@ -167,23 +169,9 @@ class Stages:
             clip_guidance_scale=settings.clip_guidance_scale,
             target=self.darkroom.text(flight, index) if settings.clip_guidance_scale else None,
             options=levels.options(settings.sampler) | settings.sampler_options,
-            start=first_noise(candidate, shape),
+            start=begins.start,
+            drawn=begins.drawn,
             past=tuple((before.seed, before.steps) for before in candidate.noise_path),
+            origin=begins.origin,
+            hold=begins.hold,
         )
-
-
-def first_noise(candidate: Candidate, shape: Sequence[int]) -> Tensor | None:
-    """Unit noise that a candidate's decoder begins with; None: block 0 of its own seed's."""
-    if not candidate.noise_path:
-        return candidate.latents
-    seeds = [*(before.seed for before in candidate.noise_path), candidate.seed]
-    x = noise(seeds[:1], DECODER, 0, shape)[0]
-    for before, seed in zip(candidate.noise_path, seeds[1:], strict=True):
-        if before.steps == 0:
-            x = turned(x, noise([seed], DECODER, 0, shape)[0], before.share)
-    return x
-
-
-def turned(x: Tensor, fresh: Tensor, share: float) -> Tensor:
-    """Unit noise that is `share` fresh."""
-    return (1 - share**2) ** 0.5 * x + share * fresh

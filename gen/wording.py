@@ -24,9 +24,10 @@ OPTIONS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
+    "mask_image": "--mask",
 }
 ALIKE = [  # by Python's own name
-    *("search", "budget", "clip"),
+    *("search", "budget", "clip", "image", "strength"),
     *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
     *("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
     *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),

@@ -74,17 +74,23 @@ class Schedule:
     sigmas: Tensor  # (N + 1,) float64, descending; the last is 0 or the smallest level
     start_scale: float  # x at the first level is this times unit noise
     end_scale: float = 1.0  # the picture is this times x at the last level
+    first: int = 0  # the level that a run begins at; above 0, with a picture that is noised to it
+
+    @property
+    def last(self) -> int:
+        """The index of the last level."""
+        return len(self.sigmas) - 1
 
     @property
     def num_steps(self) -> int:
-        """Steps of a whole run; a run from the middle takes fewer."""
-        return len(self.sigmas) - 1
+        """Steps of a run, from its first level on."""
+        return self.last - self.first
 
     def level(self, index: Tensor, device: torch.device | str = "cpu") -> Level:
-        """The levels of rows that have taken index (B,) steps, 0 .. N."""
+        """The levels of rows at index (B,), 0 .. N."""
         index = index.to("cpu", torch.int64)
         sigma = self.sigmas[index].float()
-        return Level(sigma.to(device), index.to(device), (self.num_steps - index).to(device))
+        return Level(sigma.to(device), index.to(device), (self.last - index).to(device))
 
 
 def spaced_timesteps(

@@ -21,6 +21,7 @@ from diffusers import (
     PNDMScheduler,
     PriorTransformer,
     SchedulerMixin,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     StableUnCLIPPipeline,
@@ -268,6 +269,7 @@ def make_tiny_stable_diffusion(
     version: int = 1,  # or 2: another padding, activation and counting of heads
     seed: int = 0,
     scheduler: SchedulerMixin | None = None,  # None: PNDM, eps
+    inpaints: bool = False,  # whether the UNet takes the mask and the masked picture
 ) -> Path:
     """Write a tiny random Stable Diffusion folder by diffusers' own pipeline; a seed fixes the model."""
     folder = Path(folder)
@@ -280,11 +282,11 @@ def make_tiny_stable_diffusion(
         torch.manual_seed(seed)
         text = tiny_text_config(tokenizer, layers=3)
         text |= {"hidden_act": "gelu"} if version == 2 else {}
-        pipeline = StableDiffusionPipeline(
+        pipeline = (StableDiffusionInpaintPipeline if inpaints else StableDiffusionPipeline)(
             vae=tiny_vae(),
             text_encoder=CLIPTextModel(CLIPTextConfig(**text)).eval(),
             tokenizer=tokenizer,
-            unet=tiny_unet(class_width=None, **heads),
+            unet=tiny_unet(class_width=None, in_channels=9 if inpaints else 4, **heads),
             scheduler=scheduler or stable_diffusion_scheduler(),
             safety_checker=None,
             feature_extractor=None,

@@ -8,7 +8,9 @@ from gen.families.stable_unclip import StableUnCLIP
 
 FAMILIES: dict[str, type[Painter]] = {  # by the pipeline class of model_index.json
     "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionInpaintPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusionXLInpaintPipeline": StableDiffusionXL,
     "StableUnCLIPPipeline": StableUnCLIP,
     "StableUnCLIPImg2ImgPipeline": StableUnCLIP,
     "UnCLIPPipeline": Karlo,

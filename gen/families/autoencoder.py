@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
+from gen.edit import Posterior
 from gen.families.painter import Painter
 from gen.preview import SMALL, Preview, fitted
-from gen.settings import Settings
+from gen.settings import Abilities, Settings
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -44,6 +45,23 @@ class KLModel(LatentModel):
 
     vae: AutoencoderKL
 
+    INPAINTS_AS: ClassVar[str | None] = None  # the pipeline class of a UNet for inpainting; None: the family knows none
+    STRENGTH: ClassVar[float] = 0.8  # from a picture, as stock's class paints
+
+    @property
+    def saved_as(self) -> str:
+        """The pipeline class of model_index.json."""
+        return self.INPAINTS_AS if self.INPAINTS_AS and self.adds_mask else super().saved_as
+
+    def fits(self) -> dict[str, tuple[object, object]]:
+        """What is given, and what the other parts need, by its name."""
+        beside = self.latent_channels + 1 if self.adds_mask else 0
+        return super().fits() | {"unet in_channels": (self.unet.config.in_channels, self.latent_channels + beside)}
+
+    def able(self) -> Abilities:
+        """What a request may ask for, and what it gets when it does not say."""
+        return replace(super().able(), strength=self.STRENGTH, inpaints_alone=self.adds_mask)
+
     @property
     def factor(self) -> int:
         """Pixels per latent cell, along each side."""
@@ -58,8 +76,19 @@ class KLModel(LatentModel):
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return super().parts() | {"vae": self.vae}
 
+    @property
+    def adds_mask(self) -> bool:
+        """Whether the UNet takes a mask and the masked picture's latents beside x: one for inpainting."""
+        return self.INPAINTS_AS is not None and self.unet.config.in_channels == 2 * self.latent_channels + 1
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """What the autoencoder says of pixels (3, H, W) in [0, 1]."""
+        told = self.vae.encode((pixels * 2 - 1)[None].to(self.device, self.vae.dtype)).latent_dist
+        mean, deviation = self._latent_moments
+        return Posterior(((told.mean.float() - mean) / deviation)[0], (told.std.float() / deviation)[0])
+
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32."""
+        """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32: those in the posterior's middle."""
         posterior = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist
         mean, deviation = self._latent_moments
         return (posterior.mode().float() - mean) / deviation

@@ -147,6 +147,7 @@ class Reader(Painter):
 
     def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
+        x = x if told.channels is None else torch.cat([x, told.channels], dim=1)
         return network(
             x.to(network.dtype),
             timestep,

@@ -35,6 +35,7 @@ class StableDiffusion(KLModel, Reader):
     """A loaded Stable Diffusion 1.x or 2.x."""
 
     SAVED_AS: ClassVar[str] = "StableDiffusionPipeline"
+    INPAINTS_AS: ClassVar[str | None] = "StableDiffusionInpaintPipeline"
     STOCK_DEFAULTS: ClassVar[dict[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     @classmethod

@@ -38,6 +38,8 @@ class StableDiffusionXL(KLModel, Reader):
     empty_is_zeros: bool = True  # whether the empty prompt is zeros, or what the towers say of it
 
     SAVED_AS: ClassVar[str] = "StableDiffusionXLPipeline"
+    INPAINTS_AS: ClassVar[str | None] = "StableDiffusionXLInpaintPipeline"
+    STRENGTH: ClassVar[float] = 0.3
     STOCK_DEFAULTS: ClassVar[dict[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 5.0}
 
     @classmethod

@@ -377,9 +377,9 @@ def test_a_round_begins_near_the_best_so_far(tiny: TextToImage) -> None:
 
 
 def test_turned_noise_is_unit_noise_near_its_origin(tiny: TextToImage) -> None:
+    from gen.edit import first_noise
     from gen.request import Candidate
     from gen.settings import Settings
-    from gen.stages import first_noise
     from samplers.noise import noise
 
     shape = (4, 64, 64)

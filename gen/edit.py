@@ -1,0 +1,166 @@
+"""What rows begin with where a picture is handed in: image to image, and inpainting.
+
+The user's words (`image`, `mask_image`, `strength`) become where a row's schedule begins, the latents that are noised
+for it, what is held of it and what a UNet for inpainting is told beside it. It knows no rows in flight and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gen.conditioning import Condition, Told
+from gen.request import Candidate
+from gen.row import Hold
+from gen.scheduler import NoiseLevels
+from gen.settings import Settings
+from gen.source import cells, is_white
+from samplers.noise import noise
+from samplers.schedule import Schedule
+
+STAGE = "decoder"  # whose noise all of this is drawn from
+
+
+class Posterior(NamedTuple):
+    """What an autoencoder says of a picture: latents (C, h, w) float32, normally distributed around a mean."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+@runtime_checkable
+class WithEncoder(Protocol):
+    """A family that can begin with a picture."""
+
+    @property
+    def adds_mask(self) -> bool:
+        """Whether its UNet takes the mask and the masked picture beside x."""
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """What its autoencoder says of pixels (3, H, W) in [0, 1]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What the autoencoder says of a picture and its mask, once for all who are given both."""
+
+    image: Posterior
+    masked: Posterior | None = None  # of the picture without what is painted anew; None: nobody reads it
+    is_painted: Tensor | None = None  # (1, h, w) bool; None: all of it is
+    adds_mask: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """What the row of one candidate begins with."""
+
+    drawn: int = 0  # blocks of noise spent before its steps, over that of its start
+    start: Tensor | None = None  # unit noise; None: block 0 of its seed's
+    origin: Tensor | None = None  # clean latents that it is added to; None: it begins with noise alone
+    hold: Hold | None = None
+    channels: Tensor | None = None  # what the UNet is told beside x
+
+    def telling(self, told: Told) -> Told:
+        """What a candidate is told, with the channels beside x."""
+        if self.channels is None:
+            return told
+        prompt, null = told
+        return self._beside(prompt), None if null is None else self._beside(null)
+
+    def _beside(self, condition: Condition) -> Condition:
+        return replace(condition, channels=self.channels)
+
+
+def schedule_of(levels: NoiseLevels, settings: Settings, draft_steps: int | None = None) -> Schedule:
+    """The levels of a candidate's run, or of a draft of it in so many steps."""
+    if draft_steps is None:
+        return levels.schedule(settings.sampler, settings.num_inference_steps, settings.skipped_steps)
+    # as many of a whole run's steps as leave so many of them
+    whole = min(max(round(draft_steps / settings.strength), draft_steps), levels.num_train_timesteps)
+    return levels.schedule(settings.sampler, whole, whole - draft_steps)
+
+
+def read(model: object, candidates: Sequence[Candidate]) -> list[Read | None]:
+    """What the autoencoder says of each candidate's picture; one call for each picture, whoever is given it."""
+    known: dict[tuple[int, int, int, int], Read] = {}
+    answers: list[Read | None] = []
+    for one in candidates:
+        if one.image is None:
+            answers.append(None)
+            continue
+        assert isinstance(model, WithEncoder), "a picture is refused by a model that cannot read it"
+        size = one.settings.height, one.settings.width
+        key = (id(one.image), id(one.mask_image), *size)
+        if key not in known:
+            known[key] = _read(model, one, *size)
+        answers.append(known[key])
+    return answers
+
+
+def _read(model: WithEncoder, candidate: Candidate, height: int, width: int) -> Read:
+    assert candidate.image is not None
+    pixels = candidate.image.sized(height, width)
+    image = model.posterior(pixels)
+    if candidate.mask_image is None:
+        return Read(image)
+    white = is_white(candidate.mask_image, height, width)
+    # nothing of what is painted anew: 0 of pixels in [-1, 1]
+    masked = model.posterior(torch.where(white, 0.5, pixels)) if model.adds_mask else None
+    is_painted = cells(white, image.mean.shape[-2:]).to(image.mean.device)
+    return Read(image, masked, is_painted, model.adds_mask)
+
+
+def beginning(candidate: Candidate, read: Read | None, shape: Sequence[int]) -> Beginning:
+    """What a candidate's row begins with, whose x has this shape.
+
+    Of its seed's noise blocks are drawn in the order in which diffusers draws them from one generator: for the picture,
+    where anything reads it; the start; for the masked picture.
+    """
+    if read is None:
+        return Beginning(start=first_noise(candidate, shape))
+    has_mask, from_image = read.is_painted is not None, candidate.settings.strength < 1
+    reads_image = from_image or not has_mask or not read.adds_mask
+    at = int(reads_image)  # the start's block
+    seed = candidate.first_seed
+
+    def drawn(posterior: Posterior, block: int) -> Tensor:
+        fresh = noise([seed], STAGE, block, shape)[0].to(posterior.mean.device)
+        return posterior.mean + posterior.deviation * fresh
+
+    known = drawn(read.image, 0) if reads_image else None
+    hold = channels = None
+    if read.is_painted is not None and not read.adds_mask:
+        assert known is not None
+        hold = Hold(known, read.is_painted)
+    if read.is_painted is not None and read.masked is not None:
+        channels = torch.cat([read.is_painted.float(), drawn(read.masked, at + 1)])
+    return Beginning(
+        drawn=at + has_mask,
+        start=first_noise(candidate, shape, at),
+        origin=known if from_image or not has_mask else None,
+        hold=hold,
+        channels=channels,
+    )
+
+
+def first_noise(candidate: Candidate, shape: Sequence[int], block: int = 0) -> Tensor | None:
+    """Unit noise that a candidate's decoder begins with, of this block; None: block 0 of its own seed's."""
+    if not candidate.noise_path:
+        if candidate.latents is None and block:
+            return noise([candidate.seed], STAGE, block, shape)[0]
+        return candidate.latents
+    seeds = [*(before.seed for before in candidate.noise_path), candidate.seed]
+    x = noise(seeds[:1], STAGE, block, shape)[0]
+    for before, seed in zip(candidate.noise_path, seeds[1:], strict=True):
+        if before.steps == 0:
+            x = turned(x, noise([seed], STAGE, block, shape)[0], before.share)
+    return x
+
+
+def turned(x: Tensor, fresh: Tensor, share: float) -> Tensor:
+    """Unit noise that is `share` fresh."""
+    return (1 - share**2) ** 0.5 * x + share * fresh

@@ -1,0 +1,180 @@
+"""Pictures that a user hands in: read, checked, known again by what they show, and brought to a size.
+
+A `Source` is such a picture, or a mask, whatever it was given as: a file's path, a Pillow picture, an array or a
+tensor. It knows files and pixels; what is made of them is `gen.edit`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from gen.picture import read_picture
+from gen.settings import JSON
+
+Picture: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
+"""A file's path, a Pillow picture, an array (H, W, 3) or a tensor (3, H, W), of 8 bits or floats in [0, 1].
+
+A mask is (H, W) or has one channel, and is white where the picture is to be painted anew."""
+
+HALF = 0.5  # a mask is white from here on
+RGB, GREY = 3, 1  # channels of a picture, and of a mask
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A picture handed in."""
+
+    pixels: Tensor  # (3, H, W), or (1, H, W) of a mask; uint8, or float32 in [0, 1]
+    path: str = ""  # of the file it came from; empty: it came from none
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its pixels, whichever file holds them."""
+        told = f"{self.pixels.dtype} {tuple(self.pixels.shape)}\0".encode()
+        return hashlib.sha256(told + self.pixels.contiguous().numpy().tobytes()).hexdigest()
+
+    def sized(self, height: int, width: int) -> Tensor:
+        """Pixels (C, height, width) float32 in [0, 1]; brought there by Pillow's Lanczos filter, as diffusers does."""
+        pixels = self.pixels
+        if self.size != (height, width):
+            assert pixels.dtype == torch.uint8, "floats of another size are refused"
+            array = pixels.permute(1, 2, 0).squeeze(-1).numpy()
+            resized = Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS)
+            pixels = as_tensor(np.asarray(resized))
+        return pixels / 255 if pixels.dtype == torch.uint8 else pixels
+
+    def to_json(self) -> JSON:
+        """How it is found again: by its hash, and its path where it has one."""
+        told: dict[str, JSON] = {"sha256": self.sha256}
+        return told | ({"path": self.path} if self.path else {})
+
+
+def found(name: str, told: object, given: Sequence[Source], channels: int = RGB) -> Source:
+    """The source that a record names: among those given, else at its path; ValueError where it is not as it was."""
+    if not isinstance(told, Mapping) or not isinstance(sha256 := told.get("sha256"), str):
+        raise ValueError(f"the record is damaged: its {name} is {told!r}")
+    path = told.get("path")
+    for one in given:
+        seen = one if one.pixels.shape[0] == channels else greyed(one)
+        if seen.sha256 == sha256:
+            return seen
+    if not isinstance(path, str):
+        told = f"a picture that its record has no file of (sha256 {sha256[:12]})"
+        raise ValueError(f"the {name} was {told}; give that picture with image=")
+    there = source(name, path, channels)
+    if there.sha256 != sha256:
+        told = f"the {name} '{path}' has changed since (its pixels' sha256 was {sha256[:12]})"
+        raise ValueError(f"{told}; give it as it was with image=")
+    return there
+
+
+def sources(name: str, given: object, number: int, channels: int = RGB) -> tuple[Source | None, ...]:
+    """A picture for each of so many prompts, from one for all, one for each or None; else ValueError."""
+    if given is None:
+        return (None,) * number
+    batched = isinstance(given, Tensor | np.ndarray) and given.ndim == 4
+    if batched or (isinstance(given, Sequence) and not isinstance(given, str)):
+        each = list(given)  # type: ignore[call-overload]
+        if len(each) != number:
+            raise ValueError(f"{name} has {len(each)} pictures for {number} prompts; give one, or one for each")
+        return tuple(source(name, one, channels) for one in each)
+    return (source(name, given, channels),) * number
+
+
+def source(name: str, given: object, channels: int = RGB) -> Source:
+    """One picture or mask; ValueError where it cannot be read."""
+    kind = "picture" if channels == RGB else "mask"
+    if isinstance(given, str | Path):
+        return with_channels(read_picture(Path(given)), channels, str(given))
+    if isinstance(given, Image.Image):
+        return with_channels(given, channels)
+    if not isinstance(given, Tensor | np.ndarray):
+        told = "a file's path, a Pillow picture, an array or a tensor"
+        raise ValueError(f"{name} is a {type(given).__name__}; give {told}")
+    pixels = as_tensor(given) if isinstance(given, np.ndarray) else given.detach().cpu()
+    pixels = pixels[None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[0] != channels or not pixels.numel():
+        wanted = "(H, W, 3) of an array, (3, H, W) of a tensor" if channels == RGB else "(H, W)"
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; a {kind} has {wanted}")
+    if pixels.dtype == torch.uint8:
+        return Source(pixels)
+    pixels = pixels.float()
+    if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise ValueError(f"{name} has numbers outside [0, 1]; give floats in [0, 1], or 8 bits")
+    return Source(pixels)
+
+
+def size_of(image: Source, height: int | None, width: int | None, multiple: int) -> tuple[int, int]:
+    """What a picture is painted at: its own height and width (None: as it is), or those asked for."""
+    if height is not None and width is not None:
+        return height, width
+    own, (rows, columns) = f"{image.size[1]} x {image.size[0]} pixels", image.size
+    if height is not None or width is not None:
+        raise ValueError(f"image is {own}, and only one of height and width was given; give both, or none")
+    if rows % multiple or columns % multiple:
+        fitting = f"height={max(rows // multiple, 1) * multiple} and width={max(columns // multiple, 1) * multiple}"
+        raise ValueError(
+            f"image is {own}, and this model paints multiples of {multiple}; give {fitting} to have it resized"
+        )
+    return rows, columns
+
+
+def check_sized(name: str, one: Source, height: int, width: int) -> None:
+    """ValueError where a picture would have to be resized and is a tensor of floats, which is not done."""
+    if one.size != (height, width) and one.pixels.is_floating_point():
+        told = f"{name} is {one.size[1]} x {one.size[0]} pixels, to be painted at {width} x {height}"
+        raise ValueError(f"{told}; give floats in that size, or 8 bits to have them resized")
+
+
+def check_mask(mask: Source, image: Source, height: int, width: int, multiple: int) -> None:
+    """ValueError for a mask of another size than its picture, and for one that leaves nothing to paint."""
+    if mask.size != image.size:
+        told = f"mask_image is {mask.size[1]} x {mask.size[0]} pixels, and image {image.size[1]} x {image.size[0]}"
+        raise ValueError(f"{told}; give a mask of the picture's size")
+    check_sized("mask_image", mask, height, width)
+    if not bool(cells(is_white(mask, height, width), (height // multiple, width // multiple)).any()):
+        raise ValueError("mask_image is black all over, so nothing would be painted; make white what is to be painted")
+
+
+def is_white(mask: Source, height: int, width: int) -> Tensor:
+    """Where a mask is white: (1, height, width) bool."""
+    return mask.sized(height, width) >= HALF
+
+
+def cells(white: Tensor, size: Sequence[int]) -> Tensor:
+    """A mask (1, H, W) on latents of this size (h, w): (1, h, w) bool, the nearest pixel's, as in diffusers."""
+    return F.interpolate(white[None].float(), size=tuple(size))[0].bool()
+
+
+def with_channels(picture: Image.Image, channels: int, path: str = "") -> Source:
+    """A Pillow picture as a source of these channels."""
+    return Source(as_tensor(np.asarray(picture.convert("RGB" if channels == RGB else "L"))), path)
+
+
+def greyed(one: Source) -> Source:
+    """A picture read as a mask."""
+    if one.pixels.dtype != torch.uint8:
+        return one
+    return with_channels(Image.fromarray(one.pixels.permute(1, 2, 0).numpy()), GREY, one.path)
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """(H, W) or (H, W, C) to (C, H, W), in memory of its own."""
+    array = array[..., None] if array.ndim == 2 else array
+    return torch.from_numpy(array.copy()).movedim(-1, 0).contiguous()

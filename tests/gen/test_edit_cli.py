@@ -1,0 +1,83 @@
+"""`unclip generate --image`, `--mask`, `--strength` and `unclip reproduce --image`: what they write, say and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gen import command
+from gen.picture import read_png
+
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    white = np.zeros((64, 64), dtype=np.uint8)
+    white[:32] = 255
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    Image.fromarray(white[:, :32]).save(tmp_path / "narrow.png")
+    return {name: str(tmp_path / f"{name}.png") for name in ("in", "mask", "narrow")}
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = command.main(list(words))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_a_picture_is_painted_from_one_and_repeated(
+    tiny_folder: Path, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["generate", PROMPT, "--model", str(tiny_folder), "-n", "3", "--keep", "1", "--steps", "5", "--json"]
+    asked += ["--out", str(tmp_path / "out"), "--image", files["in"], "--mask", files["mask"], "--strength", "0.6"]
+    status, out, err = run(capsys, *asked)
+    assert status == 0, err
+    found: Any = json.loads(out)
+    assert found["settings"]["strength"] == 0.6 and found["account"]["evaluations"]["decoder"] == 3 * 3 * 2
+    path = found["pictures"][0]["path"]
+    record = read_png(Path(path))[1]
+    assert record["image"]["path"] == files["in"] and record["mask_image"]["path"] == files["mask"]
+    assert run(capsys, "reproduce", path)[0] == 0
+    moved = Path(files["mask"]).rename(tmp_path / "moved.png")
+    status, _, err = run(capsys, "reproduce", path)
+    assert status == 2 and "mask.png does not exist" in err
+    assert run(capsys, "reproduce", path, "--image", str(moved))[0] == 0
+    Image.open(files["narrow"]).save(files["mask"])
+    status, _, err = run(capsys, "reproduce", path)
+    assert status == 2 and "has changed since" in err and "give it as it was with --image" in err
+    assert err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--mask", "mask"], "--mask was given without image"),
+        (["--strength", "0.5"], "strength was given without image"),
+        (["--image", "in", "--strength", "0"], "--strength 0.0 leaves none of"),
+        (["--image", "in", "--strength", "2"], "--strength 2.0 is out of range; give a number from 0 to 1"),
+        (["--image", "in", "--mask", "narrow"], "--mask is 32 x 64 pixels, and image 64 x 64"),
+        (["--image", "nowhere.png"], "picture nowhere.png does not exist"),
+        (["--image", "in", "--width", "32"], "only one of height and width was given"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tiny_folder: Path,
+    files: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    line: str,
+) -> None:
+    out = tmp_path / "out"
+    typed = [files.get(word, word) for word in words]
+    status, _, err = run(capsys, "generate", PROMPT, "--model", str(tiny_folder), "--out", str(out), *typed)
+    assert status == 2 and line in err and err.strip().count("\n") == 0 and not out.exists()
