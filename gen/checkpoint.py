@@ -43,7 +43,8 @@ INDEX, CARD = "model_index.json", "unclip.json"
 HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]  # what is fetched: never pickle, never code, no single file
 IMAGE_PARTS = ("feature_extractor", "image_encoder")  # what makes an image embedding of a picture
 UNUSED = ("safety_checker", *IMAGE_PARTS)  # parts that nothing here asks
-HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin", *(f"{name}/*" for name in UNUSED)]
+SEEING = ("StableUnCLIPImg2ImgPipeline", "UnCLIPImageVariationPipeline")  # families that ask the image parts
+HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin", "safety_checker/*"]
 NAMED = 5  # weights that an error names
 # Not in diffusers' top level: by the name of the class, the package of pipelines that indices name for it.
 OURS: dict[str, tuple[str, type]] = {
@@ -169,7 +170,8 @@ def load(
 
 def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The parts that model_index.json lists and that are used here, each as (library, class)."""
-    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name not in UNUSED}
+    unused = UNUSED[:1] if index.get("_class_name") in SEEING else UNUSED
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name not in unused}
     return {name: (entry[0], entry[1]) for name, entry in entries.items() if len(entry) == 2 and all(entry)}
 
 

@@ -81,6 +81,17 @@ def generate(
     strength: Annotated[
         float | None, typer.Option(metavar="S", help="How far from --image, above 0 and up to 1 (1: all steps).")
     ] = None,
+    variation_of: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Paint what CLIP sees in this picture, in place of a prior.")
+    ] = None,
+    interpolate_image: Annotated[Path | None, _advanced("FILE", "Go from --variation-of towards this picture.")] = None,
+    interpolate_prompt: Annotated[str | None, _advanced("TEXT", "Go from PROMPT towards this one.")] = None,
+    interpolation: Annotated[float | None, _advanced("T", "How far to go there, 0 to 1 (default: half way).")] = None,
+    edit_from: Annotated[
+        str | None, _advanced("TEXT", "What --variation-of shows, where PROMPT says what it should.")
+    ] = None,
+    edit_amount: Annotated[float | None, _advanced("T", "How far to turn it there (default: 0.3).")] = None,
+    prior_best_of: Annotated[int | None, _advanced("K", "Best of K answers of the prior, by CLIP.")] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
     height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
     eta: Annotated[float | None, _advanced("E", "Fresh noise per step: 0 none, 1 ancestral.")] = None,
@@ -134,7 +145,7 @@ def generate(
     """
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
-        check_text(prompt, negative or "")
+        check_text(prompt, negative or "", interpolate_prompt or "", edit_from or "")
         painter = _load(model, attention, weak_unet, clip)
         for file, scale in map(_scaled, lora or []):
             painter.load_lora(file, scale)
@@ -186,6 +197,13 @@ def generate(
             prior=prior,
             prior_num_inference_steps=prior_steps,
             prior_guidance_scale=prior_guidance,
+            prior_best_of=prior_best_of,
+            variation_of=variation_of,
+            interpolate_image=interpolate_image,
+            interpolate_prompt=interpolate_prompt,
+            interpolation=interpolation,
+            edit_from=edit_from,
+            edit_amount=edit_amount,
             super_res_num_inference_steps=super_res_steps,
         )
         request.resolve(painter.model.abilities)  # every mistake, before the note on words

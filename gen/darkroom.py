@@ -19,6 +19,7 @@ from torch import Tensor
 from clip_core.clip import CLIP
 from clip_core.score import cosine
 from gen.bucket import PROBE, Buckets, is_out_of_memory
+from gen.embeds import slerp
 from gen.flight import Flight, Painted
 from gen.model import Family
 
@@ -44,18 +45,24 @@ class Darkroom:
         return self.model.clip
 
     def text(self, flight: Flight[Any], index: int) -> Tensor:
-        """CLIP's embedding (E,) of a candidate's prompt."""
+        """CLIP's embedding (E,) of a candidate's prompt, or between it and another where it goes there."""
         self._read([flight])
-        return flight.texts[flight.job.candidates[index].prompt]
+        candidate = flight.job.candidates[index]
+        text, other = flight.texts[candidate.prompt], candidate.settings.interpolate_prompt
+        return slerp(text, flight.texts[other], candidate.settings.interpolation) if other else text
 
     def _read(self, flights: Sequence[Flight[Any]]) -> None:
         """Let CLIP read the prompts of these requests together, of each once."""
-        unread = [flight for flight in flights if not flight.texts]
-        texts = list(dict.fromkeys(each.prompt for flight in unread for each in flight.job.candidates))
+        said: dict[int, dict[str, None]] = {}
+        for flight in flights:
+            if not flight.texts:
+                each = [(one.prompt, one.settings.interpolate_prompt) for one in flight.job.candidates]
+                said[flight.number] = dict.fromkeys(text for texts in each for text in texts if text)
+        texts = list(dict.fromkeys(text for each in said.values() for text in each))
         if texts:
             found = dict(zip(texts, self.clip.text(texts).embedding.unbind(0), strict=True))
-            for flight in unread:
-                flight.texts = {each.prompt: found[each.prompt] for each in flight.job.candidates}
+            for flight in flights:
+                flight.texts = flight.texts or {text: found[text] for text in said[flight.number]}
 
     def develop(self, flights: Mapping[int, Flight[Any]], fail: Fail) -> None:
         """Decode and score what has finished, once it makes a whole chunk or a request waits for nothing else.

@@ -23,7 +23,7 @@ from gen.lane import Lane
 from gen.prior import STAGE as PRIOR
 from gen.request import Candidate, Job
 from gen.row import Live, Row
-from gen.rows import Taken
+from gen.rows import Finished, Taken
 from gen.search import Moves, best_first
 from gen.upscale import STAGE as SUPER_RESOLUTION
 
@@ -87,6 +87,7 @@ class Place(NamedTuple):
     request: int
     candidate: int
     is_draft: bool = False  # a scout's
+    thought: int = 0  # of the prior's, which of those that are asked for
 
 
 class Waiting(NamedTuple):
@@ -133,6 +134,7 @@ class Flight(Generic[R]):
     goals: dict[int, Goal] = field(default_factory=dict)
     waiting: deque[Waiting] = field(default_factory=deque)  # rows to be let in, of candidates that have a goal
     unspoken: set[int] = field(default_factory=set)  # those that the prior is to be asked for
+    answers: dict[int, dict[int, Finished]] = field(default_factory=dict)  # of the prior, until all of one are there
     told: list[Told] = field(default_factory=list)  # of each candidate; once its prior has spoken, with its answer
     read: list[Read | None] = field(default_factory=list)  # of each candidate, its picture handed in
     taken: dict[int, int] = field(default_factory=dict)  # the decoder's steps, of those that have begun
@@ -161,7 +163,10 @@ class Flight(Generic[R]):
 
     def places(self, candidates: Iterable[int]) -> set[Hashable]:
         """The keys of these candidates' rows."""
-        return {Place(self.number, index, is_draft) for index in candidates for is_draft in (False, True)}
+        settings = {index: self.job.candidates[index].settings for index in candidates}
+        asked = {index: range(each.num_thoughts) for index, each in settings.items()}
+        prior = {Place(self.number, index, thought=k) for index, thoughts in asked.items() for k in thoughts}
+        return prior | {Place(self.number, index, is_draft) for index in settings for is_draft in (False, True)}
 
     def take(self, stage: Stage, taken: Taken, slots: Sequence[int]) -> None:
         """Note a step of its rows, which are at these slots, and let the callback look."""
@@ -177,11 +182,15 @@ class Flight(Generic[R]):
             self.callback(
                 Step(
                     stage=stage,
-                    seeds=[one.row.seed for one in rows],
+                    seeds=[self._seed(stage, one.row) for one in rows],
                     steps_left=[one.steps_left for one in rows],
                     x0=taken.x0 if everyone else torch.stack([taken.x0[slot] for slot in slots]),
                 )
             )
+
+    def _seed(self, stage: Stage, row: Row) -> int:
+        """The candidate's, whichever of the prior's answers this is."""
+        return self.candidates[place_of(row).candidate].first_seed if stage == PRIOR else row.seed
 
     def step(self, one: Live) -> None:
         """Note where a row of the decoder stands; where it should halt, its candidate is at rest."""
@@ -218,7 +227,7 @@ class Flight(Generic[R]):
     def give_up(self, candidates: Collection[int]) -> None:
         """Forget these candidates."""
         self.given_up |= set(candidates)
-        for known in (self.goals, self.halted, self.estimates, self.latents, self.taken):
+        for known in (self.goals, self.halted, self.estimates, self.latents, self.taken, self.answers):
             for index in candidates:
                 known.pop(index, None)
         self.halting.difference_update(candidates)

@@ -50,6 +50,9 @@ class Family(Protocol):
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told before any prior has spoken."""
 
+    def between(self, start: Condition, end: Condition, share: float) -> Condition:
+        """What it is told a share of the way from one text to another."""
+
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """The decoder's network."""
 

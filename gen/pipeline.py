@@ -204,6 +204,13 @@ class TextToImage:
         prior: bool | None = None,  # False: from the text alone
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
+        prior_best_of: int | None = None,  # of so many answers of the prior that nearest to the text
+        variation_of: Picture | Sequence[Picture] | None = None,  # its CLIP embedding in place of the prior's answer
+        interpolate_image: Picture | Sequence[Picture] | None = None,  # towards whose embedding that goes
+        interpolate_prompt: str | None = None,  # towards which the prompt goes, and the prior's answer
+        interpolation: float | None = None,  # how far, 0 to 1; None: half way
+        edit_from: str | None = None,  # what variation_of shows, where prompt says what it should show
+        edit_amount: float | None = None,  # how far to turn it there, some 0.25 to 0.5
         super_res_num_inference_steps: int | None = None,  # where the model paints small pictures first
         latents: Tensor | None = None,  # (prompts * num_images_per_prompt, C, h, w) unit noise
         prior_latents: Tensor | None = None,  # (prompts * num_images_per_prompt, E) unit noise
@@ -260,6 +267,13 @@ class TextToImage:
             prior=prior,
             prior_num_inference_steps=prior_num_inference_steps,
             prior_guidance_scale=prior_guidance_scale,
+            prior_best_of=prior_best_of,
+            variation_of=variation_of,
+            interpolate_image=interpolate_image,
+            interpolate_prompt=interpolate_prompt,
+            interpolation=interpolation,
+            edit_from=edit_from,
+            edit_amount=edit_amount,
             super_res_num_inference_steps=super_res_num_inference_steps,
             latents=latents,
             prior_latents=prior_latents,
@@ -355,7 +369,8 @@ class TextToImage:
             totals["decoder"] += schedule_of(self.model.levels, settings).num_steps
             if settings.prior and self.model.prior is not None:
                 levels = self.model.prior.levels
-                totals["prior"] += levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps
+                steps = levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps
+                totals["prior"] += steps * settings.num_thoughts
             if self.model.upscaler is not None:
                 levels, steps = self.model.upscaler.levels, settings.super_res_num_inference_steps
                 totals["super_resolution"] += levels.schedule(levels.sampler, steps).num_steps

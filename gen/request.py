@@ -19,15 +19,20 @@ from torch import Tensor
 from gen.checks import is_number, one_of, real, shape_of, texts, whole
 from gen.search import BestOf, Search, by_name
 from gen.settings import JSON, OPTIONS, Abilities, Settings, check_settings
-from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, found, size_of, sources
+from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, found, num_of, size_of, sources
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
 TENSORS = ("latents", "prior_latents", *POOLED, *POOLED.values(), "image_embeds")
 NULLS = ("negative_prompt", "negative_prompt_embeds")
 GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
-PRIORS = ("prior_latents", "prior_num_inference_steps", "prior_guidance_scale")  # read where there is a prior
-PICTURES = {"image": RGB, "mask_image": GREY}  # their channels
+PRIORS = (
+    "prior_latents",
+    "prior_num_inference_steps",
+    "prior_guidance_scale",
+    "prior_best_of",
+)  # read where there is a prior
+PICTURES = {"image": RGB, "mask_image": GREY, "variation_of": RGB, "interpolate_image": RGB}  # their channels
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
 MOST_IN_BUDGET = 4096  # candidates of a prompt, where only a budget says how many
@@ -70,6 +75,8 @@ class Candidate:
     image_embeds: Tensor | None = None  # (E,) in place of the prior's answer
     image: Source | None = None  # the picture it begins with, noised as far as `strength` says
     mask_image: Source | None = None  # white where that is painted anew; None: everywhere
+    variation_of: Source | None = None  # the picture whose embedding takes the place of the prior's answer
+    interpolate_image: Source | None = None  # the picture towards whose embedding that goes
     noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
 
     @property
@@ -90,6 +97,8 @@ class Candidate:
             if (source := getattr(self, name)) is not None:
                 record[name] = source.to_json()
         given = [name for name in TENSORS if getattr(self, name) is not None]
+        if self.variation_of is not None:  # from which the embedding is made again
+            given.remove("image_embeds")
         return record | ({"given": list(given)} if given else {})
 
     @classmethod
@@ -119,6 +128,8 @@ class Candidate:
             settings=settings,
             image=pictures.get("image"),
             mask_image=pictures.get("mask_image"),
+            variation_of=pictures.get("variation_of"),
+            interpolate_image=pictures.get("interpolate_image"),
             noise_path=path,
         )
 
@@ -178,6 +189,13 @@ class Request:
     prior: bool | None = None
     prior_num_inference_steps: int | None = None
     prior_guidance_scale: float | None = None
+    prior_best_of: int | None = None
+    variation_of: Picture | Sequence[Picture] | None = field(default=None, repr=False)
+    interpolate_image: Picture | Sequence[Picture] | None = field(default=None, repr=False)
+    interpolate_prompt: str | None = None
+    interpolation: float | None = None
+    edit_from: str | None = None
+    edit_amount: float | None = None
     super_res_num_inference_steps: int | None = None
     latents: Tensor | None = field(default=None, repr=False)
     prior_latents: Tensor | None = field(default=None, repr=False)
@@ -215,6 +233,7 @@ class Request:
         pictures = {name: sources(name, getattr(self, name), len(prompts), PICTURES[name]) for name in PICTURES}
         settings = self._settings(able, pictures)
         self._check_pictures(settings, able, pictures)
+        self._check_embedding(able)
         negatives = self._negatives(len(prompts))
         seeds = candidate_seeds(self.seed, len(prompts), n)
         self._check_tensors(settings, able, len(prompts), n)
@@ -239,6 +258,8 @@ class Request:
                     image_embeds=told["image_embeds"].get(at),
                     image=pictures["image"][at],
                     mask_image=pictures["mask_image"][at],
+                    variation_of=pictures["variation_of"][at],
+                    interpolate_image=pictures["interpolate_image"][at],
                 )
             )
         return Job(
@@ -255,8 +276,11 @@ class Request:
     def _prompts(self) -> tuple[str, ...]:
         if self.prompt is None:
             source = self.prompt_embeds if self.prompt_embeds is not None else self.image_embeds
+            if source is None and self.variation_of is not None:
+                return ("",) * num_of(self.variation_of)
             if source is None:
-                raise ValueError("prompt is missing; give a text, a list of texts, prompt_embeds or image_embeds")
+                told = "give a text, a list of texts, prompt_embeds, image_embeds or variation_of"
+                raise ValueError(f"prompt is missing; {told}")
             if not isinstance(source, Tensor) or source.ndim < 2 or not len(source):
                 raise ValueError("without a prompt, prompt_embeds or image_embeds must be a tensor of one or more")
             return ("",) * len(source)
@@ -307,9 +331,10 @@ class Request:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.sampler not in (None, able.defaults.sampler):
             given = dict.fromkeys(OPTIONS) | given  # the model's own are its own sampler's
-        if self.image_embeds is not None:
+        if self._has_embedding:
             if self.prior:
-                raise ValueError("prior=True and image_embeds were both given; an image embedding needs no prior")
+                name = "image_embeds" if self.variation_of is None else "variation_of"
+                raise ValueError(f"prior=True and {name} were both given; an image embedding needs no prior")
             given["prior"] = False
         if (first := pictures["image"][0]) is not None:
             if able.strength is None:
@@ -318,14 +343,52 @@ class Request:
             given["height"], given["width"] = size_of(first, self.height, self.width, able.size_multiple)
         settings = able.defaults.updated(given, "request")
         check_settings(settings, able)
-        if self.image_embeds is None and settings.prior and self.prompt is None:
+        if not self._has_embedding and settings.prior and self.prompt is None:
             raise ValueError("the prior reads the prompt as text; give prompt as well, or prior=False")
-        if able.needs_image and self.image_embeds is None and not settings.prior:
-            raise ValueError("this model has no prior and paints nothing from a text alone; give image_embeds")
+        if able.needs_image and not self._has_embedding and not settings.prior:
+            told = "this model has no prior and paints nothing from a text alone"
+            raise ValueError(f"{told}; give image_embeds or variation_of")
+        if self.prior_latents is not None and settings.num_thoughts > 1:
+            raise ValueError("prior_latents are the start of one answer of the prior, but several are asked for")
         if settings.clip_guidance_scale and self.prompt is None:
             raise ValueError("clip_guidance_scale needs the prompt as text; give prompt as well, or leave it out")
         self._warn_ignored(settings, able)
         return settings
+
+    @property
+    def _has_embedding(self) -> bool:
+        """Whether an image embedding comes from elsewhere than a prior."""
+        return self.image_embeds is not None or self.variation_of is not None
+
+    def _check_embedding(self, able: Abilities) -> None:
+        for name, wanted in (("interpolate_image", "variation_of"), ("edit_from", "variation_of")):
+            if getattr(self, name) is not None and getattr(self, wanted) is None:
+                raise ValueError(f"{name} was given without {wanted}; give the picture to begin from with {wanted}")
+        for name, wanted in (("interpolate_prompt", "prompt"), ("edit_from", "prompt")):
+            if getattr(self, name) is not None and self.prompt is None:
+                raise ValueError(f"{name} was given without {wanted}; give it in words as well")
+        if self.interpolate_prompt is not None and (self._has_embedding or self.prompt_embeds is not None):
+            told = "interpolate_prompt goes from the prompt in words"
+            raise ValueError(f"{told}; leave out what stands in its place, or use interpolate_image between pictures")
+        if self.interpolation is not None and self.interpolate_prompt is None and self.interpolate_image is None:
+            raise ValueError(
+                "interpolation was given without interpolate_prompt or interpolate_image; give one of them"
+            )
+        if self.edit_amount is not None and self.edit_from is None:
+            raise ValueError("edit_amount was given without edit_from; say what the picture shows")
+        if self.variation_of is not None and self.image_embeds is not None:
+            raise ValueError("variation_of and image_embeds were both given; give one of them")
+        if self.variation_of is not None and not able.can_see:
+            told = (
+                "this model takes no image embedding"
+                if able.embedding_width is None
+                else "this model has no CLIP for it"
+            )
+            raise ValueError(f"variation_of was given, but {told}; leave it out, or begin from it with image")
+        if self.edit_from is not None and not able.can_compare:
+            raise ValueError(
+                "edit_from compares texts by the CLIP whose embeddings the model takes; it has no such clip/"
+            )
 
     def _check_pictures(self, settings: Settings, able: Abilities, pictures: Pictures) -> None:
         if self.image is None:
@@ -343,7 +406,7 @@ class Request:
                 check_mask(mask, image, settings.height, settings.width, able.size_multiple)
 
     def _warn_ignored(self, settings: Settings, able: Abilities) -> None:
-        image = settings.prior or self.image_embeds is not None
+        image = settings.prior or self._has_embedding
         unheard: list[tuple[bool, str, tuple[str, ...]]] = [
             (settings.guidance_scale == 1, "guidance_scale is 1", GUIDED),
             (settings.guidance_rule == "autoguidance", "autoguidance has another null", NULLS),

@@ -17,6 +17,7 @@ from samplers.sample import SAMPLERS
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
+MOST_THOUGHTS = 64  # of a prior for one candidate
 OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
 
 
@@ -36,6 +37,8 @@ class Abilities:
     prior_max_steps: int  # 0: the model has no prior
     super_res_max_steps: int = 0  # 0: it has no super resolution
     needs_image: bool = False  # whether it paints nothing without an image embedding
+    can_see: bool = False  # it makes embeddings of pictures, by CLIP's image tower
+    can_compare: bool = False  # and of texts, by the same CLIP
     can_rank: bool  # a whole CLIP lies beside the model
     strength: float | None = None  # from a picture, if not told otherwise; None: it cannot begin with a picture
     inpaints_alone: bool = False  # its UNet takes a mask beside x and does nothing without
@@ -74,6 +77,11 @@ class Settings:
     prior: bool = False  # whether a prior turns the text into an image embedding first
     prior_num_inference_steps: int = 25
     prior_guidance_scale: float = 1.0  # 1: off
+    prior_best_of: int = 1  # of so many answers of the prior that nearest to the text; 2 in Ramesh et al. 2022
+    interpolate_prompt: str = ""  # what it goes towards from the prompt; empty: nothing
+    interpolation: float = 0.5  # how far, from 0 to 1, to another prompt or picture
+    edit_from: str = ""  # what the picture that it is a variation of shows, where the prompt says what it should
+    edit_amount: float = 0.3  # how far to turn it there, from 0 to 1; some 0.25 to 0.5
     super_res_num_inference_steps: int = 7  # of super resolution, where the model has it
 
     @property
@@ -81,6 +89,11 @@ class Settings:
         """The sampler's options that were chosen."""
         chosen = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    @property
+    def num_thoughts(self) -> int:
+        """Answers that a prior is asked for."""
+        return self.prior_best_of * (2 if self.interpolate_prompt else 1)
 
     @property
     def skipped_steps(self) -> int:
@@ -175,6 +188,12 @@ def check_settings(settings: Settings, able: Abilities) -> None:
             raise ValueError("prior=True, but this model has no prior; leave prior out, or give image_embeds")
         whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
         real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
+        whole("prior_best_of", settings.prior_best_of, 1, MOST_THOUGHTS)
+    for name in ("interpolate_prompt", "edit_from"):
+        if not isinstance(text := getattr(settings, name), str):
+            raise ValueError(f"{name} is {text!r}; give a text")
+    real("interpolation", settings.interpolation, 0.0, 1.0)
+    real("edit_amount", settings.edit_amount, 0.0, 1.0)
     whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
     if able.super_res_max_steps:
         whole("super_res_num_inference_steps", settings.super_res_num_inference_steps, 1, able.super_res_max_steps)

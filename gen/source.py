@@ -97,6 +97,12 @@ def sources(name: str, given: object, number: int, channels: int = RGB) -> tuple
     return (source(name, given, channels),) * number
 
 
+def num_of(given: object) -> int:
+    """How many pictures a user gave: one, or a list of them."""
+    batched = isinstance(given, Tensor | np.ndarray) and given.ndim == 4
+    return len(given) if batched or (isinstance(given, Sequence) and not isinstance(given, str)) else 1  # type: ignore[arg-type]
+
+
 def source(name: str, given: object, channels: int = RGB) -> Source:
     """One picture or mask; ValueError where it cannot be read."""
     kind = "picture" if channels == RGB else "mask"

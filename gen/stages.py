@@ -18,6 +18,7 @@ from gen.bucket import UNBOUNDED, Buckets
 from gen.conditioning import Condition, Table
 from gen.darkroom import Darkroom, likeness
 from gen.edit import beginning, read, schedule_of
+from gen.embeds import decided, tell, thoughts, with_embeds
 from gen.flight import DECODER, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
 from gen.lane import Lane
 from gen.model import Family, WithImage
@@ -69,12 +70,14 @@ class Stages:
 
         That is forgotten with the list, except where a row refers to it.
         """
+        for flight in flights:
+            flight.candidates = with_embeds(self.model, flight.candidates)
         candidates = [candidate for flight in flights for candidate in flight.candidates]
-        told = iter(self.model.tell(candidates, self.table))
+        told = iter(tell(self.model, candidates, self.table))
         for flight in flights:
             flight.told = list(islice(told, len(flight.candidates)))
             flight.read = read(self.model, flight.candidates)
-        asking = [candidate for candidate in candidates if candidate.settings.prior]
+        asking = [thought for one in candidates if one.settings.prior for thought in thoughts(one)]
         if not asking:
             return []
         assert self.model.prior is not None, "a request for a prior is refused where there is none"
@@ -85,8 +88,9 @@ class Stages:
         asking = [index for index in candidates if index in flight.unspoken]
         if asking:
             assert self.model.prior is not None, "a request for a prior is refused where there is none"
-            keys = [Place(flight.number, index) for index in asking]
-            for row in self.model.prior.rows([flight.candidates[index] for index in asking], keys, self.table):
+            asked = {index: thoughts(flight.candidates[index]) for index in asking}
+            keys = [Place(flight.number, index, thought=k) for index in asking for k in range(len(asked[index]))]
+            for row in self.model.prior.rows([one for each in asked.values() for one in each], keys, self.table):
                 yield Waiting(PRIOR, row)
         for index in candidates:
             if index not in flight.unspoken:
@@ -101,18 +105,10 @@ class Stages:
 
     def go_on(self, flight: Flight[Any], stage: Stage, finished: Sequence[Finished]) -> None:
         """Where rows of a request go from a stage's end: on to the next one, and from the last to be decoded."""
-        indices = [place_of(one.row).candidate for one in finished]
         if stage == PRIOR:
-            assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
-            told = [flight.told[index] for index in indices]
-            embeds = self.model.prior.embeds([one.x for one in finished]).unbind(0)
-            candidates = [flight.candidates[index] for index in indices]
-            prompts = self.model.show(candidates, [prompt for prompt, _ in told], embeds)
-            for index, prompt, (_, null) in zip(indices, prompts, told, strict=True):
-                flight.told[index] = (prompt, null)
-            flight.unspoken.difference_update(indices)
-            self.rows[DECODER].admit([self._decoder_row(flight, index) for index in indices])
+            self._spoken(flight, finished)
             return
+        indices = [place_of(one.row).candidate for one in finished]
         ended: dict[int, Tensor] = {}
         for index, one in zip(indices, finished, strict=True):
             if place_of(one.row).is_draft:
@@ -146,6 +142,33 @@ class Stages:
         """Give up the rows of these keys, wherever they are."""
         for rows in self.rows.values():
             rows.drop(places)
+
+    def _spoken(self, flight: Flight[Any], finished: Sequence[Finished]) -> None:
+        """The prior has answered: candidates of which all answers are there go on to the decoder."""
+        assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
+        for one in finished:
+            place = place_of(one.row)
+            flight.answers.setdefault(place.candidate, {})[place.thought] = one
+        candidates = {
+            index: flight.candidates[index]
+            for index, answers in flight.answers.items()
+            if len(answers) == flight.candidates[index].settings.num_thoughts
+        }
+        if not candidates:
+            return
+        answers = {index: [one for _, one in sorted(flight.answers.pop(index).items())] for index in candidates}
+        every = [one for each in answers.values() for one in each]
+        spoken = iter(zip(every, self.model.prior.embeds([one.x for one in every]), strict=True))
+        embeds = []
+        for index, candidate in candidates.items():
+            rows, vectors = zip(*(next(spoken) for _ in answers[index]), strict=True)
+            embeds.append(decided(candidate, vectors, [one.row.prompt.vector for one in rows]))
+        told = [flight.told[index] for index in candidates]
+        prompts = self.model.show(list(candidates.values()), [prompt for prompt, _ in told], embeds)
+        for index, prompt, (_, null) in zip(candidates, prompts, told, strict=True):
+            flight.told[index] = (prompt, null)
+        flight.unspoken.difference_update(candidates)
+        self.rows[DECODER].admit([self._decoder_row(flight, index) for index in candidates])
 
     def _decoder_row(self, flight: Flight[Any], index: int) -> Row:
         candidate, levels = flight.candidates[index], self.model.levels

@@ -22,6 +22,7 @@ from transformers import CLIPTextModelWithProjection
 from clip_core.text import TextTower
 from gen.checkpoint import IMAGE_PARTS, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
+from gen.embeds import slerp
 from gen.families.painter import listed, own, with_images
 from gen.families.reader import Reader
 from gen.prior import Prior
@@ -85,6 +86,8 @@ class Karlo(Reader):
             text_encoder=got["text_encoder"],
             text_proj=got["text_proj"],
             super_res=Upscaler(got["super_res_first"], got["super_res_last"], levels("super_res_scheduler")),
+            image_encoder=parts.modules.get("image_encoder"),
+            feature_extractor=parts.modules.get("feature_extractor"),
             clip=parts.clip,
             card=parts.card,
         )
@@ -108,7 +111,7 @@ class Karlo(Reader):
         }
         if self.prior is not None:
             parts |= {"prior": self.prior.network, "prior_scheduler": self.prior.levels.stock}
-        return parts
+        return parts | self.image_parts
 
     def check(self, where: str) -> None:
         """Refuse parts that do not fit each other (ValueError), before a network finds out."""
@@ -166,7 +169,7 @@ class Karlo(Reader):
     @property
     def index(self) -> dict[str, JSON]:
         """What model_index.json says beside the parts."""
-        return {name: [None, None] for name in IMAGE_PARTS} if self.prior is None else {}
+        return {name: [None, None] for name in IMAGE_PARTS} if self.prior is None and not self.image_parts else {}
 
     @property
     def upscaler(self) -> Upscaler:
@@ -221,6 +224,15 @@ class Karlo(Reader):
         read = [each.read for each in told if isinstance(each, Illustrated)]
         assert len(read) == len(told), "every text was read here"
         return self._beside(read, torch.stack(list(image_embeds)))
+
+    def between(self, start: Condition, end: Condition, share: float) -> Condition:
+        """What the UNet is told between two texts: as it is told one, of what the text tower says between them."""
+        assert isinstance(start, Illustrated) and isinstance(end, Illustrated), "every text was read here"
+        one, other = start.read, end.read
+        states, embedding = slerp(one.states, other.states, share), slerp(one.embedding, other.embedding, share)
+        mask = one.mask | other.mask if 0 < share < 1 else (one.mask, other.mask)[round(share)]
+        nothing = self.text_proj.learned_classifier_free_guidance_embeddings  # (E,)
+        return self._beside([Read(states, embedding, mask)], nothing[None])[0]
 
     def said(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the tokens, by the names of its arguments."""

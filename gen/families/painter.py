@@ -18,11 +18,14 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from clip_core.clip import CLIP
+from clip_core.preprocess import Preprocess
 from gen.checkpoint import CARD, Card, Parts
-from gen.conditioning import Asks, Conditions, Table, Told
+from gen.conditioning import Asks, Condition, Conditions, Table, Told
 from gen.dispatch import dispatched
+from gen.embeds import between
 from gen.model import WithImage
 from gen.prior import Prior
 from gen.request import Candidate
@@ -45,6 +48,8 @@ class Painter(ABC):
     unet: UNet2DConditionModel
     levels: NoiseLevels
     clip: CLIP | None = None  # the whole CLIP that ranks
+    image_encoder: CLIPVisionModelWithProjection | None = None  # makes embeddings of pictures; None: the CLIP does
+    feature_extractor: CLIPImageProcessor | None = None  # how it is shown them
     weak: UNet2DConditionModel | None = None  # a weaker UNet of the same shape outside, for autoguidance
     card: Card = Card()  # noqa: RUF009 - frozen
 
@@ -122,10 +127,41 @@ class Painter(ABC):
             max_steps=self.levels.num_train_timesteps,
             prior_max_steps=0,
             super_res_max_steps=0 if self.upscaler is None else self.upscaler.levels.num_train_timesteps,
+            can_see=self.embeds_by_clip or bool(self.image_parts),
+            can_compare=self.embeds_by_clip,
             can_rank=self.clip is not None,
             can_autoguide=self.weak is not None,
             defaults=sized.updated({**self.STOCK_DEFAULTS, **self.card.defaults}, CARD),
         )
+
+    @property
+    def embedding_width(self) -> int | None:
+        """E of the image embedding that the UNet takes; None: it takes none."""
+        return None
+
+    @property
+    def embeds_by_clip(self) -> bool:
+        """Whether the CLIP beside the model makes embeddings as the UNet takes them, so far as their width tells."""
+        config = getattr(self.clip.model, "config", None) if self.clip is not None else None
+        return self.embedding_width is not None and getattr(config, "projection_dim", None) == self.embedding_width
+
+    @property
+    def image_parts(self) -> dict[str, Any]:
+        """The image tower of its own and how it is shown pictures, by their names in model_index.json."""
+        parts = {"image_encoder": self.image_encoder, "feature_extractor": self.feature_extractor}
+        return {} if None in parts.values() else parts
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """The embedding (E,) float32 of pixels (3, H, W) in [0, 1], as the UNet takes it."""
+        if self.image_encoder is None or self.feature_extractor is None:
+            assert self.clip is not None, "a picture is refused where nothing sees it"
+            return self.clip.image(pixels[None])[0].float()
+        values = Preprocess.from_config(self.feature_extractor.to_dict()).from_pixels(pixels[None].to(self.device))
+        return self.image_encoder(values.to(self.image_encoder.dtype)).image_embeds[0].float()
+
+    def between(self, start: Condition, end: Condition, share: float) -> Condition:
+        """What the UNet is told between two texts."""
+        return between(start, end, share)
 
     def with_own_texts(self) -> Self:
         """The same, with text towers that neither CLIP nor a prior shares, so that they alone can be changed.
@@ -146,7 +182,10 @@ class Painter(ABC):
 
     def check(self, where: str) -> None:
         """Refuse parts that do not fit each other (ValueError), before a network finds out."""
-        for name, (given, fitting) in self.fits().items():
+        told = self.fits()
+        if self.image_encoder is not None:
+            told["image_encoder projection_dim"] = (self.image_encoder.config.projection_dim, self.embedding_width)
+        for name, (given, fitting) in told.items():
             if given != fitting:
                 raise ValueError(f"{where}: {name} is {given}, but the other parts need {fitting}")
         try:

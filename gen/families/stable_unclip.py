@@ -66,6 +66,8 @@ class StableUnCLIP(KLModel, Reader):
             image_normalizer=got["image_normalizer"],
             image_noising=got["image_noising_scheduler"],
             needs_image=parts.family == IMG2IMG and "prior" not in got,
+            image_encoder=parts.modules.get("image_encoder"),
+            feature_extractor=parts.modules.get("feature_extractor"),
             clip=parts.clip,
             card=parts.card,
         )
@@ -117,12 +119,13 @@ class StableUnCLIP(KLModel, Reader):
     @property
     def index(self) -> dict[str, JSON]:
         """What model_index.json says beside the parts."""
-        return {name: [None, None] for name in IMAGE_PARTS} if self.needs_image else {}
+        return {name: [None, None] for name in IMAGE_PARTS} if self.needs_image and not self.image_parts else {}
 
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         parts = super().parts()
         parts |= {"image_normalizer": self.image_normalizer, "image_noising_scheduler": self.image_noising}
+        parts |= self.image_parts
         if self.prior is not None:
             parts |= {
                 "prior": self.prior.network,

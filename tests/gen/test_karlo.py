@@ -271,11 +271,8 @@ def test_what_is_saved_is_stocks_parts_again(
     assert {part for part, entry in new.items() if isinstance(entry, list)} == {
         part for part, entry in old.items() if isinstance(entry, list)
     }
-    for part in ("image_encoder", "feature_extractor"):  # are not loaded, so not saved
-        assert new.get(part, [None, None]) == [None, None]
-        if part in old:
-            shutil.copytree(whence / part, saved / part)
-            edited(saved / "model_index.json", **{part: old[part]})
+    for part in ("image_encoder", "feature_extractor"):
+        assert new.get(part) == old.get(part) and (saved / part).is_dir() == (part in old)
     again = TextToImage.from_pretrained(saved, device="cpu")
     told: dict[str, Any] = {"prompts": PROMPTS} if kind == "karlo" else {"prompts": None}
     if kind == "variation":
@@ -332,6 +329,33 @@ def test_an_unknown_scheduler_and_a_missing_folder_are_refused(copy: Path) -> No
 def test_what_it_cannot_paint_is_refused(model: TextToImage, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model(**asked)
+
+
+def test_a_picture_is_seen_by_the_folders_own_tower(
+    variation: TextToImage, variation_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tower = stock_karlo(variation_folder)
+    values = tower.feature_extractor(pixels, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        embeds = tower.image_encoder(values).image_embeds
+    asked: dict[str, Any] = {"seed": SEED, "output_type": "pt", "num_inference_steps": 2}
+    seen = variation(variation_of=pixels, **asked)
+    assert (seen.images - variation(image_embeds=embeds, **asked).images).abs().max() <= 1e-4
+    assert torch.equal(variation.repaint(seen.records[0], [pixels]), seen.images[0])
+
+
+def test_two_prompts_meet_in_what_the_towers_say(model: TextToImage) -> None:
+    asked: dict[str, Any] = {"seed": SEED, "output_type": "pt", "num_inference_steps": 2}
+    ends = model(PROMPTS, **asked).images
+    ways = [
+        model(PROMPTS[0], interpolate_prompt=PROMPTS[1], interpolation=share, **asked).images[0]
+        for share in (0, 0.5, 1)
+    ]
+    assert (ways[0] - ends[0]).abs().max() <= 1e-4 and (ways[2] - ends[1]).abs().max() <= 1e-4
+    assert min((ways[1] - end).abs().max() for end in ends) > 1e-3
+    with pytest.raises(ValueError, match="image was given, but this model cannot begin with a picture; leave it out"):
+        model(PROMPTS[0], image=torch.rand(3, 16, 16), **asked)
 
 
 def test_variations_need_an_image(variation: TextToImage) -> None:

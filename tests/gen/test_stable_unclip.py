@@ -45,7 +45,8 @@ def img2img(folder: Path) -> StableUnCLIPImg2ImgPipeline:
     names += ["scheduler", "vae"]
     parts = {name: getattr(whole, name) for name in names}
     # with image_embeds given, stock asks its image encoder for nothing but the type of its weights
-    tiny = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    few = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tiny = CLIPVisionConfig(**few, projection_dim=WIDTH)
     return StableUnCLIPImg2ImgPipeline(
         feature_extractor=None, image_encoder=CLIPVisionModelWithProjection(tiny), **parts
     )
