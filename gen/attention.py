@@ -265,6 +265,15 @@ class Kept:
     pairs: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # Texts.pairs of a text
     calls: WeakKeyDictionary[Distinct[Any], Texts] = field(default_factory=WeakKeyDictionary)
 
+    def read(self, texts: Distinct[T], project: Callable[[list[T]], list[tuple[Tensor, ...]]]) -> Texts:
+        """Which text each evaluation reads; `project` is asked for the pairs of those that are new."""
+        if texts not in self.calls:
+            new = [text for text in texts.unique if text not in self.pairs]
+            for text, pairs in zip(new, project(new) if new else [], strict=True):
+                self.pairs[text] = pairs
+            self.calls[texts] = Texts.read(texts.of, [self.pairs[text] for text in texts.unique])
+        return self.calls[texts]
+
 
 def reading(
     network: nn.Module,
@@ -275,24 +284,31 @@ def reading(
 
     A text that is new is projected here, not in the network's own call. None where `set_attention` was not called.
     """
+    kept = kept_of(network)
+    return None if kept is None else {"texts": kept.read(texts, lambda new: projected(network, states(new)))}
+
+
+def seeing(
+    network: nn.Module,
+    pictures: Distinct[T],  # told apart by identity
+    project: Callable[[list[T]], list[tuple[Tensor, ...]]],  # of some of them the pairs of each layer that reads text
+) -> dict[str, Texts]:
+    """The same for pictures that the layers see beside their text, by keys and values of their own (IP-Adapter)."""
+    kept = kept_of(network)
+    assert kept is not None, "asked of a network without these processors"
+    return {"pictures": kept.read(pictures, project)}
+
+
+def kept_of(network: nn.Module) -> Kept | None:
+    """What a network's processors keep; None where `set_attention` was not called."""
     first = next(attentions(network), None)
-    if first is None or not isinstance(first.processor, Processor):
-        return None
-    kept = first.processor.kept
-    if texts not in kept.calls:
-        new = [text for text in texts.unique if text not in kept.pairs]
-        if new:
-            for text, pairs in zip(new, projected(network, states(new)), strict=True):
-                kept.pairs[text] = pairs
-        kept.calls[texts] = Texts.read(texts.of, [kept.pairs[text] for text in texts.unique])
-    return {"texts": kept.calls[texts]}
+    return first.processor.kept if first is not None and isinstance(first.processor, Processor) else None
 
 
 @torch.no_grad()  # constants of the text, whatever else is differentiated
 def projected(network: nn.Module, states: Tensor) -> list[tuple[Tensor, ...]]:
     """Keys and values (2, heads, L, d) of every text's states (U, L, D), of each layer that reads the text."""
-    layers = (layer for layer in attentions(network) if layer.processor.place is not None)
-    pairs = [torch.stack(told_pair(layer, states), 1) for layer in layers]  # (U, 2, heads, L, d)
+    pairs = [torch.stack(told_pair(layer, states), 1) for layer in text_layers(network)]  # (U, 2, heads, L, d)
     return [tuple(of_layer[text] for of_layer in pairs) for text in range(len(states))]
 
 
@@ -316,6 +332,7 @@ class Processor:
         attention_mask: Tensor | None = None,  # additive: (M, K), or (M or M * heads, 1 or N, K)
         temb: Tensor | None = None,  # what a spatial norm reads
         texts: Texts | None = None,  # None: nothing is known to be shared
+        pictures: Texts | None = None,  # seen beside the text; None: none
     ) -> Tensor:
         """Attention with all that `attn` has around it; arguments are named as `Attention.forward` names them."""
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
@@ -338,7 +355,10 @@ class Processor:
             pairs.append(pair(attn, attn.to_k(normed), attn.to_v(normed)))
         key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
 
-        x = self._attend(attn, attn.to_q(normed), key, value, mask, block)
+        query = attn.to_q(normed)
+        x = self._attend(attn, query, key, value, mask, block)
+        if pictures is not None and self.place is not None:
+            x = x + self._attend(attn, query, *pictures.of_layer(self.place, pictures.block), None, pictures.block)
         x = attn.to_out[1](attn.to_out[0](x))  # (M, N, C)
         x = x.mT.reshape(spatial) if len(spatial) == 4 else x
         x = x + hidden_states if attn.residual_connection or added else x
@@ -389,6 +409,11 @@ def as_bias(mask: Tensor, rows: int) -> Tensor:
 def attentions(network: nn.Module) -> Iterator[Attention]:
     """Every diffusers Attention in a network."""
     return (module for module in network.modules() if isinstance(module, Attention))
+
+
+def text_layers(network: nn.Module) -> Iterator[Attention]:
+    """Those of them that read the text, of a network with these processors."""
+    return (layer for layer in attentions(network) if layer.processor.place is not None)
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -132,6 +132,13 @@ def generate(
     embedding: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:TOKEN]", help="Textual inversion: a learned word; repeatable.")
     ] = None,
+    ip_adapter: Annotated[
+        str | None, typer.Option(metavar="FILE[:SCALE]", help="IP-Adapter that shows --ip-image beside PROMPT.")
+    ] = None,
+    ip_image: Annotated[Path | None, typer.Option(metavar="IMAGE", help="The picture an IP-Adapter shows.")] = None,
+    ip_encoder: Annotated[
+        Path | None, _advanced("DIR", "IP-Adapter's image encoder (default: image_encoder/ beside it).")
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."),
@@ -151,6 +158,13 @@ def generate(
             painter.load_lora(file, scale)
         for file, token in map(_called, embedding or []):
             painter.load_textual_inversion(file, token)
+        if (ip_adapter is None) != (ip_image is None):
+            raise ValueError("--ip-adapter and --ip-image go together; give both or none")
+        shown = None
+        if ip_adapter is not None and ip_image is not None:
+            picture = read_picture(ip_image)
+            painter.load_ip_adapter(*_scaled(ip_adapter), ip_encoder)
+            shown = painter.embed_ip_adapter_image(picture)
         loaded = time.perf_counter()
         from gen.request import Request
 
@@ -204,6 +218,7 @@ def generate(
             interpolation=interpolation,
             edit_from=edit_from,
             edit_amount=edit_amount,
+            ip_adapter_image_embeds=shown,
             super_res_num_inference_steps=super_res_steps,
         )
         request.resolve(painter.model.abilities)  # every mistake, before the note on words

@@ -30,6 +30,7 @@ class Condition:
     mask: Tensor | None = None  # (L,) bool, True where there is text
     sizes: Tensor | None = None  # (S,), of the picture, in pixels
     channels: Tensor | None = None  # (C', h, w), what the network sees beside x
+    picture: Tensor | None = None  # (T, D), cross-attended beside the text (IP-Adapter); None: no picture
     asks: Asks = "own"
 
     def twin(self) -> Condition:
@@ -87,6 +88,10 @@ class Conditions:
         tokens = [condition.tokens for condition in self.each if condition.tokens is not None]
         assert len(tokens) == len(self.each), "asked of a network that takes no tokens"
         return Distinct.among(tokens)
+
+    def distinct_pictures(self, blank: Tensor) -> Distinct[Tensor]:
+        """Every picture's tokens (T, D) once; those of no picture are `blank`."""
+        return Distinct.among([blank if each.picture is None else each.picture for each in self.each])
 
 
 T = TypeVar("T")

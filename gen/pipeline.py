@@ -25,12 +25,14 @@ from rich.progress import Progress
 from torch import Tensor
 
 from gen import checkpoint
-from gen.adapters import Adapter, lora, textual_inversion
+from gen.adapters import ip_adapter, lora, textual_inversion
+from gen.adapters.file import Adapter
 from gen.attention import AUTO, check_attention, set_attention
 from gen.bucket import Buckets
 from gen.edit import schedule_of
 from gen.engine import Engine
 from gen.families import FAMILIES, Painter
+from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.request import Candidate, Job, Request
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
@@ -139,11 +141,37 @@ class TextToImage:
         adapter = textual_inversion.learn(model, path, token)
         self.model, self.adapters = model, (*self.adapters, adapter)
 
+    def load_ip_adapter(
+        self,
+        path: str | Path,
+        scale: float = 1.0,
+        image_encoder: str | Path | None = None,  # folder; None: `image_encoder/` beside the file, where it is
+    ) -> None:
+        """Let pictures be shown beside the text (`ip_adapter_image`): a file, a folder or a hub id, of the plain kind.
+
+        It takes the place of one loaded before, and is not saved with the model; see `gen.adapters.ip_adapter`.
+        Not while an engine of this model runs.
+        """
+        if not isinstance(self.model, Reader):
+            raise ValueError(f"a {self.model.saved_as} takes no IP-Adapter; its UNet reads no text by cross-attention")
+        loaded, adapter = ip_adapter.load(self.model.unet, path, scale, image_encoder)
+        self.model = replace(self.model, ip_adapter=loaded)
+        self.adapters = (*(each for each in self.adapters if each.kind != adapter.kind), adapter)
+
+    def embed_ip_adapter_image(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """Embeddings (B, E) of pictures, for `ip_adapter_image_embeds` of a request."""
+        adapter = self.model.ip_adapter if isinstance(self.model, Reader) else None
+        if adapter is None:
+            raise ValueError("ip_adapter_image was given, but this model has no IP-Adapter; call load_ip_adapter first")
+        return adapter.embed([images] if isinstance(images, Image.Image) else images)
+
     def load_again(self, record: Mapping[str, Any]) -> None:
         """Add what the model of a record had been given, from where its record says it lies."""
         for each in adapters_of(record):
             if each.kind == "lora" and each.scale is not None:
                 self.load_lora(each.name, each.scale)
+            elif each.kind == "ip_adapter" and each.scale is not None:
+                self.load_ip_adapter(each.name, each.scale)
             elif each.kind == "embedding":
                 self.load_textual_inversion(each.name, each.token)
             else:
@@ -219,6 +247,10 @@ class TextToImage:
         pooled_prompt_embeds: Tensor | None = None,  # (prompts, P), with prompt_embeds of Stable Diffusion XL
         negative_pooled_prompt_embeds: Tensor | None = None,  # (prompts, P)
         image_embeds: Tensor | None = None,  # (prompts, E), in place of the prior's answer
+        ip_adapter_image: Image.Image
+        | Sequence[Image.Image]
+        | None = None,  # shown beside the text; one, or per prompt
+        ip_adapter_image_embeds: Tensor | None = None,  # (prompts, E) in its place
         output_type: str = "pil",  # "pil", "pt", "np" or "latent"
         batch_size: int | None = None,  # rows in flight at most; None: as memory allows. Pictures do not depend on it
         callback: Callback | None = None,  # called after every step, to look or to cancel
@@ -229,6 +261,12 @@ class TextToImage:
         Raises ValueError, before any network runs, for what this model cannot paint; `Cancelled` when the
         callback cancels.
         """
+        if ip_adapter_image is not None:
+            if ip_adapter_image_embeds is not None:
+                raise ValueError("ip_adapter_image and ip_adapter_image_embeds were both given; give one of them")
+            ip_adapter_image_embeds = self.embed_ip_adapter_image(ip_adapter_image)
+            if isinstance(ip_adapter_image, Image.Image) and prompt is not None and not isinstance(prompt, str):
+                ip_adapter_image_embeds = ip_adapter_image_embeds.expand(len(prompt), -1)
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -282,6 +320,7 @@ class TextToImage:
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             image_embeds=image_embeds,
+            ip_adapter_image_embeds=ip_adapter_image_embeds,
             output_type=output_type,
         )
         return self.paint([request], batch_size=batch_size, callback=callback, progress=progress)[0]

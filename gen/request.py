@@ -8,12 +8,15 @@ network and no file.
 
 from __future__ import annotations
 
+import base64
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from gen.checks import is_number, one_of, real, shape_of, texts, whole
@@ -23,6 +26,7 @@ from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, foun
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
 TENSORS = ("latents", "prior_latents", *POOLED, *POOLED.values(), "image_embeds")
+SHOWN = "ip_adapter_image_embeds"  # so small that a record holds it
 NULLS = ("negative_prompt", "negative_prompt_embeds")
 GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
@@ -77,6 +81,7 @@ class Candidate:
     mask_image: Source | None = None  # white where that is painted anew; None: everywhere
     variation_of: Source | None = None  # the picture whose embedding takes the place of the prior's answer
     interpolate_image: Source | None = None  # the picture towards whose embedding that goes
+    ip_adapter_image_embeds: Tensor | None = None  # (E,) of the picture that an IP-Adapter shows; None: none
     noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
 
     @property
@@ -96,6 +101,8 @@ class Candidate:
         for name in PICTURES:
             if (source := getattr(self, name)) is not None:
                 record[name] = source.to_json()
+        if self.ip_adapter_image_embeds is not None:
+            record[SHOWN] = packed(self.ip_adapter_image_embeds)
         given = [name for name in TENSORS if getattr(self, name) is not None]
         if self.variation_of is not None:  # from which the embedding is made again
             given.remove("image_embeds")
@@ -121,6 +128,7 @@ class Candidate:
         if not isinstance(told, list):
             raise ValueError(f"the record is damaged: its noise_path is {told!r}")
         path = tuple(Before.from_json(each) for each in told)
+        shown = unpacked(record[SHOWN], able.ip_adapter_width) if SHOWN in record else None
         pictures = {name: found(name, record[name], images, PICTURES[name]) for name in PICTURES if name in record}
         return cls(
             prompt=prompt,
@@ -130,6 +138,7 @@ class Candidate:
             mask_image=pictures.get("mask_image"),
             variation_of=pictures.get("variation_of"),
             interpolate_image=pictures.get("interpolate_image"),
+            ip_adapter_image_embeds=shown,
             noise_path=path,
         )
 
@@ -204,6 +213,7 @@ class Request:
     pooled_prompt_embeds: Tensor | None = field(default=None, repr=False)
     negative_pooled_prompt_embeds: Tensor | None = field(default=None, repr=False)
     image_embeds: Tensor | None = field(default=None, repr=False)
+    ip_adapter_image_embeds: Tensor | None = field(default=None, repr=False)
     output_type: str = "pil"
 
     def resolve(self, able: Abilities) -> Job:
@@ -239,7 +249,7 @@ class Request:
         self._check_tensors(settings, able, len(prompts), n)
 
         # taken apart once, so that the candidates of a prompt share its tensors
-        told = {name: entries(getattr(self, name)) for name in TENSORS}
+        told = {name: entries(getattr(self, name)) for name in (*TENSORS, SHOWN)}
         settled = [replace(settings, negative_prompt=negative) for negative in negatives]
         candidates = []
         for index, seed in enumerate(seeds):
@@ -260,6 +270,7 @@ class Request:
                     mask_image=pictures["mask_image"][at],
                     variation_of=pictures["variation_of"][at],
                     interpolate_image=pictures["interpolate_image"][at],
+                    ip_adapter_image_embeds=told[SHOWN].get(at),
                 )
             )
         return Job(
@@ -434,6 +445,10 @@ class Request:
         else:
             shape_of("prior_latents", self.prior_latents, (num_prompts * n, able.embedding_width))
             shape_of("image_embeds", self.image_embeds, (num_prompts, able.embedding_width))
+        if able.ip_adapter_width is not None:
+            shape_of(SHOWN, self.ip_adapter_image_embeds, (num_prompts, able.ip_adapter_width))
+        elif self.ip_adapter_image_embeds is not None:
+            raise ValueError(f"{SHOWN} was given, but this model has no IP-Adapter; load one with load_ip_adapter")
         words, null = self.prompt_embeds, self.negative_prompt_embeds
         if able.text_shape is None:
             for name in (*POOLED, *POOLED.values()):
@@ -453,6 +468,22 @@ class Request:
                 raise ValueError(f"this model takes {name} and {pooled} together; give both or none")
             else:
                 shape_of(pooled, getattr(self, pooled), (num_prompts, able.pooled_width))
+
+
+def packed(embeds: Tensor) -> str:
+    """An embedding as text: its float32 numbers in little-endian order, in base 64."""
+    return base64.b64encode(embeds.float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def unpacked(told: object, width: int | None) -> Tensor:
+    """The embedding (E,) of a record; ValueError where it is damaged, or of another width than is taken."""
+    try:
+        values = np.frombuffer(base64.b64decode(str(told), validate=True), "<f4")
+    except ValueError:  # base 64's own, or bytes that are no whole numbers of floats
+        raise ValueError(f"the record is damaged: its {SHOWN} is no embedding") from None
+    if len(values) != width:
+        raise ValueError(f"the picture was painted with an IP-Adapter of width {len(values)}; this model takes {width}")
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ class Abilities:
     text_layers: int = 0  # clip_skip is smaller than this
     pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
     embedding_width: int | None  # E of image_embeds; None: this model takes none
+    ip_adapter_width: int | None = None  # E of ip_adapter_image_embeds; None: no IP-Adapter was loaded
     num_noise_levels: int  # noise_level is smaller than this; 0: no image embedding to noise
     max_steps: int  # the timesteps the decoder was trained on
     prior_max_steps: int  # 0: the model has no prior

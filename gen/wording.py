@@ -25,6 +25,7 @@ OPTIONS = {
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
     "mask_image": "--mask",
+    "image_encoder": "--ip-encoder",
 }
 ALIKE = [  # by Python's own name
     *("search", "budget", "clip", "image", "strength", "variation_of", "interpolation", "edit_from", "edit_amount"),

@@ -27,7 +27,7 @@ SUFFIX = ".safetensors"
 class Adapter:
     """What was added to a model, as a record names it: enough to add it again and to know it for the same."""
 
-    kind: str  # "lora" or "embedding"
+    kind: str  # "lora", "embedding" or "ip_adapter"
     name: str  # the path or hub id it was loaded by
     hash: str  # SHA-256 of its file
     scale: float | None = None  # None: its kind has none

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gen.adapters.file import Adapter, content_hash, found, read
-from gen.families import Painter
+from gen.families.painter import Painter
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -16,7 +16,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from clip_core.text import TextTower
-from gen.attention import reading
+from gen.adapters.ip_adapter import IPAdapter
+from gen.attention import reading, seeing
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.painter import Painter, own
 from gen.request import Candidate
@@ -36,6 +37,7 @@ class Reader(Painter):
     """A loaded model of any of these families."""
 
     text: TextTower
+    ip_adapter: IPAdapter | None = None  # what shows the UNet a picture beside the text; None: nothing does
 
     # --- a family's own ------------------------------------------------------------------------------------------
 
@@ -56,7 +58,9 @@ class Reader(Painter):
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         layers = self.text.encoder.config.num_hidden_layers
-        return replace(super().able(), text_shape=(self.text.shape[0], self.text_width), text_layers=layers)
+        seen = None if self.ip_adapter is None else self.ip_adapter.width
+        shape = (self.text.shape[0], self.text_width)
+        return replace(super().able(), text_shape=shape, text_layers=layers, ip_adapter_width=seen)
 
     def read(self, texts: Sequence[str], clip_skip: int | None) -> list[Condition]:
         """What the UNet is told of each of these texts."""
@@ -99,13 +103,14 @@ class Reader(Painter):
         def told(embeds: Tensor | None, words: Words) -> Condition:
             return said[words] if embeds is None else handed[id(embeds)]
 
-        return [
+        each = [
             (
                 told(one.prompt_embeds, self._prompt_of(one)),
                 None if one.settings.guidance_scale == 1 else told(one.negative_prompt_embeds, self._null_of(one)),
             )
             for one in candidates
         ]
+        return each if self.ip_adapter is None else shown(self.ip_adapter, candidates, each)
 
     def _prompt_of(self, candidate: Candidate) -> Words:
         settings = candidate.settings
@@ -148,14 +153,44 @@ class Reader(Painter):
     def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
         x = x if told.channels is None else torch.cat([x, told.channels], dim=1)
+        read = reading(network, told.distinct_tokens, torch.stack)
+        if self.ip_adapter is not None and network is self.unet:
+            pictures = told.distinct_pictures(self.ip_adapter.blank)
+            if any(picture is not self.ip_adapter.blank for picture in pictures.unique):
+                seen = seeing(network, pictures, partial(self.ip_adapter.pairs, network))
+                read = {**(read or {}), **seen}
         return network(
             x.to(network.dtype),
             timestep,
             encoder_hidden_states=told.tokens,
-            cross_attention_kwargs=reading(network, told.distinct_tokens, torch.stack),
+            cross_attention_kwargs=read,
             return_dict=False,
             **self.said(told),
         )[0]
+
+
+def shown(adapter: IPAdapter, candidates: Sequence[Candidate], told: Sequence[Told]) -> list[Told]:
+    """What candidates are told, those that come with a picture with its tokens beside their words.
+
+    A null is shown the picture of zeros, as in diffusers.
+    """
+    embeds = [one.ip_adapter_image_embeds for one in candidates]
+    given = {id(each): each for each in embeds if each is not None}
+    tokens = dict(zip(given, adapter.tokens(torch.stack(list(given.values()))), strict=True)) if given else {}
+    with_it: dict[tuple[int, int], Condition] = {}  # one for all candidates of a prompt
+
+    def beside(condition: Condition, picture: Tensor) -> Condition:
+        key = (id(condition), id(picture))
+        if key not in with_it:
+            with_it[key] = replace(condition, picture=picture)
+        return with_it[key]
+
+    return [
+        (prompt, null)
+        if embed is None
+        else (beside(prompt, tokens[id(embed)]), None if null is None else beside(null, adapter.null))
+        for (prompt, null), embed in zip(told, embeds, strict=True)
+    ]
 
 
 def check_length(text: TextTower, where: str, name: str) -> None:
