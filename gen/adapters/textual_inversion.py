@@ -61,7 +61,7 @@ def learn(model: Painter, name: str | Path, token: str | None = None) -> Adapter
         weight[tokenizer.convert_tokens_to_ids(words)] = vectors[tower].to(weight.device, weight.dtype)
         weight.requires_grad_(False)
         pool_at_the_end(encoder, tokenizer.eos_token_id)
-    if model.prior is not None:
+    if model.prior is not None and model.prior.text_encoder is not parts["text_encoder"]:
         logger.warning("the prior does not know %r and reads it letter by letter; the decoder knows it", word)
     return Adapter("embedding", str(name), content_hash(path), token=word)
 

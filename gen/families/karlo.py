@@ -113,6 +113,16 @@ class Karlo(Reader):
             parts |= {"prior": self.prior.network, "prior_scheduler": self.prior.levels.stock}
         return parts | self.image_parts
 
+    def with_own_texts(self) -> Self:
+        """The same, with a text tower that CLIP does not share; the prior reads by it too, for a folder has one."""
+        text_encoder = self.unshared(self.text_encoder)
+        return replace(
+            self,
+            text_encoder=text_encoder,
+            text=replace(self.text, encoder=text_encoder.text_model),
+            prior=None if self.prior is None else replace(self.prior, text_encoder=text_encoder),
+        )
+
     def check(self, where: str) -> None:
         """Refuse parts that do not fit each other (ValueError), before a network finds out."""
         networks = {"decoder": self.unet, "super_res_first": self.upscaler.first, "super_res_last": self.upscaler.last}

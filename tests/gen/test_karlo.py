@@ -15,6 +15,7 @@ import torch
 from diffusers import PriorTransformer
 from diffusers.pipelines.deprecated.unclip import pipeline_unclip, pipeline_unclip_image_variation
 from diffusers.schedulers import scheduling_unclip
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -278,6 +279,22 @@ def test_what_is_saved_is_stocks_parts_again(
     if kind == "variation":
         told["image_embeds"] = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
     assert_same(again, saved, n=1, patch=monkeypatch, **told)
+
+
+def test_a_learned_word_is_the_priors_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The folder has one text tower for both; stock's parts of a saved model read it so as well."""
+    model = TextToImage.from_pretrained(folder, device="cpu")
+    save_file(
+        {"<cat>": 3 * torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))}, tmp_path / "a.safetensors"
+    )
+    before = model("a <cat>", seed=SEED, output_type="latent", **STEPS).images
+    model.load_textual_inversion(tmp_path / "a.safetensors")
+    assert "the prior does not know" not in caplog.text
+    assert apart(model("a <cat>", seed=SEED, output_type="latent", **STEPS).images, before) > 1e-2
+    saved = model.save(tmp_path / "saved")
+    assert_same(TextToImage.from_pretrained(saved, device="cpu"), saved, ["a <cat>", SHORT], 1, monkeypatch)
 
 
 @pytest.fixture
