@@ -92,7 +92,7 @@ def to_transformers(clip: CLIP) -> CLIP:
     """
     if isinstance(clip.model, PreTrainedModel):
         return clip
-    model, tokenizer = clip.model, _as_clip_tokenizer(clip.tokenizer)
+    model, tokenizer = clip.model, as_clip_tokenizer(clip.tokenizer)
     assert isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP)
     text = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
     visual = model.visual
@@ -236,7 +236,13 @@ def _tower_config(transformer: Any, eps: float) -> dict[str, Any]:
     }
 
 
-def _as_clip_tokenizer(tokenizer: Any) -> CLIPTokenizer:
+def clip_tokenizer(length: int, pad_token: str) -> CLIPTokenizer:
+    """CLIP's own vocabulary, which comes with open_clip, for texts of so many tokens, padded by this one."""
+    return as_clip_tokenizer(open_clip.SimpleTokenizer(context_length=length), pad_token)
+
+
+def as_clip_tokenizer(tokenizer: Any, pad_token: str | None = None) -> CLIPTokenizer:
+    """An open_clip tokenizer as transformers' CLIPTokenizer; `pad_token` None: id 0, as open_clip pads."""
     if isinstance(tokenizer, HFTokenizer):
         inner = tokenizer.tokenizer
         plain = isinstance(inner, CLIPTokenizer) and not tokenizer.strip_sep_token and not tokenizer.tokenizer_mode
@@ -250,13 +256,14 @@ def _as_clip_tokenizer(tokenizer: Any) -> CLIPTokenizer:
     _refuse_unless(lower and tokenizer.reduction_fn is None, "its tokenizer cleans or shortens text in its own way")
     _refuse_unless(len(tokenizer.all_special_ids) == 2, "its tokenizer has special tokens of its own")
     names = {tokenizer.decoder[tokenizer.sot_token_id]: BOS, tokenizer.decoder[tokenizer.eot_token_id]: EOS}
+    pad = tokenizer.decoder[0] if pad_token is None else pad_token
     return CLIPTokenizer(
         vocab={names.get(token, token): i for token, i in tokenizer.encoder.items()},
         merges=sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__),
         unk_token=EOS,
         bos_token=BOS,
         eos_token=EOS,
-        pad_token=AddedToken(tokenizer.decoder[0], single_word=True, normalized=False, special=True),
+        pad_token=pad if pad in (BOS, EOS) else AddedToken(pad, single_word=True, normalized=False, special=True),
         model_max_length=tokenizer.context_length,
     )
 

@@ -9,11 +9,9 @@ a family's to say.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +22,6 @@ import torch
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -34,18 +29,29 @@ from clip_core.clip import CLIP
 from clip_core.convert import to_transformers
 from clip_core.load import load_tokenizer
 from clip_core.text import with_projection, without_projection
+from gen.hub import HUB_ERRORS, download
+from gen.room import check_asked, check_room, check_sizes
 from gen.settings import JSON
+from gen.weights import (
+    check_weights,
+    damaged,
+    files_hash,
+    folder_hash,
+    named,
+    numbers,
+    of_one_variant,
+    quiet,
+    read_json,
+    same_weights,
+)
 
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
-HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]  # what is fetched: never pickle, never code, no single file
 IMAGE_PARTS = ("feature_extractor", "image_encoder")  # what makes an image embedding of a picture
 UNUSED = ("safety_checker", *IMAGE_PARTS)  # parts that nothing here asks
 SEEING = ("StableUnCLIPImg2ImgPipeline", "UnCLIPImageVariationPipeline")  # families that ask the image parts
-HUB_SKIPPED = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.bin", "safety_checker/*"]
-NAMED = 5  # weights that an error names
 # Not in diffusers' top level: by the name of the class, the package of pipelines that indices name for it.
 OURS: dict[str, tuple[str, type]] = {
     "StableUnCLIPImageNormalizer": ("stable_diffusion", StableUnCLIPImageNormalizer),
@@ -99,10 +105,13 @@ class Parts:
     card: Card
     folder: Path
     options: Mapping[str, Any] = field(default_factory=dict)  # what else model_index.json says
+    files: Mapping[str, Path] = field(default_factory=dict)  # all it was read from by name, if not the folder's own
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 over every file that a picture or its score depends on; the card is not one."""
+        if self.files:
+            return files_hash(self.files)
         return folder_hash(self.folder, sorted([*self.modules, "clip"]))
 
 
@@ -113,41 +122,35 @@ def find(name_or_path: str | Path) -> Path:
         return ASSETS / name
     path = Path(name).expanduser()
     if path.is_file():
-        raise ValueError(
-            f"model '{name}' is a single file, which is not read yet; give a diffusers folder, a hub id "
-            f"or a bundled name ({', '.join(bundled())})"
-        )
+        raise ValueError(f"model '{name}' is a single file; give a folder that diffusers saved")
     if path.is_dir():
         if not (path / INDEX).exists():
             raise ValueError(f"model folder '{name}' has no {INDEX}; give a folder that diffusers saved")
         return path
     parts = name.split("/")
     if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
-        return download(name)
+        return fetched(name)
     raise ValueError(
         f"model '{name}' is unknown; give a bundled name ({', '.join(bundled())}), "
         "a diffusers folder that exists, or a hub id such as owner/name"
     )
 
 
-def bundled() -> list[str]:
-    """The names of the models that come with the package."""
-    return sorted(path.parent.name for path in ASSETS.glob(f"*/{INDEX}"))
-
-
-def download(repo: str) -> Path:
-    """The local copy of a hub repository, fetched when it is not there yet."""
+def fetched(repo: str) -> Path:
+    """The local copy of a hub repository."""
     try:
-        folder = snapshot_download(repo, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return download(repo, INDEX, [CARD], lambda path: [*listed(read_json(path)), "clip"])
+    except HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model '{repo}' is no folder here and cannot be fetched from the hub ({reason}); "
             f"check the name, or use a bundled one ({', '.join(bundled())})"
         ) from error
-    if not (Path(folder) / INDEX).exists():
-        raise ValueError(f"model '{repo}' has no {INDEX}; give a repository that diffusers saved")
-    return Path(folder)
+
+
+def bundled() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{INDEX}"))
 
 
 def load(
@@ -159,6 +162,9 @@ def load(
     folder = find(name_or_path)
     index = read_json(folder / INDEX)
     modules: dict[str, Any] = {}
+    check_room(
+        sum(map(numbers, [*(folder / name for name in listed(index)), folder / "clip"])), device, dtype, str(folder)
+    )
     clip = load_clip(folder / "clip", device, dtype) if (folder / "clip").is_dir() else None
     for name, (library, class_name) in listed(index).items():
         kind = part_class(library, class_name, folder / INDEX)
@@ -181,7 +187,8 @@ def part_class(library: str, name: str, where: Path) -> type:
     for known in (diffusers, transformers):
         found = found or (getattr(known, name, None) if library != "unclip" else None)
     if not isinstance(found, type):
-        raise ValueError(f"{where}: {library}.{name} is no class of diffusers or transformers")
+        ours = ", ".join(sorted(OURS))
+        raise ValueError(f"{where}: {library}.{name} is no class of diffusers or transformers, nor one of: {ours}")
     return found
 
 
@@ -194,9 +201,15 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
     if not issubclass(kind, nn.Module):
         with damaged(folder):
             return kind.from_pretrained(folder)  # type: ignore[attr-defined]
-    read_json(folder / "config.json")
+    told = read_json(folder / "config.json")
     check_weights(folder)
+    check_sizes(told, folder)
+    with damaged(folder):
+        network = unfilled(kind, told)
+    check_asked(network, numbers(folder), folder)
+    _, variant = of_one_variant([path.name for path in folder.glob("*.safetensors")])
     words: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "low_cpu_mem_usage": True}
+    words["variant"] = variant
     if issubclass(kind, transformers.PreTrainedModel):  # reports misshaped weights; diffusers raises and names one
         words |= {"dtype": dtype, "ignore_mismatched_sizes": True}
     else:
@@ -212,12 +225,12 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
     return module.to(device).eval().requires_grad_(False)
 
 
-def named(keys: Sequence[str]) -> str:
-    """Weights by name, the first five of them and how many more there are, with the verb."""
-    if len(keys) == 1:
-        return f"weight {keys[0]} is"
-    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-    return f"weights {', '.join(keys[:NAMED])}{more} are"
+def unfilled(kind: Any, told: Mapping[str, Any]) -> nn.Module:
+    """A network of diffusers or transformers of the sizes that its configuration says, with no weights yet."""
+    with torch.device("meta"):
+        if issubclass(kind, transformers.PreTrainedModel):
+            return kind(kind.config_class.from_dict(told))
+        return kind.from_config(told)
 
 
 def load_clip(name_or_folder: str | Path, device: torch.device | str, dtype: torch.dtype) -> CLIP:
@@ -240,109 +253,6 @@ def shared_tower(kind: type, clip: CLIP | None, folder: Path, name: str) -> nn.M
     if not same_weights(folder / name, folder / "clip"):
         return None
     return without_projection(clip.model) if issubclass(kind, CLIPTextModel) else with_projection(clip.model)
-
-
-def same_weights(part: Path, whole: Path) -> bool:
-    """Whether every tensor of `part` stands bit for bit in `whole`; names may lack a `text_model.`."""
-    files = [path / "model.safetensors" for path in (part, whole)]
-    if not all(path.exists() for path in files):
-        return False  # sharded: too large to be worth comparing
-    with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as other:
-        there = set(other.keys())
-        for key in one.keys():  # noqa: SIM118 - a safe_open is no mapping
-            name = key if key in there else f"text_model.{key}"
-            if name.endswith("position_ids"):
-                continue
-            if name not in there:
-                return False
-            if one.get_slice(key).get_shape() != other.get_slice(name).get_shape():
-                return False
-            a, b = one.get_tensor(key), other.get_tensor(name)
-            if a.dtype != b.dtype or not torch.equal(a, b):
-                return False
-    return True
-
-
-def check_weights(folder: Path) -> None:
-    """ValueError that names a missing, damaged or pickled weight file of a part."""
-    if not (paths := weight_files(folder)):
-        pickled = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        told = f"only {pickled[0]}, which is pickle and is never read" if pickled else "no .safetensors file"
-        raise ValueError(f"model part '{folder}' has {told}; save the model with safe_serialization=True")
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as weights:
-                weights.keys()
-        except FileNotFoundError:
-            raise ValueError(f"model file '{path}' is missing; the folder is not complete") from None
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"model file '{path}' is damaged ({error}); fetch or save it again") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a part: those its shard index names, or those that lie there."""
-    if shards := sorted(folder.glob("*.safetensors.index.json")):
-        named = read_json(shards[0]).get("weight_map")
-        if not isinstance(named, dict):
-            raise ValueError(f"model file '{shards[0]}' is damaged (it has no weight_map); fetch or save it again")
-        return [folder / name for name in sorted(set(named.values()))]
-    return sorted(folder.glob("*.safetensors"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError that names the file when it is missing or damaged."""
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"model file '{path}' is missing; the folder is not complete") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model file '{path}' is damaged ({error}); fetch or save it again") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"model file '{path}' is damaged (not a JSON object); fetch or save it again")
-    return told
-
-
-@contextmanager
-def damaged(folder: Path) -> Iterator[None]:
-    """Whatever a library says of a part that it cannot load becomes one line that names the part."""
-    try:
-        yield
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"model part '{folder}' cannot be loaded: {reason}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars while a part loads; a missing weight is raised by us and needs no report."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    names = ["transformers.modeling_utils", "diffusers.models.modeling_utils"]
-    names.append("transformers.distributed.tensor_parallel")  # that layers are not sharded, where nobody asked for it
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    transformers.utils.logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def folder_hash(folder: Path, parts: list[str]) -> str:
-    """SHA-256 over the names and bytes of the files in these parts of a folder."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for path in sorted((folder / part).glob("*")):
-            if path.suffix in (".safetensors", ".json", ".txt"):
-                digest.update(f"{part}/{path.name}\0{path.stat().st_size}\0".encode())
-                with path.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-    return digest.hexdigest()
 
 
 def save(

@@ -29,7 +29,12 @@ DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
 
-Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder or hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder, .safetensors or hub id.")
+]
+Config = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Configurations of a single file, if not its family's: a folder.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -129,6 +134,7 @@ def generate(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="LoRA to merge into the model; repeatable.")
     ] = None,
+    config: Config = None,
     embedding: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:TOKEN]", help="Textual inversion: a learned word; repeatable.")
     ] = None,
@@ -153,7 +159,7 @@ def generate(
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
         check_text(prompt, negative or "", interpolate_prompt or "", edit_from or "")
-        painter = _load(model, attention, weak_unet, clip)
+        painter = _load(model, attention, weak_unet, clip, config=config)
         for file, scale in map(_scaled, lora or []):
             painter.load_lora(file, scale)
         for file, token in map(_called, embedding or []):
@@ -312,14 +318,17 @@ def score(
 
 
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, diffusers folder or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Bundled name, diffusers folder, .safetensors, hub id.")
+    ],
+    config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a model is made of, what it knows, how it was trained and what it reaches."""
+    """Tell what a model is made of, what it knows, how it was trained and what it reaches; no weight is read."""
     with speaking("info"):
         from gen.facts import facts_of, lines_of
 
-        facts = facts_of(model)
+        facts = facts_of(model, config)
     if as_json:
         print(json.dumps(facts))
         return
@@ -327,7 +336,7 @@ def info(
     for name, part in facts["parts"].items():
         print(f"  {name:<24} {part['class']:<28} {part['parameters']:>13,} parameters {_size(part['bytes']):>9}")
     print(f"  {'together':<53} {facts['parameters']:>13,} parameters {_size(facts['bytes']):>9}")
-    for line in lines_of(facts["card"]):
+    for line in lines_of({**facts["told"], **facts["card"]}):
         print(line)
 
 
@@ -344,6 +353,7 @@ def reproduce(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Where a picture or mask is now that it was painted from; repeatable."),
     ] = None,
+    config: Config = None,
     as_json: AsJson = False,
 ) -> None:
     """Paint FILE.png again from its own record; exit status 1 when a pixel is more than one level off."""
@@ -354,7 +364,7 @@ def reproduce(
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
             raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
-        for name, kind in (("settings", dict), ("weak_unet", str), ("clip", str), ("attention", str)):
+        for name, kind in (("settings", dict), ("weak_unet", str), ("clip", str), ("attention", str), ("config", str)):
             if not isinstance(record.get(name, kind()), kind):
                 raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
         guided = record.get("settings", {}).get("clip_guidance_scale")  # or no CLIP is asked
@@ -364,8 +374,9 @@ def reproduce(
         dtype, attention = computed(record)
         if attention != record.get("attention", attention):
             say("reproduce", f"attention '{record['attention']}' does not run here; pixels may differ by torch's own")
-        weak = weak_unet or record.get("weak_unet")
-        painter = _load(model or str(recorded), attention, weak_unet=weak, clip=clip, dtype=dtype)
+        weak, config = weak_unet or record.get("weak_unet"), config or record.get("config")
+        name = model or str(recorded)
+        painter = _load(name, attention, weak_unet=weak, clip=clip, dtype=dtype, config=config)
         painter.load_again(record)
         again = as_output([painter.repaint(record, image or ())], "pil")
         assert isinstance(again, list)
@@ -392,6 +403,7 @@ def _load(
     weak_unet: Path | str | None = None,
     clip: str | None = None,
     dtype: "torch.dtype | None" = None,  # None: float32
+    config: str | None = None,
 ) -> "TextToImage":
     """The model, on the GPU where there is one."""
     import torch
@@ -399,7 +411,9 @@ def _load(
     from gen.pipeline import TextToImage
 
     dtype = dtype or torch.float32
-    return TextToImage.from_pretrained(name, dtype=dtype, attention=attention, weak_unet=weak_unet, clip=clip)
+    return TextToImage.from_pretrained(
+        name, dtype=dtype, attention=attention, weak_unet=weak_unet, clip=clip, config=config
+    )
 
 
 def _scaled(given: str) -> tuple[str, float]:

@@ -1,16 +1,31 @@
-"""What a model's folder tells without a weight being read, and nested facts as lines for people."""
+"""What a model tells without a weight being read, and nested facts as lines for people.
 
-from collections.abc import Iterator
-from math import prod
+Sizes come from the headers of safetensors, all else from configurations. A folder and a single file tell the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from gen import single_file
+from gen.checkpoint import INDEX, Card, find, listed
+from gen.weights import check_weights, files_hash, folder_hash, numbers, read_json, shapes, weight_files
 
-from gen.checkpoint import INDEX, Card, check_weights, find, folder_hash, listed, read_json, weight_files
+TOWERS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}
+SCHEDULED = ("prediction_type", "timestep_spacing", "beta_schedule", "rescale_betas_zero_snr")
+LICENCES = ("LICENSE*", "LICENCE*", "License*")
 
 
-def facts_of(name: str) -> dict[str, Any]:
-    """Everything `info` tells, from the folder's files; no weight is read, only their headers."""
+def facts_of(name: str, config: str | None = None) -> dict[str, Any]:
+    """Everything `info` tells; `config` as in `single_file.load`."""
+    facts = _of_file(Path(name).expanduser(), config) if single_file.is_single(name) else _of_folder(name)
+    together = {kind: sum(part[kind] for part in facts["parts"].values()) for kind in ("parameters", "bytes")}
+    return {"name": name, **together, **facts}
+
+
+def _of_folder(name: str) -> dict[str, Any]:
     folder = find(name)
     index = read_json(folder / INDEX)
     classes = {part: class_name for part, (_, class_name) in listed(index).items()}
@@ -21,25 +36,64 @@ def facts_of(name: str) -> dict[str, Any]:
     for part, kind in classes.items():
         if not (folder / part).is_dir():
             raise ValueError(f"model part '{folder / part}' is missing; the folder is not complete")
-        files = [path for path in (folder / part).rglob("*") if path.is_file()]
-        paths = weight_files(folder / part)
-        if paths:
+        if weight_files(folder / part):
             check_weights(folder / part)
-        parameters = 0
-        for path in paths:
-            with safe_open(path, "np") as weights:
-                parameters += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-        parts[part] = {"class": kind, "parameters": parameters, "bytes": sum(f.stat().st_size for f in files)}
+        size = sum(path.stat().st_size for path in (folder / part).rglob("*") if path.is_file())
+        parts[part] = {"class": kind, "parameters": numbers(folder / part), "bytes": size}
     return {
-        "name": name,
         "folder": str(folder),
         "family": index.get("_class_name", ""),
         "hash": folder_hash(folder, hashed),
         "parts": parts,
-        "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "told": told_of(folder, classes) | licence_of(folder),
         "card": Card.read(folder).to_json(),
     }
+
+
+def _of_file(path: Path, config: str | None) -> dict[str, Any]:
+    layout, folder = single_file.opened(path, config)
+    index = read_json(folder / INDEX)
+    held = single_file.parameters(shapes(path), layout)
+    classes = {part: class_name for part, (_, class_name) in listed(index).items()}
+    return {
+        "folder": str(path),
+        "family": layout.pipeline,
+        "hash": files_hash(single_file.files(path, folder)),
+        "parts": {part: {"class": kind, "parameters": held.get(part, 0), "bytes": 0} for part, kind in classes.items()},
+        "bytes": path.stat().st_size,
+        "told": {"configurations": str(folder), **told_of(folder, classes)},
+        "card": Card().to_json(),
+    }
+
+
+def told_of(folder: Path, classes: Mapping[str, str]) -> dict[str, Any]:
+    """What configurations say of a model's towers, text lengths and schedulers, part by part."""
+    told: dict[str, Any] = {}
+    for part, kind in classes.items():
+        if part in TOWERS:
+            config = read_json(folder / part / "config.json")
+            width, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+            told[part] = f"{config.get('hidden_act', 'quick_gelu')}, width {width}, {layers} layers"
+        elif part == "clip":
+            config = read_json(folder / part / "config.json")
+            told[part] = f"{config.get('model_type')}, embedding of {config.get('projection_dim', 512)}"
+        elif "tokenizer" in part:
+            path = folder / part / "tokenizer_config.json"
+            length = read_json(path).get("model_max_length") if path.is_file() else None
+            told[part] = f"{length} tokens" if length else "as many tokens as its tower reads"
+        elif "scheduler" in part:
+            config = read_json(folder / part / "scheduler_config.json")
+            told[part] = ", ".join([kind, *(f"{name} {config[name]}" for name in SCHEDULED if name in config)])
+    return told
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """The first line of a licence that lies in the folder; nothing where none does."""
+    for path in (path for pattern in LICENCES for path in sorted(folder.glob(pattern))):
+        lines = (line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+        return {"licence": f"{next(filter(None, lines), '')} ({path.name})"}
+    return {}
 
 
 def lines_of(told: dict[str, Any], indent: str = "") -> Iterator[str]:

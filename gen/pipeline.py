@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from gen import checkpoint
+from gen import checkpoint, single_file
 from gen.adapters import ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.attention import AUTO, check_attention, set_attention
@@ -79,12 +79,14 @@ class TextToImage:
         weak_unet: str = "",  # where the weaker UNet came from
         clip: str = "",  # where the CLIP that ranks came from, if not from the model's own folder
         attention: str = AUTO,  # the UNet's kernel, as it was asked for
+        config: str = "",  # where a single file's configurations came from, if not with this package
     ) -> None:
         self.model = model
         self.name = name
         self.weak_unet = weak_unet
         self.clip = clip
         self.attention = attention
+        self.config = config
         self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
         self._hash = model_hash
         self._buckets = Buckets()
@@ -92,13 +94,14 @@ class TextToImage:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,  # a bundled name, a diffusers folder or a hub id
+        name_or_path: str | Path,  # a bundled name, a diffusers folder, a single .safetensors file or a hub id
         device: torch.device | str | None = None,  # None: CUDA where there is one
         dtype: torch.dtype = torch.float32,  # of the networks; rows are always float32
         *,
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
         clip: str | Path | None = None,  # what ranks: a CLIP or SigLIP folder, a hub id, "open_clip:NAME/TAG"
+        config: str | Path | None = None,  # of a single file: folder of its configurations; None: its family's
     ) -> TextToImage:
         """Load a model; what is unknown, missing or damaged is a ValueError of one line that names it.
 
@@ -108,7 +111,14 @@ class TextToImage:
         """
         device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_attention(attention, device, dtype)
-        parts = checkpoint.load(name_or_path, device, dtype)
+        if single_file.is_single(name_or_path):
+            parts = single_file.load(name_or_path, device, dtype, config)
+        elif config is not None:
+            raise ValueError(
+                f"config='{config}' is for a single file, and model '{name_or_path}' is none; leave it out"
+            )
+        else:
+            parts = checkpoint.load(name_or_path, device, dtype)
         if clip is not None:
             parts = replace(parts, clip=checkpoint.load_clip(clip, device, dtype))
         if parts.family not in FAMILIES:
@@ -120,7 +130,8 @@ class TextToImage:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
             set_attention(weak, attention)
             model = model.with_weak(weak, str(weak_unet))
-        return cls(model, str(name_or_path), lambda: parts.hash, str(weak_unet or ""), str(clip or ""), attention)
+        weak_name, clip_name, config_name = (str(each or "") for each in (weak_unet, clip, config))
+        return cls(model, str(name_or_path), lambda: parts.hash, weak_name, clip_name, attention, config_name)
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Merge a LoRA into the weights, `scale` times: a file, a folder or a hub id; see `gen.adapters.lora`.
@@ -458,6 +469,8 @@ class TextToImage:
             made |= {"weak_unet": self.weak_unet, "weak_unet_hash": self.weak_hash}
         if self.clip:
             made["clip"] = self.clip
+        if self.config:
+            made["config"] = self.config
         if self.adapters:
             made["adapters"] = [each.to_json() for each in self.adapters]
         made |= self._computed

@@ -28,8 +28,8 @@ OPTIONS = {
     "image_encoder": "--ip-encoder",
 }
 ALIKE = [  # by Python's own name
-    *("search", "budget", "clip", "image", "strength", "variation_of", "interpolation", "edit_from", "edit_amount"),
-    *("interpolate_image", "interpolate_prompt", "prior_best_of"),
+    *("search", "budget", "clip", "config", "image", "strength", "variation_of", "interpolation", "edit_from"),
+    *("edit_amount", "interpolate_image", "interpolate_prompt", "prior_best_of"),
     *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
     *("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
     *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from gen.adapters.file import Adapter, Weights, content_hash, found, read
-from gen.checkpoint import named
 from gen.checks import real
 from gen.families.painter import Painter
+from gen.weights import named
 
 USUAL = "pytorch_lora_weights.safetensors"  # as diffusers names the file
 SAID = "lora_adapter_metadata"  # where diffusers' files keep peft's configuration

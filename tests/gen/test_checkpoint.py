@@ -172,13 +172,6 @@ def test_a_tower_with_other_settings_is_not_shared(folder: Path) -> None:
     assert model.text.encoder.config.hidden_act == "gelu"
 
 
-def test_a_single_file_is_refused_clearly(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.touch()
-    with pytest.raises(ValueError, match="is a single file, which is not read yet"):
-        TextToImage.from_pretrained(path, device="cpu")
-
-
 def test_save_writes_what_stock_loads_and_paints_the_same(tiny: TextToImage, tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "saved", dtype=torch.float16)
     assert next(tiny.model.unet.parameters()).dtype == torch.float32  # the model in memory keeps its own

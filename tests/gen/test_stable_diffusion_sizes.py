@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -23,10 +24,13 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from gen.checkpoint import Card, Parts, part_class
+from gen.checkpoint import Card, Parts, listed, part_class, unfilled
 from gen.conditioning import Conditions, Table
 from gen.families import FAMILIES
 from gen.request import Request
+from gen.scheduler import NoiseLevels
+from gen.single_file import CONFIGS
+from gen.weights import read_json
 from tests.tiny import tiny_tokenizer
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -159,3 +163,25 @@ def test_full_size(name: str) -> None:
     assert x.shape[1:] == (4, size // 8, size // 8)
     assert model.call(x, torch.empty(2, device="meta"), Conditions((null, prompt))).shape == x.shape
     assert model.decode(x).shape == (2, 3, size, size)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("stable-diffusion-v1-5", "1.5"),
+        ("stable-diffusion-2-1", "2.1"),
+        ("stable-diffusion-2-1-base", "2.1"),
+        ("stable-diffusion-xl-base-1.0", "XL"),
+    ],
+)
+def test_the_configurations_of_single_files_are_the_published_ones(config: str, name: str) -> None:
+    folder = CONFIGS / config
+    parts = listed(read_json(folder / "model_index.json"))
+    for part, number in FULL[name]["numbers"].items():
+        told = read_json(folder / part / "config.json")
+        network = unfilled(part_class(*parts[part], folder), told)
+        assert sum(weight.numel() for weight in network.parameters()) == number, part
+    stock = parts["scheduler"][1]
+    levels = NoiseLevels.of(getattr(diffusers, stock).from_pretrained(folder / "scheduler"), config)
+    expected = ("pndm", "eps") if config.endswith("base") else FULL[name]["paints"][1:]
+    assert (levels.sampler, levels.scaling.kind) == expected

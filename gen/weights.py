@@ -1,0 +1,202 @@
+"""Files of weights: whether they are whole, what they hold by their headers, and a network filled from them.
+
+Owns what is said of a missing, damaged or pickled file and of weights that do not fit: one line that names them. It
+knows no families and no folders' layout. Only safetensors are read, never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5  # weights that an error names
+
+
+def named(keys: Sequence[str]) -> str:
+    """Weights by name, the first five of them and how many more there are, with the verb."""
+    if len(keys) == 1:
+        return f"weight {keys[0]} is"
+    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return f"weights {', '.join(keys[:NAMED])}{more} are"
+
+
+def check_weights(folder: Path) -> None:
+    """ValueError that names a missing, damaged or pickled weight file of a part."""
+    if not (paths := weight_files(folder)):
+        pickled = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        told = f"only {pickled[0]}, which is pickle and is never read" if pickled else "no .safetensors file"
+        raise ValueError(f"model part '{folder}' has {told}; save the model with safe_serialization=True")
+    for path in paths:
+        shapes(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a part: those its shard index names, or those that lie there, of one variant."""
+    if shards := sorted(folder.glob("*.safetensors.index.json")):
+        named = read_json(shards[0]).get("weight_map")
+        if not isinstance(named, dict):
+            raise ValueError(f"model file '{shards[0]}' is damaged (it has no weight_map); fetch or save it again")
+        return [folder / name for name in sorted(set(named.values()))]
+    names, _ = of_one_variant([path.name for path in folder.glob("*.safetensors")])
+    return [folder / name for name in names]
+
+
+def of_one_variant(names: Iterable[str]) -> tuple[list[str], str | None]:
+    """Of the safetensors files of a part those to read, sorted, and their variant: None, or else fp16, or else any.
+
+    A variant stands between two dots of a name, as diffusers writes it: `model.fp16.safetensors`.
+    """
+    by_variant: dict[str | None, list[str]] = {}
+    for name in sorted(names):
+        stem = re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(".safetensors"))
+        by_variant.setdefault(stem.partition(".")[2] or None, []).append(name)
+    variant = next((each for each in (None, "fp16", *by_variant) if each in by_variant), None)
+    return by_variant.get(variant, []), variant
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """What a file holds, by its header alone; ValueError that names a missing or damaged one."""
+    with opened(path) as weights:
+        return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+
+def numbers(folder: Path) -> int:
+    """How many numbers the weights of a part hold; 0 where it has none."""
+    return sum(prod(shape) for path in weight_files(folder) for shape in shapes(path).values())
+
+
+def read(path: Path, prefixes: Sequence[str] = ("",)) -> dict[str, Tensor]:
+    """The tensors of a file whose names begin so."""
+    with opened(path) as weights:
+        return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(tuple(prefixes))}  # noqa: SIM118
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; ValueError that names a missing or damaged one."""
+    try:
+        with safe_open(path, "pt") as weights:
+            yield weights
+    except FileNotFoundError:
+        raise ValueError(f"model file '{path}' is missing; the folder is not complete") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"model file '{path}' is damaged ({error}); fetch or save it again") from error
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, dtype: torch.dtype) -> nn.Module:
+    """Give a network on the meta device its weights; ValueError that names those missing or of another shape."""
+    expected = module.state_dict()
+    check_fit({name: tuple(tensor.shape) for name, tensor in weights.items()}, expected, what)
+    module.load_state_dict({name: weights[name].to(dtype) for name in expected}, assign=True)
+    for each in module.modules():
+        for name, buffer in each.named_buffers(recurse=False):
+            if buffer.is_meta:  # not stored: the one kind that text towers have counts the positions
+                assert name == "position_ids", name
+                setattr(each, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return module
+
+
+def check_fit(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], what: str) -> None:
+    """ValueError that names weights that a network lacks or has in another shape; what is too much is in the log."""
+    if missing := sorted(expected.keys() - given.keys()):
+        raise ValueError(f"{what} is damaged: {named(missing)} missing")
+    apart = [name for name, tensor in sorted(expected.items()) if given[name] != tuple(tensor.shape)]
+    if misshaped := [f"{name} {given[name]}" for name in apart]:
+        raise ValueError(f"{what} is damaged: {named(misshaped)} of another shape than its config.json")
+    if extra := sorted(name for name in given.keys() - expected.keys() if not name.endswith("position_ids")):
+        logger.warning("%s has more than its config.json asks for: %s not read", what, named(extra))
+
+
+def same_weights(part: Path, whole: Path) -> bool:
+    """Whether every tensor of `part` stands bit for bit in `whole`; names may lack a `text_model.`."""
+    files = [path / "model.safetensors" for path in (part, whole)]
+    if not all(path.exists() for path in files):
+        return False  # sharded: too large to be worth comparing
+    with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as other:
+        there = set(other.keys())
+        for key in one.keys():  # noqa: SIM118 - a safe_open is no mapping
+            name = key if key in there else f"text_model.{key}"
+            if name.endswith("position_ids"):
+                continue
+            if name not in there:
+                return False
+            if one.get_slice(key).get_shape() != other.get_slice(name).get_shape():
+                return False
+            a, b = one.get_tensor(key), other.get_tensor(name)
+            if a.dtype != b.dtype or not torch.equal(a, b):
+                return False
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError that names the file when it is missing or damaged."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model file '{path}' is missing; the folder is not complete") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model file '{path}' is damaged ({error}); fetch or save it again") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"model file '{path}' is damaged (not a JSON object); fetch or save it again")
+    return told
+
+
+@contextmanager
+def damaged(folder: Path) -> Iterator[None]:
+    """Whatever a library says of a part that it cannot load becomes one line that names the part."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"model part '{folder}' cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars while a part loads; a missing weight is raised by us and needs no report."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    names = ["transformers.modeling_utils", "diffusers.models.modeling_utils"]
+    names.append("transformers.distributed.tensor_parallel")  # that layers are not sharded, where nobody asked for it
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    transformers.utils.logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def folder_hash(folder: Path, parts: list[str]) -> str:
+    """SHA-256 over the names and bytes of the files in these parts of a folder."""
+    files = {f"{part}/{path.name}": path for part in parts for path in sorted((folder / part).glob("*"))}
+    return files_hash({name: path for name, path in files.items() if path.suffix in (".safetensors", ".json", ".txt")})
+
+
+def files_hash(files: Mapping[str, Path]) -> str:
+    """SHA-256 over files by their names."""
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,51 @@
+"""Configurations and machines that a model does not fit are refused before any memory is taken."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gen import TextToImage, room
+from gen.weights import numbers
+from tests.stock import edited
+from tests.tiny import make_tiny_stable_diffusion
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("room") / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("unet", {"block_out_channels": [8, 10**9]}, "unet' asks for block_out_channels=1000000000 in its config.json"),
+        ("unet", {"layers_per_block": 10**6}, "unet' asks for layers_per_block=1000000 in its config.json; give 1000"),
+        ("unet", {"block_out_channels": [80_000, 160_000]}, r"unet' asks for [\d,]{13,} numbers .* its files hold"),
+        ("text_encoder", {"hidden_size": 800_000}, r"text_encoder' asks for [\d,]{13,} numbers .* its files hold"),
+    ],
+)
+def test_absurd_sizes(folder: Path, tmp_path: Path, part: str, change: dict[str, object], message: str) -> None:
+    """Terabytes, which a machine would have to be asked for."""
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    edited(copy / part / "config.json", **change)
+    with pytest.raises(ValueError, match=message) as caught:
+        TextToImage.from_pretrained(copy, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_machine_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = sum(numbers(folder / part) for part in ("unet", "vae", "text_encoder"))
+    monkeypatch.setattr(room, "free_memory", lambda device: 2 * held)
+    with pytest.raises(ValueError, match=r"needs 0\.\d GB for its weights in float32, and 0\.\d GB are free on cpu"):
+        TextToImage.from_pretrained(folder, device="cpu")
+    TextToImage.from_pretrained(folder, device="cpu", dtype=torch.float16)
+
+
+def test_what_is_free_is_known_on_linux() -> None:
+    free = room.free_memory(torch.device("cpu"))
+    assert free is None or 10**6 < free < 10**14
+    assert room.free_memory(torch.device("meta")) is None
