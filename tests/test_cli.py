@@ -294,7 +294,7 @@ MISTAKES = {
     "unknown model": ("--model nowhere", "'nowhere' is unknown"),
     "model path without a model": ("--model /", "model_index.json"),
     "unknown hub id": ("--model nobody/nothing", "cannot be fetched"),
-    "a single file": ("--model pyproject.toml", "is a single file"),
+    "a file of another kind": ("--model pyproject.toml", "is not a .safetensors file"),
     "unknown sampler": ("--sampler eular", "sampler 'eular' is unknown; choose from: "),
     "keep more than n": ("-n 4 --keep 5", "--keep 5 is more than -n 4"),
     "keep none": ("--keep 0", "--keep 0 is out of range; give a whole number of 1 or more"),
