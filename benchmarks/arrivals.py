@@ -1,12 +1,12 @@
 """Requests that arrive at random: rows in flight against static batching, on the same model and the same requests.
 
-    python benchmarks/arrivals.py [MODEL] [--requests 40] [--load 0.9] [--faster 1.35] [--repeats 2] ...
+    python benchmarks/arrivals.py [MODEL] [--requests 40] [--load 1.1] [--faster 1.35] [--repeats 2] ...
 
 Requests of mixed lengths, guidance, samplers and numbers of candidates arrive one by one (a Poisson process at `load`
 of what the model paints when it is given all at once). Either an engine takes each as it comes, or a static batcher
 paints, with our own networks and rows, the oldest request that waits together with all that wait of its kind, and then
-the next. Of a kind are those that one call of a pipeline can paint without waste: the same sampler, the same number of
-steps, guided or not; how much they are guided, their prompts and seeds may differ.
+the next. Of a kind are those that one call of a pipeline can paint: with the same sampler, number of steps and
+guidance_scale, of which a call takes one each; their prompts and seeds may differ.
 
 Both take turns within each repeat with the same arrivals, and the engine a third one with these `faster`. It is better
 where it paints that much more and still answers sooner. The result is kept in benchmarks/results/arrivals.json.
@@ -85,7 +85,7 @@ def in_flight(model: TextToImage, arrivals: Sequence[Arrival]) -> list[float]:
 
 def kind(request: Request) -> tuple[object, ...]:
     """What requests have in common that a static batch can hold."""
-    return request.sampler, request.num_inference_steps, request.guidance_scale == 1
+    return request.sampler, request.num_inference_steps, request.guidance_scale
 
 
 def batch_of(waiting: Sequence[Request], largest: int) -> list[int]:
@@ -156,7 +156,7 @@ def arriving(requests: Sequence[Request], rate: float, seed: int) -> list[Arriva
 def main(
     model: Annotated[str, typer.Argument(help="A bundled name, a folder or a hub id.")] = "shapes64",
     requests: Annotated[int, typer.Option(min=2, help="That arrive in a run.")] = 40,
-    load: Annotated[float, typer.Option(min=0.01, help="Share of what is painted when all is given at once.")] = 0.9,
+    load: Annotated[float, typer.Option(min=0.01, help="Share of what is painted when all is given at once.")] = 1.1,
     faster: Annotated[float, typer.Option(min=1.0, help="How much faster they come to the engine alone.")] = 1.35,
     largest: Annotated[int, typer.Option(min=1, help="Pictures in a static batch, at most.")] = 16,
     repeats: Annotated[int, typer.Option(min=1)] = 2,

@@ -1,10 +1,10 @@
 """Rows in flight over one network: the one loop that every picture and every prior embedding goes through.
 
-`Rows` holds rows of any prompts, settings and noise levels. A tick takes every row one step: it lists the
-evaluations (row, condition, weight), asks the network for them in as few calls as memory allows, weighs the answers
-back into their rows and lets `samplers.advance` move the state. Rows are admitted, dropped and finished one by one,
-and none ever depends on the others; when a call fails, the rows in it are out and the others go on. Nothing here
-waits for the device. It knows no requests, no prompts, no autoencoder and no ranking.
+`Rows` holds rows of any prompts, settings and noise levels. A tick takes every row one step: it lists the evaluations
+(row, condition, weight), asks the network for them in as few calls as memory allows, those of all samplers together,
+weighs the answers back into their rows and lets `samplers.advance` move the state. Rows are admitted, dropped and
+finished one by one, and none ever depends on the others; when a call fails, the rows in it are out and the others go
+on. Nothing here waits for the device. It knows no requests, no prompts, no autoencoder and no ranking.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Attempt:
 
     lane: Lane
     plan: Plan
-    noise: Tensor | None  # (B, ...) None where no row of the lane takes any
-    momentum: Tensor | None  # (B, ...) the running differences of rows that follow apg; None: no row has one
+    noise: Tensor | None  # (B, ...); None where no row of the lane takes any
+    momentum: Tensor | None  # (B, ...), the running differences of rows that follow apg; None: no row has one
     told: list[Prediction] = field(default_factory=list)  # what its denoiser has said so far
     state: State | None = None  # None: not worked out yet
 
@@ -278,7 +278,7 @@ class Rows:
             self.lanes = {key: other for key, other in self.lanes.items() if other is not lane}
 
     def _unplan(self, lane: Lane) -> None:
-        """Its rows change, or which of them are guided."""
+        """Its rows change, or what they ask."""
         self.passes = [each for each in self.passes if lane.plan not in each.plans]
         lane.plan = None
 
