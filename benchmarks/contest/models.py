@@ -3,6 +3,7 @@
 Words and pictures show in what such a model answers, so that an error in painting or ranking shows too.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def write_random(shape: Shape, prompt: str, folder: Path) -> int:
         unet = random_unet(shape)
         StableUnCLIPImg2ImgPipeline(
             feature_extractor=None,
-            image_encoder=no_image_encoder(),
+            image_encoder=no_image_encoder(shape.text[0]),
             image_normalizer=StableUnCLIPImageNormalizer(shape.text[0]),
             image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
             tokenizer=tokenizer,
@@ -111,6 +112,11 @@ def write_random(shape: Shape, prompt: str, folder: Path) -> int:
             ),
             vae=random_vae(shape),
         ).save_pretrained(folder)
+    index = folder / "model_index.json"
+    told = json.loads(index.read_text()) | {
+        "_class_name": "StableUnCLIPPipeline"
+    }  # which paints texts; no prior needed
+    index.write_text(json.dumps(told, indent=2) + "\n")
     clip.save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
     size = shape.image_size
@@ -179,9 +185,10 @@ def scale_up(layer: nn.Conv2d, factor: float) -> None:
         weight.mul_(factor)
 
 
-def no_image_encoder() -> CLIPVisionModelWithProjection:
+def no_image_encoder(width: int = 8) -> CLIPVisionModelWithProjection:
     """What stock's pipeline has to have and, told an embedding, asks for nothing but the type of its weights."""
-    tiny = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tiny = CLIPVisionConfig(**sizes, projection_dim=width)
     return CLIPVisionModelWithProjection(tiny).eval()
 
 
