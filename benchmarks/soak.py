@@ -59,6 +59,10 @@ def request(index: int, able: Abilities) -> Request:
         output_type="pt" if index % 5 == 0 else "latent",
     )
     asked = replace(asked, **kinds[index % len(kinds)])
+    if able.needs_image:
+        assert able.embedding_width is not None, "it takes image embeddings"
+        drawn = torch.randn(1, able.embedding_width, generator=torch.Generator().manual_seed(index))
+        asked = replace(asked, image_embeds=drawn, prior=None)
     return replace(asked, prior_num_inference_steps=2) if asked.prior else asked
 
 
