@@ -253,6 +253,7 @@ class TextToImage:
         super_res_num_inference_steps: int | None = None,  # where the model paints small pictures first
         latents: Tensor | None = None,  # (prompts * num_images_per_prompt, C, h, w) unit noise
         prior_latents: Tensor | None = None,  # (prompts * num_images_per_prompt, E) unit noise
+        super_res_latents: Tensor | None = None,  # (prompts * num_images_per_prompt, C, H, W) unit noise
         prompt_embeds: Tensor | None = None,  # (prompts, L, D)
         negative_prompt_embeds: Tensor | None = None,  # (prompts, L, D)
         pooled_prompt_embeds: Tensor | None = None,  # (prompts, P), with prompt_embeds of Stable Diffusion XL
@@ -326,6 +327,7 @@ class TextToImage:
             super_res_num_inference_steps=super_res_num_inference_steps,
             latents=latents,
             prior_latents=prior_latents,
+            super_res_latents=super_res_latents,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,

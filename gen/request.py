@@ -25,7 +25,7 @@ from gen.settings import JSON, OPTIONS, Abilities, Settings, check_settings
 from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, found, num_of, size_of, sources
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
-TENSORS = ("latents", "prior_latents", *POOLED, *POOLED.values(), "image_embeds")
+TENSORS = ("latents", "prior_latents", "super_res_latents", *POOLED, *POOLED.values(), "image_embeds")
 SHOWN = "ip_adapter_image_embeds"  # so small that a record holds it
 NULLS = ("negative_prompt", "negative_prompt_embeds")
 GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
@@ -36,6 +36,7 @@ PRIORS = (
     "prior_guidance_scale",
     "prior_best_of",
 )  # read where there is a prior
+SUPER_RES = ("super_res_latents", "super_res_num_inference_steps")  # read where there is super resolution
 PICTURES = {"image": RGB, "mask_image": GREY, "variation_of": RGB, "interpolate_image": RGB}  # their channels
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
@@ -72,6 +73,7 @@ class Candidate:
     settings: Settings
     latents: Tensor | None = None  # (C, h, w) unit noise in place of the seed's
     prior_latents: Tensor | None = None  # (E,) unit noise in place of the seed's
+    super_res_latents: Tensor | None = None  # (C, H, W) unit noise in place of the seed's
     prompt_embeds: Tensor | None = None  # (L, D) in place of the prompt's
     negative_prompt_embeds: Tensor | None = None  # (L, D) in place of the negative prompt's
     pooled_prompt_embeds: Tensor | None = None  # (P,) with prompt_embeds, where the UNet takes them pooled too
@@ -208,6 +210,7 @@ class Request:
     super_res_num_inference_steps: int | None = None
     latents: Tensor | None = field(default=None, repr=False)
     prior_latents: Tensor | None = field(default=None, repr=False)
+    super_res_latents: Tensor | None = field(default=None, repr=False)
     prompt_embeds: Tensor | None = field(default=None, repr=False)
     negative_prompt_embeds: Tensor | None = field(default=None, repr=False)
     pooled_prompt_embeds: Tensor | None = field(default=None, repr=False)
@@ -261,6 +264,7 @@ class Request:
                     settings=settled[at],
                     latents=told["latents"].get(index),
                     prior_latents=told["prior_latents"].get(index),
+                    super_res_latents=told["super_res_latents"].get(index),
                     prompt_embeds=told["prompt_embeds"].get(at),
                     negative_prompt_embeds=told["negative_prompt_embeds"].get(at),
                     pooled_prompt_embeds=told["pooled_prompt_embeds"].get(at),
@@ -428,7 +432,7 @@ class Request:
             (self.prompt_embeds is not None, "prompt_embeds was given", ("clip_skip",)),
             (not settings.prior, "the prior is off", PRIORS),
             (not image and bool(self.noise_level), "the prior is off", ("noise_level",)),
-            (not able.super_res_max_steps, "this model has no super resolution", ("super_res_num_inference_steps",)),
+            (not able.super_res_max_steps, "this model has no super resolution", SUPER_RES),
         ]
         for holds, reason, names in unheard:
             for name in names:
@@ -445,6 +449,9 @@ class Request:
         else:
             shape_of("prior_latents", self.prior_latents, (num_prompts * n, able.embedding_width))
             shape_of("image_embeds", self.image_embeds, (num_prompts, able.embedding_width))
+        if able.super_res_max_steps:
+            large = (able.latent_channels, settings.height, settings.width)
+            shape_of("super_res_latents", self.super_res_latents, (num_prompts * n, *large))
         if able.ip_adapter_width is not None:
             shape_of(SHOWN, self.ip_adapter_image_embeds, (num_prompts, able.ip_adapter_width))
         elif self.ip_adapter_image_embeds is not None:

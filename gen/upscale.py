@@ -50,6 +50,7 @@ class Upscaler:
                     prompt=seen,
                     last=Condition(channels=seen.channels, asks="last"),
                     options=self.levels.options(self.levels.sampler),
+                    start=candidate.super_res_latents,
                 )
             )
         return rows

@@ -183,6 +183,23 @@ def test_the_prior_and_its_own_answer_paint_the_same(model: TextToImage) -> None
     assert apart(model(SHORT, image_embeds=embeds, **asked).images, ours) <= 1e-6
 
 
+def test_every_stages_start_can_be_handed_over(model: TextToImage, tiny: TextToImage) -> None:
+    """As stock takes it; the later blocks stay the seed's."""
+    asked: dict[str, Any] = STEPS | {"num_images_per_prompt": 2, "seed": SEED, "output_type": "latent"}
+    names = {"prior": "prior_latents", "decoder": "latents", "super_resolution": "super_res_latents"}
+    own = {names[stage]: noise([SEED, SEED + 1], stage, 0, shape) for shape, stage in SHAPES.items()}
+    plain = model(SHORT, **asked).images
+    assert torch.equal(model(SHORT, **own, **asked).images, plain)
+    for name, start in own.items():
+        # of the prior's start nothing is left but what its first estimate makes of it, here very little
+        least = 0 if name == "prior_latents" else 1e-2
+        assert apart(model(SHORT, **{name: start.flip(0)}, **asked).images, plain) > least
+    with pytest.raises(ValueError, match=re.escape("super_res_latents has shape (1, 3, 8, 8); give (2, 3, 16, 16)")):
+        model(SHORT, super_res_latents=torch.zeros(1, 3, 8, 8), **asked)
+    with pytest.warns(UserWarning, match="super_res_latents is ignored: this model has no super resolution"):
+        tiny(SHORT, num_inference_steps=1, prior=False, super_res_latents=torch.zeros(1, 3, 8, 8))
+
+
 # --- whatever is painted beside it -------------------------------------------------------------------------------
 
 
