@@ -28,6 +28,29 @@ class Tokens:
     attention_mask: Tensor  # (B, L) bool, true up to and with the end of the text
 
 
+@dataclass(frozen=True)
+class Piece:
+    """As much of a text as a tower reads at once, both ends around it; a text has as many as its tokens need."""
+
+    parts: tuple[tuple[str, float], ...]  # of the whole text, and what each counts; tokens never span two
+    number: int = 0  # which of its pieces; one behind the last is empty
+
+    def __bool__(self) -> bool:
+        """Whether there is any text, in this piece or another."""
+        return any(text for text, _ in self.parts)
+
+    def tokens(self, tokenizer: Any, length: int) -> list[tuple[int, float]]:
+        """Ids and what each counts, L with both ends and padding, which count 1."""
+        room = length - 2
+        inner = counted(tokenizer, self.parts)[self.number * room : (self.number + 1) * room]
+        ends = [(tokenizer.bos_token_id, 1.0), *inner, (tokenizer.eos_token_id, 1.0)]
+        return ends + [(tokenizer.pad_token_id, 1.0)] * (length - len(ends))
+
+    def weights(self, tokenizer: Any, length: int) -> Tensor:
+        """What each token counts, (L,) float32."""
+        return torch.tensor([weight for _, weight in self.tokens(tokenizer, length)])
+
+
 @dataclass(frozen=True, eq=False)
 class TextStates:
     """What a text tower says of B texts, before any projection."""
@@ -49,11 +72,23 @@ class TextTower:
         """Length L in tokens and width D."""
         return self.tokenizer.model_max_length, self.encoder.config.hidden_size
 
-    def __call__(self, texts: Sequence[str], clip_skip: int | None = None, *, normed: bool = True) -> TextStates:
+    def num_pieces(self, parts: Sequence[tuple[str, float]]) -> int:
+        """How many pieces a text of these parts has, one at least."""
+        room = self.shape[0] - 2
+        return max(1, -(-len(counted(self.tokenizer, parts)) // room))
+
+    def __call__(
+        self, texts: Sequence[str | Piece], clip_skip: int | None = None, *, normed: bool = True
+    ) -> TextStates:
         """Encode texts; longer ones are cut with a warning."""
         length, _ = self.shape
-        tokens, lengths = tokenize(self.tokenizer, texts, length)
-        warn_cut(texts, lengths, length)
+        whole = [text for text in texts if isinstance(text, str)]
+        if whole:
+            assert len(whole) == len(texts), "texts or pieces of them"
+            tokens, lengths = tokenize(self.tokenizer, whole, length)
+            warn_cut(whole, lengths, length)
+        else:
+            tokens = tokens_of(self.tokenizer, [text for text in texts if isinstance(text, Piece)], length)
         return self.read(tokens, clip_skip, normed=normed)
 
     def read(self, tokens: Tokens, clip_skip: int | None = None, *, normed: bool = True) -> TextStates:
@@ -92,6 +127,22 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tokens,
         return_attention_mask=True,  # SigLIP's hands none over unasked
     )
     return Tokens(batch.input_ids, batch.attention_mask.bool()), lengths
+
+
+def counted(tokenizer: Any, parts: Sequence[tuple[str, float]]) -> list[tuple[int, float]]:
+    """The ids of a text's parts, without its ends, and what each counts."""
+    return [
+        (token, weight)
+        for text, weight in parts
+        for token in tokenizer(spelled_out(tokenizer, text), add_special_tokens=False, verbose=False).input_ids
+    ]
+
+
+def tokens_of(tokenizer: Any, pieces: Sequence[Piece], length: int) -> Tokens:
+    """Ids of pieces of texts."""
+    ids = torch.tensor([[token for token, _ in piece.tokens(tokenizer, length)] for piece in pieces])
+    ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+    return Tokens(ids, torch.arange(length)[None] <= ends[:, None])
 
 
 def spelled_out(tokenizer: Any, text: str) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from gen.output_folder import output_folder
 from gen.picture import Writer, contact_sheet, largest_difference, read_picture, read_png
+from gen.prompts import plain
 from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:
@@ -91,6 +92,12 @@ def generate(
     ] = None,
     interpolate_image: Annotated[Path | None, _advanced("FILE", "Go from --variation-of towards this picture.")] = None,
     interpolate_prompt: Annotated[str | None, _advanced("TEXT", "Go from PROMPT towards this one.")] = None,
+    prompt_weights: Annotated[
+        bool | None, typer.Option("--prompt-weights", help="(word:1.3), (word) count more, [word] less; \\( is itself.")
+    ] = None,
+    long_prompts: Annotated[
+        bool | None, typer.Option("--long-prompts", help="Read texts too long for the model in pieces.")
+    ] = None,
     interpolation: Annotated[float | None, _advanced("T", "How far to go there, 0 to 1 (default: half way).")] = None,
     edit_from: Annotated[
         str | None, _advanced("TEXT", "What --variation-of shows, where PROMPT says what it should.")
@@ -221,6 +228,8 @@ def generate(
             variation_of=variation_of,
             interpolate_image=interpolate_image,
             interpolate_prompt=interpolate_prompt,
+            prompt_weights=prompt_weights,
+            long_prompts=long_prompts,
             interpolation=interpolation,
             edit_from=edit_from,
             edit_amount=edit_amount,
@@ -228,7 +237,7 @@ def generate(
             super_res_num_inference_steps=super_res_steps,
         )
         request.resolve(painter.model.abilities)  # every mistake, before the note on words
-        foreign = painter.card.unknown_words(prompt)
+        foreign = painter.card.unknown_words(plain(prompt) if prompt_weights else prompt)
         note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
         if note:
             say("generate", note)

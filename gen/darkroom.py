@@ -22,6 +22,7 @@ from gen.bucket import PROBE, Buckets, is_out_of_memory
 from gen.embeds import slerp
 from gen.flight import Flight, Painted
 from gen.model import Family
+from gen.request import Candidate
 
 DECODE_CHUNK = 16  # pictures decoded and scored at once at most; the autoencoder is the largest user of memory
 
@@ -48,16 +49,15 @@ class Darkroom:
         """CLIP's embedding (E,) of a candidate's prompt, or between it and another where it goes there."""
         self._read([flight])
         candidate = flight.job.candidates[index]
-        text, other = flight.texts[candidate.prompt], candidate.settings.interpolate_prompt
-        return slerp(text, flight.texts[other], candidate.settings.interpolation) if other else text
+        text, *others = (flight.texts[said] for said in _said(candidate))
+        return slerp(text, others[0], candidate.settings.interpolation) if others else text
 
     def _read(self, flights: Sequence[Flight[Any]]) -> None:
         """Let CLIP read the prompts of these requests together, of each once."""
         said: dict[int, dict[str, None]] = {}
         for flight in flights:
             if not flight.texts:
-                each = [(one.prompt, one.settings.interpolate_prompt) for one in flight.job.candidates]
-                said[flight.number] = dict.fromkeys(text for texts in each for text in texts if text)
+                said[flight.number] = dict.fromkeys(text for one in flight.job.candidates for text in _said(one))
         texts = list(dict.fromkeys(text for each in said.values() for text in each))
         if texts:
             found = dict(zip(texts, self.clip.text(texts).embedding.unbind(0), strict=True))
@@ -161,6 +161,12 @@ class Darkroom:
     def _seen(self, pixels: Tensor) -> Tensor:
         """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""
         return self.clip.image((pixels * 255).round() / 255)
+
+
+def _said(candidate: Candidate) -> list[str]:
+    """The prompt, and the one it goes towards where there is one, as CLIP reads them."""
+    settings = candidate.settings
+    return [settings.plain(text) for text in (candidate.prompt, settings.interpolate_prompt) if text]
 
 
 def likeness(model: Family, x0: Tensor, *, target: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def _embed(model: object, candidate: Candidate, picture: Source, made: dict[tupl
             embed = slerp(embed, model.see(other.sized(*other.size)), settings.interpolation)
         if settings.edit_from:
             assert model.clip is not None, "refused without both towers"
-            before, after = model.clip.text([settings.edit_from, candidate.prompt]).embedding.float()
+            before, after = model.clip.text([settings.edit_from, settings.plain(candidate.prompt)]).embedding.float()
             embed = moved(embed, before, after, settings.edit_amount)
         made[key] = embed
     return made[key]

@@ -247,6 +247,8 @@ class TextToImage:
         variation_of: Picture | Sequence[Picture] | None = None,  # its CLIP embedding in place of the prior's answer
         interpolate_image: Picture | Sequence[Picture] | None = None,  # towards whose embedding that goes
         interpolate_prompt: str | None = None,  # towards which the prompt goes, and the prior's answer
+        prompt_weights: bool | None = None,  # (word:1.3), (word), [word] say what words count; see `gen.prompts`
+        long_prompts: bool | None = None,  # texts too long for the text tower are read in pieces, and not cut
         interpolation: float | None = None,  # how far, 0 to 1; None: half way
         edit_from: str | None = None,  # what variation_of shows, where prompt says what it should show
         edit_amount: float | None = None,  # how far to turn it there, some 0.25 to 0.5
@@ -321,6 +323,8 @@ class TextToImage:
             variation_of=variation_of,
             interpolate_image=interpolate_image,
             interpolate_prompt=interpolate_prompt,
+            prompt_weights=prompt_weights,
+            long_prompts=long_prompts,
             interpolation=interpolation,
             edit_from=edit_from,
             edit_amount=edit_amount,

@@ -72,7 +72,7 @@ class Prior:
                 shape=self.shape,
                 schedule=self.levels.schedule(self.levels.sampler, candidate.settings.prior_num_inference_steps),
                 sampler=self.levels.sampler,
-                prompt=told[candidate.prompt],
+                prompt=told[candidate.settings.plain(candidate.prompt)],
                 null=told[""],
                 guidance_scale=candidate.settings.prior_guidance_scale,
                 options=self.levels.options(self.levels.sampler),
@@ -83,7 +83,7 @@ class Prior:
 
     def told(self, candidates: Sequence[Candidate], table: Table) -> dict[str, Condition]:
         """What it is told by each text that these candidates' rows read."""
-        said = dict.fromkeys(["", *(candidate.prompt for candidate in candidates)])
+        said = dict.fromkeys(["", *(one.settings.plain(one.prompt) for one in candidates)])
         told = table.of([(STAGE, text) for text in said], lambda names: self.conditions([text for _, text in names]))
         return {text: condition for (_, text), condition in told.items()}
 

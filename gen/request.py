@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gen.checks import is_number, one_of, real, shape_of, texts, whole
+from gen.prompts import parse
 from gen.search import BestOf, Search, by_name
 from gen.settings import JSON, OPTIONS, Abilities, Settings, check_settings
 from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, found, num_of, size_of, sources
@@ -204,6 +205,8 @@ class Request:
     variation_of: Picture | Sequence[Picture] | None = field(default=None, repr=False)
     interpolate_image: Picture | Sequence[Picture] | None = field(default=None, repr=False)
     interpolate_prompt: str | None = None
+    prompt_weights: bool | None = None
+    long_prompts: bool | None = None
     interpolation: float | None = None
     edit_from: str | None = None
     edit_amount: float | None = None
@@ -248,6 +251,7 @@ class Request:
         self._check_pictures(settings, able, pictures)
         self._check_embedding(able)
         negatives = self._negatives(len(prompts))
+        self._check_words(settings, [*prompts, *negatives, settings.interpolate_prompt])
         seeds = candidate_seeds(self.seed, len(prompts), n)
         self._check_tensors(settings, able, len(prompts), n)
 
@@ -374,6 +378,15 @@ class Request:
     def _has_embedding(self) -> bool:
         """Whether an image embedding comes from elsewhere than a prior."""
         return self.image_embeds is not None or self.variation_of is not None
+
+    def _check_words(self, settings: Settings, said: Sequence[str]) -> None:
+        if settings.prompt_weights:
+            for text in dict.fromkeys(said):
+                if text and not any(part.text.strip() for part in parse("prompt", text)):
+                    raise ValueError(f"prompt {text!r} has brackets and no words; say in words what to paint")
+        given = next((name for name in POOLED if getattr(self, name) is not None), None)
+        if settings.long_prompts and given:
+            raise ValueError(f"long_prompts=True and {given} were both given; give texts, or embeddings of all of them")
 
     def _check_embedding(self, able: Abilities) -> None:
         for name, wanted in (("interpolate_image", "variation_of"), ("edit_from", "variation_of")):

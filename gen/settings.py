@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeAlias
 
 from gen.checks import one_of, real, texts, whole
+from gen.prompts import plain
 from samplers.guidance import RULES, Guide
 from samplers.sample import SAMPLERS
 
@@ -67,6 +68,8 @@ class Settings:
     thresholding: float = 0.0  # dynamic thresholding: what clean values keep within, 1 for pixels; 0: off
     dynamic_thresholding_ratio: float = 0.995  # the share of values that are not clipped
     negative_prompt: str = ""  # what the null condition says
+    prompt_weights: bool = False  # whether (word:1.3), (word) and [word] say what words count; see `gen.prompts`
+    long_prompts: bool = False  # whether a text too long for the tower is read in pieces, or cut
     sampler: str = "ddim"
     eta: float | None = None  # fresh noise of a step, 0 none, 1 ancestral; None: the sampler's own
     s_churn: float | None = None  # noise added and taken away again, over all steps (Karras et al. 2022); None: none
@@ -90,6 +93,10 @@ class Settings:
         """The sampler's options that were chosen."""
         chosen = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    def plain(self, text: str) -> str:
+        """A text as CLIP and a prior read it: without weights."""
+        return plain(text) if self.prompt_weights else text
 
     @property
     def num_thoughts(self) -> int:
@@ -146,6 +153,13 @@ def check_settings(settings: Settings, able: Abilities) -> None:
                 f"such as {below}"
             )
     texts("negative_prompt", settings.negative_prompt)
+    for name in ("prompt_weights", "long_prompts"):
+        if not isinstance(value := getattr(settings, name), bool):
+            raise ValueError(f"{name}={value!r}; give True or False")
+        if value and able.text_shape is None:
+            raise ValueError(f"{name}=True, but this model reads a prompt only as it stands; leave {name} out")
+    if settings.long_prompts and settings.interpolate_prompt:
+        raise ValueError("long_prompts=True and interpolate_prompt were both given; leave one of them out")
     whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
     if real("strength", settings.strength, 0.0, 1.0, hint="the share painted anew") == 0 or (
         settings.skipped_steps == settings.num_inference_steps

@@ -13,6 +13,8 @@ FLAGS = {
     "diverse=True": "--diverse",
     "rerank=True": "--rerank",
     "rerank=False": "--no-rerank",
+    "prompt_weights=True": "--prompt-weights",
+    "long_prompts=True": "--long-prompts",
     "prior=True": "--prior",
     "prior=False": "--no-prior",
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
-from clip_core.text import TextTower
+from clip_core.text import Piece, TextTower
 from gen.checkpoint import IMAGE_PARTS, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.embeds import slerp
@@ -215,7 +215,7 @@ class Karlo(Reader):
 
     # --- what the UNet is told ---------------------------------------------------------------------------------------
 
-    def read(self, texts: Sequence[str], clip_skip: int | None) -> list[Condition]:
+    def read(self, texts: Sequence[str | Piece], clip_skip: int | None) -> list[Condition]:
         """What the UNet is told of each of these texts without an image."""
         said = self.text(texts, clip_skip)
         embeddings = self.text_encoder.text_projection(said.pooled)  # (B, E)

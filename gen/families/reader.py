@@ -6,6 +6,7 @@ told the same share a condition, and the empty prompt is encoded once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,13 +16,16 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from clip_core.text import TextTower
+from clip_core.text import Piece, TextTower
 from gen.adapters.ip_adapter import IPAdapter
 from gen.attention import reading, seeing
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.painter import Painter, own
+from gen.prompts import parse
 from gen.request import Candidate
 from gen.settings import Abilities, Settings
+
+logger = logging.getLogger(__name__)
 
 
 class Words(NamedTuple):
@@ -30,6 +34,7 @@ class Words(NamedTuple):
     text: str
     clip_skip: int | None = None  # layers of the text tower left out
     sizes: tuple[int, ...] = ()  # of the picture, as the UNet is told them; empty: it is not
+    pieces: tuple[Piece, ...] = ()  # as which the text is read, one by one; empty: it is read whole
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -62,7 +67,7 @@ class Reader(Painter):
         shape = (self.text.shape[0], self.text_width)
         return replace(super().able(), text_shape=shape, text_layers=layers, ip_adapter_width=seen)
 
-    def read(self, texts: Sequence[str], clip_skip: int | None) -> list[Condition]:
+    def read(self, texts: Sequence[str | Piece], clip_skip: int | None) -> list[Condition]:
         """What the UNet is told of each of these texts."""
         return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
 
@@ -113,13 +118,31 @@ class Reader(Painter):
         return each if self.ip_adapter is None else shown(self.ip_adapter, candidates, each)
 
     def _prompt_of(self, candidate: Candidate) -> Words:
-        settings = candidate.settings
-        return Words(candidate.prompt, settings.clip_skip, self.sizes(settings))
+        settings, text = candidate.settings, candidate.prompt
+        return Words(settings.plain(text), settings.clip_skip, self.sizes(settings), self._pieces(text, candidate))
 
     def _null_of(self, candidate: Candidate) -> Words:
         """What it is guided away from; as in diffusers, no layer is skipped here."""
         settings = candidate.settings
-        return Words(settings.negative_prompt, None, self.sizes(settings))
+        null = settings.negative_prompt
+        return Words(settings.plain(null), None, self.sizes(settings), self._pieces(null, candidate))
+
+    def _pieces(self, text: str, candidate: Candidate) -> tuple[Piece, ...]:
+        """As what a candidate's text is read: prompt and null as equally many pieces; none where it is read whole."""
+        settings = candidate.settings
+        parts = self._parts(text, settings)
+        number = 1
+        if settings.long_prompts:
+            others = (candidate.prompt, settings.negative_prompt)
+            number = max(self.text.num_pieces(self._parts(other, settings)) for other in others)
+        if number == 1 and all(weight == 1 for _, weight in parts):
+            return ()
+        return tuple(Piece(parts, k) for k in range(number))
+
+    def _parts(self, text: str, settings: Settings) -> tuple[tuple[str, float], ...]:
+        if not settings.prompt_weights:
+            return ((text, 1.0),)
+        return tuple((part.text, part.weight) for part in parse("prompt", text))
 
     def _read_for(self, candidate: Candidate) -> Iterator[Words]:
         """What the text tower has to read for this candidate."""
@@ -129,15 +152,36 @@ class Reader(Painter):
             yield self._null_of(candidate)
 
     def _encoded(self, words: Sequence[Words]) -> list[Condition]:
-        """The conditions of these words; one call of the text tower for each `clip_skip`."""
-        asked = dict.fromkeys((each.text, each.clip_skip) for each in words)
+        """The conditions of these words; one call of the text tower for each `clip_skip`, and for each in pieces."""
+        asked = dict.fromkeys((each.text, each.clip_skip) for each in words if not each.pieces)
         found: dict[tuple[str, int | None], Condition] = {("", None): self._empty} if ("", None) in asked else {}
         for clip_skip in dict.fromkeys(skip for _, skip in asked):
             texts = [text for text, skip in asked if skip == clip_skip and (text, skip) not in found]
             if texts:
                 read = self.read(texts, clip_skip)
                 found |= {(text, clip_skip): condition for text, condition in zip(texts, read, strict=True)}
-        return [self._sized(found[each.text, each.clip_skip].twin(), each.sizes) for each in words]
+        told = [
+            self._in_pieces(each.pieces, each.clip_skip) if each.pieces else found[each.text, each.clip_skip].twin()
+            for each in words
+        ]
+        return [self._sized(condition, each.sizes) for condition, each in zip(told, words, strict=True)]
+
+    def _in_pieces(self, pieces: Sequence[Piece], clip_skip: int | None) -> Condition:
+        """A text read piece by piece: the states one behind the other, moved from the empty prompt's by their weights.
+
+        What is told of it pooled is told of its first piece.
+        """
+        if (needed := self.text.num_pieces(pieces[0].parts)) > len(pieces):
+            logger.warning("a text of %d pieces is cut to %d: %r", needed, len(pieces), pieces[0].parts)
+        read, empty = self.read(pieces, clip_skip), self._empty.tokens
+        assert empty is not None, "these families read tokens"
+        moved = []
+        for piece, condition in zip(pieces, read, strict=True):
+            assert condition.tokens is not None, "these families read tokens"
+            weights = piece.weights(self.text.tokenizer, len(empty)).to(empty.device)[:, None]  # (L, 1)
+            difference = condition.tokens.float() - empty.float()
+            moved.append(torch.where(weights == 1, condition.tokens.float(), empty.float() + weights * difference))
+        return replace(read[0], tokens=own(torch.cat(moved), self.unet))
 
     def _sized(self, condition: Condition, sizes: tuple[int, ...]) -> Condition:
         if not sizes:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from clip_core.text import TextTower
+from clip_core.text import Piece, TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions
 from gen.families.autoencoder import KLModel
@@ -112,7 +112,7 @@ class StableDiffusionXL(KLModel, Reader):
         # one layer less, for the last is never read
         return replace(super().able(), pooled_width=self.pooled_width, text_layers=layers - 1)
 
-    def read(self, texts: Sequence[str], clip_skip: int | None) -> list[Condition]:
+    def read(self, texts: Sequence[str | Piece], clip_skip: int | None) -> list[Condition]:
         """What the UNet is told of each of these texts."""
         layer = 1 + (clip_skip or 0)
         first = self.text(texts, layer, normed=False)

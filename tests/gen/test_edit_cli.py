@@ -67,6 +67,8 @@ def test_a_picture_is_painted_from_one_and_repeated(
         (["--image", "in", "--mask", "narrow"], "--mask is 32 x 64 pixels, and image 64 x 64"),
         (["--image", "nowhere.png"], "picture nowhere.png does not exist"),
         (["--image", "in", "--width", "32"], "only one of height and width was given"),
+        (["--edit-from", "a star"], "--edit-from was given without --variation-of"),
+        (["--prompt-weights", "--negative", "a (star"], "that is not closed; write \\( for itself"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -81,3 +83,28 @@ def test_mistakes_are_one_line(
     typed = [files.get(word, word) for word in words]
     status, _, err = run(capsys, "generate", PROMPT, "--model", str(tiny_folder), "--out", str(out), *typed)
     assert status == 2 and line in err and err.strip().count("\n") == 0 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a (red:1.3) star", ["--prompt-weights", "--long-prompts", "--prior-best-of", "2"]),
+        (PROMPT, ["--variation-of", "in", "--edit-from", "a star", "--edit-amount", "0.4"]),
+        (PROMPT, ["--interpolate-prompt", "a star", "--interpolation", "0.3"]),
+    ],
+    ids=["weights", "variation", "prompts"],
+)
+def test_other_edits_are_painted_and_repeated(
+    tiny_folder: Path,
+    files: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prompt: str,
+    words: list[str],
+) -> None:
+    typed = [files.get(word, word) for word in words]
+    asked = ["generate", prompt, "--model", str(tiny_folder), "-n", "1", "--json", "--out", str(tmp_path / "out")]
+    status, out, err = run(capsys, *asked, *typed)
+    assert status == 0, err
+    found: Any = json.loads(out)
+    assert run(capsys, "reproduce", found["pictures"][0]["path"])[0] == 0

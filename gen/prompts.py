@@ -1,0 +1,68 @@
+"""Prompts in which some words count more than others: `(word:1.3)`, `(word)`, `[word]`.
+
+The grammar that most users of Stable Diffusion know: round brackets multiply by the number behind the colon, or by 1.1;
+square ones divide by 1.1; they nest; a backslash before a bracket or a backslash means that character. Nothing here
+knows models or tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+STEP = 1.1  # what a pair of brackets without a number multiplies by, or divides by
+MOST = 10.0  # a weight is from 0 to this
+
+TOKEN = re.compile(r"\\[\\()\[\]]|:\s*(\d+\.?\d*|\.\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
+CLOSES = {")": "(", "]": "["}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Words that count alike."""
+
+    text: str
+    weight: float = 1.0
+
+
+def parse(name: str, text: str) -> tuple[Part, ...]:
+    """The parts of a text in their order; ValueError for brackets that do not pair and weights out of range."""
+    found: list[Part] = []
+    open_: list[tuple[str, int]] = []  # brackets, and how many parts were found before each
+
+    def close(bracket: str, factor: float) -> None:
+        if not open_ or open_[-1][0] != bracket:
+            raise ValueError(f"{name} {text!r} has a closing bracket that none opens; write \\) or \\] for itself")
+        _, first = open_.pop()
+        found[first:] = [Part(part.text, part.weight * factor) for part in found[first:]]
+
+    for match in TOKEN.finditer(text):
+        token = match[0]
+        if token in ("(", "["):
+            open_.append((token, len(found)))
+        elif match[1] is not None:
+            close("(", float(match[1]))
+        elif token in CLOSES:
+            close(CLOSES[token], STEP if token == ")" else 1 / STEP)
+        else:
+            found.append(Part(token[1:] if len(token) == 2 and token[0] == "\\" else token))
+    if open_:
+        raise ValueError(f"{name} {text!r} has '{open_[-1][0]}' that is not closed; write \\{open_[-1][0]} for itself")
+    if wrong := [part for part in found if not part.weight <= MOST]:
+        raise ValueError(f"{name} gives {wrong[0].text!r} the weight {wrong[0].weight:g}; give 0 to {MOST:g}")
+    return _joined(found)
+
+
+def plain(text: str) -> str:
+    """A text without its weights, as CLIP and a prior read it."""
+    return "".join(part.text for part in parse("prompt", text))
+
+
+def _joined(parts: list[Part]) -> tuple[Part, ...]:
+    joined: list[Part] = []
+    for part in parts:
+        if joined and joined[-1].weight == part.weight:
+            joined[-1] = Part(joined[-1].text + part.text, part.weight)
+        else:
+            joined.append(part)
+    return tuple(joined)
