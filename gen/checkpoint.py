@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from diffusers.pipelines.kandinsky.text_encoder import MultilingualCLIP
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from torch import nn
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -36,7 +37,7 @@ from gen.weights import (
     check_weights,
     damaged,
     files_hash,
-    folder_hash,
+    files_of,
     named,
     numbers,
     of_one_variant,
@@ -54,9 +55,16 @@ UNUSED = ("safety_checker", *IMAGE_PARTS)  # parts that nothing here asks
 SEEING = ("StableUnCLIPImg2ImgPipeline", "UnCLIPImageVariationPipeline")  # families that ask the image parts
 # Not in diffusers' top level: by the name of the class, the package of pipelines that indices name for it.
 OURS: dict[str, tuple[str, type]] = {
+    "MultilingualCLIP": ("kandinsky", MultilingualCLIP),
     "StableUnCLIPImageNormalizer": ("stable_diffusion", StableUnCLIPImageNormalizer),
     "UnCLIPTextProjModel": ("unclip", UnCLIPTextProjModel),
 }
+# Decoders whose prior is a folder of its own: its pipeline class, and that of a folder of both.
+JOINED = {
+    "KandinskyPipeline": ("KandinskyPriorPipeline", "KandinskyCombinedPipeline"),
+    "KandinskyV22Pipeline": ("KandinskyV22PriorPipeline", "KandinskyV22CombinedPipeline"),
+}
+PRIOR = "prior_"  # stands before the names of the prior's parts in a folder of both
 
 
 @dataclass(frozen=True)
@@ -106,13 +114,19 @@ class Parts:
     folder: Path
     options: Mapping[str, Any] = field(default_factory=dict)  # what else model_index.json says
     files: Mapping[str, Path] = field(default_factory=dict)  # all it was read from by name, if not the folder's own
+    prior_folder: Path | None = None  # where the prior's parts are; None: not apart from the others
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 over every file that a picture or its score depends on; the card is not one."""
-        if self.files:
-            return files_hash(self.files)
-        return folder_hash(self.folder, sorted([*self.modules, "clip"]))
+        parts = {name: self.place(name) for name in sorted([*self.modules, "clip"])}
+        return files_hash(self.files or files_of(parts))
+
+    def place(self, name: str) -> Path:
+        """The folder of a part."""
+        if self.prior_folder is not None and name.startswith(PRIOR):
+            return self.prior_folder / name.removeprefix(PRIOR)
+        return self.folder / name
 
 
 def find(name_or_path: str | Path) -> Path:
@@ -157,26 +171,69 @@ def load(
     name_or_path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    prior: str | Path | None = None,  # of a decoder whose prior is a folder or a hub id of its own
 ) -> Parts:
     """Load every part of a model, ready to run; a missing or damaged file is a ValueError that names it."""
     folder = find(name_or_path)
     index = read_json(folder / INDEX)
-    modules: dict[str, Any] = {}
+    family = index.get("_class_name", "")
+    refuse_prior_alone(name_or_path, family)
+    if prior is not None:
+        of_prior, combined = prior_for(prior, name_or_path, family)
+        parts = load(folder, device, dtype)
+        found = loaded(of_prior, read_json(of_prior / INDEX), None, device, dtype)
+        with_prior = parts.modules | {f"{PRIOR}{name}": part for name, part in found.items()}
+        return replace(parts, family=combined, modules=with_prior, prior_folder=of_prior)
     check_room(
         sum(map(numbers, [*(folder / name for name in listed(index)), folder / "clip"])), device, dtype, str(folder)
     )
     clip = load_clip(folder / "clip", device, dtype) if (folder / "clip").is_dir() else None
+    modules = loaded(folder, index, clip, device, dtype)
+    options = {name: value for name, value in index.items() if not isinstance(value, list)}
+    return Parts(family, modules, clip, Card.read(folder), folder, options)
+
+
+def loaded(
+    folder: Path, index: Mapping[str, Any], clip: CLIP | None, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The parts of a folder by their names; text towers that `clip` has too are taken from there."""
+    modules: dict[str, Any] = {}
     for name, (library, class_name) in listed(index).items():
         kind = part_class(library, class_name, folder / INDEX)
         tower = shared_tower(kind, clip, folder, name)
         modules[name] = tower if tower is not None else load_part(kind, folder / name, device, dtype)
-    options = {name: value for name, value in index.items() if not isinstance(value, list)}
-    return Parts(index.get("_class_name", ""), modules, clip, Card.read(folder), folder, options)
+    return modules
+
+
+def prior_for(prior: str | Path, model: str | Path, family: str) -> tuple[Path, str]:
+    """The folder of a decoder's prior, and the pipeline class of both; ValueError where it is no prior of this one."""
+    if family in {combined for _, combined in JOINED.values()}:
+        raise ValueError(f"prior_model '{prior}' was given, but model '{model}' has its own prior; leave it out")
+    if family not in JOINED:
+        why = f"but model '{model}' is a {family or 'folder of no class'}, which takes none"
+        raise ValueError(f"prior_model '{prior}' was given, {why}; leave it out")
+    needed, combined = JOINED[family]
+    folder = find(prior)
+    given = read_json(folder / INDEX).get("_class_name", "")
+    if given != needed:
+        what = given or "folder of no class"
+        raise ValueError(f"prior_model '{prior}' is a {what}; model '{model}' needs a {needed}")
+    return folder, combined
+
+
+def refuse_prior_alone(model: str | Path, family: str) -> None:
+    """ValueError for a folder that has no decoder."""
+    decoders = [decoder for decoder, (prior, _) in JOINED.items() if prior == family]
+    if decoders:
+        raise ValueError(f"model '{model}' is a prior alone; give it as prior_model, beside a {decoders[0]}")
 
 
 def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The parts that model_index.json lists and that are used here, each as (library, class)."""
-    unused = UNUSED[:1] if index.get("_class_name") in SEEING else UNUSED
+    family = index.get("_class_name")
+    unused: Sequence[str] = UNUSED[:1] if family in SEEING else UNUSED
+    if family in {prior for prior, _ in JOINED.values()}:
+        unused = ()
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name not in unused}
     return {name: (entry[0], entry[1]) for name, entry in entries.items() if len(entry) == 2 and all(entry)}
 

@@ -131,6 +131,9 @@ def generate(
     attention: Annotated[
         str, _advanced("NAME", "Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers.")
     ] = "auto",
+    prior_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Kandinsky's prior, where it is apart: folder or hub id.")
+    ] = None,
     rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
     clip: Annotated[
         str | None,
@@ -166,7 +169,7 @@ def generate(
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
         check_text(prompt, negative or "", interpolate_prompt or "", edit_from or "")
-        painter = _load(model, attention, weak_unet, clip, config=config)
+        painter = _load(model, attention, weak_unet, clip, config=config, prior_model=prior_model)
         for file, scale in map(_scaled, lora or []):
             painter.load_lora(file, scale)
         for file, token in map(_called, embedding or []):
@@ -363,6 +366,9 @@ def reproduce(
         typer.Option(metavar="FILE", help="Where a picture or mask is now that it was painted from; repeatable."),
     ] = None,
     config: Config = None,
+    prior_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where the prior is now, if it is apart from the model.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Paint FILE.png again from its own record; exit status 1 when a pixel is more than one level off."""
@@ -373,7 +379,8 @@ def reproduce(
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
             raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
-        for name, kind in (("settings", dict), ("weak_unet", str), ("clip", str), ("attention", str), ("config", str)):
+        texts = ("weak_unet", "clip", "attention", "config", "prior_model")
+        for name, kind in (("settings", dict), *((each, str) for each in texts)):
             if not isinstance(record.get(name, kind()), kind):
                 raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
         guided = record.get("settings", {}).get("clip_guidance_scale")  # or no CLIP is asked
@@ -384,8 +391,16 @@ def reproduce(
         if attention != record.get("attention", attention):
             say("reproduce", f"attention '{record['attention']}' does not run here; pixels may differ by torch's own")
         weak, config = weak_unet or record.get("weak_unet"), config or record.get("config")
-        name = model or str(recorded)
-        painter = _load(name, attention, weak_unet=weak, clip=clip, dtype=dtype, config=config)
+        prior_model = prior_model or record.get("prior_model")
+        painter = _load(
+            model or str(recorded),
+            attention,
+            weak_unet=weak,
+            clip=clip,
+            dtype=dtype,
+            config=config,
+            prior_model=prior_model,
+        )
         painter.load_again(record)
         again = as_output([painter.repaint(record, image or ())], "pil")
         assert isinstance(again, list)
@@ -413,15 +428,21 @@ def _load(
     clip: str | None = None,
     dtype: "torch.dtype | None" = None,  # None: float32
     config: str | None = None,
+    prior_model: str | None = None,
 ) -> "TextToImage":
     """The model, on the GPU where there is one."""
     import torch
 
     from gen.pipeline import TextToImage
 
-    dtype = dtype or torch.float32
     return TextToImage.from_pretrained(
-        name, dtype=dtype, attention=attention, weak_unet=weak_unet, clip=clip, config=config
+        name,
+        dtype=dtype or torch.float32,
+        attention=attention,
+        weak_unet=weak_unet,
+        clip=clip,
+        config=config,
+        prior_model=prior_model,
     )
 
 

@@ -29,6 +29,7 @@ from gen.upscale import STAGE as SUPER_RESOLUTION
 
 Stage = Literal["prior", "decoder", "super_resolution"]
 DECODER: Final = "decoder"
+NULL: Final = -1  # in place of a thought's number: what the candidate is guided away from
 
 R = TypeVar("R")
 
@@ -87,7 +88,7 @@ class Place(NamedTuple):
     request: int
     candidate: int
     is_draft: bool = False  # a scout's
-    thought: int = 0  # of the prior's, which of those that are asked for
+    thought: int = 0  # of the prior's, which of those that are asked for, or `NULL`
 
 
 class Waiting(NamedTuple):
@@ -165,7 +166,7 @@ class Flight(Generic[R]):
         """The keys of these candidates' rows."""
         settings = {index: self.job.candidates[index].settings for index in candidates}
         asked = {index: range(each.num_thoughts) for index, each in settings.items()}
-        prior = {Place(self.number, index, thought=k) for index, thoughts in asked.items() for k in thoughts}
+        prior = {Place(self.number, index, thought=k) for index, thoughts in asked.items() for k in (*thoughts, NULL)}
         return prior | {Place(self.number, index, is_draft) for index in settings for is_draft in (False, True)}
 
     def take(self, stage: Stage, taken: Taken, slots: Sequence[int]) -> None:

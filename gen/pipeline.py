@@ -38,6 +38,7 @@ from gen.request import Candidate, Job, Request
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, source
+from gen.weights import folder_hash
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
@@ -80,6 +81,7 @@ class TextToImage:
         clip: str = "",  # where the CLIP that ranks came from, if not from the model's own folder
         attention: str = AUTO,  # the UNet's kernel, as it was asked for
         config: str = "",  # where a single file's configurations came from, if not with this package
+        prior_model: str = "",  # where the prior came from, if not from the model's own folder
     ) -> None:
         self.model = model
         self.name = name
@@ -87,6 +89,7 @@ class TextToImage:
         self.clip = clip
         self.attention = attention
         self.config = config
+        self.prior_model = prior_model
         self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
         self._hash = model_hash
         self._buckets = Buckets()
@@ -100,6 +103,7 @@ class TextToImage:
         *,
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
+        prior_model: str | Path | None = None,  # Kandinsky's prior, where it is apart: a diffusers folder or a hub id
         clip: str | Path | None = None,  # what ranks: a CLIP or SigLIP folder, a hub id, "open_clip:NAME/TAG"
         config: str | Path | None = None,  # of a single file: folder of its configurations; None: its family's
     ) -> TextToImage:
@@ -112,13 +116,15 @@ class TextToImage:
         device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_attention(attention, device, dtype)
         if single_file.is_single(name_or_path):
+            if prior_model is not None:
+                raise ValueError(f"prior_model '{prior_model}' was given, but a single file takes none; leave it out")
             parts = single_file.load(name_or_path, device, dtype, config)
         elif config is not None:
             raise ValueError(
                 f"config='{config}' is for a single file, and model '{name_or_path}' is none; leave it out"
             )
         else:
-            parts = checkpoint.load(name_or_path, device, dtype)
+            parts = checkpoint.load(name_or_path, device, dtype, prior_model)
         if clip is not None:
             parts = replace(parts, clip=checkpoint.load_clip(clip, device, dtype))
         if parts.family not in FAMILIES:
@@ -130,8 +136,9 @@ class TextToImage:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
             set_attention(weak, attention)
             model = model.with_weak(weak, str(weak_unet))
-        weak_name, clip_name, config_name = (str(each or "") for each in (weak_unet, clip, config))
-        return cls(model, str(name_or_path), lambda: parts.hash, weak_name, clip_name, attention, config_name)
+        origins = {"weak_unet": weak_unet, "clip": clip, "config": config, "prior_model": prior_model}
+        named = {name: str(origin or "") for name, origin in origins.items()}
+        return cls(model, str(name_or_path), lambda: parts.hash, attention=attention, **named)
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Merge a LoRA into the weights, `scale` times: a file, a folder or a hub id; see `gen.adapters.lora`.
@@ -196,7 +203,7 @@ class TextToImage:
     @cached_property
     def weak_hash(self) -> str:
         """SHA-256 of the weaker UNet's files; empty where there is none."""
-        return checkpoint.folder_hash(Path(self.weak_unet), [""]) if self.weak_unet else ""
+        return folder_hash(Path(self.weak_unet), [""]) if self.weak_unet else ""
 
     @property
     def card(self) -> checkpoint.Card:
@@ -265,6 +272,7 @@ class TextToImage:
         | Sequence[Image.Image]
         | None = None,  # shown beside the text; one, or per prompt
         ip_adapter_image_embeds: Tensor | None = None,  # (prompts, E) in its place
+        negative_image_embeds: Tensor | None = None,  # (prompts, E), what Kandinsky is guided away from
         output_type: str = "pil",  # "pil", "pt", "np" or "latent"
         batch_size: int | None = None,  # rows in flight at most; None: as memory allows. Pictures do not depend on it
         callback: Callback | None = None,  # called after every step, to look or to cancel
@@ -338,6 +346,7 @@ class TextToImage:
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             image_embeds=image_embeds,
             ip_adapter_image_embeds=ip_adapter_image_embeds,
+            negative_image_embeds=negative_image_embeds,
             output_type=output_type,
         )
         return self.paint([request], batch_size=batch_size, callback=callback, progress=progress)[0]
@@ -403,7 +412,9 @@ class TextToImage:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a stock diffusers folder with the CLIP and the card beside; see `checkpoint.save`."""
         parts = self.model.parts()
-        return checkpoint.save(folder, self.model.saved_as, parts, self.model.clip, self.card, dtype, self.model.index)
+        return checkpoint.save(
+            folder, self.model.saved_as, parts, self.model.clip_beside, self.card, dtype, self.model.index
+        )
 
     def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""
@@ -421,12 +432,13 @@ class TextToImage:
     def _moving(self, jobs: Sequence[Job], shown: Progress) -> Callback:
         """A callback that moves a bar for each stage."""
         totals = {"prior": 0, "decoder": 0, "super_resolution": 0}
-        for settings in (candidate.settings for job in jobs for candidate in job.candidates):
+        for candidate in (candidate for job in jobs for candidate in job.candidates):
+            settings = candidate.settings
             totals["decoder"] += schedule_of(self.model.levels, settings).num_steps
             if settings.prior and self.model.prior is not None:
                 levels = self.model.prior.levels
                 steps = levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps
-                totals["prior"] += steps * settings.num_thoughts
+                totals["prior"] += steps * self.model.prior.num_answers(candidate)
             if self.model.upscaler is not None:
                 levels, steps = self.model.upscaler.levels, settings.super_res_num_inference_steps
                 totals["super_resolution"] += levels.schedule(levels.sampler, steps).num_steps
@@ -477,6 +489,8 @@ class TextToImage:
             made["clip"] = self.clip
         if self.config:
             made["config"] = self.config
+        if self.prior_model:
+            made["prior_model"] = self.prior_model
         if self.adapters:
             made["adapters"] = [each.to_json() for each in self.adapters]
         made |= self._computed

@@ -8,7 +8,7 @@ the embedding.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -26,6 +26,7 @@ from gen.rows import Rows
 from gen.scheduler import NoiseLevels
 
 STAGE: Final = "prior"
+NULLS: Final = "negative_prior"  # whose noise the embeddings of negative prompts draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Prior:
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModelWithProjection
     levels: NoiseLevels
+    reads_negative: bool = False  # guided away from the negative prompt, whose embedding is the null (Kandinsky)
 
     @property
     def text(self) -> TextTower:
@@ -62,30 +64,61 @@ class Prior:
     def rows(self, candidates: Sequence[Candidate], keys: Sequence[Hashable], table: Table) -> list[Row]:
         """The row of each candidate, by its key.
 
-        The null is the empty prompt, whatever the candidate's negative prompt, as in diffusers.
+        The null is the empty prompt, whatever the candidate's negative prompt, unless the prior reads that.
         """
         told = self.told(candidates, table)
         return [
-            Row(
-                key=key,
-                seed=candidate.first_seed,
-                shape=self.shape,
-                schedule=self.levels.schedule(self.levels.sampler, candidate.settings.prior_num_inference_steps),
-                sampler=self.levels.sampler,
-                prompt=told[candidate.settings.plain(candidate.prompt)],
-                null=told[""],
-                guidance_scale=candidate.settings.prior_guidance_scale,
-                options=self.levels.options(self.levels.sampler),
-                start=candidate.prior_latents,
+            replace(
+                self._row(key, one, told[one.settings.plain(one.prompt)]),
+                null=told[self._null_of(one)],
+                guidance_scale=one.settings.prior_guidance_scale,
+                start=one.prior_latents,
             )
-            for key, candidate in zip(keys, candidates, strict=True)
+            for key, one in zip(keys, candidates, strict=True)
+        ]
+
+    def null_rows(self, candidates: Sequence[Candidate], keys: Sequence[Hashable], table: Table) -> list[Row]:
+        """The row of each candidate's negative prompt, by its key.
+
+        As in diffusers it is guided away from itself, so not at all; its noise is its own.
+        """
+        told = self.told(candidates, table)
+        return [
+            replace(self._row(key, one, told[self._null_of(one)]), stream=NULLS)
+            for key, one in zip(keys, candidates, strict=True)
         ]
 
     def told(self, candidates: Sequence[Candidate], table: Table) -> dict[str, Condition]:
         """What it is told by each text that these candidates' rows read."""
-        said = dict.fromkeys(["", *(one.settings.plain(one.prompt) for one in candidates)])
+        said = dict.fromkeys(
+            text for one in candidates for text in (self._null_of(one), one.settings.plain(one.prompt))
+        )
         told = table.of([(STAGE, text) for text in said], lambda names: self.conditions([text for _, text in names]))
         return {text: condition for (_, text), condition in told.items()}
+
+    def speaks_of_null(self, candidate: Candidate) -> bool:
+        """Whether what this candidate is guided away from is the prior's to say."""
+        settings = candidate.settings
+        is_told = bool(settings.negative_prompt) and candidate.negative_image_embeds is None
+        return self.reads_negative and settings.prior and is_told and settings.guidance_scale != 1
+
+    def num_answers(self, candidate: Candidate) -> int:
+        """How many embeddings this candidate asks it for."""
+        return candidate.settings.num_thoughts + self.speaks_of_null(candidate)
+
+    def _null_of(self, candidate: Candidate) -> str:
+        return candidate.settings.plain(candidate.settings.negative_prompt) if self.reads_negative else ""
+
+    def _row(self, key: Hashable, candidate: Candidate, prompt: Condition) -> Row:
+        return Row(
+            key=key,
+            seed=candidate.first_seed,
+            shape=self.shape,
+            schedule=self.levels.schedule(self.levels.sampler, candidate.settings.prior_num_inference_steps),
+            sampler=self.levels.sampler,
+            prompt=prompt,
+            options=self.levels.options(self.levels.sampler),
+        )
 
     def embeds(self, x: Sequence[Tensor]) -> Tensor:
         """Image embeddings (B, E) float32, as CLIP's image tower would give them, of rows (E,) that have finished."""

@@ -26,9 +26,17 @@ from gen.settings import JSON, OPTIONS, Abilities, Settings, check_settings
 from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, found, num_of, size_of, sources
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
-TENSORS = ("latents", "prior_latents", "super_res_latents", *POOLED, *POOLED.values(), "image_embeds")
+TENSORS = (
+    "latents",
+    "prior_latents",
+    "super_res_latents",
+    *POOLED,
+    *POOLED.values(),
+    "image_embeds",
+    "negative_image_embeds",
+)
 SHOWN = "ip_adapter_image_embeds"  # so small that a record holds it
-NULLS = ("negative_prompt", "negative_prompt_embeds")
+NULLS = ("negative_prompt_embeds", "negative_image_embeds")  # beside negative_prompt, which a prior may read too
 GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 PRIORS = (
@@ -85,6 +93,7 @@ class Candidate:
     variation_of: Source | None = None  # the picture whose embedding takes the place of the prior's answer
     interpolate_image: Source | None = None  # the picture towards whose embedding that goes
     ip_adapter_image_embeds: Tensor | None = None  # (E,) of the picture that an IP-Adapter shows; None: none
+    negative_image_embeds: Tensor | None = None  # (E,) in place of the null's
     noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
 
     @property
@@ -220,6 +229,7 @@ class Request:
     negative_pooled_prompt_embeds: Tensor | None = field(default=None, repr=False)
     image_embeds: Tensor | None = field(default=None, repr=False)
     ip_adapter_image_embeds: Tensor | None = field(default=None, repr=False)
+    negative_image_embeds: Tensor | None = field(default=None, repr=False)
     output_type: str = "pil"
 
     def resolve(self, able: Abilities) -> Job:
@@ -279,6 +289,7 @@ class Request:
                     variation_of=pictures["variation_of"][at],
                     interpolate_image=pictures["interpolate_image"][at],
                     ip_adapter_image_embeds=told[SHOWN].get(at),
+                    negative_image_embeds=told["negative_image_embeds"].get(at),
                 )
             )
         return Job(
@@ -365,8 +376,16 @@ class Request:
         if not self._has_embedding and settings.prior and self.prompt is None:
             raise ValueError("the prior reads the prompt as text; give prompt as well, or prior=False")
         if able.needs_image and not self._has_embedding and not settings.prior:
-            told = "this model has no prior and paints nothing from a text alone"
-            raise ValueError(f"{told}; give image_embeds or variation_of")
+            told, cure = "this model has no prior and", "give image_embeds or variation_of"
+            if able.prior_max_steps:
+                told, cure = "without its prior this model", "leave prior=False out"
+            elif able.takes_null_image:
+                cure = "give image_embeds, or load it with prior_model=NAME"
+            raise ValueError(f"{told} paints nothing from a text alone; {cure}")
+        is_lacking = able.takes_null_image and not able.has_null_image and self.negative_image_embeds is None
+        if is_lacking and settings.guidance_scale != 1:
+            told = "without its prior this model has no image to be guided away from"
+            raise ValueError(f"{told}; give negative_image_embeds, or guidance_scale=1")
         if self.prior_latents is not None and settings.num_thoughts > 1:
             raise ValueError("prior_latents are the start of one answer of the prior, but several are asked for")
         if settings.clip_guidance_scale and self.prompt is None:
@@ -435,9 +454,13 @@ class Request:
 
     def _warn_ignored(self, settings: Settings, able: Abilities) -> None:
         image = settings.prior or self._has_embedding
+        by_prior = settings.prior and able.prior_reads_negative
+        reads_negative = by_prior or (able.reads_text and settings.guidance_scale != 1)
+        unread = "guidance_scale is 1" if able.reads_text else "the prior is off"
         unheard: list[tuple[bool, str, tuple[str, ...]]] = [
             (settings.guidance_scale == 1, "guidance_scale is 1", GUIDED),
-            (settings.guidance_rule == "autoguidance", "autoguidance has another null", NULLS),
+            (not reads_negative, unread, ("negative_prompt",)),
+            (settings.guidance_rule == "autoguidance", "autoguidance has another null", ("negative_prompt", *NULLS)),
             (settings.guidance_rule != "cfg_zero", "guidance_rule is not cfg_zero", ("zero_init_steps",)),
             (settings.guidance_rule != "apg", "guidance_rule is not apg", APG),
             (not settings.thresholding, "thresholding is 0", ("dynamic_thresholding_ratio",)),
@@ -462,6 +485,9 @@ class Request:
         else:
             shape_of("prior_latents", self.prior_latents, (num_prompts * n, able.embedding_width))
             shape_of("image_embeds", self.image_embeds, (num_prompts, able.embedding_width))
+            shape_of("negative_image_embeds", self.negative_image_embeds, (num_prompts, able.embedding_width))
+        if self.negative_image_embeds is not None and not able.takes_null_image:
+            raise ValueError("negative_image_embeds was given, but this model is guided away from a text; leave it out")
         if able.super_res_max_steps:
             large = (able.latent_channels, settings.height, settings.width)
             shape_of("super_res_latents", self.super_res_latents, (num_prompts * n, *large))

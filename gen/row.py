@@ -53,6 +53,7 @@ class Row:
     options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
     start: Tensor | None = None  # unit noise in place of the seed's block 0
     drawn: int = 0  # blocks of the seed's noise that are spent before its steps, over that of its start
+    stream: str | None = None  # whose noise it draws (`samplers.noise.STAGES`); None: its stage's
     past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
     origin: Tensor | None = None  # what its start is added to, clean; None: it begins with noise alone
     hold: Hold | None = None  # what is held of it while the rest is painted; None: all of it is painted
@@ -79,7 +80,7 @@ class Live:
     def of(cls, row: Row, stage: str, index: int | None = None) -> Live:
         """At this level (None: its first); `stage` is whose noise it draws."""
         seeds = [*row.past, (row.seed, math.inf)]
-        streams = [(end, NoiseStream([seed], stage, row.shape)) for seed, end in seeds]
+        streams = [(end, NoiseStream([seed], row.stream or stage, row.shape)) for seed, end in seeds]
         return cls(row, streams, row.schedule.first if index is None else index)
 
     @property

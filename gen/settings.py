@@ -41,6 +41,10 @@ class Abilities:
     needs_image: bool = False  # whether it paints nothing without an image embedding
     can_see: bool = False  # it makes embeddings of pictures, by CLIP's image tower
     can_compare: bool = False  # and of texts, by the same CLIP
+    takes_null_image: bool = False  # whether it is guided away from an image embedding: negative_image_embeds
+    has_null_image: bool = False  # whether it has one of its own
+    reads_text: bool = True  # whether the decoder is told the prompt, and the negative one
+    prior_reads_negative: bool = False  # whether the prior is told the negative prompt
     can_rank: bool  # a whole CLIP lies beside the model
     strength: float | None = None  # from a picture, if not told otherwise; None: it cannot begin with a picture
     inpaints_alone: bool = False  # its UNet takes a mask beside x and does nothing without

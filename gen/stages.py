@@ -6,7 +6,7 @@ request in flight has noted, and neither who decides which of its candidates go 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from itertools import islice
@@ -19,7 +19,7 @@ from gen.conditioning import Condition, Table
 from gen.darkroom import Darkroom, likeness
 from gen.edit import beginning, read, schedule_of
 from gen.embeds import decided, tell, thoughts, with_embeds
-from gen.flight import DECODER, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
+from gen.flight import DECODER, NULL, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
 from gen.lane import Lane
 from gen.model import Family, WithImage
 from gen.row import Row
@@ -88,10 +88,14 @@ class Stages:
         asking = [index for index in candidates if index in flight.unspoken]
         if asking:
             assert self.model.prior is not None, "a request for a prior is refused where there is none"
+            prior = self.model.prior
             asked = {index: thoughts(flight.candidates[index]) for index in asking}
             keys = [Place(flight.number, index, thought=k) for index in asking for k in range(len(asked[index]))]
-            for row in self.model.prior.rows([one for each in asked.values() for one in each], keys, self.table):
-                yield Waiting(PRIOR, row)
+            rows = prior.rows([one for each in asked.values() for one in each], keys, self.table)
+            guided = {index: one for index in asking if prior.speaks_of_null(one := flight.candidates[index])}
+            keys = [Place(flight.number, index, thought=NULL) for index in guided]
+            rows += prior.null_rows(list(guided.values()), keys, self.table)
+            yield from (Waiting(PRIOR, row) for row in rows)
         for index in candidates:
             if index not in flight.unspoken:
                 yield Waiting(DECODER, self._decoder_row(flight, index))
@@ -149,16 +153,18 @@ class Stages:
         for one in finished:
             place = place_of(one.row)
             flight.answers.setdefault(place.candidate, {})[place.thought] = one
+        prior = self.model.prior
         candidates = {
             index: flight.candidates[index]
             for index, answers in flight.answers.items()
-            if len(answers) == flight.candidates[index].settings.num_thoughts
+            if len(answers) == prior.num_answers(flight.candidates[index])
         }
         if not candidates:
             return
-        answers = {index: [one for _, one in sorted(flight.answers.pop(index).items())] for index in candidates}
-        every = [one for each in answers.values() for one in each]
-        spoken = iter(zip(every, self.model.prior.embeds([one.x for one in every]), strict=True))
+        answers = {index: flight.answers.pop(index) for index in candidates}
+        nulls = {index: each.pop(NULL) for index, each in answers.items() if NULL in each}
+        every = [one for each in answers.values() for _, one in sorted(each.items())]
+        spoken = iter(zip(every, prior.embeds([one.x for one in every]), strict=True))
         embeds = []
         for index, candidate in candidates.items():
             rows, vectors = zip(*(next(spoken) for _ in answers[index]), strict=True)
@@ -167,8 +173,20 @@ class Stages:
         prompts = self.model.show(list(candidates.values()), [prompt for prompt, _ in told], embeds)
         for index, prompt, (_, null) in zip(candidates, prompts, told, strict=True):
             flight.told[index] = (prompt, null)
+        self._guide_away(flight, nulls)
         flight.unspoken.difference_update(candidates)
         self.rows[DECODER].admit([self._decoder_row(flight, index) for index in candidates])
+
+    def _guide_away(self, flight: Flight[Any], nulls: Mapping[int, Finished]) -> None:
+        """Show what candidates are guided away from the prior's answer to that."""
+        if not nulls:
+            return
+        assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
+        said = [null for _, null in (flight.told[index] for index in nulls) if null is not None]
+        embeds = self.model.prior.embeds([one.x for one in nulls.values()]).unbind(0)
+        shown = self.model.show([flight.candidates[index] for index in nulls], said, embeds)
+        for index, null in zip(nulls, shown, strict=True):
+            flight.told[index] = (flight.told[index][0], null)
 
     def _decoder_row(self, flight: Flight[Any], index: int) -> Row:
         candidate, levels = flight.candidates[index], self.model.levels

@@ -187,8 +187,13 @@ def quiet() -> Iterator[None]:
 
 def folder_hash(folder: Path, parts: list[str]) -> str:
     """SHA-256 over the names and bytes of the files in these parts of a folder."""
-    files = {f"{part}/{path.name}": path for part in parts for path in sorted((folder / part).glob("*"))}
-    return files_hash({name: path for name, path in files.items() if path.suffix in (".safetensors", ".json", ".txt")})
+    return files_hash(files_of({part: folder / part for part in parts}))
+
+
+def files_of(parts: Mapping[str, Path]) -> dict[str, Path]:
+    """By name the files that count of parts, each in its folder."""
+    files = {f"{part}/{path.name}": path for part, folder in parts.items() for path in sorted(folder.glob("*"))}
+    return {name: path for name, path in files.items() if path.suffix in (".safetensors", ".json", ".txt")}
 
 
 def files_hash(files: Mapping[str, Path]) -> str:

@@ -33,7 +33,7 @@ ALIKE = [  # by Python's own name
     *("search", "budget", "clip", "config", "image", "strength", "variation_of", "interpolation", "edit_from"),
     *("edit_amount", "interpolate_image", "interpolate_prompt", "prior_best_of"),
     *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
-    *("weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
+    *("prior_model", "weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
     *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
     *("thresholding", "dynamic_thresholding_ratio"),
 ]

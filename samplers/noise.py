@@ -17,6 +17,7 @@ SEEDS = 2**32  # the CPU generator reads the low 32 bits of its seed and no more
 STAGES = {
     "decoder": 0,
     "prior": 0x9E3779B1,
+    "negative_prior": 0x165667B1,
     "image_noise": 0x85EBCA77,
     "super_resolution": 0xC2B2AE3D,
 }

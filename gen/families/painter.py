@@ -37,7 +37,7 @@ from gen.upscale import Upscaler
 # What a UNet takes and says: those of a weaker UNet have to be the model's own.
 OUTSIDE = (
     *("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim"),
-    *("class_embed_type", "addition_embed_type"),
+    *("class_embed_type", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type"),
 )
 
 
@@ -104,6 +104,11 @@ class Painter(ABC):
     def saved_as(self) -> str:
         """The pipeline class of model_index.json."""
         return self.SAVED_AS
+
+    @property
+    def clip_beside(self) -> CLIP | None:
+        """What `save` puts into clip/."""
+        return self.clip
 
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""
