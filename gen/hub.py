@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gen.weights import of_one_variant
 
@@ -19,14 +19,16 @@ SAID = (".json", ".txt", ".model")  # of what is beside weights: configurations,
 
 
 def download(repo: str, index: str, beside: Sequence[str], parts_of: Callable[[Path], Sequence[str]]) -> Path:
-    """The local copy of a repository, fetched as far as it is not there yet; offline, what the cache has of it.
+    """The local copy of a repository, fetched as far as it is not there yet; without network, what the cache has.
 
     `index` is the file that lists the parts, `beside` what else is taken from the top. Raises one of `HUB_ERRORS`.
     """
     parts = parts_of(Path(hf_hub_download(repo, index)))
     try:
         names = list_repo_files(repo)
-    except OfflineModeIsEnabled:
+    except HfHubHTTPError:  # the hub has answered, and there is nothing to be had
+        raise
+    except Exception:  # it cannot be reached, whatever the client's own library calls that, or must not be
         return Path(snapshot_download(repo, local_files_only=True))
     return Path(snapshot_download(repo, allow_patterns=[index, *beside, *needed(names, parts)]))
 

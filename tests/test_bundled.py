@@ -90,4 +90,6 @@ def test_it_says_what_it_knows(model: TextToImage) -> None:
 
 
 def test_assets_hold_nothing_else() -> None:
-    assert {path.name for path in Path(FOLDER).parent.iterdir()} == {"shapes64"}
+    assets = Path(FOLDER).parent
+    assert {path.name for path in assets.iterdir()} == {"configs", "shapes64"}
+    assert {path.suffix for path in (assets / "configs").rglob("*") if path.is_file()} == {".json"}

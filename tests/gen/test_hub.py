@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from gen import TextToImage, hub
+from gen import TextToImage, checkpoint, hub
 from gen.weights import of_one_variant, weight_files
 from tests.tiny import make_tiny_stable_diffusion
 
@@ -97,6 +97,16 @@ def test_what_is_asked_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     TextToImage.from_pretrained("someone/tiny", device="cpu")
     assert set(asked[0]) == {*listed, "unclip.json"}
+
+
+def test_without_network_the_cache_will_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the hub's client raises then."""
+
+    def unreachable(repository: str) -> list[str]:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(hub, "list_repo_files", unreachable)
+    assert checkpoint.find("someone/tiny") == cache
 
 
 def test_a_repository_that_is_not_there_is_named(cache: Path) -> None:
