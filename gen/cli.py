@@ -104,6 +104,15 @@ def generate(
     ] = None,
     edit_amount: Annotated[float | None, _advanced("T", "How far to turn it there (default: 0.3).")] = None,
     prior_best_of: Annotated[int | None, _advanced("K", "Best of K answers of the prior, by CLIP.")] = None,
+    prompt_2: Annotated[str | None, _advanced("TEXT", "What XL's second text tower reads, if not PROMPT.")] = None,
+    negative_2: Annotated[str | None, _advanced("TEXT", "The same of --negative.")] = None,
+    original_size: Annotated[
+        tuple[int, int] | None, _advanced("PX PX", "Height and width that XL is told a picture had.")
+    ] = None,
+    target_size: Annotated[tuple[int, int] | None, _advanced("PX PX", "And those that it should have.")] = None,
+    crops_coords_top_left: Annotated[
+        tuple[int, int] | None, _advanced("PX PX", "How much XL is told was cut off above and on the left.")
+    ] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
     height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
     eta: Annotated[float | None, _advanced("E", "Fresh noise per step: 0 none, 1 ancestral.")] = None,
@@ -168,7 +177,7 @@ def generate(
     """
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
-        check_text(prompt, negative or "", interpolate_prompt or "", edit_from or "")
+        check_text(prompt, *(text or "" for text in (negative, prompt_2, negative_2, interpolate_prompt, edit_from)))
         painter = _load(model, attention, weak_unet, clip, config=config, prior_model=prior_model)
         for file, scale in map(_scaled, lora or []):
             painter.load_lora(file, scale)
@@ -194,6 +203,11 @@ def generate(
         request = Request(
             prompt=prompt,
             negative_prompt=negative,
+            prompt_2=prompt_2,
+            negative_prompt_2=negative_2,
+            original_size=original_size,
+            target_size=target_size,
+            crops_coords_top_left=crops_coords_top_left,
             num_images_per_prompt=number,
             keep=keep,
             rerank=None if rerank else False,

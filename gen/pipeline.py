@@ -215,6 +215,11 @@ class TextToImage:
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,  # what XL's second text tower reads; None: the prompt
+        negative_prompt_2: str | Sequence[str] | None = None,  # None: negative_prompt
+        original_size: tuple[int, int] | None = None,  # (height, width) that XL is told; None: the picture's
+        target_size: tuple[int, int] | None = None,  # the same, of the size asked for
+        crops_coords_top_left: tuple[int, int] | None = None,  # (top, left) that XL is told; None: (0, 0)
         num_images_per_prompt: int | None = None,  # None: 1, or with a budget as many as fit
         keep: int | None = None,  # best so many of each prompt; None: all, still ranked
         rerank: bool | None = None,  # None: ranked where the model has a CLIP and the prompt is text
@@ -292,6 +297,11 @@ class TextToImage:
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
+            prompt_2=prompt_2,
+            negative_prompt_2=negative_prompt_2,
+            original_size=original_size,
+            target_size=target_size,
+            crops_coords_top_left=crops_coords_top_left,
             num_images_per_prompt=num_images_per_prompt,
             keep=keep,
             rerank=rerank,

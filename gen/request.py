@@ -22,7 +22,7 @@ from torch import Tensor
 from gen.checks import is_number, one_of, real, shape_of, texts, whole
 from gen.prompts import parse
 from gen.search import BestOf, Search, by_name
-from gen.settings import JSON, OPTIONS, Abilities, Settings, check_settings
+from gen.settings import JSON, OPTIONS, SECOND, Abilities, Settings, check_settings
 from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, found, num_of, size_of, sources
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
@@ -36,7 +36,8 @@ TENSORS = (
     "negative_image_embeds",
 )
 SHOWN = "ip_adapter_image_embeds"  # so small that a record holds it
-NULLS = ("negative_prompt_embeds", "negative_image_embeds")  # beside negative_prompt, which a prior may read too
+# beside negative_prompt, which a prior may read too
+NULLS = ("negative_prompt_2", "negative_prompt_embeds", "negative_image_embeds")
 GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 PRIORS = (
@@ -175,6 +176,11 @@ class Request:
 
     prompt: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] | None = None
+    prompt_2: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
+    original_size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] | None = None
     num_images_per_prompt: int | None = None
     keep: int | None = None
     rerank: bool | None = None
@@ -262,12 +268,17 @@ class Request:
         self._check_embedding(able)
         negatives = self._negatives(len(prompts))
         self._check_words(settings, [*prompts, *negatives, settings.interpolate_prompt])
+        second = {name: each_of(name, getattr(self, name), len(prompts)) for name in SECOND}
         seeds = candidate_seeds(self.seed, len(prompts), n)
         self._check_tensors(settings, able, len(prompts), n)
 
         # taken apart once, so that the candidates of a prompt share its tensors
         told = {name: entries(getattr(self, name)) for name in (*TENSORS, SHOWN)}
-        settled = [replace(settings, negative_prompt=negative) for negative in negatives]
+        settled = [
+            replace(settings, negative_prompt=negative, prompt_2=prompt, negative_prompt_2=null)
+            for negative, prompt, null in zip(negatives, *second.values(), strict=True)
+        ]
+        check_settings(settled[0], able)
         candidates = []
         for index, seed in enumerate(seeds):
             at = index // n  # whose prompt
@@ -327,14 +338,7 @@ class Request:
             return ("",) * num_prompts
         if self.negative_prompt_embeds is not None:
             raise ValueError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-        negatives = texts("negative_prompt", self.negative_prompt)
-        if isinstance(self.negative_prompt, str):
-            negatives *= num_prompts
-        if len(negatives) != num_prompts:
-            raise ValueError(
-                f"negative_prompt has {len(negatives)} texts for {num_prompts} prompts; give one or as many"
-            )
-        return negatives
+        return tuple(text or "" for text in each_of("negative_prompt", self.negative_prompt, num_prompts))
 
     def _rank(self, able: Abilities) -> bool:
         if self.rerank is None:
@@ -357,7 +361,7 @@ class Request:
         return search
 
     def _settings(self, able: Abilities, pictures: Pictures) -> Settings:
-        names = {item.name for item in fields(Settings)} - {"negative_prompt"}
+        names = {item.name for item in fields(Settings)} - {"negative_prompt", *SECOND}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.sampler not in (None, able.defaults.sampler):
             given = dict.fromkeys(OPTIONS) | given  # the model's own are its own sampler's
@@ -465,7 +469,7 @@ class Request:
             (settings.guidance_rule != "apg", "guidance_rule is not apg", APG),
             (not settings.thresholding, "thresholding is 0", ("dynamic_thresholding_ratio",)),
             (not settings.s_churn, "s_churn is 0", ("s_tmin", "s_tmax", "s_noise")),
-            (self.prompt_embeds is not None, "prompt_embeds was given", ("clip_skip",)),
+            (self.prompt_embeds is not None, "prompt_embeds was given", ("clip_skip", "prompt_2")),
             (not settings.prior, "the prior is off", PRIORS),
             (not image and bool(self.noise_level), "the prior is off", ("noise_level",)),
             (not able.super_res_max_steps, "this model has no super resolution", SUPER_RES),
@@ -514,6 +518,18 @@ class Request:
                 raise ValueError(f"this model takes {name} and {pooled} together; give both or none")
             else:
                 shape_of(pooled, getattr(self, pooled), (num_prompts, able.pooled_width))
+
+
+def each_of(name: str, value: str | Sequence[str] | None, num_prompts: int) -> tuple[str | None, ...]:
+    """A text for each prompt, of one for all or of as many; None for each where none was given."""
+    if value is None:
+        return (None,) * num_prompts
+    given = texts(name, value)
+    if isinstance(value, str):
+        given *= num_prompts
+    if len(given) != num_prompts:
+        raise ValueError(f"{name} has {len(given)} texts for {num_prompts} prompts; give one or as many")
+    return given
 
 
 def packed(embeds: Tensor) -> str:

@@ -21,6 +21,10 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 MOST_THOUGHTS = 64  # of a prior for one candidate
 OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
 
+SECOND = ("prompt_2", "negative_prompt_2")
+SIZES = {"original_size": 1, "target_size": 1, "crops_coords_top_left": 0}  # pairs of pixels, and the least of each
+PAIRS = ("guidance_interval", *SIZES)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
@@ -31,6 +35,8 @@ class Abilities:
     latent_channels: int
     text_shape: tuple[int, int] | None = None  # (L, D) of prompt_embeds; None: this model takes none
     text_layers: int = 0  # clip_skip is smaller than this
+    has_second_text: bool = False  # whether a second text tower may read another text
+    tells_sizes: bool = False  # whether the UNet is told of a picture's size and crop
     pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
     embedding_width: int | None  # E of image_embeds; None: this model takes none
     ip_adapter_width: int | None = None  # E of ip_adapter_image_embeds; None: no IP-Adapter was loaded
@@ -74,6 +80,11 @@ class Settings:
     negative_prompt: str = ""  # what the null condition says
     prompt_weights: bool = False  # whether (word:1.3), (word) and [word] say what words count; see `gen.prompts`
     long_prompts: bool = False  # whether a text too long for the tower is read in pieces, or cut
+    prompt_2: str | None = None  # what the second text tower reads; None: the prompt
+    negative_prompt_2: str | None = None  # what that reads for the null; None: negative_prompt
+    original_size: tuple[int, int] | None = None  # (height, width) in pixels that the UNet is told; None: the picture's
+    target_size: tuple[int, int] | None = None  # the same, of the size asked for
+    crops_coords_top_left: tuple[int, int] | None = None  # (top, left) in pixels that it is told; None: 0, 0
     sampler: str = "ddim"
     eta: float | None = None  # fresh noise of a step, 0 none, 1 ancestral; None: the sampler's own
     s_churn: float | None = None  # noise added and taken away again, over all steps (Karras et al. 2022); None: none
@@ -131,19 +142,15 @@ class Settings:
     def to_json(self) -> dict[str, JSON]:
         """The settings as one flat JSON object."""
         values = asdict(self)
-        if self.guidance_interval is not None:
-            values["guidance_interval"] = list(self.guidance_interval)
-        return values
+        return values | {name: list(values[name]) for name in PAIRS if values[name] is not None}
 
     def updated(self, values: Mapping[str, Any], origin: str) -> Settings:
         """These settings with `values` in place; an unknown name is a ValueError that names its `origin`."""
         known = [item.name for item in fields(self)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"{origin}: setting '{unknown[0]}' is unknown; choose from: {', '.join(known)}")
-        interval = values.get("guidance_interval")
-        if isinstance(interval, list):  # as JSON and YAML hold it
-            values = {**values, "guidance_interval": tuple(interval)}
-        return replace(self, **values)
+        listed = {name: tuple(values[name]) for name in PAIRS if isinstance(values.get(name), list)}  # as JSON has it
+        return replace(self, **{**values, **listed})
 
 
 def check_settings(settings: Settings, able: Abilities) -> None:
@@ -164,6 +171,22 @@ def check_settings(settings: Settings, able: Abilities) -> None:
             raise ValueError(f"{name}=True, but this model reads a prompt only as it stands; leave {name} out")
     if settings.long_prompts and settings.interpolate_prompt:
         raise ValueError("long_prompts=True and interpolate_prompt were both given; leave one of them out")
+    for name in SECOND:
+        if (second := getattr(settings, name)) is not None:
+            if not able.has_second_text:
+                raise ValueError(f"{name} was given, but this model has no second text tower; leave it out")
+            if settings.prompt_weights or settings.long_prompts:
+                told = "prompt_weights" if settings.prompt_weights else "long_prompts"
+                raise ValueError(f"{name} and {told}=True were both given; leave one of them out")
+            texts(name, second)
+    for name, at_least in SIZES.items():
+        if (pair := getattr(settings, name)) is not None:
+            if not able.tells_sizes:
+                raise ValueError(f"{name} was given, but this model is told no sizes; leave it out")
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ValueError(f"{name}={pair} is not a pair of pixels, down and across; give two whole numbers")
+            for side in pair:
+                whole(name, side, at_least)
     whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
     if real("strength", settings.strength, 0.0, 1.0, hint="the share painted anew") == 0 or (
         settings.skipped_steps == settings.num_inference_steps

@@ -25,6 +25,7 @@ OPTIONS = {
     "super_res_num_inference_steps": "--super-res-steps",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
+    "negative_prompt_2": "--negative-2",
     "negative_prompt": "--negative",
     "mask_image": "--mask",
     "image_encoder": "--ip-encoder",
@@ -35,6 +36,7 @@ ALIKE = [  # by Python's own name
     *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
     *("prior_model", "weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
     *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
+    *("prompt_2", "original_size", "target_size", "crops_coords_top_left"),
     *("thresholding", "dynamic_thresholding_ratio"),
 ]
 OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}

@@ -98,6 +98,8 @@ def load(
     path = found("IP-Adapter", name, USUAL)
     tensors = read(path).tensors
     layers, like = list(text_layers(unet)), unet.conv_in.weight
+    if any(layer.added_kv_proj_dim is not None for layer in layers):
+        raise ValueError(f"IP-Adapter '{name}' cannot be added: this UNet reads its text among the picture's own keys")
     numbers = range(1, 2 * len(layers), 2)  # self-attentions are counted too
     wanted = {*PROJECTION, *(kind.format(number) for number in numbers for kind in (KEYS, VALUES))}
     if missing := sorted(set(PROJECTION) - tensors.keys()):

@@ -215,7 +215,12 @@ class Karlo(Reader):
 
     # --- what the UNet is told ---------------------------------------------------------------------------------------
 
-    def read(self, texts: Sequence[str | Piece], clip_skip: int | None) -> list[Condition]:
+    def read(
+        self,
+        texts: Sequence[str | Piece],
+        clip_skip: int | None,
+        texts_2: Sequence[str | Piece] | None = None,  # what a second text tower reads; None: the same
+    ) -> list[Condition]:
         """What the UNet is told of each of these texts without an image."""
         said = self.text(texts, clip_skip)
         embeddings = self.text_encoder.text_projection(said.pooled)  # (B, E)

@@ -35,6 +35,10 @@ class Words(NamedTuple):
     clip_skip: int | None = None  # layers of the text tower left out
     sizes: tuple[int, ...] = ()  # of the picture, as the UNet is told them; empty: it is not
     pieces: tuple[Piece, ...] = ()  # as which the text is read, one by one; empty: it is read whole
+    text_2: str | None = None  # what a second text tower reads; None: the same text
+
+
+EMPTY = Words("")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -67,7 +71,12 @@ class Reader(Painter):
         shape = (self.text.shape[0], self.text_width)
         return replace(super().able(), text_shape=shape, text_layers=layers, ip_adapter_width=seen)
 
-    def read(self, texts: Sequence[str | Piece], clip_skip: int | None) -> list[Condition]:
+    def read(
+        self,
+        texts: Sequence[str | Piece],
+        clip_skip: int | None,
+        texts_2: Sequence[str | Piece] | None = None,  # what a second text tower reads; None: the same
+    ) -> list[Condition]:
         """What the UNet is told of each of these texts."""
         return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
 
@@ -119,13 +128,14 @@ class Reader(Painter):
 
     def _prompt_of(self, candidate: Candidate) -> Words:
         settings, text = candidate.settings, candidate.prompt
-        return Words(settings.plain(text), settings.clip_skip, self.sizes(settings), self._pieces(text, candidate))
+        pieces = self._pieces(text, candidate)
+        return Words(settings.plain(text), settings.clip_skip, self.sizes(settings), pieces, settings.prompt_2)
 
     def _null_of(self, candidate: Candidate) -> Words:
         """What it is guided away from; as in diffusers, no layer is skipped here."""
         settings = candidate.settings
-        null = settings.negative_prompt
-        return Words(settings.plain(null), None, self.sizes(settings), self._pieces(null, candidate))
+        null, second = settings.negative_prompt, settings.negative_prompt_2
+        return Words(settings.plain(null), None, self.sizes(settings), self._pieces(null, candidate), second)
 
     def _pieces(self, text: str, candidate: Candidate) -> tuple[Piece, ...]:
         """As what a candidate's text is read: prompt and null as equally many pieces; none where it is read whole."""
@@ -153,15 +163,15 @@ class Reader(Painter):
 
     def _encoded(self, words: Sequence[Words]) -> list[Condition]:
         """The conditions of these words; one call of the text tower for each `clip_skip`, and for each in pieces."""
-        asked = dict.fromkeys((each.text, each.clip_skip) for each in words if not each.pieces)
-        found: dict[tuple[str, int | None], Condition] = {("", None): self._empty} if ("", None) in asked else {}
-        for clip_skip in dict.fromkeys(skip for _, skip in asked):
-            texts = [text for text, skip in asked if skip == clip_skip and (text, skip) not in found]
-            if texts:
-                read = self.read(texts, clip_skip)
-                found |= {(text, clip_skip): condition for text, condition in zip(texts, read, strict=True)}
+        asked = dict.fromkeys(each._replace(sizes=()) for each in words if not each.pieces)
+        found = {EMPTY: self._empty} if EMPTY in asked else {}
+        for clip_skip in dict.fromkeys(each.clip_skip for each in asked):
+            new = [each for each in asked if each.clip_skip == clip_skip and each not in found]
+            if new:
+                second = [each.text if each.text_2 is None else each.text_2 for each in new]
+                found |= zip(new, self.read([each.text for each in new], clip_skip, second), strict=True)
         told = [
-            self._in_pieces(each.pieces, each.clip_skip) if each.pieces else found[each.text, each.clip_skip].twin()
+            self._in_pieces(each.pieces, each.clip_skip) if each.pieces else found[each._replace(sizes=())].twin()
             for each in words
         ]
         return [self._sized(condition, each.sizes) for condition, each in zip(told, words, strict=True)]

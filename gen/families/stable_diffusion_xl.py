@@ -110,17 +110,24 @@ class StableDiffusionXL(KLModel, Reader):
         """What a request may ask for, and what it gets when it does not say."""
         layers = min(tower.encoder.config.num_hidden_layers for tower in (self.text, self.text_2))
         # one layer less, for the last is never read
-        return replace(super().able(), pooled_width=self.pooled_width, text_layers=layers - 1)
+        able = replace(super().able(), pooled_width=self.pooled_width, text_layers=layers - 1)
+        return replace(able, has_second_text=True, tells_sizes=True)
 
-    def read(self, texts: Sequence[str | Piece], clip_skip: int | None) -> list[Condition]:
-        """What the UNet is told of each of these texts."""
+    def read(
+        self,
+        texts: Sequence[str | Piece],
+        clip_skip: int | None,
+        texts_2: Sequence[str | Piece] | None = None,  # what a second text tower reads; None: the same
+    ) -> list[Condition]:
+        """What the UNet is told of each of these texts; the second tower reads the same or its own."""
         layer = 1 + (clip_skip or 0)
+        texts_2 = texts if texts_2 is None else texts_2
         first = self.text(texts, layer, normed=False)
-        second = self.text_2(texts, layer, normed=False)
+        second = self.text_2(texts_2, layer, normed=False)
         tokens = torch.cat([first.tokens, second.tokens], dim=-1)  # (B, L, D)
         pooled = self.text_encoder_2.text_projection(second.pooled)  # (B, P)
         if self.empty_is_zeros:
-            for place in (place for place, text in enumerate(texts) if not text):
+            for place in (place for place, both in enumerate(zip(texts, texts_2, strict=True)) if not any(both)):
                 tokens[place], pooled[place] = 0, 0
         return [self.handed(*each) for each in zip(tokens, pooled, strict=True)]
 
@@ -130,9 +137,10 @@ class StableDiffusionXL(KLModel, Reader):
         return replace(super().handed(tokens), vector=own(pooled, self.unet))
 
     def sizes(self, settings: Settings) -> tuple[int, ...]:
-        """What the UNet is told of a picture's size: never scaled and never cropped, as stock says by default."""
+        """What the UNet is told of a picture's size: by default never scaled and never cropped, as stock says."""
         size = (settings.height, settings.width)
-        return (*size, 0, 0, *size)
+        cropped = settings.crops_coords_top_left or (0, 0)
+        return (*(settings.original_size or size), *cropped, *(settings.target_size or size))
 
     def said(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""

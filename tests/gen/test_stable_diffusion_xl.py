@@ -66,6 +66,61 @@ def test_clip_skip_equals_stock(xl: TextToImage, folders: dict[bool, Path], clip
         xl(SHORT, clip_skip=2)  # the smaller tower has three layers, and the last is never read
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"prompt_2": ["a circle", SHORT]},
+        {"prompt_2": [LONG, LONG], "negative_prompt": ["blue", ""], "negative_prompt_2": ["", "red"]},
+        {"original_size": (40, 90), "target_size": (128, 64), "crops_coords_top_left": (3, 7)},
+    ],
+    ids=["prompt_2", "negative_prompt_2", "sizes"],
+)
+def test_a_second_text_and_sizes_equal_stock(
+    models: dict[bool, TextToImage], folders: dict[bool, Path], told: dict[str, Any]
+) -> None:
+    assert_same(models[False], stock_of(StableDiffusionXLPipeline, folders[False]), PROMPTS, 1, **told)
+    asked: dict[str, Any] = {"seed": SEED, "num_inference_steps": 3, "output_type": "latent"}
+    plain = models[False](PROMPTS, **asked).images
+    for name, value in told.items():  # each by itself shows
+        assert apart(models[False](PROMPTS, **asked, **{name: value}).images, plain) > 1e-3, name
+
+
+def test_one_second_text_is_for_all_and_what_is_told_is_recorded(xl: TextToImage) -> None:
+    asked: dict[str, Any] = {"seed": SEED, "num_inference_steps": 3, "output_type": "latent"}
+    told: dict[str, Any] = {"prompt_2": "a circle", "original_size": (40, 90)}
+    one, each = xl(PROMPTS, **asked, **told), xl(PROMPTS, **asked, **told | {"prompt_2": ["a circle"] * 2})
+    assert torch.equal(one.images, each.images)
+    records = json.loads(json.dumps(one.records))
+    assert records[0]["settings"]["prompt_2"] == "a circle" and records[0]["settings"]["original_size"] == [40, 90]
+    painted = xl(PROMPTS, **asked | {"output_type": "pt"}, **told).images
+    assert all(
+        (xl.repaint(record) - pixels).abs().max() < 1e-4 for record, pixels in zip(records, painted, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"prompt_2": ["a", "b", "c"]}, "prompt_2 has 3 texts for 2 prompts; give one or as many"),
+        ({"prompt_2": "a", "prompt_weights": True}, "prompt_2 and prompt_weights=True were both given"),
+        ({"negative_prompt_2": 3}, "negative_prompt_2 is 3; give a text or a list of texts"),
+        ({"original_size": 512}, r"original_size=512 is not a pair of pixels, down and across"),
+        ({"target_size": (0, 64)}, "target_size=0 is out of range; give a whole number of 1 or more"),
+        ({"crops_coords_top_left": (-1, 0)}, "crops_coords_top_left=-1 is out of range"),
+    ],
+)
+def test_second_texts_and_sizes_are_checked(xl: TextToImage, told: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Request(prompt=PROMPTS, **told).resolve(xl.model.abilities)
+
+
+def test_other_models_have_no_second_text_and_are_told_no_sizes(tmp_path: Path) -> None:
+    model = TextToImage.from_pretrained(make_tiny_stable_diffusion(tmp_path / "1"), device="cpu")
+    for name, value in {"prompt_2": "a", "negative_prompt_2": "a", "target_size": (8, 8)}.items():
+        with pytest.raises(ValueError, match=f"{name} was given, but this model .*; leave it out"):
+            model(SHORT, **{name: value})
+
+
 @pytest.mark.parametrize("sampler", [None, "ddim", "dpmpp_2m", "euler_ancestral"])
 def test_samplers_equal_stocks_classes(xl: TextToImage, folders: dict[bool, Path], sampler: str | None) -> None:
     stock = stock_of(StableDiffusionXLPipeline, folders[True])
