@@ -34,11 +34,11 @@ from gen.hub import HUB_ERRORS, download
 from gen.room import check_asked, check_room, check_sizes
 from gen.settings import JSON
 from gen.weights import (
+    check_fit,
     check_weights,
     damaged,
     files_hash,
     files_of,
-    named,
     numbers,
     of_one_variant,
     quiet,
@@ -273,12 +273,8 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
         words["torch_dtype"] = dtype
     with damaged(folder), quiet():
         module, report = kind.from_pretrained(folder, **words)  # type: ignore[attr-defined]
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model part '{folder}' is damaged: {named(missing)} missing")
-    if misshaped := sorted(f"{key} {tuple(given)}" for key, given, _ in report["mismatched_keys"]):
-        raise ValueError(f"model part '{folder}' is damaged: {named(misshaped)} of another shape than its config.json")
-    if extra := sorted(key for key in report["unexpected_keys"] if not key.endswith("position_ids")):
-        logger.warning("model part '%s' has more than its config.json asks for: %s not read", folder, named(extra))
+    misshaped = [f"{key} {tuple(given)}" for key, given, _ in report["mismatched_keys"]]
+    check_fit(f"model part '{folder}'", report["missing_keys"], misshaped, report["unexpected_keys"])
     return module.to(device).eval().requires_grad_(False)
 
 

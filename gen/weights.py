@@ -100,7 +100,11 @@ def opened(path: Path) -> Iterator[Any]:
 def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, dtype: torch.dtype) -> nn.Module:
     """Give a network on the meta device its weights; ValueError that names those missing or of another shape."""
     expected = module.state_dict()
-    check_fit({name: tuple(tensor.shape) for name, tensor in weights.items()}, expected, what)
+    there = expected.keys() & weights.keys()
+    misshaped = [
+        f"{name} {tuple(weights[name].shape)}" for name in there if weights[name].shape != expected[name].shape
+    ]
+    check_fit(what, expected.keys() - there, misshaped, weights.keys() - there)
     module.load_state_dict({name: weights[name].to(dtype) for name in expected}, assign=True)
     for each in module.modules():
         for name, buffer in each.named_buffers(recurse=False):
@@ -110,15 +114,14 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, dtype: tor
     return module
 
 
-def check_fit(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], what: str) -> None:
+def check_fit(what: str, missing: Iterable[str], misshaped: Iterable[str], extra: Iterable[str]) -> None:
     """ValueError that names weights that a network lacks or has in another shape; what is too much is in the log."""
-    if missing := sorted(expected.keys() - given.keys()):
-        raise ValueError(f"{what} is damaged: {named(missing)} missing")
-    apart = [name for name, tensor in sorted(expected.items()) if given[name] != tuple(tensor.shape)]
-    if misshaped := [f"{name} {given[name]}" for name in apart]:
-        raise ValueError(f"{what} is damaged: {named(misshaped)} of another shape than its config.json")
-    if extra := sorted(name for name in given.keys() - expected.keys() if not name.endswith("position_ids")):
-        logger.warning("%s has more than its config.json asks for: %s not read", what, named(extra))
+    if lacks := sorted(missing):
+        raise ValueError(f"{what} is damaged: {named(lacks)} missing")
+    if apart := sorted(misshaped):
+        raise ValueError(f"{what} is damaged: {named(apart)} of another shape than its config.json")
+    if unread := sorted(name for name in extra if not name.endswith("position_ids")):
+        logger.warning("%s has more than its config.json asks for: %s not read", what, named(unread))
 
 
 def same_weights(part: Path, whole: Path) -> bool:
