@@ -225,6 +225,25 @@ def test_pictures_do_not_depend_on_who_is_beside_them(models: dict[str, TextToIm
     assert evaluations == [2 * 3 * steps, 2 * steps, 2 * steps, 0]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_picture_in_place_of_words(models: dict[str, TextToImage], stocks: dict[str, Stock], version: str) -> None:
+    """By the prior's own image tower, as stock's image processor hands it over."""
+    model, prior = models[version], stocks[version].prior
+    asked: dict[str, Any] = {"seed": SEED, "output_type": "latent", "rerank": False, "num_inference_steps": 2, **SIZE}
+    (picture,) = model(SHORT, seed=7, rerank=False, **SIZE, **STEPS).images
+    with torch.no_grad():
+        pixels = prior.image_processor(picture, return_tensors="pt").pixel_values
+        embeds = prior.image_encoder(pixels).image_embeds
+    seen, told = model(variation_of=picture, **asked).images, model(image_embeds=embeds, **asked).images
+    assert apart(seen, told) <= LATENTS
+
+
+def test_the_best_of_a_priors_answers_has_one_null(models: dict[str, TextToImage]) -> None:
+    asked: dict[str, Any] = {"seed": SEED, "output_type": "latent", "rerank": False, **SIZE, **STEPS}
+    result = models["2.2"](SHORT, negative_prompt="blue", prior_best_of=3, **asked)
+    assert result.account.evaluations["prior"] == (2 * 3 + 1) * STEPS["prior_num_inference_steps"]
+
+
 # --- a decoder alone, and a prior beside it --------------------------------------------------------------------------
 
 

@@ -93,6 +93,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"latents": [1]}, "latents is a list"),
     ({"prior_latents": torch.zeros(2, WIDTH)}, "prior_latents has shape"),
     ({"image_embeds": torch.zeros(1, 3)}, "image_embeds has shape"),
+    ({"negative_image_embeds": torch.zeros(1, WIDTH)}, "negative_image_embeds was given, but .* away from a text"),
     ({"image_embeds": torch.zeros(1, WIDTH), "prior": True}, "prior=True and image_embeds"),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 32, WIDTH)}, "prior reads the prompt as text"),
     ({"prompt_embeds": torch.zeros(1, 32, 3)}, "prompt_embeds has shape"),
