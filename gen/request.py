@@ -143,6 +143,8 @@ class Candidate:
         path = tuple(Before.from_json(each) for each in told)
         shown = unpacked(record[SHOWN], able.ip_adapter_width) if SHOWN in record else None
         pictures = {name: found(name, record[name], images, PICTURES[name]) for name in PICTURES if name in record}
+        if settings.strength < 1 and "image" not in pictures:
+            raise ValueError(f"the record is damaged: its strength is {settings.strength}, and it names no image")
         return cls(
             prompt=prompt,
             seed=whole("seed", seed, 0, MAX_SEED),
@@ -375,6 +377,8 @@ class Request:
                 raise ValueError("image was given, but this model cannot begin with a picture; leave it out")
             given.setdefault("strength", able.strength if self.mask_image is None else 1.0)
             given["height"], given["width"] = size_of(first, self.height, self.width, able.size_multiple)
+        else:
+            given.setdefault("strength", 1.0)
         settings = able.defaults.updated(given, "request")
         check_settings(settings, able)
         if not self._has_embedding and settings.prior and self.prompt is None:

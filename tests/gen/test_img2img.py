@@ -186,6 +186,8 @@ def test_a_record_finds_its_picture_again_or_says_why_not(tiny: TextToImage, tmp
         tiny.repaint(result.records[0])
     unnamed = tiny(SHORT, image=picture(size=(64, 64)), strength=0.5, seed=1, output_type="pt")
     assert torch.equal(unnamed.images, result.images) and unnamed.records[0]["image"] == {"sha256": told["sha256"]}
+    with pytest.raises(ValueError, match=r"the record is damaged: its strength is 0\.5, and it names no image"):
+        tiny.repaint({name: value for name, value in unnamed.records[0].items() if name != "image"})
     with pytest.raises(ValueError, match="the image was a picture that its record has no file of"):
         tiny.repaint(unnamed.records[0])
     assert torch.equal(tiny.repaint(unnamed.records[0], [moved]), result.images[0])
