@@ -411,6 +411,10 @@ class Request:
             for text in dict.fromkeys(said):
                 if text and not any(part.text.strip() for part in parse("prompt", text)):
                     raise ValueError(f"prompt {text!r} has brackets and no words; say in words what to paint")
+        second = next((name for name in SECOND if getattr(self, name) is not None), None)
+        for name in ("prompt_weights", "long_prompts"):
+            if second and getattr(settings, name):
+                raise ValueError(f"{name}=True reads one text for both towers, and {second} was given; leave one out")
         given = next((name for name in POOLED if getattr(self, name) is not None), None)
         if settings.long_prompts and given:
             raise ValueError(f"long_prompts=True and {given} were both given; give texts, or embeddings of all of them")
