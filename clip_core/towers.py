@@ -46,6 +46,10 @@ class Towers(Protocol):
         """Preprocessed (B, 3, H, W) -> (B, E), not normalised."""
 
     @property
+    def image_network(self) -> nn.Module:
+        """The module that does nearly all of `image`."""
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the image tower takes."""
 
@@ -87,6 +91,12 @@ class TransformersTowers:
         embedding: Tensor = self.model.visual_projection(pooled)
         return embedding
 
+    @property
+    def image_network(self) -> nn.Module:
+        """The tower."""
+        tower: nn.Module = self.model.vision_model
+        return tower
+
 
 class SiglipTowers:
     """transformers.SiglipModel with its own tokenizer (SigLIP, Zhai et al. 2023; SigLIP 2, Tschannen et al. 2025)."""
@@ -119,6 +129,12 @@ class SiglipTowers:
         """As `get_image_features`."""
         embedding: Tensor = self.model.vision_model(pixel_values=pixel_values).pooler_output
         return embedding
+
+    @property
+    def image_network(self) -> nn.Module:
+        """The tower."""
+        tower: nn.Module = self.model.vision_model
+        return tower
 
 
 class OpenClipTowers:
@@ -170,6 +186,12 @@ class OpenClipTowers:
         """As `encode_image`."""
         embedding: Tensor = self.model.encode_image(pixel_values)
         return embedding
+
+    @property
+    def image_network(self) -> nn.Module:
+        """The tower."""
+        tower: nn.Module = self.model.visual
+        return tower
 
 
 def make_towers(model: nn.Module, tokenizer: Any) -> Towers:

@@ -140,6 +140,12 @@ def generate(
     attention: Annotated[
         str, _advanced("NAME", "Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers.")
     ] = "auto",
+    dtype: Annotated[
+        str, _advanced("NAME", "What networks compute in: float32, bfloat16, float16; the lower two change pixels.")
+    ] = "float32",
+    runtime: Annotated[
+        str, _advanced("NAME", "Who computes them: torch, or openvino on the CPU (pip install 'unclip[openvino]').")
+    ] = "torch",
     prior_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Kandinsky's prior, where it is apart: folder or hub id.")
     ] = None,
@@ -178,7 +184,9 @@ def generate(
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
         check_text(prompt, *(text or "" for text in (negative, prompt_2, negative_2, interpolate_prompt, edit_from)))
-        painter = _load(model, attention, weak_unet, clip, config=config, prior_model=prior_model)
+        painter = _load(model, attention, weak_unet, clip, dtype, runtime, config, prior_model)
+        if runtime != "torch" and not quiet:
+            say("generate", f"{runtime} reads and compiles each network when it is first asked, which takes a while")
         for file, scale in map(_scaled, lora or []):
             painter.load_lora(file, scale)
         for file, token in map(_called, embedding or []):
@@ -379,6 +387,9 @@ def reproduce(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Where a picture or mask is now that it was painted from; repeatable."),
     ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who computes: torch, openvino (default: as recorded).")
+    ] = None,
     config: Config = None,
     prior_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where the prior is now, if it is apart from the model.")
@@ -393,7 +404,7 @@ def reproduce(
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
             raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
-        texts = ("weak_unet", "clip", "attention", "config", "prior_model")
+        texts = ("weak_unet", "clip", "attention", "runtime", "config", "prior_model")
         for name, kind in (("settings", dict), *((each, str) for each in texts)):
             if not isinstance(record.get(name, kind()), kind):
                 raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
@@ -405,16 +416,9 @@ def reproduce(
         if attention != record.get("attention", attention):
             say("reproduce", f"attention '{record['attention']}' does not run here; pixels may differ by torch's own")
         weak, config = weak_unet or record.get("weak_unet"), config or record.get("config")
+        name, runtime = model or str(recorded), runtime or record.get("runtime", "torch")
         prior_model = prior_model or record.get("prior_model")
-        painter = _load(
-            model or str(recorded),
-            attention,
-            weak_unet=weak,
-            clip=clip,
-            dtype=dtype,
-            config=config,
-            prior_model=prior_model,
-        )
+        painter = _load(name, attention, weak, clip, dtype, runtime, config, prior_model)
         painter.load_again(record)
         again = as_output([painter.repaint(record, image or ())], "pil")
         assert isinstance(again, list)
@@ -440,18 +444,18 @@ def _load(
     attention: str = "auto",
     weak_unet: Path | str | None = None,
     clip: str | None = None,
-    dtype: "torch.dtype | None" = None,  # None: float32
+    dtype: "torch.dtype | str" = "float32",
+    runtime: str = "torch",
     config: str | None = None,
     prior_model: str | None = None,
 ) -> "TextToImage":
-    """The model, on the GPU where there is one."""
-    import torch
-
+    """The model, on the GPU where there is one that the runtime takes."""
     from gen.pipeline import TextToImage
 
     return TextToImage.from_pretrained(
         name,
-        dtype=dtype or torch.float32,
+        dtype=dtype,
+        runtime=runtime,
         attention=attention,
         weak_unet=weak_unet,
         clip=clip,

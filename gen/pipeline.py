@@ -35,6 +35,7 @@ from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.request import Candidate, Job, Request
+from gen.runtime import DTYPES, TORCH, check_runtime, dtype_of, name_of, run_by_openvino
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, source
@@ -42,7 +43,6 @@ from gen.weights import folder_hash
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # that a record may name
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class TextToImage:
         attention: str = AUTO,  # the UNet's kernel, as it was asked for
         config: str = "",  # where a single file's configurations came from, if not with this package
         prior_model: str = "",  # where the prior came from, if not from the model's own folder
+        runtime: str = TORCH,  # who computes the networks
+        dtype: torch.dtype | None = None,  # what they compute in; None: as their weights are
     ) -> None:
         self.model = model
         self.name = name
@@ -90,6 +92,8 @@ class TextToImage:
         self.attention = attention
         self.config = config
         self.prior_model = prior_model
+        self.runtime = runtime
+        self.dtype = model.unet.dtype if dtype is None else dtype
         self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
         self._hash = model_hash
         self._buckets = Buckets()
@@ -99,8 +103,9 @@ class TextToImage:
         cls,
         name_or_path: str | Path,  # a bundled name, a diffusers folder, a single .safetensors file or a hub id
         device: torch.device | str | None = None,  # None: CUDA where there is one
-        dtype: torch.dtype = torch.float32,  # of the networks; rows are always float32
+        dtype: torch.dtype | str = torch.float32,  # of the networks, or its name; rows are always float32
         *,
+        runtime: str = TORCH,  # who computes the networks: torch, or openvino on the CPU
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
         prior_model: str | Path | None = None,  # Kandinsky's prior, where it is apart: a diffusers folder or a hub id
@@ -111,10 +116,19 @@ class TextToImage:
 
         Attention 'auto' measures each shape once on CUDA and takes torch's own choice elsewhere; a kernel that does not
         take some shape leaves it to torch's own choice and logs why. See `gen.attention`. `clip` None: the whole CLIP
-        in the model's `clip/`; a model that has none paints, and does not rank.
+        in the model's `clip/`; a model that has none paints, and does not rank. Runtime 'openvino' computes UNet,
+        decoder and CLIP's image tower, in float32 or bfloat16, on the CPU; all else, and every gradient, is torch's in
+        float32. See `gen.runtime`.
         """
-        device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype_of(dtype)
+        device = usable(device or ("cuda" if torch.cuda.is_available() and runtime == TORCH else "cpu"))
+        check_runtime(runtime, device, dtype)
         check_attention(attention, device, dtype)
+        if runtime != TORCH and attention != AUTO:
+            raise ValueError(f"attention '{attention}' is torch's, and runtime '{runtime}' has its own; leave one out")
+        computed_in = dtype
+        if runtime != TORCH:
+            dtype = torch.float32  # the weights that are read; a lower precision is the runtime's to make
         if single_file.is_single(name_or_path):
             if prior_model is not None:
                 raise ValueError(f"prior_model '{prior_model}' was given, but a single file takes none; leave it out")
@@ -131,14 +145,31 @@ class TextToImage:
             told = ", ".join(sorted(FAMILIES))
             raise ValueError(f"model '{name_or_path}' is a {parts.family or 'folder of no class'}; ours are: {told}")
         model = FAMILIES[parts.family].of(parts)
-        set_attention(model.unet, attention)
         if weak_unet is not None:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
-            set_attention(weak, attention)
             model = model.with_weak(weak, str(weak_unet))
+        if runtime == TORCH:
+            for unet in model.unets:
+                set_attention(unet, attention)
         origins = {"weak_unet": weak_unet, "clip": clip, "config": config, "prior_model": prior_model}
         named = {name: str(origin or "") for name, origin in origins.items()}
-        return cls(model, str(name_or_path), lambda: parts.hash, attention=attention, **named)
+        loaded = cls(
+            model,
+            str(name_or_path),
+            lambda: parts.hash,
+            attention=attention,
+            **named,
+            runtime=runtime,
+            dtype=computed_in,
+        )
+        loaded._hand_over()
+        return loaded
+
+    def _hand_over(self) -> None:
+        """Let the runtime read the networks, anew where their weights have changed."""
+        if self.runtime != TORCH:
+            for network in self.model.networks():
+                run_by_openvino(network, self.dtype)
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Merge a LoRA into the weights, `scale` times: a file, a folder or a hub id; see `gen.adapters.lora`.
@@ -148,6 +179,7 @@ class TextToImage:
         model = self.model.with_own_texts()
         adapter = lora.merge(model, path, scale)
         self.model, self.adapters = model, (*self.adapters, adapter)
+        self._hand_over()
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> None:
         """Teach the text towers a word: a file, a folder or a hub id; see `gen.adapters.textual_inversion`.
@@ -172,6 +204,8 @@ class TextToImage:
         """
         if not isinstance(self.model, Reader):
             raise ValueError(f"a {self.model.saved_as} takes no IP-Adapter; its UNet reads no text by cross-attention")
+        if self.runtime != TORCH:
+            raise ValueError(f"an IP-Adapter is computed by runtime 'torch' alone, and this is '{self.runtime}'")
         loaded, adapter = ip_adapter.load(self.model.unet, path, scale, image_encoder)
         self.model = replace(self.model, ip_adapter=loaded)
         self.adapters = (*(each for each in self.adapters if each.kind != adapter.kind), adapter)
@@ -393,7 +427,7 @@ class TextToImage:
 
         What it was painted from is looked for among `images`, and then in the files that the record names. Raises
         ValueError where the record lacks something, a file has changed or the model has another hash. Warns where it
-        was painted in another dtype or by another kernel, which may change pixels.
+        was painted in another dtype, by another kernel or by another runtime, which may change pixels.
         """
         made_by = record.get("model_hash")
         if made_by and self.hash and made_by != self.hash:
@@ -488,7 +522,7 @@ class TextToImage:
     @cached_property
     def _computed(self) -> dict[str, str]:
         """How the networks compute, as far as it shows in pixels."""
-        return {"dtype": str(self.model.unet.dtype).removeprefix("torch."), "attention": self.attention}
+        return {"dtype": name_of(self.dtype), "attention": self.attention, "runtime": self.runtime}
 
     def _record(self, candidate: Candidate, score: float | None) -> dict[str, JSON]:
         """All that paints a picture again, and how it scored."""

@@ -63,7 +63,7 @@ def test_contestants_paint_and_keep_the_same(task: Task) -> None:
 
 def test_a_peer_takes_the_batch_size_that_was_fastest(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = Peer.load(task, torch.float32, is_tuned=True)
-    monkeypatch.setattr(Peer, "_seconds", lambda self, steps: {1: 0.1}.get(self.batch_size, 0.5))
+    monkeypatch.setattr(Peer, "_seconds", lambda self: {1: 0.1}.get(self.batch_size, 0.5))
     took = peer.search()
     assert list(took) == sizes_of(task.number) and peer.batch_size == 1
 
@@ -122,7 +122,9 @@ def test_what_cannot_be_measured_says_why(task: Task, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ways.shutil, "which", lambda name: None)
     ready: dict[Any, Any] = {}
     with ExitStack() as stack:
-        found = [entered(Entrant(way, "float32"), task, stack, ready) for way in ("openvino", "compiled")]
+        found = [
+            entered(Entrant(way, "float32"), task, stack, ready) for way in ("openvino", "unclip-openvino", "compiled")
+        ]
     assert not ready
     told = table([row("diffusers"), *found])
     assert "not measured: openvino is not installed" in told and "not measured: there is no C++ compiler" in told

@@ -500,6 +500,20 @@ def test_reproduce_computes_as_it_was_painted(
     assert "attention 'cudnn' does not run here" in capsys.readouterr().err
 
 
+def test_reproduce_follows_precision_and_runtime(
+    painted: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["generate", PROMPT, "-n", "1", "--no-rerank", "--steps", "2", "--dtype", "bfloat16", "--model", tiny]
+    half = Path(answer(capsys, *asked, "--out", tmp_path / "half")["pictures"][0]["path"])
+    _, record = read_png(half)
+    assert (record["dtype"], record["runtime"]) == ("bfloat16", "torch")
+    assert answer(capsys, "reproduce", half)["reproduced"] is True
+    unknown = rewrite(half, tmp_path / "unknown.png", record | {"runtime": "onnx"})
+    assert "runtime 'onnx' is unknown" in refused(capsys, "reproduce", unknown)
+    elsewhere = rewrite(kept(painted), tmp_path / "elsewhere.png", read_png(kept(painted))[1] | {"runtime": "openvino"})
+    assert answer(capsys, "reproduce", elsewhere, "--runtime", "torch")["reproduced"] is True
+
+
 def test_reproduce_refuses_what_it_cannot_repaint(
     painted: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -513,7 +527,7 @@ def test_reproduce_refuses_what_it_cannot_repaint(
         assert f"no {name}" in said or f"no '{name}'" in said
     for name, damage in (
         *(("settings", [1]), ("weak_unet", 3), ("clip", {}), ("noise_path", 7)),
-        *(("attention", 5), ("dtype", "float3")),
+        *(("attention", 5), ("dtype", "float3"), ("runtime", 2)),
     ):
         said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"{name}.png", record | {name: damage}))
         assert "is damaged: its " in said

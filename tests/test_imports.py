@@ -26,7 +26,7 @@ LIBRARIES = {
     "training": {"torch", "torchvision", "diffusers", "transformers", "accelerate", "rich", "typer", "yaml", "pydantic"}
     | SMALL,
 }
-EXTRAS = {"gen": {"xformers"}}  # optional: imported inside the function that needs it, and nowhere else
+EXTRAS = {"gen": {"openvino", "xformers"}}  # optional: imported inside the function that needs it, and nowhere else
 LATE = ("cli.py", "command.py")  # endings of the modules that import on purpose when called: `--help` is quick
 
 

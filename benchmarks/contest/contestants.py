@@ -4,7 +4,8 @@ Both paint the same candidates of a task. They know no processes, no turns and n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +21,9 @@ from contest.ways import Way
 from gauges import now
 from gen import TextToImage
 from gen.checkpoint import find
+from gen.pipeline import as_output
 
-SEARCH_SHARE = 4  # a batch size is tried with this part of the steps
+FEW = 2  # steps by which a batch size is tried, and by which all is compiled and planned
 
 
 class Contestant(Protocol):
@@ -31,6 +33,9 @@ class Contestant(Protocol):
 
     def paint(self) -> list[int]:
         """All there is to do, which is what is timed; the candidates kept, best first."""
+
+    def warm_up(self) -> None:
+        """The same in few steps, which asks each network what `paint` asks it."""
 
     def latents(self) -> Tensor:
         """The final latents (N, C, h, w) of all candidates."""
@@ -59,6 +64,9 @@ class Peer:
     task: Task
     is_tuned: bool
     batch_size: int
+    final: list[Tensor] = field(
+        default_factory=list
+    )  # latents (B, C, h, w) of each batch, as painted last; empty: not yet
 
     @classmethod
     def load(cls, task: Task, dtype: torch.dtype, is_tuned: bool) -> "Peer":
@@ -83,19 +91,35 @@ class Peer:
         )
 
     def paint(self) -> list[int]:
+        return self._kept(self.task.steps)
+
+    def warm_up(self) -> None:
+        self._kept(FEW)
+
+    def _kept(self, steps: int) -> list[int]:
         if not self.is_tuned:
-            return self._rank(self._painted("pil"))
-        pixels = torch.stack(self._painted("pt"))
+            return self._rank(self._painted("pil", steps))
+        pixels = torch.stack(self._painted("pt", steps))
         return self.task.best(self._scores(self._prepared(pixels.float(), do_rescale=False), [PROMPT]))
 
     def latents(self) -> Tensor:
-        return torch.stack(self._painted("latent"))
+        return torch.cat(self._final())
 
+    @torch.no_grad()
     def pictures(self) -> np.ndarray:
-        return np.stack([np.asarray(picture) for picture in self._painted("pil")])
+        vae = self.pipeline.vae
+        pixels = [vae.decode(batch / vae.config.scaling_factor, return_dict=False)[0] for batch in self._final()]
+        found = self.pipeline.image_processor.postprocess(torch.cat(pixels), output_type="pil")
+        return np.stack([np.asarray(picture) for picture in found])
 
     def rank(self, pictures: np.ndarray) -> list[int]:
         return self._rank([Image.fromarray(each) for each in pictures])
+
+    def _final(self) -> list[Tensor]:
+        """As `paint` left them, so that they need not be painted again."""
+        if not self.final:
+            self._painted("latent", self.task.steps)
+        return self.final
 
     def parts(self) -> dict[str, list[nn.Module]]:
         return {
@@ -113,21 +137,21 @@ class Peer:
 
     def search(self) -> dict[int, float]:
         """Take the batch size that paints all candidates soonest; seconds of each that divides them."""
-        steps, took = max(1, self.task.steps // SEARCH_SHARE), {}
+        took = {}
         for size in sizes_of(self.task.number):
             self.batch_size = size
-            took[size] = min(self._seconds(steps) for _ in range(2))  # the first call of a shape plans
+            took[size] = min(self._seconds() for _ in range(2))  # the first call of a shape plans
         self.batch_size = min(took, key=lambda size: took[size])
         return took
 
-    def _seconds(self, steps: int) -> float:
+    def _seconds(self) -> float:
         began = now(self.task.device)
-        self._painted("pt", steps)
+        self._painted("pt", FEW)
         return now(self.task.device) - began
 
-    def _painted(self, output_type: str, steps: int | None = None) -> list[Any]:
-        """All candidates, a batch after the other; `steps` None: as many as the task has."""
-        unet, found = self.pipeline.unet, []
+    def _painted(self, output_type: str, steps: int) -> list[Any]:
+        """All candidates, a batch after the other."""
+        unet, found, last = self.pipeline.unet, list[Any](), dict[int, Tensor]()
         empty = torch.zeros(1, self.pipeline.image_normalizer.config.embedding_dim, dtype=unet.dtype)
         for first in range(0, self.task.number, self.batch_size):
             seeds = self.task.seeds[first : first + self.batch_size]
@@ -136,10 +160,12 @@ class Peer:
                 image_embeds=empty.to(unet.device),
                 num_images_per_prompt=len(seeds),
                 latents=noise_of(seeds, unet).to(unet.device, unet.dtype),
-                num_inference_steps=steps or self.task.steps,
+                num_inference_steps=steps,
                 guidance_scale=self.task.guidance_scale,
                 output_type=output_type,
+                callback=lambda step, timestep, latents, first=first: last.__setitem__(first, latents),
             ).images
+        self.final = list(last.values()) if steps == self.task.steps else []
         return found
 
     def _rank(self, pictures: list[Image.Image]) -> list[int]:
@@ -178,8 +204,8 @@ class Ours:
     task: Task
 
     @classmethod
-    def load(cls, task: Task, dtype: torch.dtype, is_tuned: bool) -> "Ours":
-        model = TextToImage.from_pretrained(task.model, device=task.device, dtype=dtype)
+    def load(cls, task: Task, dtype: torch.dtype, is_tuned: bool, runtime: str = "torch") -> "Ours":
+        model = TextToImage.from_pretrained(task.model, device=task.device, dtype=dtype, runtime=runtime)
         if is_tuned:
             channels_last(model.model.unet, model.model.vae)
         return cls(model, task)
@@ -187,13 +213,22 @@ class Ours:
     def paint(self) -> list[int]:
         return [seed - SEED for seed in self._painted(keep=self.task.keep).seeds]
 
-    def latents(self) -> Tensor:
+    def warm_up(self) -> None:
+        self._painted(keep=self.task.keep, steps=FEW)
+
+    @cached_property
+    def _latents(self) -> Tensor:
         latents = self._painted(rerank=False, output_type="latent").images
         assert isinstance(latents, Tensor), "output_type is latent"
         return latents
 
+    def latents(self) -> Tensor:
+        return self._latents
+
+    @torch.no_grad()
     def pictures(self) -> np.ndarray:
-        return np.stack([np.asarray(picture) for picture in self._painted(rerank=False).images])
+        pixels = self.model.model.decode(self.latents().to(self.task.device))
+        return np.stack([np.asarray(picture) for picture in as_output(pixels.unbind(0), "pil")])
 
     def rank(self, pictures: np.ndarray) -> list[int]:
         assert self.model.model.clip is not None, "a model that is measured can rank"
@@ -211,17 +246,19 @@ class Ours:
         }
 
     def prepare(self, way: Way) -> dict[str, Any]:
-        self.paint()  # the first time measures memory, which is not to be compiled
+        self.warm_up()  # the first time measures memory, which is not to be compiled
         return {}
 
-    def _painted(self, keep: int | None = None, rerank: bool | None = None, output_type: str = "pil") -> Any:
+    def _painted(
+        self, keep: int | None = None, rerank: bool | None = None, output_type: str = "pil", steps: int | None = None
+    ) -> Any:
         return self.model(
             PROMPT,
             num_images_per_prompt=self.task.number,
             keep=keep,
             rerank=rerank,
             seed=SEED,
-            num_inference_steps=self.task.steps,
+            num_inference_steps=steps or self.task.steps,
             guidance_scale=self.task.guidance_scale,
             prior=False,
             output_type=output_type,

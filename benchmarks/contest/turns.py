@@ -20,7 +20,11 @@ def ready(entrant: Entrant, task: Task) -> tuple[Contestant, dict[str, Any]]:
     way = WAYS[entrant.way]
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean that
     loaded = torch.float32 if way.backend == "openvino" else DTYPES[entrant.dtype]  # OpenVINO lowers it by itself
-    contestant = (Ours if way.is_ours else Peer).load(task, loaded, way.is_tuned)
+    contestant: Contestant
+    if way.is_ours:
+        contestant = Ours.load(task, loaded, way.is_tuned, way.runtime)
+    else:
+        contestant = Peer.load(task, loaded, way.is_tuned)
     told = contestant.prepare(way)
     began = now(task.device)
     if way.backend == "inductor":
@@ -29,7 +33,7 @@ def ready(entrant: Entrant, task: Task) -> tuple[Contestant, dict[str, Any]]:
     elif way.backend == "openvino":
         assert isinstance(contestant, Peer), "ours has no such way"
         to_openvino(contestant, entrant.dtype)
-    contestant.paint()
+    contestant.warm_up()
     return contestant, told | {"ready_seconds": now(task.device) - began}
 
 

@@ -19,6 +19,7 @@ class Way:
     # Weights are channels-last; a peer also makes no Pillow pictures, ranks tensors and has its best batch size.
     is_tuned: bool = False
     backend: str | None = None  # of the UNet and the autoencoder's decoder: None (eager), "inductor", "openvino"
+    runtime: str = "torch"  # of ours: who computes its networks, by its own choice
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -28,6 +29,7 @@ WAYS = {
     "compiled": Way("tuned, fused projections, torch.compile", is_tuned=True, backend="inductor"),
     "openvino": Way("tuned, OpenVINO", is_tuned=True, backend="openvino", devices=("cpu",)),
     "unclip": Way("**unclip**", is_ours=True),
+    "unclip-openvino": Way("**unclip**, runtime openvino", is_ours=True, runtime="openvino", devices=("cpu",)),
     "unclip-channels-last": Way("**unclip**, channels-last from outside", is_ours=True, is_tuned=True),
     "unclip-compiled": Way("**unclip**, torch.compile from outside", is_ours=True, backend="inductor"),
 }
@@ -45,7 +47,7 @@ STOCK, OURS = Entrant("diffusers", "float32"), Entrant("unclip", "float32")  # a
 
 def refusal(way: Way) -> str | None:
     """Why this way cannot be measured here; None: it can."""
-    if way.backend == "openvino" and importlib.util.find_spec("openvino") is None:
+    if "openvino" in (way.backend, way.runtime) and importlib.util.find_spec("openvino") is None:
         return "openvino is not installed"
     compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
     if way.backend == "inductor" and not any(name and shutil.which(name) for name in compilers):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, VQModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen.edit import Posterior
 from gen.families.painter import Painter
@@ -75,6 +75,10 @@ class KLModel(LatentModel):
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return super().parts() | {"vae": self.vae}
+
+    def networks(self) -> list[nn.Module]:
+        """What a runtime other than torch may compute (`gen.runtime`)."""
+        return [*super().networks(), self.vae.decoder]
 
     @property
     def adds_mask(self) -> bool:

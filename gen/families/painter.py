@@ -114,6 +114,10 @@ class Painter(ABC):
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return {"unet": self.unet, "scheduler": self.levels.stock}
 
+    def networks(self) -> list[nn.Module]:
+        """What a runtime other than torch may compute (`gen.runtime`)."""
+        return [*self.unets, *([] if self.clip is None else [self.clip.towers.image_network])]
+
     def fits(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         return {"unet in_channels": (self.unet.config.in_channels, self.latent_channels)}
@@ -222,6 +226,11 @@ class Painter(ABC):
     def abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         return self.able()
+
+    @property
+    def unets(self) -> list[UNet2DConditionModel]:
+        """The model's own, and the weaker one where there is one."""
+        return [self.unet] if self.weak is None else [self.unet, self.weak]
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int]:
         """(C, h, w) of a picture of these settings."""

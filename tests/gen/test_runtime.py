@@ -1,0 +1,144 @@
+"""Who computes the networks: OpenVINO paints what torch paints, and a lower precision stands in the record."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gen import Request, TextToImage
+from gen.runtime import SIZES, core, pieces_of
+
+NEEDS_OPENVINO = pytest.mark.usefixtures("installed")
+CLOSE = 1e-4  # of the largest
+LEVEL = 1 / 255
+MIXED = [
+    Request(prompt="a star", num_images_per_prompt=3, seed=0, num_inference_steps=3, output_type="latent"),
+    Request(prompt="red", seed=7, num_inference_steps=2, guidance_scale=1.0, prior=False, output_type="latent"),
+]
+PLAIN: dict[str, Any] = {"seed": 0, "prior": False, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def installed() -> None:
+    pytest.importorskip("openvino")
+
+
+@pytest.fixture(scope="module")
+def fast(tiny_folder: Path, installed: None) -> TextToImage:
+    return TextToImage.from_pretrained(tiny_folder, runtime="openvino")
+
+
+def latents(results: list[Any]) -> Tensor:
+    return torch.cat([result.images for result in results])
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_run_is_refused_in_one_line(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as where it is not installed
+    for asked, told in (
+        ({"runtime": "onnx"}, r"runtime 'onnx' is unknown; choose from: torch, openvino"),
+        ({"runtime": "openvino"}, r"not installed .*; pip install 'unclip\[openvino\]'"),
+        ({"runtime": "openvino", "device": "meta"}, r"runs on the CPU, not on meta"),
+        ({"runtime": "openvino", "dtype": "float16"}, r"computes in float32 or bfloat16, not in float16"),
+        ({"dtype": "float8"}, r"dtype 'float8' is unknown; choose from: float32, bfloat16, float16"),
+    ):
+        with pytest.raises(ValueError, match=told) as refused:
+            TextToImage.from_pretrained(tiny_folder, **asked)
+        assert "\n" not in str(refused.value)
+
+
+@NEEDS_OPENVINO
+def test_attention_is_torchs(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="attention 'math' is torch's, and runtime 'openvino' has its own"):
+        TextToImage.from_pretrained(tiny_folder, runtime="openvino", attention="math")
+
+
+# --- OpenVINO ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 75])
+def test_pieces_are_every_row_once(rows: int) -> None:
+    pieces = list(pieces_of(rows, SIZES))
+    assert [row for _, at in pieces for row in range(rows)[at]] == list(range(rows))
+    assert all(size in SIZES and at.stop - at.start == size for size, at in pieces)
+
+
+@torch.no_grad()
+def test_rows_of_all_steps_and_texts_are_torchs(tiny: TextToImage, fast: TextToImage) -> None:
+    wanted, found = latents(tiny.paint(MIXED)), latents(fast.paint(MIXED))
+    assert (found - wanted).abs().max() < CLOSE * wanted.abs().max()
+    assert not torch.equal(found, wanted)  # or torch itself has answered
+    alone = latents([fast.paint([each])[0] for each in MIXED])
+    assert (found - alone).abs().max() < CLOSE * wanted.abs().max()
+
+
+def test_the_same_are_kept(tiny: TextToImage, fast: TextToImage) -> None:
+    one, other = (model("a star", num_images_per_prompt=5, keep=2, **PLAIN) for model in (tiny, fast))
+    assert one.seeds == other.seeds and one.scores == pytest.approx(other.scores, abs=1e-3)  # of pixels a level apart
+    for painted, wanted in zip(other.images, one.images, strict=True):
+        assert np.abs(np.asarray(painted, int) - np.asarray(wanted, int)).max() <= 1
+
+
+def test_a_gradient_is_torchs(tiny: TextToImage, fast: TextToImage) -> None:
+    asked = PLAIN | {"clip_guidance_scale": 5.0, "output_type": "latent"}
+    one, other = (model("a star", **asked).images for model in (tiny, fast))
+    assert (one - other).abs().max() < 10 * CLOSE * one.abs().max()  # a random CLIP's slope is steep
+
+
+def test_merged_weights_are_read_anew(tiny_folder: Path, installed: None, tmp_path: Path) -> None:
+    model = TextToImage.from_pretrained(tiny_folder, runtime="openvino")
+    layer, before = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", model.model.unet.forward
+    lora = {f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    model.load_lora(tmp_path / "lora.safetensors")
+    assert model.model.unet.forward is not before
+
+
+def test_what_is_saved_is_the_models_own(fast: TextToImage, tmp_path: Path) -> None:
+    saved = TextToImage.from_pretrained(fast.save(tmp_path / "saved", dtype=torch.bfloat16)).model.unet.state_dict()
+    own = fast.model.unet.state_dict()
+    assert all(torch.equal(weight, own[name].bfloat16().float()) for name, weight in saved.items())
+
+
+# --- a lower precision -------------------------------------------------------------------------------------------
+
+
+@NEEDS_OPENVINO
+def test_bfloat16_is_as_near_as_torchs_and_in_the_record(tiny_folder: Path, tiny: TextToImage) -> None:
+    try:
+        fast = TextToImage.from_pretrained(tiny_folder, dtype="bfloat16", runtime="openvino")
+    except ValueError as error:
+        pytest.skip(str(error))  # a processor without it
+    half = TextToImage.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    wanted, usual, found = (latents(model.paint(MIXED)) for model in (tiny, half, fast))
+    assert 1e-4 < apart(found, wanted) < 1.5 * apart(usual, wanted)
+    painted = fast("a star", **PLAIN, output_type="pt")
+    (record,) = painted.records
+    assert (record["dtype"], record["runtime"]) == ("bfloat16", "openvino")
+    assert (fast.repaint(record) - painted.images[0]).abs().max() <= LEVEL
+    for model in (tiny, half):
+        with pytest.warns(UserWarning, match="was painted with runtime openvino, and this is torch"):
+            model.repaint(record)
+
+
+def test_float32_is_alike_by_any_runtime(tiny: TextToImage, fast: TextToImage) -> None:
+    painted = fast("a star", **PLAIN, output_type="pt")
+    (record,) = painted.records
+    assert (record["dtype"], record["runtime"]) == ("float32", "openvino")
+    with pytest.warns(UserWarning, match="was painted with runtime openvino, and this is torch"):
+        again = tiny.repaint(record)
+    assert (again - painted.images[0]).abs().max() <= LEVEL
