@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from gen.checkpoint import part_class
+from schedulers import MendedUnCLIP
 from tests.tiny import WIDTH, tiny_prior, tiny_text_config, tiny_tokenizer
 
 SMALL, LARGE = 8, 16  # pixels of the decoder's pictures and of those that are enlarged
@@ -97,25 +98,15 @@ def make_tiny_karlo(folder: str | Path, seed: int = 0, prior: bool = True) -> Pa
 
 
 def stock_karlo(folder: Path) -> Any:
-    """Stock's pipeline, put together from the parts of a folder, its schedulers in float64.
-
-    In float32 UnCLIPScheduler's weight of x0 in the last step is 1.0015 instead of 1.
-    """
+    """Stock's pipeline, put together from the parts of a folder; its schedulers count in float64."""
     index = json.loads((folder / "model_index.json").read_text())
     listed = {name: entry for name, entry in index.items() if isinstance(entry, list)}
     parts = {name: part_class(*entry, folder).from_pretrained(folder / name) for name, entry in listed.items()}  # type: ignore[attr-defined]
     for name in parts:
         if name.endswith("_scheduler"):
-            doubled(parts[name])
+            told = {option: value for option, value in parts[name].config.items() if not option.startswith("_")}
+            parts[name] = MendedUnCLIP(**told)
     kind = UnCLIPPipeline if "prior" in parts else UnCLIPImageVariationPipeline
     pipeline = kind(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def doubled(stock: UnCLIPScheduler) -> UnCLIPScheduler:
-    """An UnCLIPScheduler that counts in float64."""
-    stock.alphas_cumprod = stock.alphas_cumprod.double()
-    stock.alphas = stock.alphas_cumprod / torch.cat([stock.one[None].double(), stock.alphas_cumprod[:-1]])
-    stock.betas = 1 - stock.alphas
-    return stock

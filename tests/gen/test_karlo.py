@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PriorTransformer
+from diffusers import PriorTransformer, UnCLIPScheduler
 from diffusers.pipelines.deprecated.unclip import pipeline_unclip, pipeline_unclip_image_variation
 from diffusers.schedulers import scheduling_unclip
 from safetensors.torch import save_file
@@ -30,7 +30,7 @@ from gen.upscale import STAGE as SUPER_RESOLUTION
 from samplers.noise import noise
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SHORT, apart, edited
 from tests.tiny import WIDTH, make_tiny_clip, tiny_tokenizer
-from tests.tiny_karlo import LARGE, SMALL, doubled, make_tiny_karlo, stock_karlo
+from tests.tiny_karlo import LARGE, SMALL, make_tiny_karlo, stock_karlo
 
 SEED = 13
 STEPS: dict[str, Any] = {"prior_num_inference_steps": 3, "num_inference_steps": 4, "super_res_num_inference_steps": 3}
@@ -241,9 +241,10 @@ def test_a_search_looks_at_small_pictures_and_a_record_paints_again(ranked: Text
 
 def test_stock_cannot_take_one_step(folder: Path) -> None:
     """The day this fails, compare with stock below."""
-    for stage in ("prior", "decoder", "super_res"):
+    stock = stock_karlo(folder)
+    for scheduler in (stock.prior_scheduler, stock.decoder_scheduler, stock.super_res_scheduler):
         with pytest.raises(ZeroDivisionError):
-            stock_karlo(folder)(SHORT, **{f"{stage}_num_inference_steps": 1})
+            scheduler.set_timesteps(1)
 
 
 def test_one_step_goes_from_noise_to_the_estimate(model: TextToImage) -> None:
@@ -260,7 +261,7 @@ def test_one_step_goes_from_noise_to_the_estimate(model: TextToImage) -> None:
         rows = Rows(upscaler.call, upscaler.levels.scaling, SUPER_RESOLUTION)
         ((finished,),) = rows.run(upscaler.rows([candidate], [0], [small]))
         output = upscaler.last(torch.cat([x, large], dim=1), 999).sample
-    alpha_bar = doubled(upscaler.levels.stock).alphas_cumprod[999]
+    alpha_bar = upscaler.levels.stock.alphas_cumprod[999].double()
     by_hand = ((x - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()).clamp(-1, 1)
     assert apart(finished.x[None], by_hand) <= LATENTS
     pictures = model(SHORT, seed=SEED, output_type="pt", **dict.fromkeys(STEPS, 1)).images
@@ -414,7 +415,8 @@ def test_full_size(folder: Path) -> None:
     """Karlo v1 alpha, as diffusers' own conversion of it says; a call of each network."""
     tokenizer = tiny_tokenizer()  # its words are of no account here, the length is
     tokenizer.model_max_length = 77
-    small = {name: stock for name, stock in stock_karlo(folder).components.items() if name.endswith("_scheduler")}
+    names = ("prior_scheduler", "decoder_scheduler", "super_res_scheduler")
+    schedulers = {name: UnCLIPScheduler.from_pretrained(folder / name) for name in names}
     kinds = {entry: part_class("diffusers", entry, folder) for entry in ("UNet2DConditionModel", "UNet2DModel")}
     with torch.device("meta"):
         super_res: list[Any] = [
@@ -451,7 +453,7 @@ def test_full_size(folder: Path) -> None:
             "super_res_first": super_res[0],
             "super_res_last": super_res[1],
         }
-    parts |= {"tokenizer": tokenizer, **small}
+    parts |= {"tokenizer": tokenizer, **schedulers}
     model = Karlo.of(Parts("UnCLIPPipeline", parts, None, Card(), Path("karlo")))
     settings = model.abilities.defaults
     assert (settings.height, settings.width, model.abilities.size_multiple) == (256, 256, 32)
