@@ -34,7 +34,7 @@ class Abilities:
     cell_size: int  # pixels per latent cell, along each side
     latent_channels: int
     text_shape: tuple[int, int] | None = None  # (L, D) of prompt_embeds; None: this model takes none
-    text_layers: int = 0  # clip_skip is smaller than this
+    text_layers: int = 0  # clip_skip is smaller than this; 0: the decoder reads no text
     has_second_text: bool = False  # whether a second text tower may read another text
     tells_sizes: bool = False  # whether the UNet is told of a picture's size and crop
     pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
@@ -167,7 +167,7 @@ def check_settings(settings: Settings, able: Abilities) -> None:
     for name in ("prompt_weights", "long_prompts"):
         if not isinstance(value := getattr(settings, name), bool):
             raise ValueError(f"{name}={value!r}; give True or False")
-        if value and able.text_shape is None:
+        if value and not able.text_layers:
             raise ValueError(f"{name}=True, but this model reads a prompt only as it stands; leave {name} out")
     if settings.long_prompts and settings.interpolate_prompt:
         raise ValueError("long_prompts=True and interpolate_prompt were both given; leave one of them out")

@@ -224,9 +224,15 @@ class Karlo(Reader):
         """What the UNet is told of each of these texts without an image."""
         said = self.text(texts, clip_skip)
         embeddings = self.text_encoder.text_projection(said.pooled)  # (B, E)
-        read = [Read(*each) for each in zip(said.tokens, embeddings, said.mask, strict=True)]
-        nothing = self.text_proj.learned_classifier_free_guidance_embeddings  # (E,)
-        return self._beside(read, nothing.expand(len(read), -1))
+        return self._without([Read(*each) for each in zip(said.tokens, embeddings, said.mask, strict=True)])
+
+    def joined(self, pieces: Sequence[Piece], read: Sequence[Condition]) -> Condition:
+        """What the UNet is told of a text that was read in these pieces."""
+        said, empty = [each.read for each in read if isinstance(each, Illustrated)], self._empty
+        assert len(said) == len(read) and isinstance(empty, Illustrated), "every text was read here"
+        states = self.weighed(pieces, [each.states for each in said], empty.read.states)
+        mask = torch.cat([each.mask for each in said])
+        return self._without([Read(states.to(empty.read.states.dtype), said[0].embedding, mask)])[0]
 
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
@@ -246,15 +252,22 @@ class Karlo(Reader):
         one, other = start.read, end.read
         states, embedding = slerp(one.states, other.states, share), slerp(one.embedding, other.embedding, share)
         mask = one.mask | other.mask if 0 < share < 1 else (one.mask, other.mask)[round(share)]
-        nothing = self.text_proj.learned_classifier_free_guidance_embeddings  # (E,)
-        return self._beside([Read(states, embedding, mask)], nothing[None])[0]
+        return self._without([Read(states, embedding, mask)])[0]
 
     def said(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the tokens, by the names of its arguments."""
         return {"class_labels": told.vector, "attention_mask": told.mask}
 
+    def _without(self, read: Sequence[Read]) -> list[Condition]:
+        """What the UNet is told of texts without an image."""
+        nothing = self.text_proj.learned_classifier_free_guidance_embeddings  # (E,)
+        return self._beside(read, nothing.expand(len(read), -1))
+
     def _beside(self, read: Sequence[Read], image_embeds: Tensor) -> list[Condition]:
         """What the UNet is told of texts and of the image embeddings (B, E) beside them."""
+        if len({len(each.states) for each in read}) > 1:  # texts of unequally many pieces
+            alone = zip(read, image_embeds, strict=True)
+            return [told for each, embedding in alone for told in self._beside([each], embedding[None])]
         states, embeddings, masks = (torch.stack(each) for each in zip(*read, strict=True))
         tokens, vectors = self.text_proj(
             image_embeddings=image_embeds.to(self.text_proj.dtype),

@@ -80,6 +80,11 @@ class Reader(Painter):
         """What the UNet is told of each of these texts."""
         return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
 
+    def joined(self, pieces: Sequence[Piece], read: Sequence[Condition]) -> Condition:
+        """What the UNet is told of a text that was read in these pieces."""
+        states = self.weighed(pieces, [each.tokens for each in read], self._empty.tokens)
+        return replace(read[0], tokens=own(states, self.unet))
+
     def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
         """What the UNet is told of a text with these token states (L, D), and where it takes it pooled, (P,)."""
         return Condition(own(tokens, self.unet))
@@ -183,15 +188,17 @@ class Reader(Painter):
         """
         if (needed := self.text.num_pieces(pieces[0].parts)) > len(pieces):
             logger.warning("a text of %d pieces is cut to %d: %r", needed, len(pieces), pieces[0].parts)
-        read, empty = self.read(pieces, clip_skip), self._empty.tokens
-        assert empty is not None, "these families read tokens"
+        return self.joined(pieces, self.read(pieces, clip_skip))
+
+    def weighed(self, pieces: Sequence[Piece], states: Sequence[Tensor | None], empty: Tensor | None) -> Tensor:
+        """The states (L, D) of each piece moved from the empty prompt's by their weights, and one behind the other."""
         moved = []
-        for piece, condition in zip(pieces, read, strict=True):
-            assert condition.tokens is not None, "these families read tokens"
+        for piece, each in zip(pieces, states, strict=True):
+            assert each is not None and empty is not None, "these families read tokens"
             weights = piece.weights(self.text.tokenizer, len(empty)).to(empty.device)[:, None]  # (L, 1)
-            difference = condition.tokens.float() - empty.float()
-            moved.append(torch.where(weights == 1, condition.tokens.float(), empty.float() + weights * difference))
-        return replace(read[0], tokens=own(torch.cat(moved), self.unet))
+            difference = each.float() - empty.float()
+            moved.append(torch.where(weights == 1, each.float(), empty.float() + weights * difference))
+        return torch.cat(moved)
 
     def _sized(self, condition: Condition, sizes: tuple[int, ...]) -> Condition:
         if not sizes:

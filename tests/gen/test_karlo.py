@@ -200,6 +200,20 @@ def test_every_stages_start_can_be_handed_over(model: TextToImage, tiny: TextToI
         tiny(SHORT, num_inference_steps=1, prior=False, super_res_latents=torch.zeros(1, 3, 8, 8))
 
 
+def test_words_have_weights_and_texts_may_be_long(model: TextToImage) -> None:
+    """In what the text tower says, before the image's tokens come in front of it."""
+    asked: dict[str, Any] = STEPS | {"seed": SEED, "output_type": "latent"}
+    plain, weighty = model(SHORT, **asked).images, asked | {"prompt_weights": True}
+    assert torch.equal(model(SHORT, **weighty).images, plain)
+    assert apart(model("a (star:1.0)", **weighty).images, plain) <= LATENTS
+    assert apart(model("a (star:1.5)", **weighty).images, plain) > 1e-2
+    long = " ".join([LONG] * 3)
+    both = model([SHORT, long], long_prompts=True, **asked).images
+    assert apart(both[:1], plain) <= LATENTS
+    assert apart(both[1:], model(long, long_prompts=True, **asked).images) <= LATENTS
+    assert apart(both[1:], model(long, **asked).images) > 1e-2
+
+
 # --- whatever is painted beside it -------------------------------------------------------------------------------
 
 
