@@ -26,6 +26,7 @@ from gen import Request, TextToImage
 from gen.command import main
 from gen.facts import facts_of
 from gen.picture import largest_difference
+from gen.pipeline import as_output
 from samplers.noise import SEEDS, STAGES, noise
 from schedulers import MendedUnCLIP
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, edited
@@ -126,9 +127,11 @@ def assert_same(model: TextToImage, stock: Stock, prompts: list[str], n: int, **
     latents, pictures = stock.paint(embeds, prompts, n, negative, **asked)
     ours: dict[str, Any] = {"negative_prompt": negative, "prior_guidance_scale": prior_guidance, "seed": SEED}
     ours |= {"num_images_per_prompt": n, "rerank": False, **SIZE, **STEPS, **asked}
-    assert apart(model(prompts, output_type="latent", **ours).images, latents) <= LATENTS
-    painted = model(prompts, **ours).images
-    assert len(painted) == len(pictures) == len(prompts) * n
+    finished = model(prompts, output_type="latent", **ours).images
+    assert isinstance(finished, Tensor) and apart(finished, latents) <= LATENTS
+    with torch.no_grad():
+        painted = as_output(list(model.model.decode(finished)), "pil")
+    assert isinstance(painted, list) and len(painted) == len(pictures) == len(prompts) * n
     assert max(largest_difference(a, b) for a, b in zip(painted, pictures, strict=True)) <= LEVEL
 
 
