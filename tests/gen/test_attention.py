@@ -380,7 +380,7 @@ def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> list
     told = model.model.tell(candidates, Table())
     schedule, shape = model.model.levels.schedule(asked.sampler, asked.num_inference_steps), (4, 8, 8)
     return [
-        Row(seed, seed, shape, schedule, asked.sampler, prompt, null, asked.guidance_scale)
+        Row(seed, seed, shape, schedule, asked.sampler, prompt, null=null, guidance_scale=asked.guidance_scale)
         for seed, (prompt, null) in enumerate(told)
     ]
 

@@ -277,7 +277,8 @@ def test_rows_join_and_leave_at_random(tiny: TextToImage, seed: int) -> None:
     def row(key: int) -> Row:
         schedule = prior.levels.schedule(prior.levels.sampler, draw.choice([3, 5, 8]))
         prompt = told[draw.randint(1, len(PROMPTS))]
-        return Row(key, key, (WIDTH,), schedule, prior.levels.sampler, prompt, told[0], draw.choice([1.0, 3.0, 5.0]))
+        weight = draw.choice([1.0, 3.0, 5.0])
+        return Row(key, key, (WIDTH,), schedule, prior.levels.sampler, prompt, null=told[0], guidance_scale=weight)
 
     rows = [row(key) for key in range(14)]
 
