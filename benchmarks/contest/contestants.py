@@ -246,7 +246,8 @@ class Ours:
         }
 
     def prepare(self, way: Way) -> dict[str, Any]:
-        self.warm_up()  # the first time measures memory, which is not to be compiled
+        if way.backend is not None:
+            self.warm_up()  # the first time measures memory, which is not to be compiled
         return {}
 
     def _painted(
