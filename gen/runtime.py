@@ -197,21 +197,30 @@ class Told:
 @torch.no_grad()
 def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precision: str) -> Converted:
     """Have OpenVINO read a network by tracing one call of it."""
-    import openvino
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
     began, name = time.perf_counter(), type(network).__name__
     flat = Flat(network, leaves, layout)
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     example = tuple(tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in given)  # 1 row would be traced as such
-    with quiet(), warnings.catch_warnings():  # what is traced as a constant is the same in every call that comes here
-        warnings.simplefilter("ignore")
-        decoder = TorchScriptPythonDecoder(flat, example_input=example, trace_kwargs={"check_trace": False})
-        model = openvino.convert_model(decoder, example_input=example)
+    model = read(flat, example)
     assert flat.told.answer is not None, "tracing asks it"
     logger.info("OpenVINO read %s in %.1f s", name, time.perf_counter() - began)
     waves, rest = cut_waves(model)
     return Converted(name, waves, rest, [tensor.shape[1:] for tensor in given], flat.told.answer, precision)
+
+
+def read(network: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """What OpenVINO's torch front end makes of a network by tracing one call, as an openvino.Model of free sizes.
+
+    `openvino.convert_model` does the same, and tells its maker over the network that it was called.
+    """
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with quiet(), warnings.catch_warnings():  # what is traced as a constant is the same in every call that comes here
+        warnings.simplefilter("ignore")
+        decoder = TorchScriptPythonDecoder(network, example_input=example, trace_kwargs={"check_trace": False})
+        front_end = FrontEndManager().load_by_framework("pytorch")
+        return front_end.convert(front_end.load(decoder))
 
 
 def cut_waves(model: Any) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from contest.contestants import Peer, noise_of
 from contest.ways import Way
+from gen.runtime import read
 
 
 def compile_networks(networks: Sequence[nn.Module], mode: str) -> None:
@@ -65,7 +66,8 @@ def openvino_of(network: nn.Module, example: tuple[Tensor, ...], dtype: str) -> 
     """A network for inputs of the example's shapes; `dtype` is what OpenVINO computes in."""
     openvino = importlib.import_module("openvino")
     with torch.no_grad():
-        model = openvino.convert_model(network, example_input=example, input=[tuple(each.shape) for each in example])
+        model = read(network, example)
+    model.reshape({place: tuple(each.shape) for place, each in enumerate(example)})
     precision = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
     hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(model, "CPU", hints)

@@ -93,6 +93,15 @@ def test_the_same_are_kept(tiny: TextToImage, fast: TextToImage) -> None:
         assert np.abs(np.asarray(painted, int) - np.asarray(wanted, int)).max() <= 1
 
 
+def test_nobody_is_told_of_it(tiny_folder: Path, installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    telemetry = pytest.importorskip("openvino_telemetry")
+    told: list[Any] = []
+    monkeypatch.setattr(telemetry.Telemetry, "init", lambda *args, **_: told.append(args))
+    model = TextToImage.from_pretrained(tiny_folder, runtime="openvino")
+    model("a star", num_inference_steps=1, seed=0)
+    assert not told
+
+
 def test_a_gradient_is_torchs(tiny: TextToImage, fast: TextToImage) -> None:
     asked = PLAIN | {"clip_guidance_scale": 5.0, "output_type": "latent"}
     one, other = (model("a star", **asked).images for model in (tiny, fast))
