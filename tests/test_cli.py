@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,8 +90,8 @@ def test_help_is_quick_and_loads_no_heavy_library(verb: str | None) -> None:
 
 def test_what_few_need_has_a_panel_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["generate", "--help"]) == 0
-    common, panel = capsys.readouterr().out.split(" Advanced ")
-    for option in ("--steps", "--guidance ", "--seed", "--sampler", "--prior"):
+    common, panel = (re.findall(r"--[a-z-]+", part) for part in capsys.readouterr().out.split(" Advanced "))
+    for option in ("--steps", "--guidance", "--seed", "--sampler", "--prior"):
         assert option in common and option not in panel
     for name in ("attention", "s_churn", "guidance_rule", "weak_unet", "apg_eta", "clip_guidance_scale"):
         option = f"--{name.replace('_', '-')}"
