@@ -65,22 +65,24 @@ def test_stock_diffusers_paints_the_same(
 def test_its_clip_finds_pictures(model: TextToImage) -> None:
     assert model.model.clip is not None
     found = retrieval(model.model.clip, [prompt for prompt in load() if prompt.group == "retrieval"])
-    assert found["text_to_image"]["rate"] >= 0.8
+    assert found["text_to_image"]["rate"] >= 0.9
 
 
-def test_it_paints_what_it_is_asked(model: TextToImage) -> None:
-    prompts = [prompt for prompt in load() if prompt.group == "one"][:12]
+@pytest.mark.parametrize("group", ["one", "relation"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_it_paints_what_it_is_asked(model: TextToImage, group: str, prior: bool) -> None:
+    prompts = [prompt for prompt in load() if prompt.group == group][:10]
     result = model(
         [prompt.text for prompt in prompts],
-        num_images_per_prompt=8,
+        num_images_per_prompt=4,
         keep=1,
+        prior=prior,
         seed=[prompt.seed for prompt in prompts],
         output_type="np",
     )
     pictures = (torch.as_tensor(result.images) * 255).round().to(torch.uint8).numpy()
-    assert (
-        sum(right(read(picture), prompt.claim) for picture, prompt in zip(pictures, prompts, strict=True)) >= 9
-    )  # untrained: 0
+    correct = [right(read(picture), prompt.claim) for picture, prompt in zip(pictures, prompts, strict=True)]
+    assert sum(correct) >= 8  # untrained: 0
 
 
 def test_it_says_what_it_knows(model: TextToImage) -> None:
