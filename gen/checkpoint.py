@@ -51,6 +51,10 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
 IMAGE_PARTS = ("feature_extractor", "image_encoder")  # what makes an image embedding of a picture
+KINDS = (  # what a part can be
+    *(nn.Module, diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase),
+    *(transformers.ImageProcessingMixin, transformers.ProcessorMixin),
+)
 UNUSED = ("safety_checker", *IMAGE_PARTS)  # parts that nothing here asks
 SEEING = ("StableUnCLIPImg2ImgPipeline", "UnCLIPImageVariationPipeline")  # families that ask the image parts
 # Not in diffusers' top level: by the name of the class, the package of pipelines that indices name for it.
@@ -231,19 +235,27 @@ def refuse_prior_alone(model: str | Path, family: str) -> None:
 def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The parts that model_index.json lists and that are used here, each as (library, class)."""
     family = index.get("_class_name")
+    if isinstance(family, list):  # as diffusers writes it for code that lies beside the model
+        raise ValueError(f"{INDEX} names the custom pipeline {family}, whose code is never run; give a folder without")
     unused: Sequence[str] = UNUSED[:1] if family in SEEING else UNUSED
     if family in {prior for prior, _ in JOINED.values()}:
         unused = ()
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name not in unused}
+    if away := [name for name in entries if Path(name).name != name]:
+        raise ValueError(f"{INDEX} names a part {away[0]!r}, which is no folder beside it")
     return {name: (entry[0], entry[1]) for name, entry in entries.items() if len(entry) == 2 and all(entry)}
 
 
 def part_class(library: str, name: str, where: Path) -> type:
-    """The class an entry of model_index.json names; only the two libraries' own are ever taken."""
+    """The class an entry of model_index.json names: a network, tokenizer, scheduler or processor of the two libraries.
+
+    Never one that chooses the class by itself (`AutoModel`) or loads others (pipelines): those can read pickle, and run
+    code that lies beside a model.
+    """
     _, found = OURS.get(name, ("", None))
     for known in (diffusers, transformers):
         found = found or (getattr(known, name, None) if library != "unclip" else None)
-    if not isinstance(found, type):
+    if not isinstance(found, type) or not issubclass(found, KINDS):
         ours = ", ".join(sorted(OURS))
         raise ValueError(f"{where}: {library}.{name} is no class of diffusers or transformers, nor one of: {ours}")
     return found

@@ -31,7 +31,7 @@ def _of_folder(name: str) -> dict[str, Any]:
     classes = {part: class_name for part, (_, class_name) in listed(index).items()}
     hashed = sorted([*classes, "clip"])
     if (folder / "clip").is_dir():
-        classes["clip"] = read_json(folder / "clip" / "config.json").get("architectures", ["CLIPModel"])[0]
+        classes["clip"] = (read_json(folder / "clip" / "config.json").get("architectures") or ["CLIPModel"])[0]
     parts = {}
     for part, kind in classes.items():
         if not (folder / part).is_dir():

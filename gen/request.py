@@ -320,7 +320,9 @@ class Request:
         if self.prompt is None:
             source = self.prompt_embeds if self.prompt_embeds is not None else self.image_embeds
             if source is None and self.variation_of is not None:
-                return ("",) * num_of(self.variation_of)
+                if not (number := num_of(self.variation_of)):
+                    raise ValueError("variation_of is empty; give at least one picture")
+                return ("",) * number
             if source is None:
                 told = "give a text, a list of texts, prompt_embeds, image_embeds or variation_of"
                 raise ValueError(f"prompt is missing; {told}")
@@ -411,10 +413,6 @@ class Request:
             for text in dict.fromkeys(said):
                 if text and not any(part.text.strip() for part in parse("prompt", text)):
                     raise ValueError(f"prompt {text!r} has brackets and no words; say in words what to paint")
-        second = next((name for name in SECOND if getattr(self, name) is not None), None)
-        for name in ("prompt_weights", "long_prompts"):
-            if second and getattr(settings, name):
-                raise ValueError(f"{name}=True reads one text for both towers, and {second} was given; leave one out")
         given = next((name for name in POOLED if getattr(self, name) is not None), None)
         if settings.long_prompts and given:
             raise ValueError(f"long_prompts=True and {given} were both given; give texts, or embeddings of all of them")

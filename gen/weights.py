@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+ADAPTER = "adapter_config.json"  # for which transformers looks by itself where peft is installed
 NAMED = 5  # weights that an error names
 
 
@@ -36,6 +37,8 @@ def named(keys: Sequence[str]) -> str:
 
 def check_weights(folder: Path) -> None:
     """ValueError that names a missing, damaged or pickled weight file of a part."""
+    if (folder / ADAPTER).exists():
+        raise ValueError(f"model part '{folder}' has an {ADAPTER}, by which peft changes weights; load it by load_lora")
     if not (paths := weight_files(folder)):
         pickled = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         told = f"only {pickled[0]}, which is pickle and is never read" if pickled else "no .safetensors file"
@@ -50,6 +53,8 @@ def weight_files(folder: Path) -> list[Path]:
         named = read_json(shards[0]).get("weight_map")
         if not isinstance(named, dict):
             raise ValueError(f"model file '{shards[0]}' is damaged (it has no weight_map); fetch or save it again")
+        if away := [file for file in named.values() if not isinstance(file, str) or Path(file).name != file]:
+            raise ValueError(f"model file '{shards[0]}' names {away[0]!r}, which is no file beside it")
         return [folder / name for name in sorted(set(named.values()))]
     names, _ = of_one_variant([path.name for path in folder.glob("*.safetensors")])
     return [folder / name for name in names]

@@ -82,6 +82,8 @@ def found(kind: str, name: str | Path, usual: str) -> Path:
     repository, _, file = rest.partition("/")
     if not owner or not repository or str(name).startswith((".", "~", "/")) or Path(owner).is_dir():
         raise ValueError(f"{kind} '{name}' is no file; give a {SUFFIX} file, a folder with one, or a hub id")
+    if file and not file.endswith(SUFFIX):
+        raise ValueError(f"{kind} '{name}' is no {SUFFIX} file; others may hold pickle, which is never read")
     repository = f"{owner}/{repository}"
     try:
         file = file or chosen(kind, str(name), [each for each in list_repo_files(repository) if "/" not in each], usual)

@@ -58,6 +58,8 @@ class IPAdapter:
         if self.encoder is None or self.preprocess is None:
             told = "load it with image_encoder=FOLDER, or give ip_adapter_image_embeds"
             raise ValueError(f"the IP-Adapter has no image encoder; {told}")
+        if not images or not all(isinstance(each, Image.Image) for each in images):
+            raise ValueError("ip_adapter_image is no Pillow picture; give one, or a list of one or more")
         values = self.preprocess.from_images(images).to(self.encoder.device, self.encoder.dtype)
         return self.encoder(values).image_embeds.float()
 

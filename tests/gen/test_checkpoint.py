@@ -108,13 +108,19 @@ def test_missing_and_damaged_files_are_named(
 
 
 def edited(path: Path, **change: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    told = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(told | change))
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("model_index.json", {"unet": ["os", "system"]}, "os.system is no class of diffusers or transformers"),
+        ("model_index.json", {"unet": ["diffusers", "AutoModel"]}, "diffusers.AutoModel is no class of diffusers"),
+        ("model_index.json", {"tokenizer": ["transformers", "AutoTokenizer"]}, "AutoTokenizer is no class of"),
+        ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, "custom pipeline .*, whose code is never run"),
+        ("model_index.json", {"../unet": ["diffusers", "UNet2DConditionModel"]}, "which is no folder beside it"),
+        ("text_encoder/adapter_config.json", {}, "has an adapter_config.json, by which peft changes weights"),
         ("model_index.json", {"_class_name": "KolorsPipeline"}, "a KolorsPipeline; ours are: .*StableUnCLIP"),
         ("model_index.json", {"prior_tokenizer": [None, None]}, "prior_tokenizer' is missing from model_index.json"),
         ("model_index.json", {"vae": []}, "vae' is missing from model_index.json"),
@@ -145,6 +151,13 @@ def test_unknown_models(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         TextToImage.from_pretrained(name, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_shard_index_that_names_files_elsewhere(folder: Path) -> None:
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../vae/diffusion_pytorch_model.safetensors"}}))
+    with pytest.raises(ValueError, match=r"index\.json' names '\.\./vae/.*', which is no file beside it"):
+        TextToImage.from_pretrained(folder, device="cpu")
 
 
 def test_a_shard_index_that_names_no_files(folder: Path) -> None:

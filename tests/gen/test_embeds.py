@@ -234,6 +234,7 @@ def test_a_callback_hears_of_candidates_and_not_of_answers(tiny: TextToImage) ->
             "interpolation=2 is out of range; give a number",
         ),
         ({"edit_amount": 0.5}, "edit_amount was given without edit_from; say what the picture shows"),
+        ({"variation_of": [], "prompt": None}, "variation_of is empty; give at least one picture"),
         ({"variation_of": "nowhere.png"}, "picture nowhere.png does not exist"),
         ({"variation_of": picture(), "prior": True}, "prior=True and variation_of were both given"),
         ({"variation_of": picture(), "image_embeds": torch.zeros(1, WIDTH)}, "variation_of and image_embeds were both"),

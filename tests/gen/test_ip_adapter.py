@@ -176,6 +176,9 @@ def test_what_does_not_fit_is_said(root: Path, model: TextToImage, tmp_path: Pat
     with pytest.raises(ValueError, match="has no image encoder; load it with image_encoder=FOLDER"):
         fresh(SHORT, ip_adapter_image=picture())
     fresh.load_ip_adapter(path, image_encoder=root / "ip" / "image_encoder")
+    for none in ("cat.png", []):
+        with pytest.raises(ValueError, match="ip_adapter_image is no Pillow picture; give one"):
+            fresh(SHORT, ip_adapter_image=none)
     embeds = fresh.embed_ip_adapter_image(picture())
     torch.testing.assert_close(embeds, model.embed_ip_adapter_image(picture()))
     with pytest.raises(ValueError, match=r"ip_adapter_image_embeds has shape \(1, 12\); give \(2, 12\)"):

@@ -287,6 +287,7 @@ def test_files_that_do_not_fit_change_nothing(folders: dict[str, Path], tmp_path
         ("nowhere", "is no file; give a .safetensors file, a folder with one, or a hub id"),
         ("owner/name", "cannot be fetched from the hub"),
         (tmp_path / "b.pt", "may hold pickle, which is never read"),
+        ("owner/name/b.bin", "is no .safetensors file; others may hold pickle, which is never read"),
         (tmp_path / "two", r"has a.safetensors, b.safetensors; name one of them"),
         (folders["1"], r"has no .safetensors file"),
     ):

@@ -148,9 +148,9 @@ def test_two_towers_read_in_pieces_too(tmp_path: Path) -> None:
     model = TextToImage.from_pretrained(make_tiny_stable_diffusion_xl(tmp_path / "xl"), device="cpu")
     whole = model(f"a (red:1.4) star {ENDLESS}", prompt_weights=True, long_prompts=True, **ASKED).images
     cut = model(f"a (red:1.4) star {ENDLESS}", prompt_weights=True, **ASKED).images
-    for words in ({"prompt_weights": True}, {"long_prompts": True}):
-        with pytest.raises(ValueError, match="reads one text for both towers, and prompt_2 was given; leave one out"):
-            model(SHORT, prompt_2=LONG, **words)
+    for words in ("prompt_weights", "long_prompts"):
+        with pytest.raises(ValueError, match=f"prompt_2 and {words}=True were both given; leave one of them out"):
+            model(SHORT, prompt_2=LONG, **{words: True})
     plainly = model(f"a red star {ENDLESS}", long_prompts=True, **ASKED).images
     assert min(apart(whole, cut), apart(whole, plainly)) > 1e-4
 
