@@ -1,6 +1,6 @@
-"""What a model tells without a weight being read, and nested facts as lines for people.
+"""What a model tells without its weights being loaded, and nested facts as lines for people.
 
-Sizes come from the headers of safetensors, all else from configurations. A folder and a single file tell the same.
+Sizes come from the headers of safetensors, the hash from the files' bytes, all else from configurations. A folder and a single file tell the same.
 """
 
 from __future__ import annotations
