@@ -1,6 +1,7 @@
 """What a model tells without its weights being loaded, and nested facts as lines for people.
 
-Sizes come from the headers of safetensors, the hash from the files' bytes, all else from configurations. A folder and a single file tell the same.
+Sizes come from the headers of safetensors, the hash from the files' bytes, all else from configurations. A folder and
+a single file tell the same.
 """
 
 from __future__ import annotations
