@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +50,7 @@ class Pace:
 
 @dataclass(eq=False)
 class Bucket:
-    """The most evaluations of one shape to ask at once."""
+    """The most evaluations of one shape to ask at once; engines in several threads may ask the same."""
 
     name: str  # for the log
     device: torch.device
@@ -58,6 +59,7 @@ class Bucket:
     ceiling: int = UNBOUNDED  # lower once memory has run out
     paces: dict[int, Pace] = field(default_factory=dict)  # of calls of 2^(k-1) to 2^k - 1 evaluations, by k
     _running: deque[tuple[int, Mark, Mark]] = field(default_factory=deque)  # evaluations, from when to when
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     @property
     def enough(self) -> int:
@@ -74,9 +76,10 @@ class Bucket:
             return call()
         began = mark(self.device)
         answer = call()
-        self._running.append((count, began, mark(self.device)))
-        while self._running and (seconds := between(*self._running[0][1:])) is not None:
-            self.note(self._running.popleft()[0], seconds)
+        with self._lock:
+            self._running.append((count, began, mark(self.device)))
+            while self._running and (seconds := between(*self._running[0][1:])) is not None:
+                self.note(self._running.popleft()[0], seconds)
         return answer
 
     def note(self, count: int, seconds: float) -> None:

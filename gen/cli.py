@@ -408,10 +408,10 @@ def reproduce(
         for name, kind in (("settings", dict), *((each, str) for each in texts)):
             if not isinstance(record.get(name, kind()), kind):
                 raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
-        guided = record.get("settings", {}).get("clip_guidance_scale")  # or no CLIP is asked
-        clip = record.get("clip") if guided else None
         from gen.pipeline import as_output, computed
+        from gen.request import asks_clip
 
+        clip = record.get("clip") if asks_clip(record) else None
         dtype, attention = computed(record)
         if attention != record.get("attention", attention):
             say("reproduce", f"attention '{record['attention']}' does not run here; pixels may differ by torch's own")

@@ -34,7 +34,7 @@ from gen.engine import Engine
 from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
-from gen.request import Candidate, Job, Request
+from gen.request import Candidate, Job, Request, asks_clip
 from gen.runtime import DTYPES, TORCH, check_runtime, dtype_of, name_of, run_by_openvino
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
@@ -442,9 +442,9 @@ class TextToImage:
         candidate = Candidate.from_json(record, self.model.abilities, [source("image", one) for one in images])
         if candidate.settings.guidance_rule == "autoguidance" and record.get("weak_unet_hash") != self.weak_hash:
             raise ValueError(f"the picture was guided by another weak_unet than '{self.weak_unet}'; load that one")
-        if candidate.settings.clip_guidance_scale and record.get("clip", "") != self.clip:
+        if asks_clip(record) and record.get("clip", "") != self.clip:
             wanted = record.get("clip") or "the model's own"
-            raise ValueError(f"the picture was guided by another CLIP than '{self.clip}': {wanted}; load that one")
+            raise ValueError(f"the picture was painted by another CLIP than '{self.clip}': {wanted}; load that one")
         for name, here in self._computed.items():
             if (made := record.get(name, here)) != here:
                 warnings.warn(f"the picture was painted with {name} {made}, and this is {here}", stacklevel=2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 STEP = 1.1  # what a pair of brackets without a number multiplies by, or divides by
 MOST = 10.0  # a weight is from 0 to this
 
-TOKEN = re.compile(r"\\[\\()\[\]]|:\s*(\d+\.?\d*|\.\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
+TOKEN = re.compile(r"\\[\\()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 CLOSES = {")": "(", "]": "["}
 
 
@@ -48,7 +48,7 @@ def parse(name: str, text: str) -> tuple[Part, ...]:
             found.append(Part(token[1:] if len(token) == 2 and token[0] == "\\" else token))
     if open_:
         raise ValueError(f"{name} {text!r} has '{open_[-1][0]}' that is not closed; write \\{open_[-1][0]} for itself")
-    if wrong := [part for part in found if not part.weight <= MOST]:
+    if wrong := [part for part in found if not 0 <= part.weight <= MOST]:
         raise ValueError(f"{name} gives {wrong[0].text!r} the weight {wrong[0].weight:g}; give 0 to {MOST:g}")
     return _joined(found)
 

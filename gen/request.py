@@ -23,7 +23,7 @@ from gen.checks import is_number, one_of, real, shape_of, texts, whole
 from gen.prompts import parse
 from gen.search import BestOf, Search, by_name
 from gen.settings import JSON, OPTIONS, SECOND, Abilities, Settings, check_settings
-from gen.source import GREY, RGB, Picture, Source, check_mask, check_sized, found, num_of, size_of, sources
+from gen.source import GREY, RGB, Picture, Source, check_alike, check_mask, check_sized, found, num_of, size_of, sources
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
 TENSORS = (
@@ -143,6 +143,10 @@ class Candidate:
         path = tuple(Before.from_json(each) for each in told)
         shown = unpacked(record[SHOWN], able.ip_adapter_width) if SHOWN in record else None
         pictures = {name: found(name, record[name], images, PICTURES[name]) for name in PICTURES if name in record}
+        if "variation_of" in pictures:
+            check_seeing(settings, able)
+        elif settings.edit_from or "interpolate_image" in pictures:
+            raise ValueError("the record is damaged: it moves the embedding of a picture that it does not name")
         if settings.strength < 1 and "image" not in pictures:
             raise ValueError(f"the record is damaged: its strength is {settings.strength}, and it names no image")
         return cls(
@@ -267,7 +271,7 @@ class Request:
         pictures = {name: sources(name, getattr(self, name), len(prompts), PICTURES[name]) for name in PICTURES}
         settings = self._settings(able, pictures)
         self._check_pictures(settings, able, pictures)
-        self._check_embedding(able)
+        self._check_embedding(settings, able)
         negatives = self._negatives(len(prompts))
         self._check_words(settings, [*prompts, *negatives, settings.interpolate_prompt])
         second = {name: each_of(name, getattr(self, name), len(prompts)) for name in SECOND}
@@ -378,6 +382,7 @@ class Request:
             if able.strength is None:
                 raise ValueError("image was given, but this model cannot begin with a picture; leave it out")
             given.setdefault("strength", able.strength if self.mask_image is None else 1.0)
+            check_alike(pictures["image"], self.height, self.width)
             given["height"], given["width"] = size_of(first, self.height, self.width, able.size_multiple)
         else:
             given.setdefault("strength", 1.0)
@@ -417,7 +422,7 @@ class Request:
         if settings.long_prompts and given:
             raise ValueError(f"long_prompts=True and {given} were both given; give texts, or embeddings of all of them")
 
-    def _check_embedding(self, able: Abilities) -> None:
+    def _check_embedding(self, settings: Settings, able: Abilities) -> None:
         for name, wanted in (("interpolate_image", "variation_of"), ("edit_from", "variation_of")):
             if getattr(self, name) is not None and getattr(self, wanted) is None:
                 raise ValueError(f"{name} was given without {wanted}; give the picture to begin from with {wanted}")
@@ -435,17 +440,11 @@ class Request:
             raise ValueError("edit_amount was given without edit_from; say what the picture shows")
         if self.variation_of is not None and self.image_embeds is not None:
             raise ValueError("variation_of and image_embeds were both given; give one of them")
-        if self.variation_of is not None and not able.can_see:
-            told = (
-                "this model takes no image embedding"
-                if able.embedding_width is None
-                else "this model has no CLIP for it"
-            )
-            raise ValueError(f"variation_of was given, but {told}; leave it out, or begin from it with image")
-        if self.edit_from is not None and not able.can_compare:
-            raise ValueError(
-                "edit_from compares texts by the CLIP whose embeddings the model takes; it has no such clip/"
-            )
+        if self.variation_of is not None:
+            check_seeing(settings, able)
+        for name in ("interpolate_prompt", "edit_from"):
+            if isinstance(text := getattr(self, name), str) and not text.strip():
+                raise ValueError(f"{name} is empty ({text!r}); give it in words, or leave it out")
 
     def _check_pictures(self, settings: Settings, able: Abilities, pictures: Pictures) -> None:
         if self.image is None:
@@ -568,6 +567,25 @@ def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) 
     return tuple(start + k for start in starts for k in range(n))
 
 
+def check_seeing(settings: Settings, able: Abilities) -> None:
+    """Refuse a picture's embedding (ValueError) of a model that takes none, or has nothing to make it by."""
+    if not able.can_see:
+        told = "takes no image embedding" if able.embedding_width is None else "has no CLIP for it"
+        raise ValueError(f"variation_of was given, but this model {told}; leave it out, or begin from it with image")
+    if settings.edit_from and not able.can_compare:
+        raise ValueError("edit_from compares texts by the CLIP whose embeddings the model takes; it has no such clip/")
+
+
+def asks_clip(record: Mapping[str, Any]) -> bool:
+    """Whether a picture's pixels, and not its rank alone, depend on the CLIP that its record names."""
+    settings = record.get("settings")
+    guided = isinstance(settings, Mapping) and bool(settings.get("clip_guidance_scale"))
+    return guided or "variation_of" in record
+
+
 def entries(tensor: Tensor | None) -> dict[int, Tensor]:
-    """The entries of a tensor along its first axis, by their index; none of one that was not given."""
-    return {} if tensor is None else dict(enumerate(tensor.unbind(0)))
+    """The entries of a tensor along its first axis, by their index; none of one that was not given.
+
+    Copied, for a request in flight must not see what becomes of the caller's memory.
+    """
+    return {} if tensor is None else dict(enumerate(tensor.detach().clone().unbind(0)))

@@ -88,8 +88,7 @@ def sources(name: str, given: object, number: int, channels: int = RGB) -> tuple
     """A picture for each of so many prompts, from one for all, one for each or None; else ValueError."""
     if given is None:
         return (None,) * number
-    batched = isinstance(given, Tensor | np.ndarray) and given.ndim == 4
-    if batched or (isinstance(given, Sequence) and not isinstance(given, str)):
+    if is_batch(given):
         each = list(given)  # type: ignore[call-overload]
         if len(each) != number:
             raise ValueError(f"{name} has {len(each)} pictures for {number} prompts; give one, or one for each")
@@ -99,8 +98,14 @@ def sources(name: str, given: object, number: int, channels: int = RGB) -> tuple
 
 def num_of(given: object) -> int:
     """How many pictures a user gave: one, or a list of them."""
-    batched = isinstance(given, Tensor | np.ndarray) and given.ndim == 4
-    return len(given) if batched or (isinstance(given, Sequence) and not isinstance(given, str)) else 1  # type: ignore[arg-type]
+    return len(given) if is_batch(given) else 1  # type: ignore[arg-type]
+
+
+def is_batch(given: object) -> bool:
+    """Whether these are pictures, and not one."""
+    if isinstance(given, Tensor | np.ndarray):
+        return given.ndim == 4
+    return isinstance(given, Sequence) and not isinstance(given, str)
 
 
 def source(name: str, given: object, channels: int = RGB) -> Source:
@@ -113,7 +118,7 @@ def source(name: str, given: object, channels: int = RGB) -> Source:
     if not isinstance(given, Tensor | np.ndarray):
         told = "a file's path, a Pillow picture, an array or a tensor"
         raise ValueError(f"{name} is a {type(given).__name__}; give {told}")
-    pixels = as_tensor(given) if isinstance(given, np.ndarray) else given.detach().cpu()
+    pixels = as_tensor(given) if isinstance(given, np.ndarray) else given.detach().clone().cpu()
     pixels = pixels[None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[0] != channels or not pixels.numel():
         wanted = "(H, W, 3) of an array, (3, H, W) of a tensor" if channels == RGB else "(H, W)"
@@ -139,6 +144,14 @@ def size_of(image: Source, height: int | None, width: int | None, multiple: int)
             f"image is {own}, and this model paints multiples of {multiple}; give {fitting} to have it resized"
         )
     return rows, columns
+
+
+def check_alike(images: Sequence[Source | None], height: int | None, width: int | None) -> None:
+    """ValueError for pictures of different sizes where nobody said at which they are painted."""
+    sizes = list(dict.fromkeys(one.size for one in images if one is not None))
+    if len(sizes) > 1 and height is None and width is None:
+        told = " and ".join(f"{columns} x {rows}" for rows, columns in sizes[:2])
+        raise ValueError(f"image holds pictures of {told} pixels; give height and width to have them resized")
 
 
 def check_sized(name: str, one: Source, height: int, width: int) -> None:

@@ -8,6 +8,7 @@ feature extractor are not loaded and not saved.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -24,8 +25,9 @@ from gen.settings import JSON
 
 logger = logging.getLogger(__name__)
 
-# As StableDiffusionPipeline reads configurations that are older than these options.
+# As stock's pipelines read configurations that are older than these options: for text to image, and for inpainting.
 MEANT = {"steps_offset": 1, "clip_sample": False}
+MEANT_INPAINTING = {"steps_offset": 1, "skip_prk_steps": True}
 SIZED_SINCE = (0, 9)  # of diffusers; before, a UNet's sample_size below 64 was never meant
 MEANT_SIZE = 64
 
@@ -43,11 +45,12 @@ class StableDiffusion(KLModel, Reader):
         """Put the parts of a folder together; ValueError when one is missing or two do not fit."""
         got = listed(parts, ["unet", "vae", "tokenizer", "text_encoder", "scheduler"])
         where = str(parts.folder / "scheduler")
+        meant = MEANT_INPAINTING if parts.family == cls.INPAINTS_AS else MEANT
         model = cls(
             unet=with_meant_size(got["unet"], str(parts.folder / "unet")),
             vae=got["vae"],
             text=TextTower(got["tokenizer"], got["text_encoder"]),
-            levels=NoiseLevels.of(as_meant(got["scheduler"], where), where),
+            levels=NoiseLevels.of(as_meant(got["scheduler"], meant, where), where),
             clip=parts.clip,
             card=parts.card,
         )
@@ -66,13 +69,14 @@ class StableDiffusion(KLModel, Reader):
         return left_out | {"requires_safety_checker": False}
 
 
-def as_meant(scheduler: SchedulerMixin, where: str) -> SchedulerMixin:
+def as_meant(scheduler: SchedulerMixin, meant: Mapping[str, object], where: str) -> SchedulerMixin:
     """A scheduler as stock's pipeline reads it, which is not always what its file says; then the log says so."""
-    told = {name: value for name, value in MEANT.items() if scheduler.config.get(name, value) != value}
+    told = {name: value for name, value in meant.items() if scheduler.config.get(name, value) != value}
     if told:
         logger.warning("%s is older than the options %s, which are read so, as diffusers does", where, told)
-    # in the configuration of a class that does not clip as well, for those that are built from it
-    scheduler.register_to_config(**(told | {"clip_sample": MEANT["clip_sample"]}))
+    # never clipping also stands in the configuration of a class that does not clip, for those that are built from it
+    never = {"clip_sample": meant["clip_sample"]} if "clip_sample" in meant else {}
+    scheduler.register_to_config(**(told | never))
     return scheduler
 
 

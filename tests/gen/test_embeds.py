@@ -20,7 +20,7 @@ from samplers.noise import noise
 from tests.gen.test_img2img import picture
 from tests.gen.test_stable_unclip import img2img, with_our_noise
 from tests.stock import LATENTS, LONG, SHORT, apart
-from tests.tiny import WIDTH
+from tests.tiny import WIDTH, make_tiny_clip
 
 SEED = 11
 ASKED: dict[str, Any] = {"seed": SEED, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
@@ -202,6 +202,19 @@ def test_a_picture_does_not_depend_on_its_batch_and_repeats(tiny: TextToImage, w
         assert (tiny.repaint(together.records[k], sources) - alone[0]).abs().max() <= 1 / 255
 
 
+def test_a_record_asks_for_the_clip_that_made_its_embedding(tiny_folder: Path, tmp_path: Path) -> None:
+    others = [str(make_tiny_clip(tmp_path / name, seed=seed)) for seed, name in ((3, "a"), (4, "b"))]
+    one, other = (TextToImage.from_pretrained(tiny_folder, clip=clip) for clip in others)
+    result = one(SHORT, variation_of=picture(), num_inference_steps=2, seed=0, output_type="pt")
+    assert torch.equal(one.repaint(result.records[0], [picture()]), result.images[0])
+    with pytest.raises(ValueError, match=r"painted by another CLIP than '.*b': .*a; load that one"):
+        other.repaint(result.records[0], [picture()])
+    moved = result.records[0] | {"settings": result.records[0]["settings"] | {"edit_from": LONG}}  # type: ignore[operator]
+    del moved["variation_of"]
+    with pytest.raises(ValueError, match="moves the embedding of a picture that it does not name"):
+        one.repaint(moved)
+
+
 @pytest.mark.parametrize("search", ["halving", "draft", "feynman_kac", "zero_order"])
 def test_searches_wait_for_all_answers_of_the_prior(tiny: TextToImage, search: str) -> None:
     asked: dict[str, Any] = {"sampler": "ddpm", "num_inference_steps": 8, "prior_best_of": 2, "output_type": "pt"}
@@ -234,6 +247,8 @@ def test_a_callback_hears_of_candidates_and_not_of_answers(tiny: TextToImage) ->
             "interpolation=2 is out of range; give a number",
         ),
         ({"edit_amount": 0.5}, "edit_amount was given without edit_from; say what the picture shows"),
+        ({"variation_of": picture(), "edit_from": " "}, "edit_from is empty"),
+        ({"interpolate_prompt": ""}, "interpolate_prompt is empty"),
         ({"variation_of": [], "prompt": None}, "variation_of is empty; give at least one picture"),
         ({"variation_of": "nowhere.png"}, "picture nowhere.png does not exist"),
         ({"variation_of": picture(), "prior": True}, "prior=True and variation_of were both given"),

@@ -247,6 +247,10 @@ def test_a_photograph_is_turned_as_the_camera_was_held_and_resized_as_stock_does
         ),
         ({"image": picture(), "height": 64}, "image is 80 x 48 pixels, and only one of height and width was given"),
         (
+            {"prompt": [SHORT, SHORT], "image": [picture(), picture(size=(64, 64))]},
+            "image holds pictures of 80 x 48 and 64 x 64 pixels; give height and width to have them resized",
+        ),
+        (
             {"image": torch.rand(3, 64, 64), "height": 48, "width": 48},
             "image is 64 x 64 pixels, to be painted at 48 x 48",
         ),
@@ -254,8 +258,19 @@ def test_a_photograph_is_turned_as_the_camera_was_held_and_resized_as_stock_does
 )
 def test_what_cannot_be_painted_is_refused_in_one_line(tiny: TextToImage, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Request(prompt=SHORT, num_inference_steps=5, **asked).resolve(tiny.model.abilities)
+        Request(**({"prompt": SHORT, "num_inference_steps": 5} | asked)).resolve(tiny.model.abilities)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_handed_in_is_copied(tiny: TextToImage) -> None:
+    pixels, latents = torch.rand(3, 64, 64), torch.randn(1, 4, 8, 8)
+    pixels_then, latents_then = pixels.clone(), latents.clone()
+    (begun,) = Request(prompt=SHORT, image=pixels).resolve(tiny.model.abilities).candidates
+    (noised,) = Request(prompt=SHORT, latents=latents).resolve(tiny.model.abilities).candidates
+    pixels.zero_()
+    latents.zero_()
+    assert begun.image is not None and torch.equal(begun.image.pixels, pixels_then)
+    assert noised.latents is not None and torch.equal(noised.latents, latents_then[0])
 
 
 def test_a_model_that_cannot_begin_with_a_picture_says_so(tiny: TextToImage) -> None:

@@ -10,7 +10,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from diffusers import (
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from PIL import Image
 
 from gen import Request, TextToImage
@@ -86,6 +91,17 @@ def test_another_sampler_equals_stocks_class(
     for strength in (1.0, 0.6):
         asked: dict[str, Any] = {"strength": strength, "output_type": "latent"}
         assert apart(ours(models[kind], sampler=sampler, **asked), theirs(pipeline, **asked)) <= LATENTS
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler(clip_sample=True, clip_sample_range=0.5), PNDMScheduler(skip_prk_steps=False, steps_offset=1)],
+)
+def test_options_are_read_as_stocks_inpainting_reads_them(scheduler: Any, tmp_path: Path) -> None:
+    """It clips where the file says so, which text to image never does."""
+    folder = make_tiny_stable_diffusion(tmp_path / "9", scheduler=scheduler, inpaints=True)
+    painted = ours(TextToImage.from_pretrained(folder, device="cpu"), output_type="latent")
+    assert apart(painted, theirs(stock(folder, "9"), output_type="latent")) <= LATENTS
 
 
 def test_what_is_black_in_the_mask_stays(models: dict[str, TextToImage]) -> None:

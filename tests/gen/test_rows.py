@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -551,3 +553,16 @@ def test_a_footprint_is_no_less_than_what_is_in_use_at_once() -> None:
         for _ in range(50):
             torch.zeros(1000)
     assert 4 * 1000 * 6 <= footprint.bytes < 4 * 1000 * 56 and len(kept) == 5
+
+
+def test_engines_of_several_threads_share_a_bucket() -> None:
+    bucket = Bucket("decoder", torch.device("cpu"))
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads meet where they could hurt each other
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda k: bucket.ask(1, lambda: k), range(20_000)))
+    finally:
+        sys.setswitchinterval(often)
+    assert answers == list(range(20_000))
+    assert bucket.paces[1].calls == 20_000
