@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import count, groupby
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -232,6 +232,17 @@ def kernel_for(
 T = TypeVar("T")
 
 
+class Reading(Protocol):
+    """What the processors ask of the texts of a network's call of M evaluations."""
+
+    @property
+    def block(self) -> int:
+        """How many evaluations in a row read one text, at least."""
+
+    def of_layer(self, place: int, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (M / block, heads, L, d) of a layer, for the own block or for 1."""
+
+
 @dataclass(frozen=True, eq=False)
 class Texts:
     """Which text each of M evaluations reads, in blocks of equally many evaluations that read the same one.
@@ -255,6 +266,28 @@ class Texts:
         """Keys and values (M / block, heads, L, d), for the own block or for 1."""
         each = [self.pairs[text][place] for text in self.of_block for _ in range(self.block // block)]
         key, value = torch.stack(each, 1)
+        return key, value
+
+    @property
+    def of(self) -> list[int]:
+        """(M,) the text each evaluation reads."""
+        return [text for text in self.of_block for _ in range(self.block)]
+
+    def of_rows(self, at: slice) -> list[Tensor]:
+        """What some evaluations read, of each layer (B, 2, heads, L, d)."""
+        return [torch.stack(layer) for layer in zip(*(self.pairs[text] for text in self.of[at]), strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Handed:
+    """Texts of a call as tensors: what reads them is traced and then asked about others."""
+
+    pairs: Sequence[Tensor]  # of each layer that reads a text: keys and values (B, 2, heads, L, d), B dividing M
+    block: int = 0  # M / B, which is not known
+
+    def of_layer(self, place: int, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, L, d), for the own block; for 1 where B is M."""
+        key, value = self.pairs[place].unbind(1)
         return key, value
 
 
@@ -331,8 +364,8 @@ class Processor:
         encoder_hidden_states: Tensor | None = None,  # (M, L, D); None: self-attention
         attention_mask: Tensor | None = None,  # additive: (M, K), or (M or M * heads, 1 or N, K)
         temb: Tensor | None = None,  # what a spatial norm reads
-        texts: Texts | None = None,  # None: nothing is known to be shared
-        pictures: Texts | None = None,  # seen beside the text; None: none
+        texts: Reading | None = None,  # None: nothing is known to be shared
+        pictures: Reading | None = None,  # seen beside the text; None: none
     ) -> Tensor:
         """Attention with all that `attn` has around it; arguments are named as `Attention.forward` names them."""
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
@@ -342,41 +375,41 @@ class Processor:
         mask = None if attention_mask is None else as_bias(attention_mask, len(x))
         own = not attn.only_cross_attention if added else encoder_hidden_states is None  # keys of the picture itself
 
-        pairs, block = [], 1
+        pairs = []
         if encoder_hidden_states is None:
             if added:
                 pairs.append(pair(attn, attn.add_k_proj(x), attn.add_v_proj(x)))
         elif texts is None or self.place is None:
             pairs.append(told_pair(attn, encoder_hidden_states))
         else:
-            block = 1 if own or (mask is not None and mask.shape[2] > 1) else texts.block
+            block = 1 if own or mask is not None else texts.block
             pairs.append(texts.of_layer(self.place, block))
         if own:
             pairs.append(pair(attn, attn.to_k(normed), attn.to_v(normed)))
         key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
 
         query = attn.to_q(normed)
-        x = self._attend(attn, query, key, value, mask, block)
+        x = self._attend(attn, query, key, value, mask)
         if pictures is not None and self.place is not None:
-            x = x + self._attend(attn, query, *pictures.of_layer(self.place, pictures.block), None, pictures.block)
+            x = x + self._attend(attn, query, *pictures.of_layer(self.place, pictures.block), None)
         x = attn.to_out[1](attn.to_out[0](x))  # (M, N, C)
         x = x.mT.reshape(spatial) if len(spatial) == 4 else x
         x = x + hidden_states if attn.residual_connection or added else x
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
-    def _attend(
-        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block: int
-    ) -> Tensor:
-        """Queries (M, N, heads * d), `block` rows of them to each of keys and values (M / block, heads, K, d)."""
-        rows, queries, _ = query.shape
-        folded = per_head(query.reshape(rows // block, block * queries, -1), attn.heads)
+    def _attend(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries (M, N, heads * d), equally many rows of them to each of keys and values (B, heads, K, d)."""
+        rows, queries, width = query.shape
+        folded = per_head(query.reshape(key.shape[0], -1, width), attn.heads)
         folded = folded if attn.norm_q is None else attn.norm_q(folded)
         if mask is not None:  # keys behind the last one it tells of are seen, as in diffusers
-            mask = F.pad(mask, (0, max(0, key.shape[2] - mask.shape[3])))[::block]
+            mask = F.pad(mask, (0, max(0, key.shape[2] - mask.shape[3])))
         apart = None if mask is None else (mask.shape[1], mask.shape[2])
-        name = kernel_for(self.name, key.device, key.dtype, attn.heads, key.shape[3], queries, key.shape[2], apart)
+        name = self.name
+        if name not in ANYWHERE:
+            name = kernel_for(name, key.device, key.dtype, attn.heads, key.shape[3], queries, key.shape[2], apart)
         attended = KERNELS[name](folded, key, value, mask, attn.scale)
-        return attended.transpose(1, 2).reshape(rows, queries, -1)
+        return attended.transpose(1, 2).reshape(rows, queries, width)
 
 
 def per_head(states: Tensor, heads: int) -> Tensor:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
+from itertools import accumulate, groupby, pairwise
 from threading import Lock
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gen.checkpoint import quiet
+from gen.attention import Handed, Texts, attentions
+from gen.openvino_model import Part, cut_layers, cut_waves, plain_norms, read
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # that OpenVINO is asked for, in its words
 
 # Rows that OpenVINO is asked at a time, most first. A fixed number is faster than a free one, and each holds a copy of
-# the weights, so they are few. Where rows are small, 32 are faster than four times 8; where they are large, they only
-# take more memory.
-SIZES = (32, 8, 2, 1)
+# the weights, so they are few. Where rows are large, more of them at a time are no faster and take more memory.
+SIZES = (16, 4, 1)
 SMALL = 1024  # values of a row's first input, such as a latent of four channels and 16 x 16 cells
 
 
@@ -106,25 +106,83 @@ class Answering:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
             return type(self.network).forward(self.network, *args, **kwargs)
         (rows,) = {len(tensor) for tensor in given}
-        key = (repr(layout), *((leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        key = (repr(layout), *(kind_of(leaf) for leaf in leaves))
         with self._one_at_a_time:
             if key not in self.read:
                 # In a thread of its own, where no dispatch mode of the caller's (`gen.bucket` has one) is traced.
                 with ThreadPoolExecutor(1) as apart:
                     self.read[key] = apart.submit(convert, self.network, leaves, layout, self.precision).result()
             converted = self.read[key]
+            texts = next((leaf for leaf in leaves if isinstance(leaf, Texts)), None)
+            of = None if texts is None or self._adds_keys else texts.of
             sizes = SIZES if given[0][0].numel() <= SMALL else SIZES[1:]
-            pieces = [converted.ask(size, [each[at] for each in given]) for size, at in pieces_of(rows, sizes)]
-        return tree_unflatten([torch.cat(parts) for parts in zip(*pieces, strict=True)], converted.answer)
+            pieces = list(pieces_of(rows, of, sizes, torch.get_num_threads()))
+            answers = converted.ask(given, texts, pieces)
+        return tree_unflatten(answers, converted.answer)
+
+    @cached_property
+    def _adds_keys(self) -> bool:
+        """Whether layers see their own keys beside the text's, so that rows cannot share these."""
+        return any(layer.added_kv_proj_dim is not None for layer in attentions(self.network))
 
 
-def pieces_of(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """So many rows in pieces of these sizes, of which the last is 1."""
-    start = 0
+def kind_of(leaf: object) -> Hashable:
+    """What the model that is read depends on, of an argument of a network."""
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.shape[1:]
+    if isinstance(leaf, Texts):
+        return Texts, tuple(pair.shape for pair in leaf.pairs[0])
+    return leaf
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are asked together."""
+
+    size: int  # one of `SIZES`
+    at: slice
+    is_shared: bool  # whether all of them read one text
+
+
+def pieces_of(rows: int, of: Sequence[int] | None, sizes: Sequence[int], streams: int) -> Iterator[Piece]:
+    """So many rows in pieces of these sizes, of which the last is 1, small enough for each stream to have its share.
+
+    `of` is which text each row reads (None: no row can share its text). Pieces of one text each are cut unless rows
+    of one text are so few that it takes more than twice as many pieces.
+    """
+    fitting = [size for size in sizes if size == 1 or size * streams <= rows]
+    whole = [Piece(size, at, False) for size, at in cut(0, rows, fitting)]
+    if of is not None:
+        ends = accumulate(len(list(run)) for _, run in groupby(of))
+        shared = [Piece(*each, True) for start, end in pairwise([0, *ends]) for each in cut(start, end, fitting)]
+        if len(shared) <= 2 * len(whole):
+            return iter(shared)
+    return iter(whole)
+
+
+def cut(start: int, end: int, sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Rows in pieces of these sizes, largest first."""
     for size in sizes:
-        while rows - start >= size:
+        while end - start >= size:
             yield size, slice(start, start + size)
             start += size
+
+
+@dataclass(frozen=True, eq=False)
+class Waves:
+    """The sines and cosines of a network."""
+
+    compiled: Any  # an openvino.CompiledModel, for any number of rows
+    reads: list[int]
+
+    @classmethod
+    def of(cls, part: Part) -> Waves:
+        """In float32, whatever the rest is computed in."""
+        return cls(compiled(part.model, PRECISIONS[torch.float32]), part.reads)
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        """Of all that the network is handed, as arrays."""
+        return list(self.compiled([arrays[place] for place in self.reads]).values())
 
 
 @dataclass(eq=False)
@@ -132,40 +190,66 @@ class Converted:
     """A network as OpenVINO read it, for inputs of one shape but for their rows."""
 
     name: str  # for the log
-    waves: Any  # an openvino.Model of its sines and cosines; None: there are none
-    rest: Any  # an openvino.Model of the same inputs and those
-    shapes: list[torch.Size]  # of each input, without its rows
+    waves: Waves | None  # None: it has no sines and cosines
+    rest: Part  # of what it is handed, a text's keys and values of each layer, and those
     answer: TreeSpec  # how the network hands over its tensors
-    precision: str
-    compiled: dict[int, list[Any]] = field(default_factory=dict)  # openvino.CompiledModel, one after the other, by rows
+    precision: str  # in OpenVINO's words
+    queues: dict[tuple[int, bool, int], Any] = field(default_factory=dict)  # openvino.AsyncInferQueue
 
-    def ask(self, rows: int, given: Sequence[Tensor]) -> list[Tensor]:
-        """What it answers to so many rows, one of `SIZES`."""
-        if rows not in self.compiled:
-            began = time.perf_counter()
-            self.compiled[rows] = list(self._compiled(rows))
-            logger.info("OpenVINO compiled %s for %d rows in %.1f s", self.name, rows, time.perf_counter() - began)
+    def ask(self, given: Sequence[Tensor], texts: Texts | None, pieces: Sequence[Piece]) -> list[Tensor]:
+        """What it answers to rows that are cut into these pieces, as many of them at a time as torch has threads."""
         arrays = [tensor.contiguous().numpy() for tensor in given]
-        *before, last = self.compiled[rows]
-        for waves in before:
-            arrays += waves(arrays).values()
-        answers = last(arrays)
-        return [torch.from_numpy(answers[place]) for place in range(self.answer.num_leaves)]
+        waves = [] if self.waves is None else self.waves(arrays)
+        streams = min(torch.get_num_threads(), len(pieces))  # a piece alone has all threads
+        answers: list[Tensor] = []
+        for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
+            alike = [piece.at for piece in pieces if (piece.size, piece.is_shared) == (size, is_shared)]
+            inputs = []
+            for at in alike:
+                pairs = [] if texts is None else texts.of_rows(slice(at.start, at.start + 1) if is_shared else at)
+                told = [
+                    *(each[at] for each in arrays),
+                    *(each.numpy() for each in pairs),
+                    *(each[at] for each in waves),
+                ]
+                inputs.append([told[place] for place in self.rest.reads])
+            queue = self._queue(size, is_shared, streams, inputs[0])
+            if not answers:
+                answers = [torch.empty(len(arrays[0]), *each.get_shape()[1:]) for each in queue[0].model_outputs]
+            for at, each in zip(alike, inputs, strict=True):
+                queue.start_async(each, (answers, at), share_inputs=True)
+            queue.wait_all()
+        return answers
 
-    def _compiled(self, rows: int) -> Iterator[Any]:
-        shapes = [[rows, *shape] for shape in self.shapes]
-        if self.waves is not None:
-            self.waves.reshape(dict(enumerate(shapes)))
-            shapes += [list(wave.shape) for wave in self.waves.outputs]
-            yield compiled(self.waves, PRECISIONS[torch.float32])
-        self.rest.reshape(dict(enumerate(shapes)))
-        yield compiled(self.rest, self.precision)
+    def _queue(self, size: int, is_shared: bool, streams: int, inputs: Sequence[Any]) -> Any:
+        """What computes pieces of a kind, that many at a time."""
+        if (size, is_shared, streams) not in self.queues:
+            began = time.perf_counter()
+            self.rest.model.reshape({place: each.shape for place, each in enumerate(inputs)})
+            self.queues[size, is_shared, streams] = queue_of(self.rest.model, self.precision, streams)
+            told = f"{self.name} for {size} rows, {streams} at a time"
+            logger.info("OpenVINO compiled %s, in %.1f s", told, time.perf_counter() - began)
+        return self.queues[size, is_shared, streams]
 
 
-def compiled(model: Any, precision: str) -> Any:
-    """An openvino.Model ready to run, on as many cores as torch takes."""
-    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+def compiled(model: Any, precision: str, streams: int = 1) -> Any:
+    """An openvino.Model ready to run so many times at once, on as many cores as torch takes."""
+    hints = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": str(streams)}
     return core().compile_model(model, "CPU", hints | {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+
+
+def queue_of(model: Any, precision: str, streams: int) -> Any:
+    """An openvino.AsyncInferQueue that writes what it answers where it is told to."""
+    import openvino
+
+    def write(request: Any, told: tuple[list[Tensor], slice]) -> None:
+        answers, at = told
+        for place, answer in enumerate(answers):
+            answer[at] = torch.from_numpy(request.get_output_tensor(place).data)
+
+    queue = openvino.AsyncInferQueue(compiled(model, precision, streams), streams)
+    queue.set_callback(write)
+    return queue
 
 
 class Flat(nn.Module):
@@ -177,9 +261,11 @@ class Flat(nn.Module):
         self.told = Told([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], layout)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """`given` are all tensors that the network is handed, in their order."""
+        """`given` are all tensors that the network is handed, in their order, then each layer's pair of a text."""
         tensors = iter(given)
         leaves = [next(tensors) if one is None else one[0] for one in self.told.fixed]
+        pairs = list(tensors)
+        leaves = [Handed(pairs) if isinstance(leaf, Texts) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, self.told.layout)
         answers, self.told.answer = tree_flatten(type(self.network).forward(self.network, *args, **kwargs))
         return tuple(answers)
@@ -200,44 +286,13 @@ def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precisi
     began, name = time.perf_counter(), type(network).__name__
     flat = Flat(network, leaves, layout)
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    example = tuple(tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in given)  # 1 row would be traced as such
-    model = read(flat, example)
+    pairs = [pair for leaf in leaves if isinstance(leaf, Texts) for pair in leaf.of_rows(slice(1))]
+    example = [tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in given]  # 1 row would be traced as such
+    model = read(flat, (*example, *pairs))
     assert flat.told.answer is not None, "tracing asks it"
     logger.info("OpenVINO read %s in %.1f s", name, time.perf_counter() - began)
+    cut_layers(model)
+    if precision != PRECISIONS[torch.float32]:
+        plain_norms(model)
     waves, rest = cut_waves(model)
-    return Converted(name, waves, rest, [tensor.shape[1:] for tensor in given], flat.told.answer, precision)
-
-
-def read(network: nn.Module, example: tuple[Tensor, ...]) -> Any:
-    """What OpenVINO's torch front end makes of a network by tracing one call, as an openvino.Model of free sizes.
-
-    `openvino.convert_model` does the same, and tells its maker over the network that it was called.
-    """
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-    with quiet(), warnings.catch_warnings():  # what is traced as a constant is the same in every call that comes here
-        warnings.simplefilter("ignore")
-        decoder = TorchScriptPythonDecoder(network, example_input=example, trace_kwargs={"check_trace": False})
-        front_end = FrontEndManager().load_by_framework("pytorch")
-        return front_end.convert(front_end.load(decoder))
-
-
-def cut_waves(model: Any) -> tuple[Any, Any]:
-    """A model (openvino.Model) in two: its sines and cosines (None: there are none), and the rest, which is given them.
-
-    In bfloat16 the phase of a noise level near 1000 is off by whole radians, and a UNet's answers are twice as far off
-    as torch's in bfloat16, where diffusers has these in float32. So they are in float32 here too.
-    """
-    import openvino
-    from openvino import opset13
-
-    cuts = [node.output(0) for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
-    if not cuts:
-        return None, model
-    waves = openvino.Model(cuts, model.get_parameters(), "waves").clone()
-    given = [opset13.parameter(cut.get_partial_shape(), cut.get_element_type()) for cut in cuts]
-    for cut, parameter in zip(cuts, given, strict=True):
-        for reader in cut.get_target_inputs():
-            reader.replace_source_output(parameter.output(0))
-    return waves, openvino.Model(model.get_results(), [*model.get_parameters(), *given], "rest")
+    return Converted(name, None if waves is None else Waves.of(waves), rest, flat.told.answer, precision)

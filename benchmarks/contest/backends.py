@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from contest.contestants import Peer, noise_of
 from contest.ways import Way
-from gen.runtime import read
+from gen.openvino_model import read
 
 
 def compile_networks(networks: Sequence[nn.Module], mode: str) -> None:

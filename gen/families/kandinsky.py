@@ -247,7 +247,7 @@ class Kandinsky(MoVQModel):
             return network.process_encoder_hidden_states(of.tokens, self.added(of))
 
         return network(
-            x.to(network.dtype),
+            x.to(network.conv_in.weight.dtype),  # network.dtype walks all modules
             timestep,
             encoder_hidden_states=told.tokens,
             added_cond_kwargs=self.added(told),

@@ -221,7 +221,7 @@ class Reader(Painter):
                 seen = seeing(network, pictures, partial(self.ip_adapter.pairs, network))
                 read = {**(read or {}), **seen}
         return network(
-            x.to(network.dtype),
+            x.to(network.conv_in.weight.dtype),  # network.dtype walks all modules
             timestep,
             encoder_hidden_states=told.tokens,
             cross_attention_kwargs=read,

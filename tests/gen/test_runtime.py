@@ -71,10 +71,24 @@ def test_attention_is_torchs(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 75])
-def test_pieces_are_every_row_once(rows: int) -> None:
-    pieces = list(pieces_of(rows, SIZES))
-    assert [row for _, at in pieces for row in range(rows)[at]] == list(range(rows))
-    assert all(size in SIZES and at.stop - at.start == size for size, at in pieces)
+@pytest.mark.parametrize("streams", [1, 2, 16])
+@pytest.mark.parametrize("of", [None, [0] * 75, [0] * 5 + [1] * 70, [0, 1, 2] * 25])
+def test_pieces_are_every_row_once(rows: int, streams: int, of: list[int] | None) -> None:
+    texts = of and of[:rows]
+    pieces = list(pieces_of(rows, texts, SIZES, streams))
+    assert [row for piece in pieces for row in range(rows)[piece.at]] == list(range(rows))
+    assert all(piece.size in SIZES and piece.at.stop - piece.at.start == piece.size for piece in pieces)
+    assert len(pieces) >= min(rows, streams)  # a share for each
+    assert all(texts and len(set(texts[piece.at])) == 1 for piece in pieces if piece.is_shared)
+
+
+def test_rows_that_read_one_text_share_its_keys_and_values() -> None:
+    def kinds(of: list[int]) -> list[tuple[int, bool]]:
+        return [(piece.size, piece.is_shared) for piece in pieces_of(len(of), of, SIZES, 2)]
+
+    assert kinds([0] * 16 + [1] * 16) == [(16, True), (16, True)]
+    assert kinds([0, 1]) == [(1, True), (1, True)]
+    assert kinds([*range(32)]) == [(16, False), (16, False)]
 
 
 @torch.no_grad()
