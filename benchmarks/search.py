@@ -9,7 +9,7 @@ pictures kept, and the ratio of the seconds, each with a 95 % interval (bootstra
 the interval of the score reaches zero or lies above it, which few prompts make easy; so read the interval.
 
 Prompts are the committed test prompts, spread evenly over the file; rungs and shares were chosen on other ones
-(captions of the training generator from seed 900000 on). The result is kept in benchmarks/results/search.json.
+(`benchmarks/looks.py`). The result is kept in benchmarks/results/search.json.
 """
 
 import random
@@ -55,6 +55,7 @@ WAYS = {
     "halving": Way(Halving()),
     "halving x1.5": Way(Halving(), 1.5),
     "draft": Way(Draft()),
+    "draft x1.25": Way(Draft(), 1.25),
     "draft x1.5": Way(Draft(), 1.5),
     "draft, finer": Way(Draft(steps=0.4)),
     "racing": Way(Racing()),
@@ -136,15 +137,18 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Times that every prompt is painted, from other seeds.")] = 1,
     model: Annotated[str, typer.Option(help="Bundled name, diffusers folder or hub id.")] = "shapes64",
     device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
+    runtime: Annotated[str, typer.Option(help="torch or openvino.")] = "torch",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "search.json",
 ) -> None:
     """Measure searches."""
     tasks, ways = chosen(task, TASKS, "task"), chosen(way, WAYS, "way")
     ways = [EXACT, *(name for name in ways if name != EXACT)]
-    painter = TextToImage.from_pretrained(model, device)
+    painter = TextToImage.from_pretrained(model, device, dtype, runtime=runtime)
     suite = load()
     asked = [suite[index * len(suite) // prompts] for index in range(prompts)]
-    found: dict[str, Any] = {"model": model, "prompts": prompts, "repeats": repeats, "tasks": {}}
+    found: dict[str, Any] = {"model": model, "runtime": runtime, "dtype": dtype}
+    found |= {"prompts": prompts, "repeats": repeats, "tasks": {}}
     for name in tasks:
         for each in ways:  # measures memory, loads what is loaded late
             turn(painter, asked[0].text, 0, TASKS[name], WAYS[each])

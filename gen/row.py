@@ -160,5 +160,6 @@ class Live:
         low, high = row.guidance_interval
         churn = MOST_CHURN if row.options.get("s_churn") else 1.0
         sigmas = row.schedule.sigmas.tolist()
-        # a step asks where it begins, and may ask on its way down and where it goes to, but never at level 0
-        return [low < now * churn and (next if next > 0 else now) <= high for now, next in pairwise(sigmas)]
+        # a step asks where it begins; those that ask twice also on its way down or where it goes to, never at level 0
+        lowest = [next if next > 0 and SAMPLERS[row.sampler].asks_twice else now for now, next in pairwise(sigmas)]
+        return [low < now * churn and last <= high for now, last in zip(sigmas, lowest, strict=False)]

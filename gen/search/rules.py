@@ -16,7 +16,7 @@ from torch import Tensor
 from gen.search.field import Asked, Field, Go, Moves, Scout, Search
 
 ROUND = 16  # candidates that a budget spends at once, at most
-SPARE = 1.5  # pictures painted for each that is kept: drafts do not tell the order among the best
+SPARE = 1.25  # pictures painted for each that is kept: drafts do not tell the order among the best
 GROWTH = 4  # times as many candidates in a round as in the one before, at most
 PLANNED = 0.9  # of the seconds left, what a round is planned to take
 LINE = 4  # finished candidates before a line through them is trusted
@@ -109,7 +109,7 @@ class Draft:
     """A draft of every candidate in few steps from the noise it would begin with; the best are then painted whole."""
 
     steps: float = 0.3  # of a draft, as a share of the decoder's
-    goes_on: float = 0.125  # of the candidates, and never fewer than `SPARE` times those to be kept
+    goes_on: float = 0.0625  # of the candidates, and never fewer than `SPARE` times those to be kept
 
     name = "draft"
 

@@ -251,7 +251,9 @@ def test_halving_keeps_those_whose_preview_fits_best(tiny: TextToImage) -> None:
 
 def test_a_draft_is_the_picture_of_fewer_steps_from_the_same_noise(tiny: TextToImage) -> None:
     one = replace(ASKED, prompt="a small red circle", seed=30, search=Draft(steps=0.4, goes_on=0.3))
-    drafts = tiny.paint([replace(one, num_inference_steps=4, keep=None, search=None, output_type="latent")])[0]
+    sigmas = tiny.model.levels.schedule(tiny.model.abilities.defaults.sampler, 4).sigmas.tolist()
+    draft = replace(one, num_inference_steps=4, guidance_interval=(sigmas[3], sigmas[1]))  # not at the first and last
+    drafts = tiny.paint([replace(draft, keep=None, search=None, output_type="latent")])[0]
     pixels = tiny.model.decode(drafts.images)
     scores = tiny.model.clip.score((pixels * 255).round() / 255, "a small red circle")  # type: ignore[union-attr]
     expected = best(dict(zip(drafts.seeds, scores.tolist(), strict=True)), 3)
