@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 from gen import TextToImage
 from gen.flight import Step
 from gen.search.rules import steps_of
+from gen.stages import inner_levels
 from report import RESULTS, markdown, save
 from training.data.shapes import scene
 from training.provenance import provenance
@@ -77,13 +78,13 @@ def looks_at(model: TextToImage, prompt: str, seed: int, number: int) -> dict[Lo
         return dict(zip(result.seeds, result.scores, strict=True))
 
     found[None] = painted(callback=estimate)
-    for share in DRAFTS:
-        few = steps_of(share, steps)
+    for few in sorted({steps_of(share, steps) for share in DRAFTS}):
         found[Look(f"draft in {few} steps", 2 * few)] = painted(num_inference_steps=few)
-        sigmas = model.model.levels.schedule(model.model.levels.sampler, few).sigmas.tolist()
-        inside = (sigmas[-2], sigmas[1])
-        look = Look(f"draft in {few} steps, the first and the last not guided", 2 * few - 2)
-        found[look] = painted(num_inference_steps=few, guidance_interval=inside)
+        levels = model.model.levels
+        inside = inner_levels(levels.schedule(levels.sampler, few))
+        if inside is not None:
+            look = Look(f"draft in {few} steps, the first and the last not guided", 2 * few - 2)
+            found[look] = painted(num_inference_steps=few, guidance_interval=inside)
     return {look: [score for _, score in sorted(scores.items())] for look, scores in found.items()}
 
 

@@ -1,8 +1,10 @@
 """Equal top score in less time: searches beside exact best-of-N, the same model, prompts and seeds, in turns.
 
-    python benchmarks/search.py [--task one-of-32 ...] [--way draft ...] [--prompts 60] [--repeats 1] [--model shapes64]
+    python benchmarks/search.py [--task one-of-32 ...] [--way draft ...] [--prompts 60] [--together 1] ...
 
-Every way paints every prompt, one after the other before the next prompt comes, and keeps the same number of pictures.
+The ways take turns: each paints a prompt, or several `together` in one call, before the next come, and keeps the same
+number of pictures of each. Alone, what a search leaves of a prompt fills no batch, and small batches are slow; together
+the places of what one prompt drops are taken by another's.
 A way may draw more candidates than best-of-N does (`x1.5`: half as many more): what it saves it may spend. Beside the
 seconds, of all a call does, stand the paired differences to exact best-of-N over prompts: of the mean score of the
 pictures kept, and the ratio of the seconds, each with a 95 % interval (bootstrap over prompts). "Not worse" says that
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -26,10 +28,12 @@ from gen import TextToImage
 from gen.search import BestOf, Draft, Halving, Racing, Search
 from options import chosen
 from report import RESULTS, markdown, save
-from training.data.suite import load
+from training.data.suite import Prompt, load
 from training.provenance import provenance
 
 DRAWS = 2000  # of the bootstrap
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,28 +72,35 @@ class Turn:
 
     seconds: float
     score: float  # mean of those kept
-    decoder_evaluations: int
-    decodes: int
-    previews: int
-    scores: int
+    decoder_evaluations: float
+    decodes: float
+    previews: float
+    scores: float
 
 
-def turn(model: TextToImage, prompt: str, seed: int, task: Task, way: Way) -> Turn:
-    """Paint a prompt in one way."""
+def parts_of(things: Sequence[T], size: int) -> list[Sequence[T]]:
+    """All of them in their order, so many at a time; the last may be fewer."""
+    return [things[start : start + size] for start in range(0, len(things), size)]
+
+
+def turns_of(model: TextToImage, prompts: Sequence[Prompt], repeat: int, task: Task, way: Way) -> list[Turn]:
+    """Paint some prompts in one way, in one call; of its seconds and its work each has an equal share."""
     began = now(model.model.device)
     result = model(
-        prompt,
+        [prompt.text for prompt in prompts],
         num_images_per_prompt=round(task.number * way.draws),
         keep=task.keep,
-        seed=seed,
+        seed=[prompt.seed + 1000 * repeat for prompt in prompts],
         search=way.search,
         output_type="pt",
     )
     seconds = now(model.model.device) - began
-    taken = result.account
+    taken, number = result.account, len(prompts)
     assert result.scores is not None, "it is ranked"
     counts = taken.evaluations["decoder"], taken.decodes, taken.previews, taken.scores
-    return Turn(seconds, mean(result.scores), *counts)
+    shares = [seconds / number, *(count / number for count in counts)]
+    scores = [mean(kept) for kept in parts_of(result.scores, task.keep)]
+    return [Turn(shares[0], score, *shares[1:]) for score in scores]
 
 
 def beside(turns: Sequence[Turn], exact: Sequence[Turn]) -> dict[str, Any]:
@@ -134,6 +145,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help=f"From: {', '.join(TASKS)}; all when not given.")] = None,
     way: Annotated[list[str] | None, typer.Option(help=f"From: {', '.join(WAYS)}; all when not given.")] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Prompts.")] = 60,
+    together: Annotated[int, typer.Option(min=1, help="Prompts in one call.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Times that every prompt is painted, from other seeds.")] = 1,
     model: Annotated[str, typer.Option(help="Bundled name, diffusers folder or hub id.")] = "shapes64",
     device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
@@ -148,15 +160,15 @@ def main(
     suite = load()
     asked = [suite[index * len(suite) // prompts] for index in range(prompts)]
     found: dict[str, Any] = {"model": model, "runtime": runtime, "dtype": dtype}
-    found |= {"prompts": prompts, "repeats": repeats, "tasks": {}}
+    found |= {"prompts": prompts, "together": together, "repeats": repeats, "tasks": {}}
     for name in tasks:
         for each in ways:  # measures memory, loads what is loaded late
-            turn(painter, asked[0].text, 0, TASKS[name], WAYS[each])
+            turns_of(painter, asked[:together], 0, TASKS[name], WAYS[each])
         turns: dict[str, list[Turn]] = {each: [] for each in ways}
         for repeat in range(repeats):
-            for prompt in asked:
+            for some in parts_of(asked, together):
                 for each in ways:
-                    turns[each].append(turn(painter, prompt.text, prompt.seed + 1000 * repeat, TASKS[name], WAYS[each]))
+                    turns[each] += turns_of(painter, some, repeat, TASKS[name], WAYS[each])
         told = {each: beside(taken, turns[EXACT]) for each, taken in turns.items()}
         found["tasks"][name] = {
             **asdict(TASKS[name]),
@@ -167,7 +179,7 @@ def main(
             },
         }
         save({**found, **provenance(painter.model.device)}, result)
-        print(f"\n{name}: {len(turns[EXACT])} turns of each\n")
+        print(f"\n{name}: {len(turns[EXACT])} prompts, {together} together\n")
         columns = ["way", "mean seconds", "times as fast (95 %)", "mean score kept", "to best_of (95 %)", "not worse"]
         columns += ["decoder evaluations", "decodes"]
         print(markdown(columns, [row(each, taken, told[each]) for each, taken in turns.items()]))
