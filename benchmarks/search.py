@@ -59,7 +59,7 @@ WAYS = {
     "halving": Way(Halving()),
     "halving x1.5": Way(Halving(), 1.5),
     "draft": Way(Draft()),
-    "draft x1.25": Way(Draft(), 1.25),
+    "draft x1.2": Way(Draft(), 1.2),
     "draft x1.5": Way(Draft(), 1.5),
     "draft, finer": Way(Draft(steps=0.4)),
     "racing": Way(Racing()),

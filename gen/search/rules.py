@@ -109,7 +109,7 @@ class Draft:
     """A draft of every candidate in few steps from the noise it would begin with; the best are then painted whole."""
 
     steps: float = 0.3  # of a draft, as a share of the decoder's
-    goes_on: float = 0.0625  # of the candidates, and never fewer than `SPARE` times those to be kept
+    goes_on: float = 0.1  # of the candidates, and never fewer than `SPARE` times those to be kept
 
     name = "draft"
 

@@ -62,7 +62,7 @@ def test_looks_are_compared_with_the_end(looks: Any, tiny_folder: Path, tmp_path
     path = tmp_path / "found.json"
     looks.main(prompts=3, candidates=16, model=str(tiny_folder), runtime="torch", dtype="float32", result=path)
     found = json.loads(path.read_text())
-    assert found["prompts"] == 3 and len(found["looks"]) > 5
+    assert found["prompts"] == 3 and {"estimate after 2 steps", "draft in 1 steps"} <= found["looks"].keys()
     assert all(-1 <= each["rank_correlation"] <= 1 for each in found["looks"].values())
     for each in found["looks"].values():  # the more are painted, the less is lost
         for lost in (list(each["best"].values()), list(each["best four"].values())):
