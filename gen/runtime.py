@@ -168,6 +168,11 @@ def cut(start: int, end: int, sizes: Sequence[int]) -> Iterator[tuple[int, slice
             start += size
 
 
+def streams_of(pieces: int, threads: int) -> int:
+    """How many pieces are computed at a time, a power of two; fewer than threads share these, and one has them all."""
+    return 1 << (min(pieces, threads).bit_length() - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Waves:
     """The sines and cosines of a network."""
@@ -200,26 +205,28 @@ class Converted:
         """What it answers to rows that are cut into these pieces, as many of them at a time as torch has threads."""
         arrays = [tensor.contiguous().numpy() for tensor in given]
         waves = [] if self.waves is None else self.waves(arrays)
-        streams = min(torch.get_num_threads(), len(pieces))  # a piece alone has all threads
+        streams = streams_of(len(pieces), torch.get_num_threads())
         answers: list[Tensor] = []
         for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
             alike = [piece.at for piece in pieces if (piece.size, piece.is_shared) == (size, is_shared)]
-            inputs = []
-            for at in alike:
-                pairs = [] if texts is None else texts.of_rows(slice(at.start, at.start + 1) if is_shared else at)
-                told = [
-                    *(each[at] for each in arrays),
-                    *(each.numpy() for each in pairs),
-                    *(each[at] for each in waves),
-                ]
-                inputs.append([told[place] for place in self.rest.reads])
+            inputs = [self.inputs(arrays, waves, texts, at, is_shared) for at in alike]
             queue = self._queue(size, is_shared, streams, inputs[0])
             if not answers:
                 answers = [torch.empty(len(arrays[0]), *each.get_shape()[1:]) for each in queue[0].model_outputs]
-            for at, each in zip(alike, inputs, strict=True):
-                queue.start_async(each, (answers, at), share_inputs=True)
-            queue.wait_all()
+            try:
+                for at, each in zip(alike, inputs, strict=True):
+                    queue.start_async(each, (answers, at), share_inputs=True)
+            finally:  # also on Ctrl-C: what runs reads arrays of this call
+                queue.wait_all()
         return answers
+
+    def inputs(
+        self, arrays: Sequence[Any], waves: Sequence[Any], texts: Texts | None, at: slice, is_shared: bool
+    ) -> list[Any]:
+        """What the rest is given for some rows, all of which read one text where it is shared, as arrays."""
+        pairs = [] if texts is None else texts.of_rows(slice(at.start, at.start + 1) if is_shared else at)
+        told = [*(each[at] for each in arrays), *(each.numpy() for each in pairs), *(each[at] for each in waves)]
+        return [told[place] for place in self.rest.reads]
 
     def _queue(self, size: int, is_shared: bool, streams: int, inputs: Sequence[Any]) -> Any:
         """What computes pieces of a kind, that many at a time."""

@@ -78,7 +78,7 @@ class BestOf:
 class Halving:
     """Successive halving (Jamieson & Talwalkar 2016, Figure 1): at every rung the better half goes on."""
 
-    rungs: tuple[float, ...] = (0.6, 0.8)  # shares of the decoder's steps; before, estimates say little of the picture
+    rungs: tuple[float, ...] = (0.8, 0.9)  # shares of the decoder's steps; before, estimates say little of the picture
     goes_on: float = 0.5  # of those at a rung, and never fewer than are to be kept
 
     name = "halving"
@@ -142,7 +142,7 @@ class Racing:
     up to no more than `risk`: by Boole's inequality so is then the chance that any of them would have.
     """
 
-    rung: float = 0.6  # share of the decoder's steps
+    rung: float = 0.8  # share of the decoder's steps
     risk: float = 0.05
     wave: int = 4  # candidates finished at once; four at least are there before the line is trusted
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gen import Request, TextToImage
-from gen.runtime import SIZES, core, pieces_of
+from gen.runtime import SIZES, core, pieces_of, streams_of
 
 NEEDS_OPENVINO = pytest.mark.usefixtures("installed")
 CLOSE = 1e-4  # of the largest
@@ -80,6 +80,16 @@ def test_pieces_are_every_row_once(rows: int, streams: int, of: list[int] | None
     assert all(piece.size in SIZES and piece.at.stop - piece.at.start == piece.size for piece in pieces)
     assert len(pieces) >= min(rows, streams)  # a share for each
     assert all(texts and len(set(texts[piece.at])) == 1 for piece in pieces if piece.is_shared)
+
+
+def test_streams_are_few_kinds() -> None:
+    assert [streams_of(pieces, threads) for pieces, threads in ((1, 2), (2, 2), (9, 2), (3, 16), (40, 6))] == [
+        1,
+        2,
+        2,
+        2,
+        4,
+    ]
 
 
 def test_rows_that_read_one_text_share_its_keys_and_values() -> None:

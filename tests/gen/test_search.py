@@ -264,7 +264,7 @@ def test_racing_finishes_in_the_order_of_previews_and_stops_when_the_others_are_
     one = replace(ASKED, prompt="a small red circle", seed=30, keep=1)
     order = looks_at(tiny, one, 6)
     scores = {each.seed: each.score for each in tiny.paint([replace(one, keep=None)])[0].candidates}
-    result = tiny.paint([replace(one, search=Racing(wave=1, risk=0.6))])[0]
+    result = tiny.paint([replace(one, search=Racing(rung=0.6, wave=1, risk=0.6))])[0]
     painted = {each.seed for each in result.candidates if each.painted}
     assert painted == best(order, len(painted))
     for number in range(4, 9):
