@@ -370,9 +370,9 @@ class Processor:
         """Attention with all that `attn` has around it; arguments are named as `Attention.forward` names them."""
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         spatial, added = x.shape, attn.added_kv_proj_dim is not None
-        x = x.flatten(2).mT if x.ndim == 4 else x  # (M, N, C)
-        normed = x if attn.group_norm is None else attn.group_norm(x.mT).mT
-        mask = None if attention_mask is None else as_bias(attention_mask, len(x))
+        x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (M, N, C)
+        normed = x if attn.group_norm is None else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        mask = None if attention_mask is None else as_bias(attention_mask, x.shape[0])  # len() is not traced
         own = not attn.only_cross_attention if added else encoder_hidden_states is None  # keys of the picture itself
 
         pairs = []
@@ -393,7 +393,7 @@ class Processor:
         if pictures is not None and self.place is not None:
             x = x + self._attend(attn, query, *pictures.of_layer(self.place, pictures.block), None)
         x = attn.to_out[1](attn.to_out[0](x))  # (M, N, C)
-        x = x.mT.reshape(spatial) if len(spatial) == 4 else x
+        x = x.transpose(1, 2).reshape(spatial) if len(spatial) == 4 else x
         x = x + hidden_states if attn.residual_connection or added else x
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
@@ -442,6 +442,11 @@ def as_bias(mask: Tensor, rows: int) -> Tensor:
 def attentions(network: nn.Module) -> Iterator[Attention]:
     """Every diffusers Attention in a network."""
     return (module for module in network.modules() if isinstance(module, Attention))
+
+
+def adds_keys(network: nn.Module) -> bool:
+    """Whether layers see the picture's keys beside the text's (Karlo, Kandinsky), so that rows cannot share these."""
+    return any(layer.added_kv_proj_dim is not None for layer in attentions(network))
 
 
 def text_layers(network: nn.Module) -> Iterator[Attention]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from gen import checkpoint, single_file
 from gen.adapters import ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
-from gen.attention import AUTO, TORCHS_CHOICE, check_attention, set_attention
+from gen.attention import AUTO, TORCHS_CHOICE, adds_keys, check_attention, set_attention
 from gen.bucket import Buckets
 from gen.edit import schedule_of
 from gen.engine import Engine
@@ -148,6 +148,11 @@ class TextToImage:
         if weak_unet is not None:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
             model = model.with_weak(weak, str(weak_unet))
+        if runtime != TORCH and any(adds_keys(unet) for unet in model.unets):
+            told = (
+                f"runtime '{runtime}' cannot compute the UNet of a {model.saved_as}, whose layers see text and picture"
+            )
+            raise ValueError(f"{told} at once (OpenVINO crashes on them); give runtime 'torch'")
         for unet in model.unets:
             set_attention(unet, attention if runtime == TORCH else TORCHS_CHOICE)  # which OpenVINO reads and replaces
         origins = {"weak_unet": weak_unet, "clip": clip, "config": config, "prior_model": prior_model}

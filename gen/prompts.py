@@ -33,6 +33,8 @@ def parse(name: str, text: str) -> tuple[Part, ...]:
     def close(bracket: str, factor: float) -> None:
         if not open_ or open_[-1][0] != bracket:
             raise ValueError(f"{name} {text!r} has a closing bracket that none opens; write \\) or \\] for itself")
+        if factor < 0:
+            raise ValueError(f"{name} {text!r} gives the weight {factor:g}; give 0 to {MOST:g}")
         _, first = open_.pop()
         found[first:] = [Part(part.text, part.weight * factor) for part in found[first:]]
 
@@ -48,7 +50,7 @@ def parse(name: str, text: str) -> tuple[Part, ...]:
             found.append(Part(token[1:] if len(token) == 2 and token[0] == "\\" else token))
     if open_:
         raise ValueError(f"{name} {text!r} has '{open_[-1][0]}' that is not closed; write \\{open_[-1][0]} for itself")
-    if wrong := [part for part in found if not 0 <= part.weight <= MOST]:
+    if wrong := [part for part in found if not part.weight <= MOST]:
         raise ValueError(f"{name} gives {wrong[0].text!r} the weight {wrong[0].weight:g}; give 0 to {MOST:g}")
     return _joined(found)
 

@@ -13,16 +13,17 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from itertools import accumulate, groupby, pairwise
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gen.attention import Handed, Texts, attentions
+from gen.attention import Handed, Texts
 from gen.openvino_model import Part, cut_layers, cut_waves, plain_norms, read
 
 logger = logging.getLogger(__name__)
@@ -114,16 +115,11 @@ class Answering:
                     self.read[key] = apart.submit(convert, self.network, leaves, layout, self.precision).result()
             converted = self.read[key]
             texts = next((leaf for leaf in leaves if isinstance(leaf, Texts)), None)
-            of = None if texts is None or self._adds_keys else texts.of
+            of = None if texts is None else texts.of
             sizes = SIZES if given[0][0].numel() <= SMALL else SIZES[1:]
-            pieces = list(pieces_of(rows, of, sizes, torch.get_num_threads()))
+            pieces = list(pieces_of(rows, of, sizes, streams_of(rows, torch.get_num_threads())))
             answers = converted.ask(given, texts, pieces)
         return tree_unflatten(answers, converted.answer)
-
-    @cached_property
-    def _adds_keys(self) -> bool:
-        """Whether layers see their own keys beside the text's, so that rows cannot share these."""
-        return any(layer.added_kv_proj_dim is not None for layer in attentions(self.network))
 
 
 def kind_of(leaf: object) -> Hashable:
@@ -202,30 +198,34 @@ class Converted:
     queues: dict[tuple[int, bool, int], Any] = field(default_factory=dict)  # openvino.AsyncInferQueue
 
     def ask(self, given: Sequence[Tensor], texts: Texts | None, pieces: Sequence[Piece]) -> list[Tensor]:
-        """What it answers to rows that are cut into these pieces, as many of them at a time as torch has threads."""
+        """What it answers to rows that are cut into these pieces, several at a time (`streams_of`)."""
         arrays = [tensor.contiguous().numpy() for tensor in given]
         waves = [] if self.waves is None else self.waves(arrays)
         streams = streams_of(len(pieces), torch.get_num_threads())
-        answers: list[Tensor] = []
+        answers: list[np.ndarray] = []  # what other threads write into knows no mode of torch's
         for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
             alike = [piece.at for piece in pieces if (piece.size, piece.is_shared) == (size, is_shared)]
             inputs = [self.inputs(arrays, waves, texts, at, is_shared) for at in alike]
             queue = self._queue(size, is_shared, streams, inputs[0])
             if not answers:
-                answers = [torch.empty(len(arrays[0]), *each.get_shape()[1:]) for each in queue[0].model_outputs]
+                shapes = [(len(arrays[0]), *each.get_shape()[1:]) for each in queue[0].model_outputs]
+                answers = [np.empty(shape, np.float32) for shape in shapes]
             try:
                 for at, each in zip(alike, inputs, strict=True):
                     queue.start_async(each, (answers, at), share_inputs=True)
             finally:  # also on Ctrl-C: what runs reads arrays of this call
                 queue.wait_all()
-        return answers
+        return [torch.from_numpy(each) for each in answers]
 
     def inputs(
         self, arrays: Sequence[Any], waves: Sequence[Any], texts: Texts | None, at: slice, is_shared: bool
     ) -> list[Any]:
         """What the rest is given for some rows, all of which read one text where it is shared, as arrays."""
         pairs = [] if texts is None else texts.of_rows(slice(at.start, at.start + 1) if is_shared else at)
-        told = [*(each[at] for each in arrays), *(each.numpy() for each in pairs), *(each[at] for each in waves)]
+        told = [*(each[at] for each in arrays), *(each.numpy() for each in pairs)]
+        for each in waves:  # several for a row where it is told several numbers, such as XL's sizes
+            share = len(each) // len(arrays[0])
+            told.append(each[at.start * share : at.stop * share])
         return [told[place] for place in self.rest.reads]
 
     def _queue(self, size: int, is_shared: bool, streams: int, inputs: Sequence[Any]) -> Any:
@@ -249,10 +249,10 @@ def queue_of(model: Any, precision: str, streams: int) -> Any:
     """An openvino.AsyncInferQueue that writes what it answers where it is told to."""
     import openvino
 
-    def write(request: Any, told: tuple[list[Tensor], slice]) -> None:
+    def write(request: Any, told: tuple[list[np.ndarray], slice]) -> None:
         answers, at = told
         for place, answer in enumerate(answers):
-            answer[at] = torch.from_numpy(request.get_output_tensor(place).data)
+            answer[at] = request.get_output_tensor(place).data
 
     queue = openvino.AsyncInferQueue(compiled(model, precision, streams), streams)
     queue.set_callback(write)

@@ -66,7 +66,8 @@ def test_the_grammar(text: str, parts: list[tuple[str, float]]) -> None:
         ("a (red] star", "has a closing bracket that none opens"),
         ("a [red:1.5) star", "has a closing bracket that none opens"),
         ("a (red:11) star", "gives 'red' the weight 11; give 0 to 10"),
-        ("a (red:-1) star", "gives 'red' the weight -1; give 0 to 10"),
+        ("a (red:-1) star", "gives the weight -1; give 0 to 10"),
+        ("a ((red:-1):-2) star", "gives the weight -1; give 0 to 10"),
         ("()", r"prompt '\(\)' has brackets and no words"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from gen import Request, TextToImage
 from gen.runtime import SIZES, core, pieces_of, streams_of
+from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
+from tests.tiny_kandinsky import make_tiny_kandinsky
+from tests.tiny_karlo import make_tiny_karlo
 
 NEEDS_OPENVINO = pytest.mark.usefixtures("installed")
 CLOSE = 1e-4  # of the largest
@@ -108,6 +112,39 @@ def test_rows_of_all_steps_and_texts_are_torchs(tiny: TextToImage, fast: TextToI
     assert not torch.equal(found, wanted)  # or torch itself has answered
     alone = latents([fast.paint([each])[0] for each in MIXED])
     assert (found - alone).abs().max() < CLOSE * wanted.abs().max()
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "Stable Diffusion": make_tiny_stable_diffusion,
+    "Stable Diffusion XL": make_tiny_stable_diffusion_xl,
+}
+REFUSED: dict[str, Callable[[Path], Path]] = {
+    "UnCLIPPipeline": make_tiny_karlo,
+    "KandinskyCombinedPipeline": lambda folder: make_tiny_kandinsky(folder, "2.1")["combined"],
+    "KandinskyV22CombinedPipeline": lambda folder: make_tiny_kandinsky(folder, "2.2")["combined"],
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_openvino_crashes_on_is_refused(family: str, installed: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"'openvino' cannot compute the UNet of a {family}, .*; give runtime 'torch'"):
+        TextToImage.from_pretrained(REFUSED[family](tmp_path / "tiny"), runtime="openvino", device="cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_torchs(family: str, installed: None, tmp_path: Path) -> None:
+    folder = FAMILIES[family](tmp_path / "tiny")
+    asked = [
+        Request(prompt=prompt, num_images_per_prompt=number, seed=3, num_inference_steps=2, output_type="latent")
+        for prompt, number in (("a red star", 3), ("a blue circle", 1))
+    ]
+    models = [TextToImage.from_pretrained(folder, runtime=runtime, device="cpu") for runtime in ("torch", "openvino")]
+    wanted, found = (latents(model.paint(asked)) for model in models)
+    assert (found - wanted).abs().max() < CLOSE * wanted.abs().max()
+    assert not torch.equal(found, wanted)
+    with torch.inference_mode():  # as servers do
+        again = latents(models[1].paint(asked))
+    assert torch.equal(again, found)
 
 
 def test_the_same_are_kept(tiny: TextToImage, fast: TextToImage) -> None:
