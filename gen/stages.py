@@ -225,8 +225,10 @@ class Stages:
 def inner_levels(schedule: Schedule) -> tuple[float, float] | None:
     """Where a draft is guided (low < sigma <= high): at all its steps but the first and the last; None: everywhere.
 
-    Guidance in the middle alone makes better pictures (Kynkäänniemi et al. 2024), and what drafts save by it makes them
-    finer: `benchmarks/looks.py` has both beside each other. Of fewer than four steps all are guided.
+    That is so of samplers that ask once a step and do not churn; others are guided in part of these two, and CLIP's
+    gradient is left out there as well. Guidance in the middle alone makes better pictures (Kynkäänniemi et al. 2024),
+    and what drafts save by it makes them finer: `benchmarks/looks.py` has both beside each other. Of fewer than four
+    steps all are guided.
     """
     if schedule.num_steps < 4:
         return None
