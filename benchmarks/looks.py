@@ -60,7 +60,7 @@ def looks_at(model: TextToImage, prompt: str, seed: int, number: int) -> dict[Lo
     steps = model.model.abilities.defaults.num_inference_steps
     clip = model.model.clip
     assert clip is not None, "it ranks"
-    taken = {steps_of(share, steps): share for share in ESTIMATES}
+    taken = {steps_of(share, steps) for share in ESTIMATES}
     found: dict[Look | None, dict[int, float]] = {}
 
     def estimate(step: Step) -> None:
