@@ -6,7 +6,7 @@ trains a CLIP calls the same methods, since none of them forbids gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,19 @@ __all__ = ["CLIP", "TextFeatures", "Tokens"]
 class CLIP:
     """A CLIP model with its tokenizer and preprocessing (Radford et al. 2021)."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, preprocess: Preprocess | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        preprocess: Preprocess | None = None,
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
         """Wrap a transformers CLIPModel or SiglipModel, or an open_clip model, with its tokenizer.
 
-        `preprocess` None: the shorter side to the tower's size, bicubic, middle crop, OpenAI's mean and std.
+        `preprocess` None: the shorter side to the tower's size, bicubic, middle crop, OpenAI's mean and std. `files`
+        are all that it was read from, by name; None: it was made in memory.
         """
+        self.files = dict(files or {})
         self.towers = make_towers(model, tokenizer)
         self.preprocess = preprocess or Preprocess().with_size(max(self.towers.image_size))
         if self.preprocess.output_size not in (None, self.towers.image_size):
@@ -52,8 +60,8 @@ class CLIP:
         of transformers' and does not touch open_clip models. Raises a one-line ValueError that names a
         missing or damaged file.
         """
-        model, tokenizer, preprocess = load(name_or_folder, dtype, attn_implementation)
-        return cls(model.eval().requires_grad_(False), tokenizer, preprocess).to(device)
+        model, tokenizer, preprocess, files = load(name_or_folder, dtype, attn_implementation)
+        return cls(model.eval().requires_grad_(False), tokenizer, preprocess, files).to(device)
 
     @property
     def model(self) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ OPEN_CLIP_WEIGHTS = (
     "model.safetensors",
 )
 WEIGHTS = "model.safetensors"
+SAID = (".json", ".txt", ".model")  # of what lies beside weights: configurations, vocabularies
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONFIGS = {"clip": CLIPConfig, "siglip": SiglipConfig}  # by the model_type of config.json
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -49,6 +51,7 @@ class Loaded(NamedTuple):
     model: nn.Module
     tokenizer: Any
     preprocess: Preprocess
+    files: dict[str, Path]  # all that it was read from, by name
 
 
 def load(name_or_folder: str | Path, dtype: torch.dtype, attn_implementation: str) -> Loaded:
@@ -89,7 +92,8 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
             model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ValueError(f"{folder / 'config.json'} does not describe a CLIP: {_line(error)}") from error
-    weights = _read_weights(folder)
+    files = _weight_files(folder)
+    weights = _read_weights(files)
     _check_shapes(folder, model, weights)
     wanted = model.state_dict().keys()
     model.load_state_dict({key: weights[key].to(dtype) for key in wanted}, assign=True)
@@ -99,25 +103,36 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
                 assert name == "position_ids", name
                 setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
     tokenizer = load_tokenizer(folder) if kind == "clip" else _load_siglip_tokenizer(folder)
-    return Loaded(model, tokenizer, Preprocess.from_folder(folder))
+    return Loaded(model, tokenizer, Preprocess.from_folder(folder), _files(folder, files))
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that its index names."""
+def _files(folder: Path, weights: Sequence[Path]) -> dict[str, Path]:
+    """By name these weights of a folder and whatever else it says; weights that were not read are left out."""
+    said = (path for path in folder.iterdir() if path.suffix in SAID)
+    return {path.name: path for path in sorted({*said, *weights})}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names."""
     index = folder / f"{WEIGHTS}.index.json"
     if (folder / WEIGHTS).is_file():
-        files = [folder / WEIGHTS]
-    elif index.is_file():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{index} is damaged: it has no weight_map")
-        files = [folder / Path(name).name for name in sorted(set(shards.values()))]
-    else:
+        return [folder / WEIGHTS]
+    if not index.is_file():
         raise _no_weights(folder, WEIGHTS)
-    weights: dict[str, Tensor] = {}
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{index} is damaged: it has no weight_map")
+    files = [folder / Path(name).name for name in sorted(set(shards.values()))]
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing; {index} names it")
+    return files
+
+
+def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of these files."""
+    weights: dict[str, Tensor] = {}
+    for path in files:
         with _open_safetensors(path) as file:
             weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118, no Mapping
     return weights
@@ -189,6 +204,7 @@ def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
         model.to(dtype),
         _open_clip_tokenizer(f"local-dir:{folder}"),
         Preprocess.from_open_clip(model.visual.preprocess_cfg),
+        _files(folder, [weights]),
     )
 
 
@@ -216,7 +232,8 @@ def _load_open_clip_name(name: str, dtype: torch.dtype) -> Loaded:
         force_preprocess_cfg=config,  # it takes mean, std, interpolation and resize_mode
     )
     preprocess = Preprocess.from_open_clip(model.visual.preprocess_cfg)
-    return Loaded(model.to(dtype), _open_clip_tokenizer(architecture), preprocess)
+    files = {f"{architecture}/{file}": Path(weights)}  # what else it is made of, open_clip knows by the architecture
+    return Loaded(model.to(dtype), _open_clip_tokenizer(architecture), preprocess, files)
 
 
 def _open_clip_tokenizer(name: str) -> Any:
@@ -228,7 +245,7 @@ def _open_clip_tokenizer(name: str) -> Any:
 
 def _download(repository: str) -> Path:
     """The repository's top folder from the hub, or from the cache when offline."""
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    patterns = [*(f"*{suffix}" for suffix in SAID), "*.safetensors"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -390,6 +390,9 @@ def reproduce(
     runtime: Annotated[
         str | None, typer.Option(metavar="NAME", help="Who computes: torch, openvino (default: as recorded).")
     ] = None,
+    clip: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where the CLIP is now that painted it, if not the model's own.")
+    ] = None,
     config: Config = None,
     prior_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where the prior is now, if it is apart from the model.")
@@ -404,14 +407,17 @@ def reproduce(
             raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
         if not record.get("model_hash"):
             raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
-        texts = ("weak_unet", "clip", "attention", "runtime", "config", "prior_model")
+        texts = ("weak_unet", "clip", "clip_hash", "attention", "runtime", "config", "prior_model")
         for name, kind in (("settings", dict), *((each, str) for each in texts)):
             if not isinstance(record.get(name, kind()), kind):
                 raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
         from gen.pipeline import as_output, computed
         from gen.request import asks_clip
 
-        clip = record.get("clip") if asks_clip(record) else None
+        if asks_clip(record):
+            clip = clip or record.get("clip")
+        elif clip is not None:
+            raise ValueError(f"--clip was given, but CLIP ranked {picture} and did not paint it; leave it out")
         dtype, attention = computed(record)
         if attention != record.get("attention", attention):
             say("reproduce", f"attention '{record['attention']}' does not run here; pixels may differ by torch's own")

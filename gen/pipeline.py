@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from gen.runtime import DTYPES, TORCH, check_runtime, dtype_of, name_of, run_by_
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, source
-from gen.weights import folder_hash
+from gen.weights import files_hash, folder_hash
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
@@ -79,6 +79,7 @@ class TextToImage:
         model_hash: Callable[[], str] | None = None,
         weak_unet: str = "",  # where the weaker UNet came from
         clip: str = "",  # where the CLIP that ranks came from, if not from the model's own folder
+        clip_hash: Callable[[], str] | None = None,
         attention: str = AUTO,  # the UNet's kernel, as it was asked for
         config: str = "",  # where a single file's configurations came from, if not with this package
         prior_model: str = "",  # where the prior came from, if not from the model's own folder
@@ -95,7 +96,7 @@ class TextToImage:
         self.runtime = runtime
         self.dtype = model.unet.dtype if dtype is None else dtype
         self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
-        self._hash = model_hash
+        self._hash, self._clip_hash = model_hash, clip_hash
         self._buckets = Buckets()
 
     @classmethod
@@ -139,8 +140,8 @@ class TextToImage:
             )
         else:
             parts = checkpoint.load(name_or_path, device, dtype, prior_model)
-        if clip is not None:
-            parts = replace(parts, clip=checkpoint.load_clip(clip, device, dtype))
+        ranking = None if clip is None else checkpoint.load_clip(clip, device, dtype)
+        parts = replace(parts, clip=ranking or parts.clip)
         if parts.family not in FAMILIES:
             told = ", ".join(sorted(FAMILIES))
             raise ValueError(f"model '{name_or_path}' is a {parts.family or 'folder of no class'}; ours are: {told}")
@@ -161,6 +162,7 @@ class TextToImage:
             model,
             str(name_or_path),
             lambda: parts.hash,
+            clip_hash=None if ranking is None else partial(files_hash, ranking.files),
             attention=attention,
             **named,
             runtime=runtime,
@@ -242,6 +244,11 @@ class TextToImage:
     def weak_hash(self) -> str:
         """SHA-256 of the weaker UNet's files; empty where there is none."""
         return folder_hash(Path(self.weak_unet), [""]) if self.weak_unet else ""
+
+    @cached_property
+    def clip_hash(self) -> str:
+        """SHA-256 of the files of the CLIP that `clip` named; empty where the model's own ranks, or none."""
+        return "" if self._clip_hash is None else self._clip_hash()
 
     @property
     def card(self) -> checkpoint.Card:
@@ -446,9 +453,8 @@ class TextToImage:
         candidate = Candidate.from_json(record, self.model.abilities, [source("image", one) for one in images])
         if candidate.settings.guidance_rule == "autoguidance" and record.get("weak_unet_hash") != self.weak_hash:
             raise ValueError(f"the picture was guided by another weak_unet than '{self.weak_unet}'; load that one")
-        if asks_clip(record) and record.get("clip", "") != self.clip:
-            wanted = record.get("clip") or "the model's own"
-            raise ValueError(f"the picture was painted by another CLIP than '{self.clip}': {wanted}; load that one")
+        if asks_clip(record):
+            self._check_clip(record)
         for name, here in self._computed.items():
             if (made := record.get(name, here)) != here:
                 warnings.warn(f"the picture was painted with {name} {made}, and this is {here}", stacklevel=2)
@@ -456,6 +462,16 @@ class TextToImage:
         (result,) = self._paint([job], None, None)
         assert isinstance(result.images, Tensor), "output_type is pt"
         return result.images[0]
+
+    def _check_clip(self, record: Mapping[str, Any]) -> None:
+        """ValueError where the CLIP here is another than the one that a record's picture was painted by."""
+        name, wanted = record.get("clip", ""), record.get("clip_hash", "")
+        if name and not wanted:
+            raise ValueError(f"the record names CLIP '{name}' and has no clip_hash, so none can be told to be it")
+        if wanted != self.clip_hash:
+            told = f"CLIP '{name}' of hash {wanted[:12]}" if wanted else "the model's own CLIP"
+            here = f"'{self.clip}' of hash {self.clip_hash[:12]}" if self.clip else "the model's own"
+            raise ValueError(f"the picture was painted by {told}, and this is {here}; load the one it was painted by")
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a stock diffusers folder with the CLIP and the card beside; see `checkpoint.save`."""
@@ -534,7 +550,7 @@ class TextToImage:
         if candidate.settings.guidance_rule == "autoguidance":
             made |= {"weak_unet": self.weak_unet, "weak_unet_hash": self.weak_hash}
         if self.clip:
-            made["clip"] = self.clip
+            made |= {"clip": self.clip, "clip_hash": self.clip_hash}
         if self.config:
             made["config"] = self.config
         if self.prior_model:

@@ -159,7 +159,11 @@ class Live:
             return [True] * row.schedule.last
         low, high = row.guidance_interval
         churn = MOST_CHURN if row.options.get("s_churn") else 1.0
-        sigmas = row.schedule.sigmas.tolist()
-        # a step asks where it begins; those that ask twice also on its way down or where it goes to, never at level 0
-        lowest = [next if next > 0 and SAMPLERS[row.sampler].asks_twice else now for now, next in pairwise(sigmas)]
-        return [low < now * churn and last <= high for now, last in zip(sigmas, lowest, strict=False)]
+        steps = list(pairwise(row.schedule.sigmas.tolist()))
+        inside = [low < now * churn and now <= high for now, _ in steps]
+        sampler = SAMPLERS[row.sampler]
+        if sampler.again is not None:
+            options = {name: self.option(name) for name in sampler.defaults}
+            seconds = [sampler.again(now, next, options) for now, next in steps]
+            inside = [first or low < second <= high for first, second in zip(inside, seconds, strict=True)]
+        return inside

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,9 @@ def step(
     correction = (1 - half**2) / torch.where(last, 1.0, half) * (second - first)
     moved = torch.where(last, euler, euler + correction)
     return State(moved if noise is None else moved + per_row(up, x) * noise)
+
+
+def middle(sigma: float, sigma_next: float, options: Mapping[str, float]) -> float:
+    """The level of a step's second question: half way in log SNR, or where it began if it goes down to 0."""
+    down, _ = split(*torch.tensor([sigma, sigma_next, options["eta"]], dtype=torch.float64))
+    return float(sigma * (down / sigma).sqrt()) if down > 0 else sigma

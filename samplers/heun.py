@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,8 @@ def step(
     # (first - second) / sigma_next since the Euler point lies on the first slope
     correction = 0.5 * (1 / torch.where(last, 1.0, ratio) - 1) * (second - first)
     return State(torch.where(last, euler, euler + correction))
+
+
+def end(sigma: float, sigma_next: float, options: Mapping[str, float]) -> float:
+    """The level of a step's second question: where it goes to, or where it began (unchurned) if that is 0."""
+    return sigma_next if sigma_next > 0 else sigma

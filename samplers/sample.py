@@ -17,6 +17,8 @@ from samplers import adams, dpm, dpmpp, euler, few_step, heun, unclip, unipc
 from samplers.state import Denoise, Level, State, per_row
 
 Step = Callable[[Denoise, State, Level, Level, Tensor | None, dict[str, Tensor]], State]
+Again = Callable[[float, float, Mapping[str, float]], float]
+"""Where a step asks a second time, of the level it begins at, the one it goes to and its options."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Sampler:
     noise: tuple[str, ...] = ()
     past: int = 0  # estimates of earlier steps, as memory "past" (B, past, ...) at levels "sigma" (B, past)
     begun: bool = False  # whether x at an earlier level is kept, as memory "x" (B, ...)
-    asks_twice: bool = False  # whether a step also asks below the level that it begins at
+    again: Again | None = None  # the level of a step's second question; None: it asks once, where it begins
 
     def begin(self, x: Tensor) -> State:
         """Rows (B, ...) that remember nothing yet."""
@@ -54,8 +56,8 @@ SAMPLERS = {
     "ddim": Sampler(euler.ddim, {"eta": 0.0, **_CLIP}, _ETA),
     "ddpm": Sampler(unclip.step, _DDPM, _ETA),
     "deis": Sampler(adams.deis, {"solver_order": 2.0, "lower_order_final": 1.0}, past=2),
-    "dpm_2": Sampler(dpm.step, {"eta": 0.0}, _ETA, asks_twice=True),
-    "dpm_2_ancestral": Sampler(dpm.step, {"eta": 1.0}, _ETA, asks_twice=True),
+    "dpm_2": Sampler(dpm.step, {"eta": 0.0}, _ETA, again=dpm.middle),
+    "dpm_2_ancestral": Sampler(dpm.step, {"eta": 1.0}, _ETA, again=dpm.middle),
     "dpmpp_2m": Sampler(dpmpp.multistep, {"eta": 0.0, **_LAST}, _ETA, past=1),
     "dpmpp_2m_sde": Sampler(dpmpp.multistep, {"eta": 1.0, **_LAST}, _ETA, past=1),
     "dpmpp_2s": Sampler(dpmpp.singlestep, {"lower_order_final": 0.0}, past=1, begun=True),
@@ -63,7 +65,7 @@ SAMPLERS = {
     "dpmpp_3m_sde": Sampler(dpmpp.multistep, {"eta": 1.0, **_LAST}, _ETA, past=2),
     "euler": Sampler(euler.step, {"eta": 0.0, **_CHURN}, ("eta", "s_churn")),
     "euler_ancestral": Sampler(euler.ancestral, {"eta": 1.0}, _ETA),
-    "heun": Sampler(heun.step, _CHURN, ("s_churn",), asks_twice=True),
+    "heun": Sampler(heun.step, _CHURN, ("s_churn",), again=heun.end),
     "lcm": Sampler(few_step.lcm, {"eta": 1.0, **_CLIP}, _ETA),
     "lms": Sampler(adams.lms, past=3),
     "pndm": Sampler(adams.pndm, past=3),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from gen import command
 from gen.output_folder import output_folder
 from gen.picture import read_png
-from tests.tiny import make_tiny_stable_unclip
+from tests.tiny import make_tiny_clip, make_tiny_stable_unclip
 
 ROOT = Path(__file__).resolve().parent.parent
 UNCLIP = [sys.executable, "-m", "gen.command"]  # what the installed script runs
@@ -515,6 +515,26 @@ def test_reproduce_follows_precision_and_runtime(
     assert answer(capsys, "reproduce", elsewhere, "--runtime", "torch")["reproduced"] is True
 
 
+def test_reproduce_asks_for_the_clip_that_painted(
+    painted: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, name in ((3, "clip"), (3, "moved"), (4, "other")):
+        make_tiny_clip(tmp_path / name, seed=seed)
+    asked = ["generate", PROMPT, "-n", "1", "--steps", "2", "--model", tiny, "--clip", tmp_path / "clip"]
+    guided = ["--clip-guidance-scale", "5", "--out", tmp_path / "guided"]
+    picture = Path(answer(capsys, *asked, *guided)["pictures"][0]["path"])
+    assert answer(capsys, "reproduce", picture)["reproduced"] is True
+    (tmp_path / "clip").rename(tmp_path / "gone")
+    assert "is no folder; give a CLIP folder" in refused(capsys, "reproduce", picture)
+    assert answer(capsys, "reproduce", picture, "--clip", tmp_path / "moved")["reproduced"] is True
+    assert "painted by CLIP" in refused(capsys, "reproduce", picture, "--clip", tmp_path / "other")
+    said = refused(capsys, "reproduce", kept(painted), "--clip", tmp_path / "moved")
+    assert "CLIP ranked" in said and "leave it out" in said
+    ranked = Path(answer(capsys, *asked[:-1], tmp_path / "moved", "--out", tmp_path / "ranked")["pictures"][0]["path"])
+    (tmp_path / "moved").rename(tmp_path / "lost")
+    assert answer(capsys, "reproduce", ranked)["reproduced"] is True  # which no CLIP painted
+
+
 def test_reproduce_refuses_what_it_cannot_repaint(
     painted: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -527,7 +547,7 @@ def test_reproduce_refuses_what_it_cannot_repaint(
         said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"no-{name}.png", lacking))
         assert f"no {name}" in said or f"no '{name}'" in said
     for name, damage in (
-        *(("settings", [1]), ("weak_unet", 3), ("clip", {}), ("noise_path", 7)),
+        *(("settings", [1]), ("weak_unet", 3), ("clip", {}), ("clip_hash", 1), ("noise_path", 7)),
         *(("attention", 5), ("dtype", "float3"), ("runtime", 2)),
     ):
         said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"{name}.png", record | {name: damage}))

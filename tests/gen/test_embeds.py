@@ -203,12 +203,28 @@ def test_a_picture_does_not_depend_on_its_batch_and_repeats(tiny: TextToImage, w
 
 
 def test_a_record_asks_for_the_clip_that_made_its_embedding(tiny_folder: Path, tmp_path: Path) -> None:
-    others = [str(make_tiny_clip(tmp_path / name, seed=seed)) for seed, name in ((3, "a"), (4, "b"))]
-    one, other = (TextToImage.from_pretrained(tiny_folder, clip=clip) for clip in others)
+    for seed, name in ((3, "a"), (4, "b"), (3, "moved")):
+        make_tiny_clip(tmp_path / name, seed=seed)
+    one, other, moved_one = (
+        TextToImage.from_pretrained(tiny_folder, clip=tmp_path / name) for name in ("a", "b", "moved")
+    )
+    own = TextToImage.from_pretrained(tiny_folder)
     result = one(SHORT, variation_of=picture(), num_inference_steps=2, seed=0, output_type="pt")
-    assert torch.equal(one.repaint(result.records[0], [picture()]), result.images[0])
-    with pytest.raises(ValueError, match=r"painted by another CLIP than '.*b': .*a; load that one"):
-        other.repaint(result.records[0], [picture()])
+    (record,) = result.records
+    assert record["clip"] == str(tmp_path / "a") and record["clip_hash"] == one.clip_hash == moved_one.clip_hash
+    assert len(one.clip_hash) == 64 and one.hash == own.hash and own.clip_hash == ""
+    for same in (one, moved_one):
+        assert torch.equal(same.repaint(record, [picture()]), result.images[0])
+    with pytest.raises(ValueError, match=r"painted by CLIP '.*a' of hash \w{12}, and this is '.*b' of hash \w{12};"):
+        other.repaint(record, [picture()])
+    with pytest.raises(ValueError, match=r"painted by CLIP '.*a' of hash \w{12}, and this is the model's own; load"):
+        own.repaint(record, [picture()])
+    (by_own,) = own(SHORT, variation_of=picture(), num_inference_steps=2, seed=0).records
+    assert "clip" not in by_own and "clip_hash" not in by_own
+    with pytest.raises(ValueError, match=r"painted by the model's own CLIP, and this is '.*a' of hash"):
+        one.repaint(by_own, [picture()])
+    with pytest.raises(ValueError, match=r"names CLIP '.*a' and has no clip_hash"):
+        one.repaint({name: value for name, value in record.items() if name != "clip_hash"}, [picture()])
     moved = result.records[0] | {"settings": result.records[0]["settings"] | {"edit_from": LONG}}  # type: ignore[operator]
     del moved["variation_of"]
     with pytest.raises(ValueError, match="moves the embedding of a picture that it does not name"):

@@ -369,10 +369,36 @@ def test_guidance_outside_its_interval_costs_nothing(tiny: TextToImage) -> None:
     assert asked["everywhere"] == [2] * 6
     assert asked["middle"] == [1, 1, 2, 2, 1, 1]
     assert asked["nowhere"] == [1] * 6
-    heun = rows_over(tiny)
-    twice = counting(heun)
-    finish(heun, [replace(row, sampler="heun", guidance_interval=middle)])
-    assert twice == [1, 1, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1]  # the second step goes to a level that is guided
+
+
+@pytest.mark.parametrize(
+    ("sampler", "interval", "guided"),
+    [
+        ("heun", (4, 2), [1, 2, 3]),  # goes to a level that is guided
+        ("heun", (1.9, 1.2), []),  # begins above and goes below
+        ("dpm_2", (4, 2), [2, 3]),  # half way is above
+        ("dpm_2_ancestral", (4, 2), [1, 2, 3]),  # half way to a lower level is not
+        ("dpm_2", (1.9, 1.2), [1]),  # half way alone
+    ],
+)
+def test_samplers_that_ask_twice_ask_the_null_where_either_is_guided(
+    tiny: TextToImage, sampler: str, interval: tuple[float, float], guided: list[int]
+) -> None:
+    """Ends of the interval are levels by their place, and between two levels by a share of the logarithm."""
+    (row,) = (replace(row, sampler=sampler, guidance_scale=4.0) for row in rows_of(tiny, 1))
+    sigmas = row.schedule.sigmas
+
+    def level(place: float) -> float:
+        whole = int(place)
+        return float(sigmas[whole] ** (1 + whole - place) * sigmas[whole + 1] ** (place - whole))
+
+    together = rows_over(tiny)
+    asked = counting(together)
+    low, high = map(level, interval)
+    painted = finish(together, [replace(row, guidance_interval=(low, high * 1.001))])[0]
+    assert asked == [1 + (step in guided) for step in range(6) for _ in range(2)]
+    plain = finish(rows_over(tiny), [replace(row, guidance_scale=1.0)])[0]
+    assert torch.equal(painted, plain) == (not guided)
 
 
 def test_a_gradient_outside_the_interval_is_not_taken(tiny: TextToImage) -> None:

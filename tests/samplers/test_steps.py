@@ -174,8 +174,8 @@ def test_one_step_to_zero_is_the_estimate(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_sampler_says_whether_it_asks_below_where_it_begins(sampler: str) -> None:
-    schedule = Schedule(torch.tensor([3.0, 2.0, 1.2, 0.7], dtype=torch.float64), start_scale=3.0)
+def test_a_sampler_says_where_it_asks_again(sampler: str) -> None:
+    schedule = Schedule(torch.tensor([3.0, 2.0, 1.2, 0.0], dtype=torch.float64), start_scale=3.0)
     state, asked = start(sampler, torch.randn(1, *SHAPE), torch.full((1,), 3.0)), []
 
     def denoise(x: Tensor, sigma: Tensor) -> Prediction:
@@ -185,9 +185,11 @@ def test_a_sampler_says_whether_it_asks_below_where_it_begins(sampler: str) -> N
     for index in range(3):
         now, next = levels(schedule, [index]), levels(schedule, [index + 1])
         state = advance(sampler, denoise, state, now, next, torch.randn(1, *SHAPE))
-    starts = [pytest.approx(sigma) for sigma in (3.0, 2.0, 1.2)]
-    assert (asked != starts) == SAMPLERS[sampler].asks_twice
-    assert len(asked) == (6 if SAMPLERS[sampler].asks_twice else 3)
+    told = SAMPLERS[sampler]
+    said = []
+    for now, next in ((3.0, 2.0), (2.0, 1.2), (1.2, 0.0)):
+        said += [now] if told.again is None else [now, told.again(now, next, told.defaults)]
+    assert asked == pytest.approx(said)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
