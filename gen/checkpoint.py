@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.kandinsky.text_encoder import MultilingualCLIP
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from torch import nn
-from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.clip import CLIP
 from clip_core.convert import to_transformers
@@ -182,31 +182,38 @@ def load(
     index = read_json(folder / INDEX)
     family = index.get("_class_name", "")
     refuse_prior_alone(name_or_path, family)
+    of_prior = None
     if prior is not None:
-        of_prior, combined = prior_for(prior, name_or_path, family)
-        parts = load(folder, device, dtype)
-        found = loaded(of_prior, read_json(of_prior / INDEX), None, device, dtype)
-        with_prior = parts.modules | {f"{PRIOR}{name}": part for name, part in found.items()}
-        return replace(parts, family=combined, modules=with_prior, prior_folder=of_prior)
-    check_room(
-        sum(map(numbers, [*(folder / name for name in listed(index)), folder / "clip"])), device, dtype, str(folder)
-    )
+        of_prior, family = prior_for(prior, name_or_path, family)
+    shared = stored_twice(folder, index)
+    held = [*(folder / name for name in listed(index) if name not in shared), folder / "clip"]
+    if of_prior is not None:
+        held += [of_prior / name for name in listed(read_json(of_prior / INDEX))]
+    check_room(sum(map(numbers, held)), device, dtype, str(folder))
     clip = load_clip(folder / "clip", device, dtype) if (folder / "clip").is_dir() else None
-    modules = loaded(folder, index, clip, device, dtype)
+    modules = loaded(folder, index, device, dtype, shared)
+    if clip is not None:
+        modules |= {name: tower_of(kind, clip) for name, kind in shared.items()}
+    if of_prior is not None:
+        found = loaded(of_prior, read_json(of_prior / INDEX), device, dtype)
+        modules |= {f"{PRIOR}{name}": part for name, part in found.items()}
     options = {name: value for name, value in index.items() if not isinstance(value, list)}
-    return Parts(family, modules, clip, Card.read(folder), folder, options)
+    return Parts(family, modules, clip, Card.read(folder), folder, options, prior_folder=of_prior)
 
 
 def loaded(
-    folder: Path, index: Mapping[str, Any], clip: CLIP | None, device: torch.device | str, dtype: torch.dtype
+    folder: Path,
+    index: Mapping[str, Any],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    without: Collection[str] = (),  # parts that are had from elsewhere
 ) -> dict[str, Any]:
-    """The parts of a folder by their names; text towers that `clip` has too are taken from there."""
-    modules: dict[str, Any] = {}
-    for name, (library, class_name) in listed(index).items():
-        kind = part_class(library, class_name, folder / INDEX)
-        tower = shared_tower(kind, clip, folder, name)
-        modules[name] = tower if tower is not None else load_part(kind, folder / name, device, dtype)
-    return modules
+    """The parts of a folder by their names."""
+    return {
+        name: load_part(part_class(library, class_name, folder / INDEX), folder / name, device, dtype)
+        for name, (library, class_name) in listed(index).items()
+        if name not in without
+    }
 
 
 def prior_for(prior: str | Path, model: str | Path, family: str) -> tuple[Path, str]:
@@ -303,20 +310,36 @@ def load_clip(name_or_folder: str | Path, device: torch.device | str, dtype: tor
     return CLIP.from_pretrained(name_or_folder, device, dtype)
 
 
-def shared_tower(kind: type, clip: CLIP | None, folder: Path, name: str) -> nn.Module | None:
-    """The text tower of `clip`, when part `name` stores the very same one; else None."""
-    if clip is None or not isinstance(clip.model, CLIPModel):
-        return None
-    if not issubclass(kind, CLIPTextModel | CLIPTextModelWithProjection) or not (folder / name).is_dir():
-        return None
+def stored_twice(folder: Path, index: Mapping[str, Any]) -> dict[str, type]:
+    """The text towers of a folder that stand in its `clip/` bit for bit, by their names, with their classes."""
+    config = folder / "clip" / "config.json"
+    if not config.is_file() or (told := read_json(config)).get("model_type") != CLIPConfig.model_type:
+        return {}
+    with damaged(folder / "clip"):
+        whole = CLIPConfig.from_dict(told).text_config.to_dict()  # defaults filled in
+    towers = {name: part_class(*entry, folder / INDEX) for name, entry in listed(index).items()}
+    return {
+        name: kind
+        for name, kind in towers.items()
+        if issubclass(kind, CLIPTextModel | CLIPTextModelWithProjection) and is_tower_of(whole, folder, name)
+    }
+
+
+def is_tower_of(whole: Mapping[str, Any], folder: Path, name: str) -> bool:
+    """Whether a text tower is that of the CLIP in `clip/`, whose text configuration is `whole`."""
+    if not (folder / name).is_dir():
+        return False
     for path in (folder / name, folder / "clip"):
         check_weights(path)
-    own = CLIPTextConfig.from_dict(read_json(folder / name / "config.json")).to_dict()  # defaults filled in
-    whole = clip.model.config.text_config.to_dict()
+    with damaged(folder / name):
+        own = CLIPTextConfig.from_dict(read_json(folder / name / "config.json")).to_dict()
     if any(own[key] != whole.get(key) for key in own.keys() - {"architectures", "transformers_version", "dtype"}):
-        return None
-    if not same_weights(folder / name, folder / "clip"):
-        return None
+        return False
+    return same_weights(folder / name, folder / "clip")
+
+
+def tower_of(kind: type, clip: CLIP) -> nn.Module:
+    """The text tower of a whole CLIP as a part of this class."""
     return without_projection(clip.model) if issubclass(kind, CLIPTextModel) else with_projection(clip.model)
 
 

@@ -11,7 +11,8 @@ import torch
 from gen import TextToImage, room
 from gen.weights import numbers
 from tests.stock import edited
-from tests.tiny import make_tiny_stable_diffusion
+from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_unclip
+from tests.tiny_kandinsky import make_tiny_kandinsky
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,29 @@ def test_a_machine_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match=r"needs 0\.\d GB for its weights in float32, and 0\.\d GB are free on cpu"):
         TextToImage.from_pretrained(folder, device="cpu")
     TextToImage.from_pretrained(folder, device="cpu", dtype=torch.float16)
+
+
+def test_what_is_stored_twice_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_tiny_stable_unclip(tmp_path / "tiny")
+    twice = ("text_encoder", "prior_text_encoder")
+    needed = 4 * sum(numbers(path) for path in folder.iterdir() if path.is_dir() and path.name not in twice)
+    monkeypatch.setattr(room, "free_memory", lambda device: needed)
+    TextToImage.from_pretrained(folder, device="cpu")
+    monkeypatch.setattr(room, "free_memory", lambda device: needed - 1)
+    with pytest.raises(ValueError, match="are free on cpu"):
+        TextToImage.from_pretrained(folder, device="cpu")
+
+
+def test_a_prior_of_its_own_folder_needs_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = make_tiny_kandinsky(tmp_path, "2.2")
+    decoder, prior = (
+        sum(numbers(path) for path in of[name].iterdir() if path.is_dir()) for name in ("decoder", "prior")
+    )
+    monkeypatch.setattr(room, "free_memory", lambda device: 4 * (decoder + prior))
+    TextToImage.from_pretrained(of["decoder"], device="cpu", prior_model=of["prior"])
+    monkeypatch.setattr(room, "free_memory", lambda device: 4 * (decoder + prior) - 1)
+    with pytest.raises(ValueError, match="are free on cpu"):
+        TextToImage.from_pretrained(of["decoder"], device="cpu", prior_model=of["prior"])
 
 
 def test_what_is_free_is_known_on_linux() -> None:
