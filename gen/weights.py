@@ -210,6 +210,5 @@ def files_hash(files: Mapping[str, Path]) -> str:
     for name, path in files.items():
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gen.checks import is_number
 from gen.settings import JSON
+from gen.weights import opened
 
 SUFFIX = ".safetensors"
 
@@ -106,15 +106,14 @@ def chosen(kind: str, name: str, files: list[str], usual: str) -> str:
 
 def read(path: Path) -> Weights:
     """All tensors of a file and what it says of itself; ValueError for a damaged one."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a safe_open is no mapping
-            return Weights(tensors, dict(file.metadata() or {}))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"file '{path}' is damaged ({error}); fetch it again") from error
+    with opened(path) as file:
+        return Weights({key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def content_hash(*paths: Path) -> str:
+    """SHA-256 of the bytes of a file, or of several one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from gen.adapters.file import Adapter, Weights, content_hash, found, read
-from gen.checks import real
+from gen.checks import is_number, real
 from gen.families.painter import Painter
-from gen.weights import named
+from gen.weights import ADAPTER, named, read_json
 
 USUAL = "pytorch_lora_weights.safetensors"  # as diffusers names the file
 SAID = "lora_adapter_metadata"  # where diffusers' files keep peft's configuration
+PEFT = "base_model.model."  # stands before the names of peft's own files, which are of one part and do not say which
+# What peft's own files were trained beside the weights of the base model, and not beside weights changed at the start.
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 # Parts by what stands before their layers' names: peft's and diffusers' with a dot, kohya's trainer's without.
 PREFIXES = {
@@ -68,14 +71,42 @@ def merge(model: Painter, name: str | Path, scale: float = 1.0) -> Adapter:
     """
     scale = real("scale", scale, -math.inf)
     path = found("LoRA", name, USUAL)
-    layers = layers_of(model.parts())
-    factors = factors_of(str(name), read(path), layers)
+    layers, weights, files = layers_of(model.parts()), read(path), [path]
+    if any(key.startswith(PEFT) for key in weights.tensors):
+        files.append(path.with_name(ADAPTER))
+        weights = of_part(str(name), weights, files[-1], layers)
+    factors = factors_of(str(name), weights, layers)
     if other := sorted(" ".join(layer) for layer, each in factors.items() if not each.fits(layers[layer].weight)):
         raise ValueError(f"LoRA '{name}' is of another base model: {named(other)} of another shape here")
     for layer, each in factors.items():
         weight = layers[layer].weight
         weight.copy_(weight.float() + scale * each.difference(weight))
-    return Adapter("lora", str(name), content_hash(path), scale)
+    return Adapter("lora", str(name), content_hash(*files), scale)
+
+
+def of_part(name: str, weights: Weights, beside: Path, layers: Mapping[Layer, nn.Linear | nn.Conv2d]) -> Weights:
+    """A file of peft's own as diffusers writes it: with the part that it is of, and with its configuration."""
+    if not beside.is_file():
+        raise ValueError(f"LoRA '{name}' is peft's own and has no {ADAPTER} beside it; give the folder that peft saved")
+    said = read_json(beside)
+    if (kind := said.get("peft_type")) != "LORA":
+        raise ValueError(f"LoRA '{name}' is of peft's kind {kind!r}, which is not read; give a LoRA")
+    if (start := said.get("init_lora_weights")) not in STARTS:
+        raise ValueError(f"LoRA '{name}' started from {start!r}, which changes the base model; save it as a plain LoRA")
+    known = by_name(layers)
+    downs = {key.removesuffix(DOWN[0]): tensor for key, tensor in weights.tensors.items() if key.endswith(DOWN[0])}
+
+    def fitting(part: str) -> int:
+        """How many of its layers a part has, as wide as here."""
+        found = {stem: known.get(flat(stem.replace(PEFT, f"{part}.", 1))) for stem in downs}
+        return sum(
+            layer is not None and downs[stem][0].numel() == layers[layer].weight[0].numel()
+            for stem, layer in found.items()
+        )
+
+    part = max(PREFIXES, key=fitting)
+    tensors = {key.replace(PEFT, f"{part}.", 1): tensor for key, tensor in weights.tensors.items()}
+    return Weights(tensors, {SAID: json.dumps({f"{part}.{key}": value for key, value in said.items()})})
 
 
 def layers_of(parts: Mapping[str, Any]) -> dict[Layer, nn.Linear | nn.Conv2d]:
@@ -91,16 +122,15 @@ def layers_of(parts: Mapping[str, Any]) -> dict[Layer, nn.Linear | nn.Conv2d]:
 
 def factors_of(name: str, weights: Weights, layers: Mapping[Layer, nn.Module]) -> dict[Layer, Factors]:
     """What a file says of each layer; ValueError where a key is of no layer, or half of a pair is missing."""
-    blocks = blocks_of(layers)
-    known = {alias: layer for layer in layers for alias in aliases(*layer, blocks)}
+    said, known = configuration(name, weights.metadata), by_name(layers)
     told: dict[Layer, dict[str, Tensor]] = {}
     unread, unknown = [], []
     for key, tensor in weights.tensors.items():
         stem, role = split(key)
         if not role:
             unread.append(key)
-        elif (flat := stem.replace(".", "_")) in known:
-            told.setdefault(known[flat], {})[role] = tensor
+        elif (alias := flat(stem)) in known:
+            told.setdefault(known[alias], {})[role] = tensor
         else:
             unknown.append(key)
     if unread:
@@ -111,7 +141,6 @@ def factors_of(name: str, weights: Weights, layers: Mapping[Layer, nn.Module]) -
         raise ValueError(f"LoRA '{name}' is damaged: {named(lonely)} without up or down")
     if not told:
         raise ValueError(f"LoRA '{name}' holds nothing")
-    said = configuration(name, weights.metadata)
     return {layer: Factors(each["down"], each["up"], weight_of(layer, each, said)) for layer, each in told.items()}
 
 
@@ -130,9 +159,29 @@ def configuration(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         said = json.loads(metadata.get(SAID, "{}"))
     except ValueError:
         raise ValueError(f"LoRA '{name}' is damaged: its {SAID} is no JSON") from None
-    if any(value for key, value in said.items() if key.endswith("use_dora")):
-        raise ValueError(f"LoRA '{name}' is a DoRA, which is not read; give a plain LoRA")
+    if not isinstance(said, dict):
+        raise ValueError(f"LoRA '{name}' is damaged: its {SAID} is no object")
+    for key, value in said.items():
+        match key.rpartition(".")[2]:
+            case "use_dora" if value:
+                raise ValueError(f"LoRA '{name}' is a DoRA, which is not read; give a plain LoRA")
+            case "lora_alpha" if not is_number(value, -math.inf):
+                raise ValueError(f"LoRA '{name}' is damaged: its {key} is {value!r}, which is no number")
+            case "alpha_pattern" if not is_pattern(value):
+                raise ValueError(f"LoRA '{name}' is damaged: its {key} is {value!r}, and not numbers by layer")
     return said
+
+
+def is_pattern(value: object) -> bool:
+    """Whether it is numbers by patterns of layers' names, or nothing."""
+    if value is None:
+        return True
+    try:
+        return isinstance(value, dict) and all(
+            re.compile(key) and is_number(each, -math.inf) for key, each in value.items()
+        )
+    except re.error:
+        return False
 
 
 def weight_of(layer: Layer, told: Mapping[str, Tensor], said: Mapping[str, Any]) -> float:
@@ -142,7 +191,8 @@ def weight_of(layer: Layer, told: Mapping[str, Tensor], said: Mapping[str, Any])
     if "alpha" in told:
         return float(told["alpha"]) / rank
     patterns = said.get(f"{part}.alpha_pattern") or {}
-    own = (alpha for end, alpha in patterns.items() if f".{name}".endswith(f".{end}"))
+    names = list(text_names(name)) if part.startswith("text") else [name]
+    own = (alpha for ends, alpha in patterns.items() if any(re.fullmatch(rf"(.*\.)?({ends})", each) for each in names))
     alpha = next(own, said.get(f"{part}.lora_alpha", rank))
     return float(alpha) / (math.sqrt(rank) if said.get(f"{part}.use_rslora") else rank)
 
@@ -150,13 +200,24 @@ def weight_of(layer: Layer, told: Mapping[str, Tensor], said: Mapping[str, Any])
 # --- the names of a layer ----------------------------------------------------------------------------------------
 
 
+def by_name(layers: Iterable[Layer]) -> dict[str, Layer]:
+    """Layers by every name that files have for them."""
+    layers = list(layers)
+    blocks = blocks_of(layers)
+    return {alias: layer for layer in layers for alias in aliases(*layer, blocks)}
+
+
+def flat(name: str) -> str:
+    """A name with a line where it has a dot, as kohya's trainer writes it."""
+    return name.replace(".", "_")
+
+
 def aliases(part: str, layer: str, blocks: int) -> Iterator[str]:
     """Every name that files have for a layer of a part, with a line where they have a dot."""
     for name in text_names(layer) if part.startswith("text") else unet_names(layer, blocks):
-        flat = name.replace(".", "_")
-        yield from (f"{prefix.replace('.', '_')}{flat}" for prefix in PREFIXES[part])
+        yield from (flat(f"{prefix}{name}") for prefix in PREFIXES[part])
         if part == "unet":
-            yield flat  # diffusers' first files were of a UNet alone and had no prefix
+            yield flat(name)  # diffusers' first files were of a UNet alone and had no prefix
 
 
 def unet_names(layer: str, blocks: int) -> Iterator[str]:

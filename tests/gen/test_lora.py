@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,9 @@ def test_files_that_do_not_fit_change_nothing(folders: dict[str, Path], tmp_path
     refused("cannot be read: weight .*hada_w1_a is neither up, down nor alpha", {f"{key}.hada_w1_a": torch.zeros(2)})
     refused("is a DoRA", {}, {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
     refused("lora_adapter_metadata is no JSON", {}, {"lora_adapter_metadata": "{"})
+    refused("its lora_adapter_metadata is no object", {}, {"lora_adapter_metadata": "[]"})
+    for damaged in ({"unet.lora_alpha": "6"}, {"unet.alpha_pattern": ["conv1"]}, {"unet.alpha_pattern": {"(": 1}}):
+        refused(f"is damaged: its {next(iter(damaged))} is", {}, {"lora_adapter_metadata": json.dumps(damaged)})
     refused("holds nothing", dict.fromkeys(weights))
     for scale in (float("nan"), "1"):
         with pytest.raises(ValueError, match=r"scale=.* is out of range"):
@@ -315,3 +319,89 @@ def test_rank_stabilised_and_alpha_by_layer(folders: dict[str, Path], tmp_path: 
         alpha = 2.0 if (part, name) == first else 4.0
         moved = after[part, f"{name}.weight"] - before[part, f"{name}.weight"]
         torch.testing.assert_close(moved, alpha / RANK**0.5 * up @ down, atol=1e-5, rtol=1e-4)
+
+
+def test_alpha_by_layer_of_a_text_tower(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Patterns are peft's: the end of a name, from a dot on, with or without what transformers leaves out."""
+    model = loaded(folders["1"])
+    pairs = {layer: each for layer, each in pairs_of(model.model).items() if layer[0] == "text_encoder"}
+    alphas = {"q_proj": 2.0, "text_model.encoder.layers.0.mlp.fc1": 3.0, "self_attn.(out|none)_proj": 4.0, "proj": 5.0}
+    weights, _ = in_peft(pairs)
+    said = {"text_encoder.lora_alpha": 1.0, "text_encoder.alpha_pattern": alphas}
+    before = weights_of(model)
+    save_file(weights, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(said)})
+    model.load_lora(tmp_path / "a.safetensors")
+    after, seen = weights_of(model), set()
+    for (part, name), (down, up) in pairs.items():
+        expected = {"q_proj": 2.0, "out_proj": 4.0, "fc1": 3.0 if ".0." in name else 1.0}[name.rpartition(".")[2]]
+        moved = after[part, f"{name}.weight"] - before[part, f"{name}.weight"]
+        torch.testing.assert_close(moved, expected / RANK * up @ down, atol=1e-5, rtol=1e-4)
+        seen.add(expected)
+    assert seen >= {2.0, 3.0, 4.0}
+
+
+# --- peft's own folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("1", "unet"), ("1", "text_encoder"), ("xl", "text_encoder"), ("xl", "text_encoder_2")]
+)
+def test_what_peft_saves_is_merged_as_peft_merges_it(
+    folders: dict[str, Path], tmp_path: Path, kind: str, part: str
+) -> None:
+    """Ranks and alphas by layer; the file says none of its part, which its layers and their widths tell."""
+    peft = pytest.importorskip("peft")
+    model = loaded(folders[kind])
+    theirs = copy.deepcopy(model.model.with_own_texts().parts()[part])
+    plain = copy.deepcopy(theirs)
+    chosen = ["to_q", "conv1", "ff.net.2"] if part == "unet" else ["q_proj", "fc1"]
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=chosen,
+        rank_pattern={chosen[0]: 2},
+        alpha_pattern={f".*0.*{chosen[1]}": 1.0},
+        init_lora_weights=False,
+    )
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(theirs, config)
+    wrapped.save_pretrained(tmp_path)
+    before = weights_of(model)
+    model.load_lora(tmp_path, SCALE)
+    merged = peft.PeftModel.from_pretrained(plain, tmp_path).merge_and_unload().state_dict()
+    after = weights_of(model)
+    moved = set()
+    for (of, key), value in after.items():
+        if of == part:
+            torch.testing.assert_close(
+                value - before[of, key], SCALE * (merged[key] - before[of, key]), atol=1e-5, rtol=1e-4
+            )
+            moved |= {key} if not torch.equal(value, before[of, key]) else set()
+        else:
+            assert torch.equal(value, before[of, key])
+    assert {key for key in merged if key.removesuffix(".weight").endswith(tuple(chosen))} == moved
+
+
+def test_of_peft_the_configuration_counts(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = loaded(folders["1"])
+    weights, _ = in_peft(pairs_of(model.model, only="attn1.to_q"))
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace("unet.", "base_model.model.", 1): value for key, value in weights.items()}, path)
+    beside = tmp_path / "adapter_config.json"
+    with pytest.raises(ValueError, match=r"is peft's own and has no adapter_config\.json beside it"):
+        model.load_lora(path)
+    said = {"peft_type": "LORA", "lora_alpha": ALPHA, "init_lora_weights": True}
+    for damage, told in (
+        ({"peft_type": "LOHA"}, "is of peft's kind 'LOHA'"),
+        ({"init_lora_weights": "pissa"}, "started from 'pissa', which changes the base model"),
+        ({"use_dora": True}, "is a DoRA"),
+    ):
+        beside.write_text(json.dumps(said | damage))
+        with pytest.raises(ValueError, match=told):
+            model.load_lora(path)
+    hashes = []
+    for alpha in (ALPHA, 2 * ALPHA):
+        beside.write_text(json.dumps(said | {"lora_alpha": alpha}))
+        model.load_lora(path)
+        hashes.append(model.adapters[-1].hash)
+    assert hashes[0] != hashes[1]  # for the pictures differ
