@@ -38,7 +38,7 @@ from gen.request import Candidate, Job, Request, asks_clip
 from gen.runtime import DTYPES, TORCH, check_runtime, dtype_of, name_of, run_by_openvino
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
-from gen.source import Picture, source
+from gen.source import Picture, either
 from gen.weights import files_hash, folder_hash
 
 Images = list[Image.Image] | Tensor | np.ndarray
@@ -450,7 +450,7 @@ class TextToImage:
         if len(given) != len(self.adapters) or not all(map(Adapter.is_same, given, self.adapters)):
             wanted, has = (", ".join(map(str, each)) or "none" for each in (given, self.adapters))
             raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
-        candidate = Candidate.from_json(record, self.model.abilities, [source("image", one) for one in images])
+        candidate = Candidate.from_json(record, self.model.abilities, [either("image", one) for one in images])
         if candidate.settings.guidance_rule == "autoguidance" and record.get("weak_unet_hash") != self.weak_hash:
             raise ValueError(f"the picture was guided by another weak_unet than '{self.weak_unet}'; load that one")
         if asks_clip(record):

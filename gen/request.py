@@ -270,6 +270,9 @@ class Request:
         one_of("output_type", self.output_type, OUTPUT_TYPES)
         pictures = {name: sources(name, getattr(self, name), len(prompts), PICTURES[name]) for name in PICTURES}
         settings = self._settings(able, pictures)
+        ignored = self._ignored(settings, able)
+        for name, reason in ignored:
+            warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=2)
         self._check_pictures(settings, able, pictures)
         self._check_embedding(settings, able)
         negatives = self._negatives(len(prompts))
@@ -279,7 +282,9 @@ class Request:
         self._check_tensors(settings, able, len(prompts), n)
 
         # taken apart once, so that the candidates of a prompt share its tensors
-        told = {name: entries(getattr(self, name)) for name in (*TENSORS, SHOWN)}
+        unread = {name for name, _ in ignored}
+        unread |= {POOLED[name] for name in unread & POOLED.keys()}
+        told = {name: entries(None if name in unread else getattr(self, name)) for name in (*TENSORS, SHOWN)}
         settled = [
             replace(settings, negative_prompt=negative, prompt_2=prompt, negative_prompt_2=null)
             for negative, prompt, null in zip(negatives, *second.values(), strict=True)
@@ -405,7 +410,6 @@ class Request:
             raise ValueError("prior_latents are the start of one answer of the prior, but several are asked for")
         if settings.clip_guidance_scale and self.prompt is None:
             raise ValueError("clip_guidance_scale needs the prompt as text; give prompt as well, or leave it out")
-        self._warn_ignored(settings, able)
         return settings
 
     @property
@@ -461,7 +465,8 @@ class Request:
             if image is not None and mask is not None:
                 check_mask(mask, image, settings.height, settings.width, able.size_multiple)
 
-    def _warn_ignored(self, settings: Settings, able: Abilities) -> None:
+    def _ignored(self, settings: Settings, able: Abilities) -> list[tuple[str, str]]:
+        """What was given and is not read, by name, and why."""
         image = settings.prior or self._has_embedding
         by_prior = settings.prior and able.prior_reads_negative
         reads_negative = by_prior or (able.reads_text and settings.guidance_scale != 1)
@@ -479,10 +484,12 @@ class Request:
             (not image and bool(self.noise_level), "the prior is off", ("noise_level",)),
             (not able.super_res_max_steps, "this model has no super resolution", SUPER_RES),
         ]
-        for holds, reason, names in unheard:
-            for name in names:
-                if holds and getattr(self, name) is not None:
-                    warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=4)
+        return [
+            (name, reason)
+            for holds, reason, names in unheard
+            for name in names
+            if holds and getattr(self, name) is not None
+        ]
 
     def _check_tensors(self, settings: Settings, able: Abilities, num_prompts: int, n: int) -> None:
         cells = (settings.height // able.cell_size, settings.width // able.cell_size)

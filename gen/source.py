@@ -71,7 +71,9 @@ def found(name: str, told: object, given: Sequence[Source], channels: int = RGB)
         raise ValueError(f"the record is damaged: its {name} is {told!r}")
     path = told.get("path")
     for one in given:
-        seen = one if one.pixels.shape[0] == channels else greyed(one)
+        if len(one.pixels) < channels:
+            continue  # a mask is no picture
+        seen = one if len(one.pixels) == channels else greyed(one)
         if seen.sha256 == sha256:
             return seen
     if not isinstance(path, str):
@@ -106,6 +108,15 @@ def is_batch(given: object) -> bool:
     if isinstance(given, Tensor | np.ndarray):
         return given.ndim == 4
     return isinstance(given, Sequence) and not isinstance(given, str)
+
+
+def either(name: str, given: object) -> Source:
+    """One picture, or a mask where an array or a tensor has the shape of one; ValueError where it cannot be read."""
+    if not isinstance(given, Tensor | np.ndarray):
+        return source(name, given)
+    channels = 0 if isinstance(given, Tensor) else 2  # their axis
+    is_mask = given.ndim == 2 or (given.ndim == 3 and given.shape[channels] == GREY)
+    return source(name, given, GREY if is_mask else RGB)
 
 
 def source(name: str, given: object, channels: int = RGB) -> Source:

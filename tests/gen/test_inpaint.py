@@ -147,6 +147,12 @@ def test_a_record_repeats_picture_and_mask(models: dict[str, TextToImage], tmp_p
         assert torch.equal(result.images, ours(models[kind], seed=1, output_type="pt"))
         assert torch.equal(models[kind].repaint(result.records[0]), result.images[0])
         assert torch.equal(models[kind].repaint(json.loads(json.dumps(result.records[0])), paths), result.images[0])
+    arrays = [np.asarray(picture()), np.asarray(mask()) / 255]
+    tensors = [torch.from_numpy(arrays[0].copy()).movedim(-1, 0), torch.from_numpy(arrays[1])[None]]
+    for given in (arrays, tensors):
+        (record,) = models["9"](SHORT, image=given[0], mask_image=given[1], seed=1, output_type="pt", **FEW).records
+        for order in (given, given[::-1]):
+            assert torch.equal(models["9"].repaint(record, order), result.images[0])
     mask(box=(0, 0, 30, 30)).save(paths[1])
     with pytest.raises(ValueError, match=r"the mask_image '.*mask\.png' has changed since"):
         models["9"].repaint(result.records[0])

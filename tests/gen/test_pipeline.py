@@ -107,6 +107,21 @@ def test_repaint_refuses_what_it_cannot_repeat(tiny: TextToImage) -> None:
         tiny.repaint(given)
 
 
+def test_what_was_ignored_is_not_in_the_record(tiny: TextToImage) -> None:
+    """So it keeps nobody from painting the picture again."""
+    unread = {"super_res_latents": torch.zeros(1, 3, 8, 8)}
+    able = tiny.model.abilities
+    assert able.text_shape is not None and able.embedding_width is not None
+    unread["negative_prompt_embeds"] = torch.zeros(1, *able.text_shape)
+    unread["prior_latents"] = torch.zeros(1, able.embedding_width)
+    with pytest.warns(
+        UserWarning, match=r"^(super_res|prior)_latents is ignored|^negative_prompt_embeds is ignored"
+    ) as told:
+        result = tiny("a star", seed=1, prior=False, guidance_scale=1.0, output_type="pt", **unread)
+    assert len(told) == 3 and "given" not in result.records[0]
+    assert (tiny.repaint(result.records[0]) - result.images[0]).abs().max() <= 1 / 255
+
+
 def test_a_record_says_how_it_was_computed(tiny: TextToImage) -> None:
     (record,) = tiny("a star", seed=1).records
     assert (record["dtype"], record["attention"]) == ("float32", "auto")
