@@ -1,6 +1,6 @@
-"""What is fetched of a hub repository: the parts that its index lists, each in one variant, as safetensors.
+"""What is fetched of a hub repository: the parts that its index lists, each in one variant, or an adapter's file.
 
-Never pickle, never code, no single file, no part that nothing here asks. Knows the hub and how a repository is laid
+As safetensors, never pickle, never code, no part that nothing here asks. Knows the hub and how a repository is laid
 out, and not what the files mean.
 """
 
@@ -19,26 +19,35 @@ SAID = (".json", ".txt", ".model")  # of what is beside weights: configurations,
 
 
 def download(repo: str, index: str, beside: Sequence[str], parts_of: Callable[[Path], Sequence[str]]) -> Path:
-    """The local copy of a repository, fetched as far as it is not there yet; without network, what the cache has.
+    """The local copy of a model's repository, fetched as far as it is not there; without network, what the cache has.
 
     `index` is the file that lists the parts, `beside` what else is taken from the top. Raises one of `HUB_ERRORS`.
     """
     parts = parts_of(Path(hf_hub_download(repo, index)))
+    return fetch(repo, lambda names: [index, *beside, *needed(names, parts)])
+
+
+def fetch(repo: str, wanted: Callable[[Sequence[str]], Sequence[str]]) -> Path:
+    """The local copy of a repository with what `wanted` chooses of its files; without network, what the cache has.
+
+    It chooses by names, and may give patterns with `*`. Raises one of `HUB_ERRORS`.
+    """
     try:
         names = list_repo_files(repo)
     except HfHubHTTPError:  # the hub has answered, and there is nothing to be had
         raise
     except Exception:  # it cannot be reached, whatever the client's own library calls that, or must not be
-        return Path(snapshot_download(repo, local_files_only=True))
-    return Path(snapshot_download(repo, allow_patterns=[index, *beside, *needed(names, parts)]))
+        # no patterns: the copy may lack what was never asked for, which the client would refuse
+        return Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
+    return Path(snapshot_download(repo, allow_patterns=list(wanted(names))))
 
 
 def needed(names: Iterable[str], parts: Sequence[str]) -> list[str]:
     """Of a repository's files those that these parts are loaded from."""
     by_part: dict[str, list[str]] = {part: [] for part in parts}
     for name in names:
-        part, _, file = name.partition("/")
-        if part in by_part and "/" not in file:
+        part, _, file = name.rpartition("/")
+        if part in by_part:
             by_part[part].append(file)
     return [f"{part}/{file}" for part, files in by_part.items() for file in _of_part(files)]
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import hf_hub_download, list_repo_files
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from gen.checks import is_number
+from gen.hub import HUB_ERRORS, fetch
 from gen.settings import JSON
 from gen.weights import opened
 
@@ -66,31 +65,60 @@ class Weights(NamedTuple):
     metadata: dict[str, str]
 
 
-def found(kind: str, name: str | Path, usual: str) -> Path:
+@dataclass(frozen=True)
+class Found:
+    """Where an adapter's file is."""
+
+    path: Path
+    repository: str = ""  # of the hub, of which it was fetched; empty: it was here
+    copy: Path = Path()  # that repository's folder here, where there is one
+
+
+def found(kind: str, name: str | Path, usual: str, beside: Sequence[str] = ()) -> Found:
     """The file of a path, a folder or a hub id (owner/name or owner/name/FILE.safetensors).
 
-    Of a folder or repository it is the file called `usual`, or the only one. ValueError where there is none.
+    Of a folder or repository it is the file called `usual`, or the only one at the top. `beside` are patterns of what
+    else is fetched of a repository. Where the hub cannot be reached, what the cache has will do. ValueError where there
+    is no such file.
     """
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != SUFFIX:
             raise ValueError(f"{kind} '{name}' is no {SUFFIX} file; others may hold pickle, which is never read")
-        return path
+        return Found(path)
     if path.is_dir():
-        return path / chosen(kind, str(name), sorted(each.name for each in path.glob(f"*{SUFFIX}")), usual)
+        return Found(path / chosen(kind, str(name), tops(path), usual))
     owner, _, rest = str(name).partition("/")
     repository, _, file = rest.partition("/")
     if not owner or not repository or str(name).startswith((".", "~", "/")) or Path(owner).is_dir():
         raise ValueError(f"{kind} '{name}' is no file; give a {SUFFIX} file, a folder with one, or a hub id")
     if file and not file.endswith(SUFFIX):
         raise ValueError(f"{kind} '{name}' is no {SUFFIX} file; others may hold pickle, which is never read")
+
+    def wanted(names: Sequence[str]) -> list[str]:
+        at_top = [each for each in names if "/" not in each]
+        return [file or chosen(kind, str(name), at_top, usual), *beside]
+
     repository = f"{owner}/{repository}"
+    copy = fetched(kind, name, repository, wanted)
+    path = copy / (file or chosen(kind, str(name), tops(copy), usual))
+    if not path.is_file():
+        raise ValueError(f"{kind} '{name}' is no file of that repository, as far as it can be reached")
+    return Found(path, repository, copy)
+
+
+def fetched(kind: str, name: str | Path, repository: str, wanted: Callable[[Sequence[str]], Sequence[str]]) -> Path:
+    """The local copy of an adapter's repository; see `gen.hub.fetch`. ValueError where there is none."""
     try:
-        file = file or chosen(kind, str(name), [each for each in list_repo_files(repository) if "/" not in each], usual)
-        return Path(hf_hub_download(repository, file))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return fetch(repository, wanted)
+    except HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{kind} '{name}' is no file here and cannot be fetched from the hub ({reason})") from error
+
+
+def tops(folder: Path) -> list[str]:
+    """The files of a folder that may hold weights."""
+    return sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
 
 
 def chosen(kind: str, name: str, files: list[str], usual: str) -> str:

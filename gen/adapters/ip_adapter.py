@@ -97,7 +97,7 @@ def load(
     `image_encoder` is the folder of a CLIPVisionModelWithProjection; None: `image_encoder/` beside the file, if any.
     """
     scale = real("scale", scale, -float("inf"))
-    path = found("IP-Adapter", name, USUAL)
+    path = found("IP-Adapter", name, USUAL).path
     tensors = read(path).tensors
     layers, like = list(text_layers(unet)), unet.conv_in.weight
     if any(layer.added_kv_proj_dim is not None for layer in layers):

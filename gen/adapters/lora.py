@@ -70,7 +70,7 @@ def merge(model: Painter, name: str | Path, scale: float = 1.0) -> Adapter:
     another base model; then nothing was changed.
     """
     scale = real("scale", scale, -math.inf)
-    path = found("LoRA", name, USUAL)
+    path = found("LoRA", name, USUAL, beside=[f"*{ADAPTER}"]).path
     layers, weights, files = layers_of(model.parts()), read(path), [path]
     if any(key.startswith(PEFT) for key in weights.tensors):
         files.append(path.with_name(ADAPTER))

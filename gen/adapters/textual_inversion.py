@@ -34,7 +34,7 @@ def learn(model: Painter, name: str | Path, token: str | None = None) -> Adapter
     `token` None: the word that the file says, or else the file's name. ValueError for a file that does not fit the
     towers and for a word that they know already; then nothing was changed.
     """
-    path = found("embedding", name, USUAL)
+    path = found("embedding", name, USUAL).path
     tensors = read(path).tensors
     word = said_in(tensors, path) if token is None else token
     if not word or any(letter.isspace() for letter in word):

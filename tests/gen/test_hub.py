@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from gen import TextToImage, checkpoint, hub
+from gen.adapters.file import found
 from gen.weights import of_one_variant, weight_files
 from tests.tiny import make_tiny_stable_diffusion
 
@@ -64,15 +67,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_stable_diffusion(tmp_path_factory.mktemp("hub") / "tiny")
 
 
+def cached(root: Path, owner: str, name: str) -> Path:
+    """Where a cache has the files of a repository, which is said to be there."""
+    repository = root / f"models--{owner}--{name}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    return repository / "snapshots" / COMMIT
+
+
 @pytest.fixture
 def cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A hub's cache with the repository someone/tiny in it."""
-    repository = tmp_path / "models--someone--tiny"
-    shutil.copytree(folder, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    return repository / "snapshots" / COMMIT
+    return Path(shutil.copytree(folder, cached(tmp_path, "someone", "tiny")))
 
 
 ASKED: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "output_type": "pt"}
@@ -107,6 +114,12 @@ def test_without_network_the_cache_will_do(cache: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(hub, "list_repo_files", unreachable)
     assert checkpoint.find("someone/tiny") == cache
+    # also where the hub has told the client of files that were never fetched
+    trees = cache.parent.parent / "trees"
+    trees.mkdir()
+    told = {"pytorch_model.bin": {"size": 1, "blob_id": "0" * 40}}
+    (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": told}))
+    assert checkpoint.find("someone/tiny") == cache
 
 
 def test_a_repository_that_is_not_there_is_named(cache: Path) -> None:
@@ -122,3 +135,60 @@ def test_a_variant_that_is_the_only_one_is_read(folder: Path, tmp_path: Path) ->
     assert [path.name for path in weight_files(half / "unet")] == ["diffusion_pytorch_model.fp16.safetensors"]
     model, local = (TextToImage.from_pretrained(name, device="cpu") for name in (half, folder))
     assert torch.equal(model("a star", **ASKED).images, local("a star", **ASKED).images)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapters(cache: Path, tmp_path: Path, folder: Path) -> Path:
+    """A repository someone/added with a LoRA as peft saves it, and a learned word below, as a cache has them."""
+    there = cached(tmp_path, "someone", "added")
+    lora = {f"base_model.model.conv_in.lora_{side}.weight": torch.ones(shape) for side, shape in LORA.items()}
+    width = TextToImage.from_pretrained(folder, device="cpu").model.unet.config.cross_attention_dim
+    (there / "words").mkdir(parents=True)
+    save_file(lora, there / "adapter_model.safetensors")
+    (there / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 1.0}))
+    save_file({"<cat>": torch.ones(1, width)}, there / "words" / "cat.safetensors")
+    return there
+
+
+LORA = {"A": (1, 4, 3, 3), "B": (8, 1, 1, 1)}
+
+
+def test_adapters_are_loaded_from_the_cache(adapters: Path, folder: Path) -> None:
+    model = TextToImage.from_pretrained(folder, device="cpu")
+    before = model.model.unet.conv_in.weight.clone()
+    model.load_lora("someone/added", 0.5)
+    torch.testing.assert_close(model.model.unet.conv_in.weight, before + 0.5)
+    model.load_lora("someone/added/adapter_model.safetensors", 0.5)
+    torch.testing.assert_close(model.model.unet.conv_in.weight, before + 1.0)
+    model.load_textual_inversion("someone/added/words/cat.safetensors")
+    assert [each.name for each in model.adapters] == [
+        "someone/added",
+        "someone/added/adapter_model.safetensors",
+        "someone/added/words/cat.safetensors",
+    ]
+    for name, told in (
+        ("someone/added/other.safetensors", "is no file of that repository, as far as it can be reached"),
+        ("someone/nothing", "is no file here and cannot be fetched from the hub"),
+    ):
+        with pytest.raises(ValueError, match=f"embedding '{name}' {told}") as caught:
+            model.load_textual_inversion(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_asked_of_the_hub_for_an_adapter(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file and, of a LoRA, the configuration that peft puts beside it."""
+    asked: list[list[str]] = []
+
+    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(adapters)
+
+    listed = [path.relative_to(adapters).as_posix() for path in adapters.rglob("*") if path.is_file()]
+    monkeypatch.setattr(hub, "list_repo_files", lambda repository: [*listed, "adapter_model.bin"])
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    assert found("LoRA", "someone/added", "usual", ["*adapter_config.json"]).path.parent == adapters
+    found("embedding", "someone/added/words/cat.safetensors", "usual")
+    assert asked == [["adapter_model.safetensors", "*adapter_config.json"], ["words/cat.safetensors"]]
