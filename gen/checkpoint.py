@@ -66,7 +66,9 @@ OURS: dict[str, tuple[str, type]] = {
 # Decoders whose prior is a folder of its own: its pipeline class, and that of a folder of both.
 JOINED = {
     "KandinskyPipeline": ("KandinskyPriorPipeline", "KandinskyCombinedPipeline"),
+    "KandinskyInpaintPipeline": ("KandinskyPriorPipeline", "KandinskyInpaintCombinedPipeline"),
     "KandinskyV22Pipeline": ("KandinskyV22PriorPipeline", "KandinskyV22CombinedPipeline"),
+    "KandinskyV22InpaintPipeline": ("KandinskyV22PriorPipeline", "KandinskyV22InpaintCombinedPipeline"),
 }
 PRIOR = "prior_"  # stands before the names of the prior's parts in a folder of both
 

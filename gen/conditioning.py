@@ -77,6 +77,10 @@ class Conditions:
         """(M, C', h, w)."""
         return stacked([condition.channels for condition in self.each])
 
+    def beside(self, x: Tensor) -> Tensor:
+        """What the network sees: x (M, C, h, w), and behind it what it is told beside it."""
+        return x if self.channels is None else torch.cat([x, self.channels], dim=1)
+
     @cached_property
     def distinct(self) -> Distinct[Condition]:
         """Every condition once, and which of them each evaluation is told."""

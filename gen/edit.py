@@ -18,7 +18,7 @@ from gen.request import Candidate
 from gen.row import Hold
 from gen.scheduler import NoiseLevels
 from gen.settings import Settings
-from gen.source import cells, is_white
+from gen.source import Filter, is_white
 from samplers.noise import noise
 from samplers.schedule import Schedule
 
@@ -29,7 +29,26 @@ class Posterior(NamedTuple):
     """What an autoencoder says of a picture: latents (C, h, w) float32, normally distributed around a mean."""
 
     mean: Tensor
-    deviation: Tensor
+    deviation: Tensor | None = None  # None: it is sure
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What a UNet for inpainting sees beside x."""
+
+    masked: Posterior  # of the picture without what is painted anew
+    mask: Tensor  # (1, h, w) float32, as the UNet takes it
+    mask_first: bool  # whether it stands before the picture's channels
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What a model makes of a picture and its mask, once for all who are given both."""
+
+    image: Posterior
+    is_painted: Tensor | None = None  # (1, h, w) bool; None: all of it is
+    is_held: bool = False  # whether the rest is held while that is painted
+    beside: Beside | None = None  # None: its UNet sees nothing but x
 
 
 @runtime_checkable
@@ -37,21 +56,11 @@ class WithEncoder(Protocol):
     """A family that can begin with a picture."""
 
     @property
-    def adds_mask(self) -> bool:
-        """Whether its UNet takes the mask and the masked picture beside x."""
+    def resized_by(self) -> Filter:
+        """How pictures are brought to the size that is painted."""
 
-    def posterior(self, pixels: Tensor) -> Posterior:
-        """What its autoencoder says of pixels (3, H, W) in [0, 1]."""
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """What the autoencoder says of a picture and its mask, once for all who are given both."""
-
-    image: Posterior
-    masked: Posterior | None = None  # of the picture without what is painted anew; None: nobody reads it
-    is_painted: Tensor | None = None  # (1, h, w) bool; None: all of it is
-    adds_mask: bool = False
+    def read_picture(self, pixels: Tensor, white: Tensor | None) -> Read:
+        """Of pixels (3, H, W) in [0, 1], and where they are painted anew: (1, H, W) bool; None: everywhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,43 +112,39 @@ def read(model: object, candidates: Sequence[Candidate]) -> list[Read | None]:
 
 def _read(model: WithEncoder, candidate: Candidate, height: int, width: int) -> Read:
     assert candidate.image is not None
-    pixels = candidate.image.sized(height, width)
-    image = model.posterior(pixels)
-    if candidate.mask_image is None:
-        return Read(image)
-    white = is_white(candidate.mask_image, height, width)
-    # nothing of what is painted anew: 0 of pixels in [-1, 1]
-    masked = model.posterior(torch.where(white, 0.5, pixels)) if model.adds_mask else None
-    is_painted = cells(white, image.mean.shape[-2:]).to(image.mean.device)
-    return Read(image, masked, is_painted, model.adds_mask)
+    white = None if candidate.mask_image is None else is_white(candidate.mask_image, height, width)
+    return model.read_picture(candidate.image.sized(height, width, model.resized_by), white)
 
 
 def beginning(candidate: Candidate, read: Read | None, shape: Sequence[int]) -> Beginning:
     """What a candidate's row begins with, whose x has this shape.
 
     Of its seed's noise blocks are drawn in the order in which diffusers draws them from one generator: for the picture,
-    where anything reads it; the start; for the masked picture.
+    where anything reads it; the start; for the masked picture. Where the autoencoder is sure, the start alone is drawn.
     """
     if read is None:
         return Beginning(start=first_noise(candidate, shape))
     has_mask, from_image = read.is_painted is not None, candidate.settings.strength < 1
-    reads_image = from_image or not has_mask or not read.adds_mask
-    at = int(reads_image)  # the start's block
+    reads_image, is_sure = from_image or not has_mask or read.is_held, read.image.deviation is None
+    at = int(reads_image and not is_sure)  # the start's block
     seed = candidate.first_seed
 
     def drawn(posterior: Posterior, block: int) -> Tensor:
+        if posterior.deviation is None:
+            return posterior.mean
         fresh = noise([seed], STAGE, block, shape)[0].to(posterior.mean.device)
         return posterior.mean + posterior.deviation * fresh
 
     known = drawn(read.image, 0) if reads_image else None
     hold = channels = None
-    if read.is_painted is not None and not read.adds_mask:
+    if read.is_painted is not None and read.is_held:
         assert known is not None
         hold = Hold(known, read.is_painted)
-    if read.is_painted is not None and read.masked is not None:
-        channels = torch.cat([read.is_painted.float(), drawn(read.masked, at + 1)])
+    if read.beside is not None:
+        masked, mask = drawn(read.beside.masked, at + 1), read.beside.mask
+        channels = torch.cat([mask, masked] if read.beside.mask_first else [masked, mask])
     return Beginning(
-        drawn=at + has_mask,
+        drawn=0 if is_sure else at + has_mask,
         start=first_noise(candidate, shape, at),
         origin=known if from_image or not has_mask else None,
         hold=hold,

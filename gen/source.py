@@ -31,6 +31,17 @@ HALF = 0.5  # a mask is white from here on
 RGB, GREY = 3, 1  # channels of a picture, and of a mask
 
 
+@dataclass(frozen=True)
+class Filter:
+    """How Pillow brings a picture to another size."""
+
+    kind: Image.Resampling
+    reducing_gap: float | None = None  # first to this many times the size, at least, by plain means; None: at once
+
+
+LANCZOS = Filter(Image.Resampling.LANCZOS)
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """A picture handed in."""
@@ -49,13 +60,13 @@ class Source:
         told = f"{self.pixels.dtype} {tuple(self.pixels.shape)}\0".encode()
         return hashlib.sha256(told + self.pixels.contiguous().numpy().tobytes()).hexdigest()
 
-    def sized(self, height: int, width: int) -> Tensor:
-        """Pixels (C, height, width) float32 in [0, 1]; brought there by Pillow's Lanczos filter, as diffusers does."""
+    def sized(self, height: int, width: int, by: Filter = LANCZOS) -> Tensor:
+        """Pixels (C, height, width) float32 in [0, 1]."""
         pixels = self.pixels
         if self.size != (height, width):
             assert pixels.dtype == torch.uint8, "floats of another size are refused"
             array = pixels.permute(1, 2, 0).squeeze(-1).numpy()
-            resized = Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS)
+            resized = Image.fromarray(array).resize((width, height), by.kind, reducing_gap=by.reducing_gap)
             pixels = as_tensor(np.asarray(resized))
         return pixels / 255 if pixels.dtype == torch.uint8 else pixels
 

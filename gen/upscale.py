@@ -11,7 +11,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,7 +64,7 @@ def asked(network: UNet2DModel) -> Network:
 
     def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         assert told.channels is not None, "it sees the small picture"
-        seen = torch.cat([x.to(network.dtype), told.channels], dim=1)
+        seen = told.beside(x).to(network.dtype)
         return network(seen, timestep, return_dict=False)[0]
 
     return call

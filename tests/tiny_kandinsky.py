@@ -13,9 +13,13 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     KandinskyCombinedPipeline,
+    KandinskyInpaintCombinedPipeline,
+    KandinskyInpaintPipeline,
     KandinskyPipeline,
     KandinskyPriorPipeline,
     KandinskyV22CombinedPipeline,
+    KandinskyV22InpaintCombinedPipeline,
+    KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     PriorTransformer,
@@ -38,6 +42,12 @@ from tests.tiny import LENGTH, WIDTH, WORDS, tiny_text_config, tiny_tokenizer
 
 BETAS: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012}
 TEXT_WIDTH = 24  # of the multilingual text tower's states
+KINDS: dict[tuple[str, bool], tuple[Any, Any, Any]] = {  # of version and inpainting: decoder, prior, both
+    ("2.2", False): (KandinskyV22Pipeline, KandinskyV22PriorPipeline, KandinskyV22CombinedPipeline),
+    ("2.2", True): (KandinskyV22InpaintPipeline, KandinskyV22PriorPipeline, KandinskyV22InpaintCombinedPipeline),
+    ("2.1", False): (KandinskyPipeline, KandinskyPriorPipeline, KandinskyCombinedPipeline),
+    ("2.1", True): (KandinskyInpaintPipeline, KandinskyPriorPipeline, KandinskyInpaintCombinedPipeline),
+}
 
 
 def tiny_movq() -> VQModel:
@@ -60,7 +70,6 @@ def tiny_movq() -> VQModel:
 def tiny_unet(told: dict[str, Any]) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
         out_channels=8,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -144,29 +153,29 @@ def make_tiny_kandinsky(
     version: str = "2.2",  # or "2.1"
     seed: int = 0,
     scheduler: SchedulerMixin | None = None,  # of the decoder; None: as published, 2.2's ancestral and 2.1's not
+    inpaints: bool = False,  # whether its UNet takes a mask beside x
 ) -> dict[str, Path]:
     """Write folders "decoder", "prior" and "combined" of one tiny random model; a seed fixes it."""
     root = Path(root)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         prior = tiny_kandinsky_prior()
+        told: dict[str, Any] = {"in_channels": 9 if inpaints else 4}
         if version == "2.2":
-            told: dict[str, Any] = {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
+            told |= {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
             decoder: dict[str, Any] = {"unet": tiny_unet(told | {"encoder_hid_dim": WIDTH, "cross_attention_dim": 20})}
             own: SchedulerMixin = DDPMScheduler(**BETAS, clip_sample=False, variance_type="learned_range")
-            kinds = (KandinskyV22Pipeline, KandinskyV22PriorPipeline, KandinskyV22CombinedPipeline)
         else:
-            told = {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"}
+            told |= {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"}
             told |= {"encoder_hid_dim": TEXT_WIDTH, "cross_attention_dim": WIDTH}
             tokenizer = tiny_tokenizer_2_1()
             decoder = {"unet": tiny_unet(told), "tokenizer": tokenizer}
             decoder["text_encoder"] = tiny_text_encoder_2_1(tokenizer)
             own = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-            kinds = (KandinskyPipeline, KandinskyPriorPipeline, KandinskyCombinedPipeline)
         decoder |= {"movq": tiny_movq(), "scheduler": scheduler or own}
     of_prior = {f"prior_{name}": part for name, part in prior.items()}
     for name, kind, parts in zip(
-        ("decoder", "prior", "combined"), kinds, (decoder, prior, decoder | of_prior), strict=True
+        ("decoder", "prior", "combined"), KINDS[version, inpaints], (decoder, prior, decoder | of_prior), strict=True
     ):
         kind(**parts).save_pretrained(root / name)
     return {name: root / name for name in ("decoder", "prior", "combined")}

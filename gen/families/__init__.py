@@ -11,8 +11,12 @@ from gen.families.stable_unclip import StableUnCLIP
 FAMILIES: dict[str, type[Painter]] = {  # by the pipeline class of model_index.json
     "KandinskyCombinedPipeline": Kandinsky21,
     "KandinskyPipeline": Kandinsky21,
+    "KandinskyInpaintCombinedPipeline": Kandinsky21,
+    "KandinskyInpaintPipeline": Kandinsky21,
     "KandinskyV22CombinedPipeline": Kandinsky22,
     "KandinskyV22Pipeline": Kandinsky22,
+    "KandinskyV22InpaintCombinedPipeline": Kandinsky22,
+    "KandinskyV22InpaintPipeline": Kandinsky22,
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionInpaintPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,

@@ -1,4 +1,7 @@
-"""Families whose UNet paints an autoencoder's latents: between those and pixels, and what a search may look through."""
+"""Families whose UNet paints an autoencoder's latents: between those and pixels, and what a search may look through.
+
+Also what such a model makes of a picture that is handed in, and of its mask.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,66 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from gen.edit import Posterior
+from gen.edit import Beside, Posterior, Read
 from gen.families.painter import Painter
 from gen.preview import SMALL, Preview, fitted
 from gen.settings import Abilities, Settings
+from gen.source import LANCZOS, Filter, cells
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LatentModel(Painter):
     """A loaded model of any of these families."""
 
+    INPAINTS_AS: ClassVar[str | None] = None  # the pipeline class of a UNet for inpainting; None: the family knows none
+    STRENGTH: ClassVar[float]  # from a picture, as stock's class paints
+    RESIZED_BY: ClassVar[Filter] = LANCZOS  # how stock's class brings pictures to the size that is painted
+
+    @abstractmethod
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """What the autoencoder says of pixels (3, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> Read:
+        """As `read_picture`, by a UNet for inpainting; `is_painted` is the mask as latents have it, (1, h, w) bool."""
+
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32."""
+
+    @property
+    def saved_as(self) -> str:
+        """The pipeline class of model_index.json."""
+        return self.INPAINTS_AS if self.INPAINTS_AS and self.adds_mask else super().saved_as
+
+    def fits(self) -> dict[str, tuple[object, object]]:
+        """What is given, and what the other parts need, by its name."""
+        beside = self.latent_channels + 1 if self.adds_mask else 0
+        return super().fits() | {"unet in_channels": (self.unet.config.in_channels, self.latent_channels + beside)}
+
+    def able(self) -> Abilities:
+        """What a request may ask for, and what it gets when it does not say."""
+        return replace(super().able(), strength=self.STRENGTH, inpaints_alone=self.adds_mask)
+
+    @property
+    def adds_mask(self) -> bool:
+        """Whether the UNet takes a mask and the masked picture's latents beside x: one for inpainting."""
+        return self.INPAINTS_AS is not None and self.unet.config.in_channels == 2 * self.latent_channels + 1
+
+    @property
+    def resized_by(self) -> Filter:
+        """How pictures are brought to the size that is painted."""
+        return self.RESIZED_BY
+
+    def read_picture(self, pixels: Tensor, white: Tensor | None) -> Read:
+        """What is made of pixels (3, H, W) in [0, 1], and of where they are painted anew: (1, H, W) bool."""
+        image = self.posterior(pixels)
+        if white is None:
+            return Read(image)
+        is_painted = cells(white, image.mean.shape[-2:]).to(image.mean.device)
+        if self.adds_mask:
+            return self.read_masked(pixels, white, image, is_painted)
+        return Read(image, is_painted, is_held=True)
 
     def preview(self, latents: Tensor) -> Tensor:
         """The same as `decode`, cheaply and roughly; see `gen.preview`."""
@@ -45,22 +95,7 @@ class KLModel(LatentModel):
 
     vae: AutoencoderKL
 
-    INPAINTS_AS: ClassVar[str | None] = None  # the pipeline class of a UNet for inpainting; None: the family knows none
-    STRENGTH: ClassVar[float] = 0.8  # from a picture, as stock's class paints
-
-    @property
-    def saved_as(self) -> str:
-        """The pipeline class of model_index.json."""
-        return self.INPAINTS_AS if self.INPAINTS_AS and self.adds_mask else super().saved_as
-
-    def fits(self) -> dict[str, tuple[object, object]]:
-        """What is given, and what the other parts need, by its name."""
-        beside = self.latent_channels + 1 if self.adds_mask else 0
-        return super().fits() | {"unet in_channels": (self.unet.config.in_channels, self.latent_channels + beside)}
-
-    def able(self) -> Abilities:
-        """What a request may ask for, and what it gets when it does not say."""
-        return replace(super().able(), strength=self.STRENGTH, inpaints_alone=self.adds_mask)
+    STRENGTH: ClassVar[float] = 0.8
 
     @property
     def factor(self) -> int:
@@ -80,16 +115,16 @@ class KLModel(LatentModel):
         """What a runtime other than torch may compute (`gen.runtime`)."""
         return [*super().networks(), self.vae.decoder]
 
-    @property
-    def adds_mask(self) -> bool:
-        """Whether the UNet takes a mask and the masked picture's latents beside x: one for inpainting."""
-        return self.INPAINTS_AS is not None and self.unet.config.in_channels == 2 * self.latent_channels + 1
-
     def posterior(self, pixels: Tensor) -> Posterior:
         """What the autoencoder says of pixels (3, H, W) in [0, 1]."""
         told = self.vae.encode((pixels * 2 - 1)[None].to(self.device, self.vae.dtype)).latent_dist
         mean, deviation = self._latent_moments
         return Posterior(((told.mean.float() - mean) / deviation)[0], (told.std.float() / deviation)[0])
+
+    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> Read:
+        """The UNet is told the latents of the picture without what is painted anew."""
+        masked = self.posterior(torch.where(white, 0.5, pixels))  # 0 of pixels in [-1, 1]
+        return Read(image, is_painted, beside=Beside(masked, is_painted.float(), mask_first=True))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32: those in the posterior's middle."""
@@ -132,6 +167,10 @@ class MoVQModel(LatentModel):
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return super().parts() | {"movq": self.movq}
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """What the autoencoder says of pixels (3, H, W) in [0, 1]; it is sure."""
+        return Posterior(self.encode(pixels[None].to(self.device))[0])
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32; they are not scaled."""

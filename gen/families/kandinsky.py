@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
@@ -22,14 +23,16 @@ from clip_core.clip import CLIP
 from clip_core.join import joined
 from clip_core.preprocess import Preprocess
 from gen.attention import reading
-from gen.checkpoint import Parts
+from gen.checkpoint import JOINED, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
+from gen.edit import Beside, Posterior, Read
 from gen.families.autoencoder import MoVQModel
 from gen.families.painter import listed, own
 from gen.prior import Prior
 from gen.request import Candidate
 from gen.scheduler import NoiseLevels
 from gen.settings import Abilities
+from gen.source import Filter
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,7 +94,9 @@ class Kandinsky(MoVQModel):
 
     image_prior: ImagePrior | None = None
 
-    COMBINED: ClassVar[str]  # the pipeline class of a folder that has the prior too
+    STRENGTH: ClassVar[float] = 0.3
+    RESIZED_BY: ClassVar[Filter] = Filter(Image.Resampling.BICUBIC, reducing_gap=1.0)
+    HOLDS: ClassVar[bool]  # whether what is known is held although a UNet for inpainting is told it
     ASKS: ClassVar[dict[str, str]]  # what its UNet's configuration has to say
     STOCK_DEFAULTS: ClassVar[dict[str, Any]] = {
         "height": 512,
@@ -129,7 +134,7 @@ class Kandinsky(MoVQModel):
         got, folder = listed(parts, ["unet", "movq", "scheduler"]), str(parts.folder)
         levels = NoiseLevels.of(got["scheduler"], str(parts.folder / "scheduler"))
         # learned, whether or not the scheduler reads it
-        learned = got["unet"].config.out_channels == 2 * got["unet"].config.in_channels
+        learned = got["unet"].config.out_channels == 2 * got["movq"].config.latent_channels
         image_prior = ImagePrior.of(parts) if "prior_prior" in parts.modules else None
         model = cls(
             unet=got["unet"],
@@ -153,7 +158,8 @@ class Kandinsky(MoVQModel):
     @property
     def saved_as(self) -> str:
         """The pipeline class of model_index.json."""
-        return self.SAVED_AS if self.image_prior is None else self.COMBINED
+        alone = super().saved_as
+        return alone if self.image_prior is None else JOINED[alone][1]
 
     @property
     def clip_beside(self) -> CLIP | None:
@@ -192,6 +198,13 @@ class Kandinsky(MoVQModel):
             prior_reads_negative=True,
             defaults=replace(able.defaults, prior=asks),
         )
+
+    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> Read:
+        """The UNet is told the picture's latents where they are known, and then where that is."""
+        is_painted = widened(is_painted)
+        is_known = (~is_painted).float()
+        beside = Beside(Posterior(image.mean * is_known), is_known, mask_first=False)
+        return Read(image, is_painted, self.HOLDS, beside)
 
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
         """What each candidate is told before any prior has spoken; all who are told the same share a condition."""
@@ -247,7 +260,7 @@ class Kandinsky(MoVQModel):
             return network.process_encoder_hidden_states(of.tokens, self.added(of))
 
         return network(
-            x.to(network.conv_in.weight.dtype),  # network.dtype walks all modules
+            told.beside(x).to(network.conv_in.weight.dtype),  # network.dtype walks all modules
             timestep,
             encoder_hidden_states=told.tokens,
             added_cond_kwargs=self.added(told),
@@ -261,7 +274,8 @@ class Kandinsky22(Kandinsky):
     """A loaded Kandinsky 2.2: the embedding as 32 tokens and beside the timestep, and no words."""
 
     SAVED_AS: ClassVar[str] = "KandinskyV22Pipeline"
-    COMBINED: ClassVar[str] = "KandinskyV22CombinedPipeline"
+    INPAINTS_AS: ClassVar[str | None] = "KandinskyV22InpaintPipeline"
+    HOLDS: ClassVar[bool] = True
     ASKS: ClassVar[dict[str, str]] = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
 
     @classmethod
@@ -289,3 +303,13 @@ class Kandinsky22(Kandinsky):
     def added(self, told: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
         return {"image_embeds": told.vector}
+
+
+def widened(is_painted: Tensor) -> Tensor:
+    """A mask (1, h, w) bool and the cells that touch it, of those at its corners two: as the UNets were shown it."""
+    wider = is_painted.clone()
+    for here, there in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+        wider[:, here] |= is_painted[:, there]
+        wider[:, :, here] |= is_painted[:, :, there]
+        wider[:, here, here] |= is_painted[:, there, there]
+    return wider

@@ -50,7 +50,8 @@ class Kandinsky21(Kandinsky):
     text: MultilingualTower
 
     SAVED_AS: ClassVar[str] = "KandinskyPipeline"
-    COMBINED: ClassVar[str] = "KandinskyCombinedPipeline"
+    INPAINTS_AS: ClassVar[str | None] = "KandinskyInpaintPipeline"
+    HOLDS: ClassVar[bool] = False
     ASKS: ClassVar[dict[str, str]] = {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj"}
 
     @classmethod

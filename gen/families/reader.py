@@ -213,7 +213,6 @@ class Reader(Painter):
 
     def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
-        x = x if told.channels is None else torch.cat([x, told.channels], dim=1)
         read = reading(network, told.distinct_tokens, torch.stack)
         if self.ip_adapter is not None and network is self.unet:
             pictures = told.distinct_pictures(self.ip_adapter.blank)
@@ -221,7 +220,7 @@ class Reader(Painter):
                 seen = seeing(network, pictures, partial(self.ip_adapter.pairs, network))
                 read = {**(read or {}), **seen}
         return network(
-            x.to(network.conv_in.weight.dtype),  # network.dtype walks all modules
+            told.beside(x).to(network.conv_in.weight.dtype),  # network.dtype walks all modules
             timestep,
             encoder_hidden_states=told.tokens,
             cross_attention_kwargs=read,

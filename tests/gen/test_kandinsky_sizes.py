@@ -16,9 +16,11 @@ from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 
+from gen import edit
 from gen.checkpoint import Card, Parts, part_class
 from gen.conditioning import Condition, Conditions, Table
 from gen.families import FAMILIES
+from gen.families.painter import Painter
 from gen.request import Request
 from tests.tiny import tiny_tokenizer
 from tests.tiny_kandinsky import BETAS, tiny_tokenizer_2_1
@@ -80,7 +82,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def at_full_size(version: str) -> dict[str, Any]:
+def at_full_size(version: str, in_channels: int = 4) -> dict[str, Any]:
     """Parts by their names; networks of the classes that our loader takes, on the meta device."""
     full, where = FULL[version], Path("model_index.json")
     tokenizer, width = tiny_tokenizer(), full["width"]  # its words are of no account here, the length is
@@ -92,7 +94,7 @@ def at_full_size(version: str) -> dict[str, Any]:
 
     with torch.device("meta"):
         parts = {
-            "unet": made("diffusers", "UNet2DConditionModel", **(UNET | full["unet"])),
+            "unet": made("diffusers", "UNet2DConditionModel", **(UNET | full["unet"] | {"in_channels": in_channels})),
             "movq": made("diffusers", "VQModel", **MOVQ),
             "prior_prior": made("diffusers", "PriorTransformer", embedding_dim=width),
             "prior_text_encoder": made(
@@ -113,6 +115,18 @@ def at_full_size(version: str) -> dict[str, Any]:
     return parts | {"prior_image_processor": CLIPImageProcessor()}
 
 
+def assert_stocks_weights(model: Painter, stock: Any) -> None:
+    """Classes, keys and shapes of every network."""
+    ours = {part: module for part, module in model.parts().items() if isinstance(module, nn.Module)}
+    theirs = {part: module for part, module in stock.components.items() if isinstance(module, nn.Module)}
+    assert {part: shapes(module) for part, module in ours.items()} == {
+        part: shapes(module) for part, module in theirs.items()
+    }
+    assert {part: type(module) for part, module in ours.items()} == {
+        part: type(module) for part, module in theirs.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("version", "billions"),  # of weights, as the model cards count them
     [
@@ -131,15 +145,7 @@ def test_full_size(version: str, billions: dict[str, float]) -> None:
     settings = model.abilities.defaults
     assert (settings.height, settings.width, settings.prior, model.abilities.can_rank) == (512, 512, True, True)
 
-    stock = getattr(diffusers, name)(**parts)
-    ours = {part: module for part, module in model.parts().items() if isinstance(module, nn.Module)}
-    theirs = {part: module for part, module in stock.components.items() if isinstance(module, nn.Module)}
-    assert {part: shapes(module) for part, module in ours.items()} == {
-        part: shapes(module) for part, module in theirs.items()
-    }
-    assert {part: type(module) for part, module in ours.items()} == {
-        part: type(module) for part, module in theirs.items()
-    }
+    assert_stocks_weights(model, getattr(diffusers, name)(**parts))
 
     # a prompt through the prior's towers, and an embedding and its null through UNet and autoencoder
     asked = Request(prompt="a star", negative_prompt="blue", seed=0)
@@ -160,3 +166,30 @@ def test_full_size(version: str, billions: dict[str, float]) -> None:
     assert x.shape[1:] == (4, 64, 64)
     assert model.call(x, torch.empty(2, device="meta"), shown).shape == (2, 8, 64, 64)
     assert model.decode(x).shape == (2, 3, 512, 512)
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [("2.2", "KandinskyV22InpaintCombinedPipeline"), ("2.1", "KandinskyInpaintCombinedPipeline")],
+)
+@torch.no_grad()
+def test_full_size_for_inpainting(version: str, name: str) -> None:
+    """The UNet sees nine channels; the other parts are those of text to image."""
+    parts = at_full_size(version, in_channels=9)
+    model = FAMILIES[name].of(Parts(name, parts, None, Card(), Path(version)))
+    assert model.saved_as == name and model.abilities.inpaints_alone
+    assert_stocks_weights(model, getattr(diffusers, name)(**parts))
+    assert model.unet.conv_in.weight.shape == (384, 9, 3, 3)
+    able, height, width = model.abilities, 512, 768
+    asked = Request(prompt="a star", image=torch.rand(3, height, width), mask_image=torch.ones(height, width), seed=0)
+    (candidate,) = asked.resolve(able).candidates
+    x = torch.empty(1, *model.latent_shape(candidate.settings), device="meta")
+    (read,) = edit.read(model, [candidate])
+    begins = edit.beginning(candidate, read, x.shape[1:])
+    assert begins.channels is not None and begins.channels.shape == (5, height // 8, width // 8)
+    words, width = Condition(), FULL[version]["width"]
+    if version == "2.1":
+        words = Condition(torch.empty(77, XLM["hidden_size"], device="meta"), torch.empty(width, device="meta"))
+    (shown,) = model.show([candidate], [words], [torch.empty(width, device="meta")])
+    told, _ = begins.telling((shown, None))
+    assert model.call(x, torch.empty(1, device="meta"), Conditions((told,))).shape == (1, 8, *x.shape[2:])
