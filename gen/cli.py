@@ -113,6 +113,19 @@ def generate(
     crops_coords_top_left: Annotated[
         tuple[int, int] | None, _advanced("PX PX", "How much XL is told was cut off above and on the left.")
     ] = None,
+    negative_original_size: Annotated[
+        tuple[int, int] | None, _advanced("PX PX", "--original-size of what to steer away from.")
+    ] = None,
+    negative_target_size: Annotated[tuple[int, int] | None, _advanced("PX PX", "--target-size of it.")] = None,
+    negative_crops_coords_top_left: Annotated[
+        tuple[int, int] | None, _advanced("PX PX", "--crops-coords-top-left of it.")
+    ] = None,
+    aesthetic_score: Annotated[
+        float | None, _advanced("SCORE", "What XL's refiner is told that the picture is worth (default: 6).")
+    ] = None,
+    negative_aesthetic_score: Annotated[
+        float | None, _advanced("SCORE", "The same of what to steer away from (default: 2.5).")
+    ] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
     height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
     eta: Annotated[float | None, _advanced("E", "Fresh noise per step: 0 none, 1 ancestral.")] = None,
@@ -216,6 +229,11 @@ def generate(
             original_size=original_size,
             target_size=target_size,
             crops_coords_top_left=crops_coords_top_left,
+            negative_original_size=negative_original_size,
+            negative_target_size=negative_target_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            aesthetic_score=aesthetic_score,
+            negative_aesthetic_score=negative_aesthetic_score,
             num_images_per_prompt=number,
             keep=keep,
             rerank=None if rerank else False,

@@ -28,7 +28,7 @@ class Condition:
     tokens: Tensor | None = None  # (L, D), cross-attended
     vector: Tensor | None = None  # (V,), the UNet's class input or pooled text, or the prior's text embedding
     mask: Tensor | None = None  # (L,) bool, True where there is text
-    sizes: Tensor | None = None  # (S,), of the picture, in pixels
+    sizes: Tensor | None = None  # (S,), of the picture, in pixels, and what else is told beside them
     channels: Tensor | None = None  # (C', h, w), what the network sees beside x
     picture: Tensor | None = None  # (T, D), cross-attended beside the text (IP-Adapter); None: no picture
     asks: Asks = "own"

@@ -265,6 +265,11 @@ class TextToImage:
         original_size: tuple[int, int] | None = None,  # (height, width) that XL is told; None: the picture's
         target_size: tuple[int, int] | None = None,  # the same, of the size asked for
         crops_coords_top_left: tuple[int, int] | None = None,  # (top, left) that XL is told; None: (0, 0)
+        negative_original_size: tuple[int, int] | None = None,  # the same three with the null; None: as with the prompt
+        negative_target_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] | None = None,
+        aesthetic_score: float | None = None,  # that XL's refiner is told, some 1 to 10; None: 6
+        negative_aesthetic_score: float | None = None,  # the same with the null; None: 2.5
         num_images_per_prompt: int | None = None,  # None: 1, or with a budget as many as fit
         keep: int | None = None,  # best so many of each prompt; None: all, still ranked
         rerank: bool | None = None,  # None: ranked where the model has a CLIP and the prompt is text
@@ -274,7 +279,7 @@ class TextToImage:
         seed: int | Sequence[int] | None = None,  # candidate k has seed + k; one per prompt; None: drawn
         image: Picture | Sequence[Picture] | None = None,  # what it begins with: a path, Pillow, array or tensor
         mask_image: Picture | Sequence[Picture] | None = None,  # white where that is painted anew; None: everywhere
-        strength: float | None = None,  # the share of the steps taken from image on; None: 1 with a mask, else stock's
+        strength: float | None = None,  # the share of the steps taken from image on; None: as stock's class has it
         height: int | None = None,  # pixels; as everywhere below, None is the model's own, or image's
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -347,6 +352,11 @@ class TextToImage:
             original_size=original_size,
             target_size=target_size,
             crops_coords_top_left=crops_coords_top_left,
+            negative_original_size=negative_original_size,
+            negative_target_size=negative_target_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            aesthetic_score=aesthetic_score,
+            negative_aesthetic_score=negative_aesthetic_score,
             num_images_per_prompt=num_images_per_prompt,
             keep=keep,
             rerank=rerank,

@@ -22,7 +22,7 @@ from torch import Tensor
 from gen.checks import is_number, one_of, real, shape_of, texts, whole
 from gen.prompts import parse
 from gen.search import BestOf, Search, by_name
-from gen.settings import JSON, OPTIONS, SECOND, Abilities, Settings, check_settings
+from gen.settings import JSON, OPTIONS, SCORES, SECOND, SIZES, Abilities, Settings, check_settings
 from gen.source import GREY, RGB, Picture, Source, check_alike, check_mask, check_sized, found, num_of, size_of, sources
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
@@ -38,7 +38,8 @@ TENSORS = (
 SHOWN = "ip_adapter_image_embeds"  # so small that a record holds it
 # beside negative_prompt, which a prior may read too
 NULLS = ("negative_prompt_2", "negative_prompt_embeds", "negative_image_embeds")
-GUIDED = (*NULLS, "guidance_rule", "guidance_rescale")  # read where there is guidance
+NULL_SIZES = tuple(name for name in (*SIZES, *SCORES) if name.startswith("negative_"))
+GUIDED = (*NULLS, *NULL_SIZES, "guidance_rule", "guidance_rescale")  # read where there is guidance
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 PRIORS = (
     "prior_latents",
@@ -187,6 +188,11 @@ class Request:
     original_size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
     num_images_per_prompt: int | None = None
     keep: int | None = None
     rerank: bool | None = None
@@ -386,7 +392,7 @@ class Request:
         if (first := pictures["image"][0]) is not None:
             if able.strength is None:
                 raise ValueError("image was given, but this model cannot begin with a picture; leave it out")
-            given.setdefault("strength", able.strength if self.mask_image is None else 1.0)
+            given.setdefault("strength", able.strength if self.mask_image is None else able.mask_strength)
             check_alike(pictures["image"], self.height, self.width)
             given["height"], given["width"] = size_of(first, self.height, self.width, able.size_multiple)
         else:
@@ -455,6 +461,8 @@ class Request:
             for name in ("mask_image", "strength"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} was given without image; give the picture as well, or leave {name} out")
+        if able.needs_picture and self.image is None:
+            raise ValueError("this model refines a picture and paints none from words alone; give image")
         if able.inpaints_alone and (self.image is None or self.mask_image is None):
             raise ValueError(
                 "this model paints a part of a picture anew and does nothing else; give image and mask_image"
@@ -483,6 +491,7 @@ class Request:
             (not settings.prior, "the prior is off", PRIORS),
             (not image and bool(self.noise_level), "the prior is off", ("noise_level",)),
             (not able.super_res_max_steps, "this model has no super resolution", SUPER_RES),
+            (able.tells_score, "this model is told a score in its place", ("target_size", "negative_target_size")),
         ]
         return [
             (name, reason)

@@ -22,7 +22,10 @@ MOST_THOUGHTS = 64  # of a prior for one candidate
 OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
 
 SECOND = ("prompt_2", "negative_prompt_2")
-SIZES = {"original_size": 1, "target_size": 1, "crops_coords_top_left": 0}  # pairs of pixels, and the least of each
+# Pairs of pixels that a UNet is told beside the prompt and beside the null, and the least of each.
+SIZES = {"original_size": 1, "target_size": 1, "crops_coords_top_left": 0}
+SIZES |= {f"negative_{name}": least for name, least in SIZES.items()}
+SCORES = ("aesthetic_score", "negative_aesthetic_score")
 PAIRS = ("guidance_interval", *SIZES)
 
 
@@ -37,6 +40,7 @@ class Abilities:
     text_layers: int = 0  # clip_skip is smaller than this; 0: the decoder reads no text
     has_second_text: bool = False  # whether a second text tower may read another text
     tells_sizes: bool = False  # whether the UNet is told of a picture's size and crop
+    tells_score: bool = False  # and of an aesthetic score, in place of the size asked for
     pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
     embedding_width: int | None  # E of image_embeds; None: this model takes none
     ip_adapter_width: int | None = None  # E of ip_adapter_image_embeds; None: no IP-Adapter was loaded
@@ -53,6 +57,8 @@ class Abilities:
     prior_reads_negative: bool = False  # whether the prior is told the negative prompt
     can_rank: bool  # a whole CLIP lies beside the model
     strength: float | None = None  # from a picture, if not told otherwise; None: it cannot begin with a picture
+    mask_strength: float = 1.0  # the same where a part of the picture is painted anew
+    needs_picture: bool = False  # whether it paints nothing but from a picture
     inpaints_alone: bool = False  # its UNet takes a mask beside x and does nothing without
     can_autoguide: bool = False  # a weaker network was loaded beside the decoder's
     defaults: Settings  # the model's own, from its scheduler and unclip.json
@@ -85,6 +91,11 @@ class Settings:
     original_size: tuple[int, int] | None = None  # (height, width) in pixels that the UNet is told; None: the picture's
     target_size: tuple[int, int] | None = None  # the same, of the size asked for
     crops_coords_top_left: tuple[int, int] | None = None  # (top, left) in pixels that it is told; None: 0, 0
+    negative_original_size: tuple[int, int] | None = None  # each as it is told with the null; None: as with the prompt
+    negative_target_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] | None = None
+    aesthetic_score: float | None = None  # how pleasing a picture the UNet is told of; None only where it is told none
+    negative_aesthetic_score: float | None = None  # the same with the null
     sampler: str = "ddim"
     eta: float | None = None  # fresh noise of a step, 0 none, 1 ancestral; None: the sampler's own
     s_churn: float | None = None  # noise added and taken away again, over all steps (Karras et al. 2022); None: none
@@ -187,6 +198,11 @@ def check_settings(settings: Settings, able: Abilities) -> None:
                 raise ValueError(f"{name}={pair} is not a pair of pixels, down and across; give two whole numbers")
             for side in pair:
                 whole(name, side, at_least)
+    for name in SCORES:
+        if (score := getattr(settings, name)) is not None:
+            if not able.tells_score:
+                raise ValueError(f"{name} was given, but this model is told no score, as a refiner is; leave it out")
+            real(name, score, 0.0)
     whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
     if real("strength", settings.strength, 0.0, 1.0, hint="the share painted anew") == 0 or (
         settings.skipped_steps == settings.num_inference_steps

@@ -87,7 +87,7 @@ OTHERS = {  # what a name that begins so is of
     "control_model.": "a ControlNet",
     "edm_mean": "Playground 2.5, whose noise levels are EDM's",
     "noise_augmentor.": "Stable unCLIP; give its diffusers folder",
-    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
+    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL; give its diffusers folder",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "model.diffusion_model.double_blocks.": "Flux",
     "double_blocks.": "Flux",

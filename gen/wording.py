@@ -37,6 +37,8 @@ ALIKE = [  # by Python's own name
     *("prior_model", "weak_unet", "guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
     *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
     *("prompt_2", "original_size", "target_size", "crops_coords_top_left"),
+    *("negative_original_size", "negative_target_size", "negative_crops_coords_top_left"),
+    *("aesthetic_score", "negative_aesthetic_score"),
     *("thresholding", "dynamic_thresholding_ratio"),
 ]
 OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}

@@ -23,6 +23,8 @@ from diffusers import (
     SchedulerMixin,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     StableUnCLIPPipeline,
     UNet2DConditionModel,
@@ -301,6 +303,8 @@ def make_tiny_stable_diffusion_xl(
     seed: int = 0,
     empty_is_zeros: bool = True,
     vae: dict[str, Any] | None = None,  # options of the autoencoder; None: none
+    refines: bool = False,  # whether it is a refiner: the second tower alone, and a score
+    inpaints: bool = False,  # whether the UNet takes the mask and the masked picture
 ) -> Path:
     """Write a tiny random Stable Diffusion XL folder by diffusers' own pipeline; a seed fixes the model."""
     folder = Path(folder)
@@ -313,19 +317,24 @@ def make_tiny_stable_diffusion_xl(
         torch.manual_seed(seed)
         unet = tiny_unet(
             class_width=None,
-            cross_attention_dim=WIDTH + width_2,
+            in_channels=9 if inpaints else 4,
+            cross_attention_dim=width_2 if refines else WIDTH + width_2,
             attention_head_dim=(1, 2),
             transformer_layers_per_block=(1, 2),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=of_time,
-            projection_class_embeddings_input_dim=pooled + 6 * of_time,
+            projection_class_embeddings_input_dim=pooled + (5 if refines else 6) * of_time,
         )
-        pipeline = StableDiffusionXLPipeline(
+        kind: Any = StableDiffusionXLInpaintPipeline if inpaints else StableDiffusionXLPipeline
+        kind, scored = (
+            (StableDiffusionXLImg2ImgPipeline, {"requires_aesthetics_score": True}) if refines else (kind, {})
+        )
+        pipeline = kind(
             vae=tiny_vae(**(vae or {})),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**text)).eval(),
+            text_encoder=None if refines else CLIPTextModel(CLIPTextConfig(**text)).eval(),
             text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text_2)).eval(),
-            tokenizer=tokenizer,
+            tokenizer=None if refines else tokenizer,
             tokenizer_2=tokenizer_2,
             unet=unet,
             scheduler=EulerDiscreteScheduler(
@@ -337,6 +346,7 @@ def make_tiny_stable_diffusion_xl(
             ),
             force_zeros_for_empty_prompt=empty_is_zeros,
             add_watermarker=False,
+            **scored,
         )
     pipeline.save_pretrained(folder)
     path = folder / "scheduler" / "scheduler_config.json"

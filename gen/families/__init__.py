@@ -20,6 +20,7 @@ FAMILIES: dict[str, type[Painter]] = {  # by the pipeline class of model_index.j
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionInpaintPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusionXLImg2ImgPipeline": StableDiffusionXL,
     "StableDiffusionXLInpaintPipeline": StableDiffusionXL,
     "StableUnCLIPPipeline": StableUnCLIP,
     "StableUnCLIPImg2ImgPipeline": StableUnCLIP,

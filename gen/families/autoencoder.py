@@ -27,6 +27,7 @@ class LatentModel(Painter):
 
     INPAINTS_AS: ClassVar[str | None] = None  # the pipeline class of a UNet for inpainting; None: the family knows none
     STRENGTH: ClassVar[float]  # from a picture, as stock's class paints
+    MASK_STRENGTH: ClassVar[float] = 1.0  # the same of its class for inpainting
     RESIZED_BY: ClassVar[Filter] = LANCZOS  # how stock's class brings pictures to the size that is painted
 
     @abstractmethod
@@ -53,7 +54,8 @@ class LatentModel(Painter):
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        return replace(super().able(), strength=self.STRENGTH, inpaints_alone=self.adds_mask)
+        begun = replace(super().able(), strength=self.STRENGTH, mask_strength=self.MASK_STRENGTH)
+        return replace(begun, inpaints_alone=self.adds_mask)
 
     @property
     def adds_mask(self) -> bool:

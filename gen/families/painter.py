@@ -106,6 +106,11 @@ class Painter(ABC):
         return self.SAVED_AS
 
     @property
+    def stock_defaults(self) -> dict[str, Any]:
+        """What stock's class paints with when it is told nothing."""
+        return self.STOCK_DEFAULTS
+
+    @property
     def clip_beside(self) -> CLIP | None:
         """What `save` puts into clip/."""
         return self.clip
@@ -140,7 +145,7 @@ class Painter(ABC):
             can_compare=self.embeds_by_clip,
             can_rank=self.clip is not None,
             can_autoguide=self.weak is not None,
-            defaults=sized.updated({**self.STOCK_DEFAULTS, **self.card.defaults}, CARD),
+            defaults=sized.updated({**self.stock_defaults, **self.card.defaults}, CARD),
         )
 
     @property

@@ -33,7 +33,7 @@ class Words(NamedTuple):
 
     text: str
     clip_skip: int | None = None  # layers of the text tower left out
-    sizes: tuple[int, ...] = ()  # of the picture, as the UNet is told them; empty: it is not
+    sizes: tuple[float, ...] = ()  # of the picture, as the UNet is told them; empty: it is not
     pieces: tuple[Piece, ...] = ()  # as which the text is read, one by one; empty: it is read whole
     text_2: str | None = None  # what a second text tower reads; None: the same text
 
@@ -89,8 +89,8 @@ class Reader(Painter):
         """What the UNet is told of a text with these token states (L, D), and where it takes it pooled, (P,)."""
         return Condition(own(tokens, self.unet))
 
-    def sizes(self, settings: Settings) -> tuple[int, ...]:
-        """What the UNet is told of a picture's size; empty: nothing."""
+    def sizes(self, settings: Settings, of_null: bool = False) -> tuple[float, ...]:
+        """What the UNet is told of a picture's size beside the prompt, or beside the null; empty: nothing."""
         return ()
 
     def said(self, told: Conditions) -> dict[str, Any]:
@@ -112,10 +112,13 @@ class Reader(Painter):
         """What each candidate is told in words."""
         handed: dict[int, Condition] = {}  # by identity
         for one in candidates:
-            prompt, null = one.prompt_embeds, one.negative_prompt_embeds
-            for embeds, pooled in ((prompt, one.pooled_prompt_embeds), (null, one.negative_pooled_prompt_embeds)):
+            for embeds, pooled, of_null in (
+                (one.prompt_embeds, one.pooled_prompt_embeds, False),
+                (one.negative_prompt_embeds, one.negative_pooled_prompt_embeds, True),
+            ):
                 if embeds is not None and id(embeds) not in handed:
-                    handed[id(embeds)] = self._sized(self.handed(embeds, pooled), self.sizes(one.settings))
+                    sizes = self.sizes(one.settings, of_null)
+                    handed[id(embeds)] = self._sized(self.handed(embeds, pooled), sizes)
         asked = dict.fromkeys(words for candidate in candidates for words in self._read_for(candidate))
         said = table.of(list(asked), self._encoded)
 
@@ -140,7 +143,8 @@ class Reader(Painter):
         """What it is guided away from; as in diffusers, no layer is skipped here."""
         settings = candidate.settings
         null, second = settings.negative_prompt, settings.negative_prompt_2
-        return Words(settings.plain(null), None, self.sizes(settings), self._pieces(null, candidate), second)
+        pieces = self._pieces(null, candidate)
+        return Words(settings.plain(null), None, self.sizes(settings, of_null=True), pieces, second)
 
     def _pieces(self, text: str, candidate: Candidate) -> tuple[Piece, ...]:
         """As what a candidate's text is read: prompt and null as equally many pieces; none where it is read whole."""
@@ -200,7 +204,7 @@ class Reader(Painter):
             moved.append(torch.where(weights == 1, each.float(), empty.float() + weights * difference))
         return torch.cat(moved)
 
-    def _sized(self, condition: Condition, sizes: tuple[int, ...]) -> Condition:
+    def _sized(self, condition: Condition, sizes: tuple[float, ...]) -> Condition:
         if not sizes:
             return condition
         return replace(condition, sizes=torch.tensor(sizes, dtype=self.unet.dtype, device=self.device))

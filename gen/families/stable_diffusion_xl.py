@@ -1,9 +1,10 @@
-"""Stable Diffusion XL base: two text towers, and the picture's size told beside the words.
+"""Stable Diffusion XL: two text towers, and the picture's size told beside the words; and its refiner.
 
 Token states are the last but one layer's of both towers side by side, without a final norm; the second tower's pooled
 embedding and six numbers of pixels (size before cropping, where it was cropped, size asked for) go in with the timestep
-(Podell et al. 2023, section 2.2). The empty prompt is zeros where model_index.json says so. The autoencoder overflows
-in float16 and is kept in float32 then.
+(Podell et al. 2023, section 2.2). The refiner has the second tower alone, is told an aesthetic score in place of the
+size asked for, and knows low noise levels alone, so it paints from a picture (section 2.5). The empty prompt is zeros
+where model_index.json says so. The autoencoder overflows in float16 and is kept in float32 then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.text import Piece, TextTower
-from gen.checkpoint import Parts
+from gen.checkpoint import IMAGE_PARTS, Parts
 from gen.conditioning import Condition, Conditions
 from gen.families.autoencoder import KLModel
 from gen.families.painter import listed, own
@@ -25,36 +26,42 @@ from gen.families.reader import Reader, check_length
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON, Abilities, Settings
 
-NUM_SIZES = 6  # numbers that the UNet is told of a picture's size
-FORCE_ZEROS = "force_zeros_for_empty_prompt"
+FIRST = ("tokenizer", "text_encoder")  # the first text tower's parts, which the refiner has not
+FORCE_ZEROS, SCORED = "force_zeros_for_empty_prompt", "requires_aesthetics_score"
+SCORES = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}  # as stock's classes tell them
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class StableDiffusionXL(KLModel, Reader):
-    """A loaded Stable Diffusion XL base."""
+    """A loaded Stable Diffusion XL, base or refiner; `text` of a model with the second tower alone is that one."""
 
     tokenizer_2: CLIPTokenizer
     text_encoder_2: CLIPTextModelWithProjection
     empty_is_zeros: bool = True  # whether the empty prompt is zeros, or what the towers say of it
+    tells_score: bool = False  # whether the UNet is told an aesthetic score in place of the size asked for: a refiner
 
     SAVED_AS: ClassVar[str] = "StableDiffusionXLPipeline"
     INPAINTS_AS: ClassVar[str | None] = "StableDiffusionXLInpaintPipeline"
+    REFINES_AS: ClassVar[str] = "StableDiffusionXLImg2ImgPipeline"
     STRENGTH: ClassVar[float] = 0.3
+    MASK_STRENGTH: ClassVar[float] = 0.9999  # all steps but the first, so from a trace of the picture
     STOCK_DEFAULTS: ClassVar[dict[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 5.0}
 
     @classmethod
     def of(cls, parts: Parts) -> Self:
         """Put the parts of a folder together; ValueError when one is missing or two do not fit."""
-        needed = ["unet", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "scheduler"]
-        got, vae = listed(parts, needed), parts.modules["vae"]
+        first = [] if parts.modules.keys().isdisjoint(FIRST) else FIRST
+        got = listed(parts, ["unet", "vae", *first, "tokenizer_2", "text_encoder_2", "scheduler"])
+        vae, second = got["vae"], TextTower(got["tokenizer_2"], got["text_encoder_2"].text_model)
         model = cls(
             unet=got["unet"],
             vae=vae.float() if vae.dtype == torch.float16 and vae.config.force_upcast else vae,
-            text=TextTower(got["tokenizer"], got["text_encoder"]),
+            text=TextTower(got["tokenizer"], got["text_encoder"]) if first else second,
             levels=NoiseLevels.of(got["scheduler"], str(parts.folder / "scheduler")),
             tokenizer_2=got["tokenizer_2"],
             text_encoder_2=got["text_encoder_2"],
             empty_is_zeros=parts.options.get(FORCE_ZEROS, True),
+            tells_score=parts.options.get(SCORED, False),
             clip=parts.clip,
             card=parts.card,
         )
@@ -67,9 +74,19 @@ class StableDiffusionXL(KLModel, Reader):
         return TextTower(self.tokenizer_2, self.text_encoder_2.text_model)
 
     @property
+    def towers(self) -> list[TextTower]:
+        """What reads a text, in the order in which the UNet is told their states."""
+        return [self.text_2] if self.text.encoder is self.text_encoder_2.text_model else [self.text, self.text_2]
+
+    @property
+    def has_first(self) -> bool:
+        """Whether there are both text towers."""
+        return len(self.towers) == 2
+
+    @property
     def text_width(self) -> int:
-        """D of the token states that the UNet reads: of both towers."""
-        return self.text.shape[1] + self.text_2.shape[1]
+        """D of the token states that the UNet reads: of all towers."""
+        return sum(tower.shape[1] for tower in self.towers)
 
     @property
     def pooled_width(self) -> int:
@@ -77,17 +94,33 @@ class StableDiffusionXL(KLModel, Reader):
         return self.text_encoder_2.config.projection_dim
 
     @property
+    def saved_as(self) -> str:
+        """The pipeline class of model_index.json."""
+        return self.REFINES_AS if self.tells_score and not self.adds_mask else super().saved_as
+
+    @property
     def index(self) -> dict[str, JSON]:
         """What model_index.json says beside the parts."""
-        return {"feature_extractor": [None, None], "image_encoder": [None, None], FORCE_ZEROS: self.empty_is_zeros}
+        left_out = (*IMAGE_PARTS, *(() if self.has_first else FIRST))
+        told: dict[str, JSON] = {name: [None, None] for name in left_out}
+        scored: dict[str, JSON] = {} if self.saved_as == self.SAVED_AS else {SCORED: self.tells_score}
+        return told | scored | {FORCE_ZEROS: self.empty_is_zeros}
+
+    @property
+    def stock_defaults(self) -> dict[str, Any]:
+        """What stock's class paints with when it is told nothing."""
+        guidance = {"guidance_scale": 7.5} if self.adds_mask else {}
+        return super().stock_defaults | guidance | (SCORES if self.tells_score else {})
 
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""
-        return super().parts() | {"tokenizer_2": self.tokenizer_2, "text_encoder_2": self.text_encoder_2}
+        known = super().parts() | {"tokenizer_2": self.tokenizer_2, "text_encoder_2": self.text_encoder_2}
+        return known if self.has_first else {name: part for name, part in known.items() if name not in FIRST}
 
     def with_own_texts(self) -> Self:
         """The same with text towers that CLIP does not share, so that they alone can be changed."""
-        return replace(super().with_own_texts(), text_encoder_2=self.unshared(self.text_encoder_2))
+        own = replace(super().with_own_texts(), text_encoder_2=self.unshared(self.text_encoder_2))
+        return own if self.has_first else replace(own, text=own.text_2)
 
     def check(self, where: str) -> None:
         """Refuse parts that do not fit each other (ValueError), before a network finds out."""
@@ -102,16 +135,18 @@ class StableDiffusionXL(KLModel, Reader):
         told["unet time_cond_proj_dim"] = (config.time_cond_proj_dim, None)
         told["unet class_embed_type"] = (config.class_embed_type, None)
         told["tokenizer_2 model_max_length"] = (self.text_2.shape[0], self.text.shape[0])
-        added = self.pooled_width + NUM_SIZES * (config.addition_time_embed_dim or 0)
+        num_sizes = 5 if self.tells_score else 6
+        added = self.pooled_width + num_sizes * (config.addition_time_embed_dim or 0)
         told["unet projection_class_embeddings_input_dim"] = (config.projection_class_embeddings_input_dim, added)
         return told
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        layers = min(tower.encoder.config.num_hidden_layers for tower in (self.text, self.text_2))
+        layers = min(tower.encoder.config.num_hidden_layers for tower in self.towers)
         # one layer less, for the last is never read
         able = replace(super().able(), pooled_width=self.pooled_width, text_layers=layers - 1)
-        return replace(able, has_second_text=True, tells_sizes=True)
+        told = replace(able, tells_sizes=True, tells_score=self.tells_score)
+        return replace(told, has_second_text=self.has_first, needs_picture=self.tells_score)
 
     def read(
         self,
@@ -122,9 +157,10 @@ class StableDiffusionXL(KLModel, Reader):
         """What the UNet is told of each of these texts; the second tower reads the same or its own."""
         layer = 1 + (clip_skip or 0)
         texts_2 = texts if texts_2 is None else texts_2
-        first = self.text(texts, layer, normed=False)
         second = self.text_2(texts_2, layer, normed=False)
-        tokens = torch.cat([first.tokens, second.tokens], dim=-1)  # (B, L, D)
+        tokens = second.tokens  # (B, L, D)
+        if self.has_first:
+            tokens = torch.cat([self.text(texts, layer, normed=False).tokens, tokens], dim=-1)
         pooled = self.text_encoder_2.text_projection(second.pooled)  # (B, P)
         if self.empty_is_zeros:
             for place in (place for place, both in enumerate(zip(texts, texts_2, strict=True)) if not any(both)):
@@ -136,11 +172,21 @@ class StableDiffusionXL(KLModel, Reader):
         assert pooled is not None, "a request with embeddings of one kind is refused"
         return replace(super().handed(tokens), vector=own(pooled, self.unet))
 
-    def sizes(self, settings: Settings) -> tuple[int, ...]:
-        """What the UNet is told of a picture's size: by default never scaled and never cropped, as stock says."""
+    def sizes(self, settings: Settings, of_null: bool = False) -> tuple[float, ...]:
+        """What the UNet is told of a picture's size: by default never scaled and never cropped, as stock says.
+
+        Of the null it is what is told of the prompt, where nothing else was said.
+        """
         size = (settings.height, settings.width)
-        cropped = settings.crops_coords_top_left or (0, 0)
-        return (*(settings.original_size or size), *cropped, *(settings.target_size or size))
+        original, target = settings.original_size or size, settings.target_size or size
+        cropped, score = settings.crops_coords_top_left or (0, 0), settings.aesthetic_score
+        if of_null:
+            original, target = settings.negative_original_size or original, settings.negative_target_size or target
+            cropped, score = settings.negative_crops_coords_top_left or cropped, settings.negative_aesthetic_score
+        if not self.tells_score:
+            return (*original, *cropped, *target)
+        assert score is not None, "the model's defaults have one"
+        return (*original, *cropped, score)
 
     def said(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "4": make_tiny_stable_diffusion(root / "4", scheduler=ddim()),
         "9": make_tiny_stable_diffusion(root / "9", scheduler=ddim(), inpaints=True),
         "xl": make_tiny_stable_diffusion_xl(root / "xl"),
+        "xl9": make_tiny_stable_diffusion_xl(root / "xl9", inpaints=True),
+        "refiner": make_tiny_stable_diffusion_xl(root / "refiner", refines=True),
     }
 
 
@@ -53,7 +56,7 @@ def models(folders: dict[str, Path]) -> dict[str, TextToImage]:
 
 
 def stock(folder: Path, kind: str) -> Any:
-    return stock_of(StableDiffusionXLInpaintPipeline if kind == "xl" else StableDiffusionInpaintPipeline, folder)
+    return stock_of(StableDiffusionInpaintPipeline if kind in ("4", "9") else StableDiffusionXLInpaintPipeline, folder)
 
 
 def theirs(pipeline: Any, seed: int = SEED, **asked: Any) -> Any:
@@ -67,7 +70,7 @@ def ours(model: TextToImage, **asked: Any) -> Any:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6, 0.2])  # of 5 steps all, three and one
-@pytest.mark.parametrize("kind", ["4", "9", "xl"])
+@pytest.mark.parametrize("kind", ["4", "9", "xl", "xl9", "refiner"])
 def test_pictures_equal_stock(
     models: dict[str, TextToImage], folders: dict[str, Path], kind: str, strength: float
 ) -> None:
@@ -81,7 +84,7 @@ def test_pictures_equal_stock(
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2s", "euler", "euler_ancestral", "heun", "unipc"])
-@pytest.mark.parametrize("kind", ["4", "9"])
+@pytest.mark.parametrize("kind", ["4", "9", "xl9"])
 def test_another_sampler_equals_stocks_class(
     models: dict[str, TextToImage], folders: dict[str, Path], kind: str, sampler: str
 ) -> None:
@@ -158,11 +161,26 @@ def test_a_record_repeats_picture_and_mask(models: dict[str, TextToImage], tmp_p
         models["9"].repaint(result.records[0])
 
 
-def test_what_we_save_stock_paints_the_same(models: dict[str, TextToImage], tmp_path: Path) -> None:
-    folder = models["9"].save(tmp_path / "saved")
-    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
-    pipeline = stock(folder, "9")
-    assert apart(ours(models["9"], output_type="latent"), theirs(pipeline, output_type="latent")) <= LATENTS
+@pytest.mark.parametrize("kind", ["9", "xl9"])
+def test_what_is_not_said_is_as_stock_has_it(
+    models: dict[str, TextToImage], folders: dict[str, Path], kind: str
+) -> None:
+    (one,) = Request(prompt=SHORT, image=picture(), mask_image=mask()).resolve(models[kind].model.abilities).candidates
+    said = inspect.signature(type(stock(folders[kind], kind)).__call__).parameters
+    for name in ("strength", "guidance_scale", "num_inference_steps"):
+        assert getattr(one.settings, name) == said[name].default, name
+
+
+@pytest.mark.parametrize("kind", ["9", "xl9"])
+def test_what_we_save_stock_paints_the_same(
+    models: dict[str, TextToImage], folders: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    folder = models[kind].save(tmp_path / "saved")
+    index, theirs_index = (json.loads((each / "model_index.json").read_text()) for each in (folder, folders[kind]))
+    assert index["_class_name"] == theirs_index["_class_name"] and index["_class_name"].endswith("InpaintPipeline")
+    assert kind == "9" or index == theirs_index
+    pipeline = stock(folder, kind)
+    assert apart(ours(models[kind], output_type="latent"), theirs(pipeline, output_type="latent")) <= LATENTS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5, 2.1 and XL at full size, without memory: every part on the meta device, shapes all the way.
+"""Stable Diffusion 1.5, 2.1, XL and its refiner at full size, without memory: every part on the meta device.
 
 The configurations are the published ones. That they are is known from how many numbers the published files hold, and
 that we take them, from the stock classes' own keys and shapes going in and coming out, with a call of each network.
@@ -18,9 +18,11 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -100,6 +102,30 @@ FULL: dict[str, dict[str, Any]] = {
         },
         "paints": (1024, "euler", "eps"),
     },
+    "XL refiner": {
+        "class": StableDiffusionXLImg2ImgPipeline,
+        "unet": {
+            "sample_size": 128,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (384, 768, 1536, 1536),
+            "transformer_layers_per_block": 4,
+            "attention_head_dim": (6, 12, 24, 24),
+            "cross_attention_dim": 1280,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        "vae": {**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+        "text_encoder_2": {**OPEN_CLIP_G, "hidden_act": "gelu", "projection_dim": 1280},
+        "scheduler": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
+        # all in one file, the published one has 6,075,981,930 bytes of float16 with its names
+        "numbers": {"unet": 2_259_526_660, "vae": 83_653_863, "text_encoder_2": 694_659_840},
+        "paints": (1024, "euler", "eps"),
+        "options": {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
+        "words": {"image": Image.new("RGB", (1024, 1024))},
+    },
 }
 
 
@@ -117,15 +143,14 @@ def at_full_size(full: dict[str, Any]) -> dict[str, Any]:
         parts: dict[str, Any] = {
             "unet": part_class("diffusers", "UNet2DConditionModel", where)(**full["unet"]),
             "vae": part_class("diffusers", "AutoencoderKL", where)(**full["vae"]),
-            "text_encoder": part_class("transformers", "CLIPTextModel", where)(
-                CLIPTextConfig(**text, **full["text_encoder"])
-            ),
+            "scheduler": full["scheduler"],
         }
-        if "text_encoder_2" in full:
-            kind = part_class("transformers", "CLIPTextModelWithProjection", where)
-            parts["text_encoder_2"] = kind(CLIPTextConfig(**text, **full["text_encoder_2"]))
-            parts["tokenizer_2"] = tokenizer
-    return parts | {"tokenizer": tokenizer, "scheduler": full["scheduler"]}
+        for tower, name in {"": "CLIPTextModel", "_2": "CLIPTextModelWithProjection"}.items():
+            if f"text_encoder{tower}" in full:
+                kind = part_class("transformers", name, where)
+                parts[f"text_encoder{tower}"] = kind(CLIPTextConfig(**text, **full[f"text_encoder{tower}"]))
+                parts[f"tokenizer{tower}"] = tokenizer
+    return parts
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -137,13 +162,15 @@ def test_full_size(name: str) -> None:
         assert sum(weight.numel() for weight in parts[part].parameters()) == number, part
 
     family = FAMILIES[full["class"].__name__]
-    model = family.of(Parts(full["class"].__name__, parts, None, Card(), Path(name)))
+    options = full.get("options", {})
+    model = family.of(Parts(full["class"].__name__, parts, None, Card(), Path(name), options))
     size, sampler, kind = full["paints"]
     settings = model.abilities.defaults
     assert (settings.height, settings.width, settings.sampler) == (size, size, sampler)
     assert model.levels.scaling.kind == kind
 
-    stock = full["class"](**parts, **({} if family.SAVED_AS.endswith("XLPipeline") else UNCHECKED))
+    left_out = dict.fromkeys({"tokenizer", "text_encoder"} - parts.keys())
+    stock = full["class"](**parts, **left_out, **options, **({} if "XL" in name else UNCHECKED))
     ours = {part: module for part, module in model.parts().items() if isinstance(module, nn.Module)}
     theirs = {part: module for part, module in stock.components.items() if isinstance(module, nn.Module)}
     assert {part: shapes(module) for part, module in ours.items()} == {
@@ -155,7 +182,7 @@ def test_full_size(name: str) -> None:
     assert isinstance(model.text.tokenizer, CLIPTokenizer)
 
     # a prompt and its null through towers, UNet and autoencoder
-    (candidate,) = Request(prompt="a star", seed=0).resolve(model.abilities).candidates
+    (candidate,) = Request(prompt="a star", seed=0, **full.get("words", {})).resolve(model.abilities).candidates
     ((prompt, null),) = model.tell([candidate], Table())
     assert null is not None and prompt.tokens is not None and null.tokens is not None
     assert prompt.tokens.shape == null.tokens.shape == (77, full["unet"]["cross_attention_dim"])

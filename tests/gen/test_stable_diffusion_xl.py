@@ -85,6 +85,40 @@ def test_a_second_text_and_sizes_equal_stock(
         assert apart(models[False](PROMPTS, **asked, **{name: value}).images, plain) > 1e-3, name
 
 
+NULL_SIZES: dict[str, Any] = {
+    "negative_original_size": (40, 90),
+    "negative_target_size": (128, 64),
+    "negative_crops_coords_top_left": (3, 7),
+}
+
+
+def test_sizes_of_the_null_equal_stock(models: dict[bool, TextToImage], folders: dict[bool, Path]) -> None:
+    """Of one picture in a call; of several, stock tells some prompts the null's sizes and some nulls the prompt's."""
+    xl, stock = models[False], stock_of(StableDiffusionXLPipeline, folders[False])
+    asked: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
+    ours = xl(PROMPTS, seed=SEED, **NULL_SIZES, **asked).images
+    each = [stock(prompt, latents=start(1, 1), **NULL_SIZES, **asked).images for prompt in PROMPTS]
+    assert apart(ours, torch.cat(each)) <= LATENTS
+    together = stock(PROMPTS, latents=start(2, 1), **NULL_SIZES, **asked).images
+    assert apart(ours, together) == pytest.approx(0.06, abs=0.01)  # what docs/differences.md says
+
+
+def test_each_of_the_nulls_sizes_counts_by_itself(xl: TextToImage, folders: dict[bool, Path]) -> None:
+    """Stock reads none unless both sizes are given; what is not said of the null is the prompt's."""
+    stock = stock_of(StableDiffusionXLPipeline, folders[True])
+    asked: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
+    plain = stock(SHORT, latents=start(1, 1), **asked).images
+    for name, value in NULL_SIZES.items():
+        told = {name: value}
+        assert torch.equal(stock(SHORT, latents=start(1, 1), **told, **asked).images, plain)
+        both = dict.fromkeys(("negative_original_size", "negative_target_size"), (64, 64)) | told
+        theirs = stock(SHORT, latents=start(1, 1), **both, **asked).images
+        ours = xl(SHORT, seed=SEED, **told, **asked).images
+        assert apart(ours, theirs) <= LATENTS and apart(ours, plain) > 1e-3
+    with pytest.warns(UserWarning, match="negative_original_size is ignored: guidance_scale is 1"):
+        xl(SHORT, seed=SEED, guidance_scale=1.0, negative_original_size=(40, 90), **asked)
+
+
 def test_one_second_text_is_for_all_and_what_is_told_is_recorded(xl: TextToImage) -> None:
     asked: dict[str, Any] = {"seed": SEED, "num_inference_steps": 3, "output_type": "latent"}
     told: dict[str, Any] = {"prompt_2": "a circle", "original_size": (40, 90)}
@@ -107,6 +141,8 @@ def test_one_second_text_is_for_all_and_what_is_told_is_recorded(xl: TextToImage
         ({"original_size": 512}, r"original_size=512 is not a pair of pixels, down and across"),
         ({"target_size": (0, 64)}, "target_size=0 is out of range; give a whole number of 1 or more"),
         ({"crops_coords_top_left": (-1, 0)}, "crops_coords_top_left=-1 is out of range"),
+        ({"negative_target_size": (0, 64)}, "negative_target_size=0 is out of range"),
+        ({"aesthetic_score": 6.0}, "aesthetic_score was given, but this model is told no score, as a refiner is"),
     ],
 )
 def test_second_texts_and_sizes_are_checked(xl: TextToImage, told: dict[str, Any], message: str) -> None:
@@ -245,7 +281,8 @@ def test_the_autoencoder_is_kept_in_float32(folders: dict[bool, Path], tmp_path:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("model_index.json", {"tokenizer": [None, None]}, "tokenizer' is missing from model_index.json"),  # a refiner
+        ("model_index.json", {"tokenizer": [None, None]}, "tokenizer' is missing from model_index.json"),
+        ("model_index.json", {"requires_aesthetics_score": True}, "input_dim is 68, but the other parts need 60"),
         ("tokenizer_2/tokenizer_config.json", {"model_max_length": 16}, "tokenizer_2 model_max_length is 16"),
         ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "cross_attention_dim is 40"),
     ],
