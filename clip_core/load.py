@@ -8,9 +8,11 @@ said in one line that names the file.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPTokenizer, SiglipConfig
 
+from clip_core.fit import check_asked, check_fit, check_sizes, misshaped
 from clip_core.preprocess import Preprocess
 
 OPEN_CLIP_PREFIX = "open_clip:"
@@ -82,6 +85,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, attn_implementation: str, net
 
 def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: str) -> Loaded:
     values = _read_json(folder / "config.json")
+    check_sizes(values, f"CLIP '{folder}'")
     kind = values.get("model_type")
     if kind not in CONFIGS:
         can = " and ".join(map(repr, CONFIGS))
@@ -93,9 +97,9 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ValueError(f"{folder / 'config.json'} does not describe a CLIP: {_line(error)}") from error
     files = _weight_files(folder)
-    weights = _read_weights(files)
-    _check_shapes(folder, model, weights)
-    wanted = model.state_dict().keys()
+    weights, wanted = _read_weights(files), model.state_dict().keys()
+    apart = misshaped(model, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    check_fit(f"CLIP '{folder}'", wanted - weights.keys(), apart, weights.keys() - wanted)
     model.load_state_dict({key: weights[key].to(dtype) for key in wanted}, assign=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -138,17 +142,6 @@ def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
     return weights
 
 
-def _check_shapes(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - weights.keys())
-    if missing:
-        raise ValueError(f"{folder / WEIGHTS} lacks {len(missing)} tensors of the model, such as {missing[0]}")
-    for key, tensor in expected.items():
-        if tensor.shape != weights[key].shape:
-            given, wanted = tuple(weights[key].shape), tuple(tensor.shape)
-            raise ValueError(f"{folder / WEIGHTS} holds {key} as {given}; config.json asks for {wanted}")
-
-
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a folder; ValueError that names a missing or damaged file."""
     if not _has_tokenizer(folder):  # transformers would make an empty one up
@@ -183,6 +176,7 @@ def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
     """A folder as open_clip's `save_for_hf` or `clip_core.convert` writes it."""
     path = folder / OPEN_CLIP_CONFIG
     config = _read_json(path)
+    check_sizes(config, f"CLIP '{folder}'")
     text = config.get("model_cfg", {}).get("text_cfg")
     if not isinstance(text, dict):
         raise ValueError(f"{path} is damaged: it has no model_cfg with a text_cfg")
@@ -194,9 +188,10 @@ def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
     if not any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS):
         raise _no_weights(folder, OPEN_CLIP_WEIGHTS[0])
     weights = next(folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file())
-    with _open_safetensors(weights):
-        pass  # the header covers the file, or this has raised
+    with _open_safetensors(weights) as file:
+        held = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118, no Mapping
     try:
+        check_asked(_unfilled(folder), held, f"CLIP '{folder}'")
         model = open_clip.create_model(f"local-dir:{folder}")
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, OSError) as error:
         raise ValueError(f"{weights} and {path} do not make a CLIP: {_line(error)}") from error
@@ -206,6 +201,19 @@ def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
         Preprocess.from_open_clip(model.visual.preprocess_cfg),
         _files(folder, [weights]),
     )
+
+
+def _unfilled(folder: Path) -> nn.Module:
+    """An open_clip folder's model without weights, on the meta device."""
+    root = logging.getLogger()  # on which open_clip warns that there are none
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with torch.device("meta"):
+            name = f"local-dir:{folder}"
+            return open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+    finally:
+        root.setLevel(level)
 
 
 def _load_open_clip_name(name: str, dtype: torch.dtype) -> Loaded:

@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_core.fit import check_sizes
+
 CONFIG_NAME = "preprocessor_config.json"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al. 2021, released preprocessing
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -67,6 +69,7 @@ class Preprocess:
             raise ValueError(f"{path} is missing; it says how pictures are sized and normalised for this CLIP")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
+            check_sizes(config, "it")
             return cls.from_config(config.get("image_processor", config))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error

@@ -28,17 +28,18 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextMode
 
 from clip_core.clip import CLIP
 from clip_core.convert import to_transformers
+from clip_core.fit import check_asked, check_fit, check_sizes, misshaped
 from clip_core.load import load_tokenizer
 from clip_core.text import with_projection, without_projection
 from gen.hub import HUB_ERRORS, download
-from gen.room import check_asked, check_room, check_sizes
+from gen.room import check_room
 from gen.settings import JSON
 from gen.weights import (
-    check_fit,
     check_weights,
     damaged,
     files_hash,
     files_of,
+    held,
     numbers,
     of_one_variant,
     quiet,
@@ -277,26 +278,36 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
     if issubclass(kind, CLIPTokenizer):
         return load_tokenizer(folder)
     if not issubclass(kind, nn.Module):
-        with damaged(folder):
-            return kind.from_pretrained(folder)  # type: ignore[attr-defined]
+        return load_settings(kind, folder)
+    what = f"model part '{folder}'"
     told = read_json(folder / "config.json")
     check_weights(folder)
-    check_sizes(told, folder)
+    check_sizes(told, what)
     with damaged(folder):
         network = unfilled(kind, told)
-    check_asked(network, numbers(folder), folder)
+    check_asked(network, numbers(folder), what)
+    check_fit(what, [], misshaped(network, held(folder)), [])  # all of them, where diffusers would name one
     _, variant = of_one_variant([path.name for path in folder.glob("*.safetensors")])
     words: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "low_cpu_mem_usage": True}
     words["variant"] = variant
-    if issubclass(kind, transformers.PreTrainedModel):  # reports misshaped weights; diffusers raises and names one
+    if issubclass(kind, transformers.PreTrainedModel):  # reports misshaped weights of other names too
         words |= {"dtype": dtype, "ignore_mismatched_sizes": True}
     else:
         words["torch_dtype"] = dtype
     with damaged(folder), quiet():
         module, report = kind.from_pretrained(folder, **words)  # type: ignore[attr-defined]
-    misshaped = [f"{key} {tuple(given)}" for key, given, _ in report["mismatched_keys"]]
-    check_fit(f"model part '{folder}'", report["missing_keys"], misshaped, report["unexpected_keys"])
+    apart = [f"{key} {tuple(given)}" for key, given, _ in report["mismatched_keys"]]
+    check_fit(what, report["missing_keys"], apart, report["unexpected_keys"])
     return module.to(device).eval().requires_grad_(False)
+
+
+def load_settings(kind: Any, folder: Path) -> Any:
+    """A part that has no weights: a scheduler, a processor or a tokenizer that is not CLIP's."""
+    for name in ("scheduler_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            check_sizes(read_json(folder / name), f"model part '{folder}'")
+    with damaged(folder):
+        return kind.from_pretrained(folder)
 
 
 def unfilled(kind: Any, told: Mapping[str, Any]) -> nn.Module:

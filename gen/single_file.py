@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from clip_core.convert import clip_tokenizer
+from clip_core.fit import check_sizes, named
 from clip_core.load import load_tokenizer
-from gen.checkpoint import ASSETS, CARD, INDEX, Card, Parts, listed, part_class, unfilled
-from gen.room import check_room, check_sizes
+from gen.checkpoint import ASSETS, CARD, INDEX, Card, Parts, listed, load_settings, part_class, unfilled
+from gen.room import check_room
 from gen.weights import damaged, fill, read, read_json, shapes
 
 logger = logging.getLogger(__name__)
@@ -151,8 +152,7 @@ def load(
             network = network_of(kind, folder / name, path, layout.prefixes[name], dtype)
             modules[name] = network.to(device).eval().requires_grad_(False)
         else:
-            with damaged(folder / name):
-                modules[name] = kind.from_pretrained(folder / name)  # type: ignore[attr-defined]
+            modules[name] = load_settings(kind, folder / name)
     options = {name: value for name, value in index.items() if not isinstance(value, list)}
     return Parts(layout.pipeline, modules, None, Card(), path, options, files(path, folder))
 
@@ -178,9 +178,7 @@ def opened(path: Path, config: str | Path | None) -> tuple[Layout, Path]:
         )
     known = (*layout.prefixes.values(), *IDLE, *SAYS_V)
     if extra := sorted(name for name in held if not name.startswith(known)):
-        logger.warning(
-            "model file '%s' holds %d more weights that are not read, such as %s", path, len(extra), extra[0]
-        )
+        logger.warning("model file '%s' has more than its family: %s not read", path, named(extra))
     return layout, config_folder(layout, config)
 
 
@@ -200,7 +198,7 @@ def config_folder(layout: Layout, config: str | Path | None) -> Path:
 def network_of(kind: Any, config: Path, path: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
     """One network of a file, of the sizes that its configuration says; it has to find every weight."""
     told = read_json(config / "config.json")
-    check_sizes(told, config)
+    check_sizes(told, f"config '{config}'")
     what = f"{config.name} of model file '{path}'"
     with damaged(config):
         network = unfilled(kind, told)

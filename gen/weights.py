@@ -21,18 +21,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from clip_core.fit import check_fit, misshaped
 
 ADAPTER = "adapter_config.json"  # for which transformers looks by itself where peft is installed
-NAMED = 5  # weights that an error names
-
-
-def named(keys: Sequence[str]) -> str:
-    """Weights by name, the first five of them and how many more there are, with the verb."""
-    if len(keys) == 1:
-        return f"weight {keys[0]} is"
-    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-    return f"weights {', '.join(keys[:NAMED])}{more} are"
 
 
 def check_weights(folder: Path) -> None:
@@ -79,9 +70,14 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
 
 
+def held(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What the files of a part hold, by their headers; nothing where it has none."""
+    return {name: shape for path in weight_files(folder) for name, shape in shapes(path).items()}
+
+
 def numbers(folder: Path) -> int:
     """How many numbers the weights of a part hold; 0 where it has none."""
-    return sum(prod(shape) for path in weight_files(folder) for shape in shapes(path).values())
+    return sum(map(prod, held(folder).values()))
 
 
 def read(path: Path, prefixes: Sequence[str] = ("",)) -> dict[str, Tensor]:
@@ -106,10 +102,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, dtype: tor
     """Give a network on the meta device its weights; ValueError that names those missing or of another shape."""
     expected = module.state_dict()
     there = expected.keys() & weights.keys()
-    misshaped = [
-        f"{name} {tuple(weights[name].shape)}" for name in there if weights[name].shape != expected[name].shape
-    ]
-    check_fit(what, expected.keys() - there, misshaped, weights.keys() - there)
+    apart = misshaped(module, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    check_fit(what, expected.keys() - there, apart, weights.keys() - there)
     module.load_state_dict({name: weights[name].to(dtype) for name in expected}, assign=True)
     for each in module.modules():
         for name, buffer in each.named_buffers(recurse=False):
@@ -117,16 +111,6 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, dtype: tor
                 assert name == "position_ids", name
                 setattr(each, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return module
-
-
-def check_fit(what: str, missing: Iterable[str], misshaped: Iterable[str], extra: Iterable[str]) -> None:
-    """ValueError that names weights that a network lacks or has in another shape; what is too much is in the log."""
-    if lacks := sorted(missing):
-        raise ValueError(f"{what} is damaged: {named(lacks)} missing")
-    if apart := sorted(misshaped):
-        raise ValueError(f"{what} is damaged: {named(apart)} of another shape than its config.json")
-    if unread := sorted(name for name in extra if not name.endswith("position_ids")):
-        logger.warning("%s has more than its config.json asks for: %s not read", what, named(unread))
 
 
 def same_weights(part: Path, whole: Path) -> bool:

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
+from clip_core.fit import named
 from clip_core.preprocess import CONFIG_NAME, Preprocess
 from gen.adapters.file import Adapter, content_hash, found, read
 from gen.attention import per_head, text_layers
 from gen.checkpoint import load_part
 from gen.checks import real
-from gen.weights import named
 
 USUAL = "ip-adapter_sd15.safetensors"
 ENCODER = "image_encoder"  # the folder beside the file, as it is published

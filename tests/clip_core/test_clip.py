@@ -307,18 +307,41 @@ def test_missing_and_damaged_files_are_named(copy: Path, name: str) -> None:
     one_line(error, name)
 
 
-def test_weights_that_do_not_fit_are_named(copy: Path) -> None:
+def test_weights_that_do_not_fit_are_named(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first five and how many more."""
     path = copy / "model.safetensors"
     weights = load_file(path)
-    lost = weights.pop("text_projection.weight")
-    save_file(weights, path)
+    six = sorted(weights)[:6]
+    for change, message in (
+        ([], f"weights {', '.join(six[:5])} and 1 more are missing"),
+        ([torch.zeros(3, 5)] * 6, f"weights {' (3, 5), '.join(six[:5])} (3, 5) and 1 more are of another shape"),
+    ):
+        kept = {name: tensor for name, tensor in weights.items() if name not in six}
+        save_file(kept | {name: tensor.clone() for name, tensor in zip(six, change, strict=False)}, path)
+        with pytest.raises(ValueError) as error:
+            CLIP.from_pretrained(copy)
+        one_line(error, f"CLIP '{copy}' is damaged", message)
+    save_file(weights | {f"extra.{k}": torch.zeros(1) for k in range(7)}, path)
+    CLIP.from_pretrained(copy)
+    assert "weights extra.0, extra.1, extra.2, extra.3, extra.4 and 2 more are not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "message"),
+    [
+        ("config.json", "text_config", {"num_hidden_layers": 10**6}, "asks for num_hidden_layers=1000000 in its"),
+        ("config.json", "vision_config", {"hidden_size": 10**9}, "asks for hidden_size=1000000000 in its"),
+        ("config.json", "vision_config", {"image_size": 10**5}, "asks for image_size=100000 in its"),
+        ("preprocessor_config.json", "size", {"shortest_edge": 10**9}, "asks for shortest_edge=1000000000 in its"),
+    ],
+)
+def test_absurd_sizes_are_refused(copy: Path, name: str, part: str, change: dict[str, int], message: str) -> None:
+    told = json.loads((copy / name).read_text())
+    told[part] |= change
+    (copy / name).write_text(json.dumps(told))
     with pytest.raises(ValueError) as error:
         CLIP.from_pretrained(copy)
-    one_line(error, "model.safetensors lacks 1 tensors", "text_projection.weight")
-    save_file({**weights, "text_projection.weight": lost[:3].clone()}, path)
-    with pytest.raises(ValueError) as error:
-        CLIP.from_pretrained(copy)
-    one_line(error, "holds text_projection.weight as (3, 16)", "(16, 16)")
+    one_line(error, message)
 
 
 def test_pickled_weights_are_refused(copy: Path) -> None:

@@ -90,7 +90,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     ("tokenizer/tokenizer.json", Path.unlink, "tokenizer/tokenizer.json is missing"),
     ("prior_tokenizer", shutil.rmtree, "prior_tokenizer' is missing"),
     ("tokenizer/tokenizer_config.json", Path.unlink, "model_max_length of the tokenizer is 1.*, text_encoder has 32"),
-    ("prior_scheduler/scheduler_config.json", no_text, "prior_scheduler' cannot be loaded"),
+    ("prior_scheduler/scheduler_config.json", no_text, "prior_scheduler/scheduler_config.json' is damaged"),
     ("model_index.json", Path.unlink, "has no model_index.json"),
     ("model_index.json", no_text, "model_index.json' is damaged"),
     ("unclip.json", no_text, "unclip.json' is damaged"),

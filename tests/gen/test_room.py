@@ -23,16 +23,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("unet", {"block_out_channels": [8, 10**9]}, "unet' asks for block_out_channels=1000000000 in its config.json"),
-        ("unet", {"layers_per_block": 10**6}, "unet' asks for layers_per_block=1000000 in its config.json; give 1000"),
+        (
+            "unet",
+            {"block_out_channels": [8, 10**9]},
+            "unet' asks for block_out_channels=1000000000 in its configuration",
+        ),
+        (
+            "unet",
+            {"layers_per_block": 10**6},
+            "unet' asks for layers_per_block=1000000 in its configuration; give 1000",
+        ),
         ("unet", {"block_out_channels": [80_000, 160_000]}, r"unet' asks for [\d,]{13,} numbers .* its files hold"),
+        ("unet", {"layers_per_block": [1, [10**9]]}, "unet' asks for layers_per_block=1000000000 in its configuration"),
+        ("unet", {"sample_size": 900_000}, "unet' asks for sample_size=900000 in its configuration; give 16384 at"),
+        ("scheduler", {"num_train_timesteps": 10**12}, "scheduler' asks for num_train_timesteps=1000000000000 in its"),
         ("text_encoder", {"hidden_size": 800_000}, r"text_encoder' asks for [\d,]{13,} numbers .* its files hold"),
     ],
 )
 def test_absurd_sizes(folder: Path, tmp_path: Path, part: str, change: dict[str, object], message: str) -> None:
     """Terabytes, which a machine would have to be asked for."""
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
-    edited(copy / part / "config.json", **change)
+    edited(copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **change)
     with pytest.raises(ValueError, match=message) as caught:
         TextToImage.from_pretrained(copy, device="cpu")
     assert "\n" not in str(caught.value)

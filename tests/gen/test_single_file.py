@@ -194,9 +194,10 @@ def test_weights_that_nothing_reads_are_in_the_log(
     files: dict[str, Path], folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "more.safetensors"
-    save_file(load_file(files["1"]) | {"model_ema.x": torch.zeros(1), "sparkle.x": torch.zeros(1)}, path)
+    more = {name: torch.zeros(1) for name in ("model_ema.x", *(f"sparkle.{k}" for k in range(6)))}
+    save_file(load_file(files["1"]) | more, path)
     TextToImage.from_pretrained(path, device="cpu", config=folders["1"])
-    assert "holds 1 more weights that are not read, such as sparkle.x" in caplog.text
+    assert "weights sparkle.0, sparkle.1, sparkle.2, sparkle.3, sparkle.4 and 1 more are not read" in caplog.text
     save_file(load_file(files["1"]) | {"v_pred": torch.zeros(0)}, path)
     with pytest.raises(ValueError, match="says 'v_pred' and so predicts v; give config=FOLDER"):
         TextToImage.from_pretrained(path, device="cpu")
