@@ -206,11 +206,8 @@ def generate(
             painter.load_textual_inversion(file, token)
         if (ip_adapter is None) != (ip_image is None):
             raise ValueError("--ip-adapter and --ip-image go together; give both or none")
-        shown = None
-        if ip_adapter is not None and ip_image is not None:
-            picture = read_picture(ip_image)
+        if ip_adapter is not None:
             painter.load_ip_adapter(*_scaled(ip_adapter), ip_encoder)
-            shown = painter.embed_ip_adapter_image(picture)
         loaded = time.perf_counter()
         from gen.request import Request
 
@@ -276,7 +273,7 @@ def generate(
             interpolation=interpolation,
             edit_from=edit_from,
             edit_amount=edit_amount,
-            ip_adapter_image_embeds=shown,
+            ip_adapter_image=ip_image,
             super_res_num_inference_steps=super_res_steps,
         )
         request.resolve(painter.model.abilities)  # every mistake, before the note on words

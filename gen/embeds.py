@@ -38,6 +38,14 @@ class WithImageTower(Protocol):
         """The embedding (E,) float32 of pixels (3, H, W) in [0, 1]."""
 
 
+@runtime_checkable
+class WithPictures(Protocol):
+    """A family that may be shown a picture beside the text, by an IP-Adapter."""
+
+    def see_beside(self, pixels: Tensor) -> Tensor:
+        """What is shown of pixels (3, H, W) in [0, 1]: (E,) or (S, E) float32."""
+
+
 def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
     """From one vector (..., E) to another along the sphere by a share of their angle; lengths go evenly."""
     lengths = torch.lerp(start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True), share)
@@ -67,12 +75,20 @@ def between(start: Condition, end: Condition, share: float) -> Condition:
 
 
 def with_embeds(model: object, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates with the image embedding that they ask for by pictures, in place of a prior's answer."""
+    """Candidates with the embeddings of the pictures they ask for: in place of a prior's answer, or beside the text."""
     made: dict[tuple[object, ...], Tensor] = {}
-    return [
-        one if one.variation_of is None else replace(one, image_embeds=_embed(model, one, one.variation_of, made))
-        for one in candidates
-    ]
+    beside: dict[int, Tensor] = {}  # by the picture's identity
+    found = []
+    for one in candidates:
+        if one.variation_of is not None:
+            one = replace(one, image_embeds=_embed(model, one, one.variation_of, made))
+        if (picture := one.ip_adapter_image) is not None:
+            if id(picture) not in beside:
+                assert isinstance(model, WithPictures), "refused of a model that is shown nothing"
+                beside[id(picture)] = model.see_beside(picture.sized(*picture.size))
+            one = replace(one, ip_adapter_image_embeds=beside[id(picture)])
+        found.append(one)
+    return found
 
 
 def _embed(model: object, candidate: Candidate, picture: Source, made: dict[tuple[object, ...], Tensor]) -> Tensor:

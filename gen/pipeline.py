@@ -34,11 +34,11 @@ from gen.engine import Engine
 from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
-from gen.request import Candidate, Job, Request, asks_clip
+from gen.request import Candidate, Job, Request, asks_clip, check_shown
 from gen.runtime import DTYPES, TORCH, check_runtime, dtype_of, name_of, run_by_openvino
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
-from gen.source import Picture, either
+from gen.source import Picture, either, num_of, sources
 from gen.weights import files_hash, folder_hash
 
 Images = list[Image.Image] | Tensor | np.ndarray
@@ -203,10 +203,10 @@ class TextToImage:
         scale: float = 1.0,
         image_encoder: str | Path | None = None,  # folder; None: `image_encoder/` beside the file, where it is
     ) -> None:
-        """Let pictures be shown beside the text (`ip_adapter_image`): a file, a folder or a hub id, of the plain kind.
+        """Let pictures be shown beside the text (`ip_adapter_image`): a file, a folder or a hub id.
 
-        It takes the place of one loaded before, and is not saved with the model; see `gen.adapters.ip_adapter`.
-        Not while an engine of this model runs.
+        It is plain, Plus or Full Face (see `gen.adapters.ip_adapter`), takes the place of one loaded before, and is not
+        saved with the model. Not while an engine of this model runs.
         """
         if not isinstance(self.model, Reader):
             raise ValueError(f"a {self.model.saved_as} takes no IP-Adapter; its UNet reads no text by cross-attention")
@@ -216,12 +216,14 @@ class TextToImage:
         self.model = replace(self.model, ip_adapter=loaded)
         self.adapters = (*(each for each in self.adapters if each.kind != adapter.kind), adapter)
 
-    def embed_ip_adapter_image(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Embeddings (B, E) of pictures, for `ip_adapter_image_embeds` of a request."""
-        adapter = self.model.ip_adapter if isinstance(self.model, Reader) else None
-        if adapter is None:
-            raise ValueError("ip_adapter_image was given, but this model has no IP-Adapter; call load_ip_adapter first")
-        return adapter.embed([images] if isinstance(images, Image.Image) else images)
+    def embed_ip_adapter_image(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """What an IP-Adapter reads of pictures, for `ip_adapter_image_embeds`: (B, E), or (B, S, E) of Plus."""
+        check_shown(self.model.abilities)
+        assert isinstance(self.model, Reader), "no other takes an IP-Adapter"
+        if not (number := num_of(images)):
+            raise ValueError("ip_adapter_image is empty; give at least one picture")
+        given = [one for one in sources("ip_adapter_image", images, number) if one is not None]
+        return torch.stack([self.model.see_beside(one.sized(*one.size)) for one in given])
 
     def load_again(self, record: Mapping[str, Any]) -> None:
         """Add what the model of a record had been given, from where its record says it lies."""
@@ -229,7 +231,7 @@ class TextToImage:
             if each.kind == "lora" and each.scale is not None:
                 self.load_lora(each.name, each.scale)
             elif each.kind == "ip_adapter" and each.scale is not None:
-                self.load_ip_adapter(each.name, each.scale)
+                self.load_ip_adapter(each.name, each.scale, each.image_encoder)
             elif each.kind == "embedding":
                 self.load_textual_inversion(each.name, each.token)
             else:
@@ -323,10 +325,8 @@ class TextToImage:
         pooled_prompt_embeds: Tensor | None = None,  # (prompts, P), with prompt_embeds of Stable Diffusion XL
         negative_pooled_prompt_embeds: Tensor | None = None,  # (prompts, P)
         image_embeds: Tensor | None = None,  # (prompts, E), in place of the prior's answer
-        ip_adapter_image: Image.Image
-        | Sequence[Image.Image]
-        | None = None,  # shown beside the text; one, or per prompt
-        ip_adapter_image_embeds: Tensor | None = None,  # (prompts, E) in its place
+        ip_adapter_image: Picture | Sequence[Picture] | None = None,  # shown beside the text; one, or per prompt
+        ip_adapter_image_embeds: Tensor | None = None,  # (prompts, E) or (prompts, S, E) in its place
         negative_image_embeds: Tensor | None = None,  # (prompts, E), what Kandinsky is guided away from
         output_type: str = "pil",  # "pil", "pt", "np" or "latent"
         batch_size: int | None = None,  # rows in flight at most; None: as memory allows. Pictures do not depend on it
@@ -338,12 +338,6 @@ class TextToImage:
         Raises ValueError, before any network runs, for what this model cannot paint; `Cancelled` when the
         callback cancels.
         """
-        if ip_adapter_image is not None:
-            if ip_adapter_image_embeds is not None:
-                raise ValueError("ip_adapter_image and ip_adapter_image_embeds were both given; give one of them")
-            ip_adapter_image_embeds = self.embed_ip_adapter_image(ip_adapter_image)
-            if isinstance(ip_adapter_image, Image.Image) and prompt is not None and not isinstance(prompt, str):
-                ip_adapter_image_embeds = ip_adapter_image_embeds.expand(len(prompt), -1)
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -410,6 +404,7 @@ class TextToImage:
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             image_embeds=image_embeds,
+            ip_adapter_image=ip_adapter_image,
             ip_adapter_image_embeds=ip_adapter_image_embeds,
             negative_image_embeds=negative_image_embeds,
             output_type=output_type,

@@ -35,7 +35,7 @@ TENSORS = (
     "image_embeds",
     "negative_image_embeds",
 )
-SHOWN = "ip_adapter_image_embeds"  # so small that a record holds it
+SHOWN = "ip_adapter_image_embeds"  # a record holds it where it is a vector, and else names the picture
 # beside negative_prompt, which a prior may read too
 NULLS = ("negative_prompt_2", "negative_prompt_embeds", "negative_image_embeds")
 NULL_SIZES = tuple(name for name in (*SIZES, *SCORES) if name.startswith("negative_"))
@@ -48,7 +48,14 @@ PRIORS = (
     "prior_best_of",
 )  # read where there is a prior
 SUPER_RES = ("super_res_latents", "super_res_num_inference_steps")  # read where there is super resolution
-PICTURES = {"image": RGB, "mask_image": GREY, "variation_of": RGB, "interpolate_image": RGB}  # their channels
+SHOWN_PICTURE = "ip_adapter_image"
+PICTURES = {  # their channels
+    "image": RGB,
+    "mask_image": GREY,
+    "variation_of": RGB,
+    "interpolate_image": RGB,
+    SHOWN_PICTURE: RGB,
+}
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
 MOST_IN_BUDGET = 4096  # candidates of a prompt, where only a budget says how many
@@ -94,7 +101,8 @@ class Candidate:
     mask_image: Source | None = None  # white where that is painted anew; None: everywhere
     variation_of: Source | None = None  # the picture whose embedding takes the place of the prior's answer
     interpolate_image: Source | None = None  # the picture towards whose embedding that goes
-    ip_adapter_image_embeds: Tensor | None = None  # (E,) of the picture that an IP-Adapter shows; None: none
+    ip_adapter_image: Source | None = None  # the picture that an IP-Adapter shows beside the text
+    ip_adapter_image_embeds: Tensor | None = None  # (E,) or (S, E), what it reads of that; None: not yet, or no picture
     negative_image_embeds: Tensor | None = None  # (E,) in place of the null's
     noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
 
@@ -115,9 +123,13 @@ class Candidate:
         for name in PICTURES:
             if (source := getattr(self, name)) is not None:
                 record[name] = source.to_json()
-        if self.ip_adapter_image_embeds is not None:
-            record[SHOWN] = packed(self.ip_adapter_image_embeds)
         given = [name for name in TENSORS if getattr(self, name) is not None]
+        if (shown := self.ip_adapter_image_embeds) is not None:
+            if shown.ndim == 1:
+                record[SHOWN] = packed(shown)
+                record.pop(SHOWN_PICTURE, None)
+            elif self.ip_adapter_image is None:
+                given.append(SHOWN)
         if self.variation_of is not None:  # from which the embedding is made again
             given.remove("image_embeds")
         return record | ({"given": list(given)} if given else {})
@@ -142,12 +154,14 @@ class Candidate:
         if not isinstance(told, list):
             raise ValueError(f"the record is damaged: its noise_path is {told!r}")
         path = tuple(Before.from_json(each) for each in told)
-        shown = unpacked(record[SHOWN], able.ip_adapter_width) if SHOWN in record else None
+        shown = unpacked(record[SHOWN], able.ip_adapter_shape) if SHOWN in record else None
         pictures = {name: found(name, record[name], images, PICTURES[name]) for name in PICTURES if name in record}
         if "variation_of" in pictures:
             check_seeing(settings, able)
         elif settings.edit_from or "interpolate_image" in pictures:
             raise ValueError("the record is damaged: it moves the embedding of a picture that it does not name")
+        if SHOWN_PICTURE in pictures:
+            check_shown(able)
         if settings.strength < 1 and "image" not in pictures:
             raise ValueError(f"the record is damaged: its strength is {settings.strength}, and it names no image")
         return cls(
@@ -158,6 +172,7 @@ class Candidate:
             mask_image=pictures.get("mask_image"),
             variation_of=pictures.get("variation_of"),
             interpolate_image=pictures.get("interpolate_image"),
+            ip_adapter_image=pictures.get(SHOWN_PICTURE),
             ip_adapter_image_embeds=shown,
             noise_path=path,
         )
@@ -246,6 +261,7 @@ class Request:
     pooled_prompt_embeds: Tensor | None = field(default=None, repr=False)
     negative_pooled_prompt_embeds: Tensor | None = field(default=None, repr=False)
     image_embeds: Tensor | None = field(default=None, repr=False)
+    ip_adapter_image: Picture | Sequence[Picture] | None = field(default=None, repr=False)
     ip_adapter_image_embeds: Tensor | None = field(default=None, repr=False)
     negative_image_embeds: Tensor | None = field(default=None, repr=False)
     output_type: str = "pil"
@@ -316,6 +332,7 @@ class Request:
                     mask_image=pictures["mask_image"][at],
                     variation_of=pictures["variation_of"][at],
                     interpolate_image=pictures["interpolate_image"][at],
+                    ip_adapter_image=pictures[SHOWN_PICTURE][at],
                     ip_adapter_image_embeds=told[SHOWN].get(at),
                     negative_image_embeds=told["negative_image_embeds"].get(at),
                 )
@@ -516,8 +533,12 @@ class Request:
         if able.super_res_max_steps:
             large = (able.latent_channels, settings.height, settings.width)
             shape_of("super_res_latents", self.super_res_latents, (num_prompts * n, *large))
-        if able.ip_adapter_width is not None:
-            shape_of(SHOWN, self.ip_adapter_image_embeds, (num_prompts, able.ip_adapter_width))
+        if self.ip_adapter_image is not None:
+            check_shown(able)
+            if self.ip_adapter_image_embeds is not None:
+                raise ValueError(f"{SHOWN_PICTURE} and {SHOWN} were both given; give one of them")
+        if able.ip_adapter_shape is not None:
+            shape_of(SHOWN, self.ip_adapter_image_embeds, (num_prompts, *able.ip_adapter_shape))
         elif self.ip_adapter_image_embeds is not None:
             raise ValueError(f"{SHOWN} was given, but this model has no IP-Adapter; load one with load_ip_adapter")
         words, null = self.prompt_embeds, self.negative_prompt_embeds
@@ -558,14 +579,16 @@ def packed(embeds: Tensor) -> str:
     return base64.b64encode(embeds.float().cpu().numpy().astype("<f4").tobytes()).decode()
 
 
-def unpacked(told: object, width: int | None) -> Tensor:
-    """The embedding (E,) of a record; ValueError where it is damaged, or of another width than is taken."""
+def unpacked(told: object, shape: tuple[int, ...] | None) -> Tensor:
+    """The embedding (E,) of a record; ValueError where it is damaged, or of another shape than is taken."""
     try:
         values = np.frombuffer(base64.b64decode(str(told), validate=True), "<f4")
     except ValueError:  # base 64's own, or bytes that are no whole numbers of floats
         raise ValueError(f"the record is damaged: its {SHOWN} is no embedding") from None
-    if len(values) != width:
-        raise ValueError(f"the picture was painted with an IP-Adapter of width {len(values)}; this model takes {width}")
+    if (len(values),) != shape:
+        raise ValueError(
+            f"the picture was painted with an IP-Adapter of shape {(len(values),)}; this model takes {shape}"
+        )
     return torch.from_numpy(values.astype(np.float32))
 
 
@@ -590,6 +613,14 @@ def check_seeing(settings: Settings, able: Abilities) -> None:
         raise ValueError(f"variation_of was given, but this model {told}; leave it out, or begin from it with image")
     if settings.edit_from and not able.can_compare:
         raise ValueError("edit_from compares texts by the CLIP whose embeddings the model takes; it has no such clip/")
+
+
+def check_shown(able: Abilities) -> None:
+    """Refuse a picture (ValueError) to a model that no IP-Adapter shows one, or that cannot embed it."""
+    if able.ip_adapter_shape is None:
+        raise ValueError(f"{SHOWN_PICTURE} was given, but this model has no IP-Adapter; load one with load_ip_adapter")
+    if not able.ip_adapter_sees:
+        raise ValueError(f"the IP-Adapter has no image encoder; load it with image_encoder=FOLDER, or give {SHOWN}")
 
 
 def asks_clip(record: Mapping[str, Any]) -> bool:

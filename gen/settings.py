@@ -43,7 +43,8 @@ class Abilities:
     tells_score: bool = False  # and of an aesthetic score, in place of the size asked for
     pooled_width: int | None = None  # P of pooled_prompt_embeds; None: this model takes none
     embedding_width: int | None  # E of image_embeds; None: this model takes none
-    ip_adapter_width: int | None = None  # E of ip_adapter_image_embeds; None: no IP-Adapter was loaded
+    ip_adapter_shape: tuple[int, ...] | None = None  # (E,) or (S, E) of an ip_adapter_image_embeds; None: no IP-Adapter
+    ip_adapter_sees: bool = False  # and it has an image encoder
     num_noise_levels: int  # noise_level is smaller than this; 0: no image embedding to noise
     max_steps: int  # the timesteps the decoder was trained on
     prior_max_steps: int  # 0: the model has no prior

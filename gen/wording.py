@@ -29,6 +29,7 @@ OPTIONS = {
     "negative_prompt": "--negative",
     "mask_image": "--mask",
     "image_encoder": "--ip-encoder",
+    "ip_adapter_image": "--ip-image",
 }
 ALIKE = [  # by Python's own name
     *("search", "budget", "clip", "config", "image", "strength", "variation_of", "interpolation", "edit_from"),

@@ -28,24 +28,27 @@ class Adapter:
 
     kind: str  # "lora", "embedding" or "ip_adapter"
     name: str  # the path or hub id it was loaded by
-    hash: str  # SHA-256 of its file
+    hash: str  # SHA-256 of its file, and of what else it depends on
     scale: float | None = None  # None: its kind has none
     token: str | None = None  # the word it is; None: its kind has none
+    image_encoder: str | None = None  # what was named as its image encoder; None: nothing was, or no picture needs it
 
     def to_json(self) -> dict[str, JSON]:
         """As it stands in a record."""
         told: dict[str, JSON] = {"kind": self.kind, "name": self.name, "hash": self.hash}
         told |= {} if self.scale is None else {"scale": self.scale}
-        return told | ({} if self.token is None else {"token": self.token})
+        told |= {} if self.token is None else {"token": self.token}
+        return told | ({} if self.image_encoder is None else {"image_encoder": self.image_encoder})
 
     @classmethod
     def from_json(cls, told: object) -> Adapter:
         """As a record has it; ValueError where it is damaged."""
         if isinstance(told, Mapping):
-            kind, name, digest, scale, token = (told.get(item.name) for item in fields(cls))
-            good = (scale is None or is_number(scale, -math.inf)) and (token is None or isinstance(token, str))
+            kind, name, digest, scale, token, encoder = (told.get(item.name) for item in fields(cls))
+            good = (scale is None or is_number(scale, -math.inf)) and isinstance(token, str | None)
+            good = good and isinstance(encoder, str | None)
             if isinstance(kind, str) and isinstance(name, str) and isinstance(digest, str) and good:
-                return cls(kind, name, digest, scale, token)
+                return cls(kind, name, digest, scale, token, encoder)
         raise ValueError(f"the record is damaged: its adapters have {told!r}")
 
     def __str__(self) -> str:
@@ -55,7 +58,7 @@ class Adapter:
 
     def is_same(self, other: Adapter) -> bool:
         """Whether both add the same, wherever their files lie."""
-        return replace(self, name="") == replace(other, name="")
+        return replace(self, name="", image_encoder=None) == replace(other, name="", image_encoder=None)
 
 
 class Weights(NamedTuple):

@@ -1,77 +1,107 @@
 """IP-Adapter (Ye et al. 2023): a picture beside the text, by keys and values of its own in every layer that reads one.
 
-The plain kind: a CLIP image embedding becomes a few tokens, which each cross-attention reads with weights of the
+What a CLIP image tower says of a picture becomes a few tokens, which each cross-attention reads with weights of the
 adapter's own and adds, `scale` times, to what it reads of the text. The scale is in the values, for attention is linear
-in them. What a layer does with the keys and values is `gen.attention`'s.
+in them. The plain kind reads CLIP's embedding, Plus and Full Face the tower's last states but one. What a layer does
+with the keys and values is `gen.attention`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.embeddings import ImageProjection
-from PIL import Image
+from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from clip_core.fit import named
 from clip_core.preprocess import CONFIG_NAME, Preprocess
-from gen.adapters.file import Adapter, content_hash, found, read
+from gen.adapters.file import Adapter, Found, content_hash, fetched, found, read
 from gen.attention import per_head, text_layers
 from gen.checkpoint import load_part
 from gen.checks import real
+from gen.hub import needed
+from gen.weights import read_json, weight_files
 
 USUAL = "ip-adapter_sd15.safetensors"
 ENCODER = "image_encoder"  # the folder beside the file, as it is published
-PROJECTION = {  # the file's names, and those of diffusers' ImageProjection
-    "image_proj.proj.weight": "image_embeds.weight",
-    "image_proj.proj.bias": "image_embeds.bias",
-    "image_proj.norm.weight": "norm.weight",
-    "image_proj.norm.bias": "norm.bias",
-}
+PROJECTION = "image_proj."
+MARKS = {"proj.weight": "plain", "latents": "Plus", "proj.3.weight": "Full Face"}  # what the projection of each has
 KEYS, VALUES = "ip_adapter.{}.to_k_ip.weight", "ip_adapter.{}.to_v_ip.weight"
+
+Projection: TypeAlias = ImageProjection | IPAdapterPlusImageProjection | IPAdapterFullImageProjection
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEncoder:
+    """CLIP's image tower, and how pictures are brought to it."""
+
+    tower: CLIPVisionModelWithProjection
+    preprocess: Preprocess
+
+    @property
+    def num_states(self) -> int:
+        """S of the tower's states: its patches, and one for all of them."""
+        config = self.tower.config
+        return (config.image_size // config.patch_size) ** 2 + 1
+
+    def values(self, pixels: Tensor) -> Tensor:
+        """What the tower takes (1, 3, h, w) for pixels (3, H, W) in [0, 1]."""
+        return self.preprocess.from_pixels(pixels[None].to(self.tower.device)).to(self.tower.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class IPAdapter:
     """A loaded IP-Adapter of one UNet."""
 
-    projection: ImageProjection  # (B, E) -> (B, T, D)
+    projection: Projection  # (B, E) or (B, S, E) -> (B, T, D)
     layers: tuple[tuple[Tensor, Tensor], ...]  # weights (heads * d, D) of keys and scaled values, layer by layer
-    encoder: CLIPVisionModelWithProjection | None  # None: only embeddings can be given
-    preprocess: Preprocess | None
+    encoder: ImageEncoder | None  # None: only embeddings can be given, and only of the plain kind
 
     @property
-    def width(self) -> int:
-        """E of the image embedding."""
-        return self.projection.image_embeds.in_features
+    def shape(self) -> tuple[int, ...]:
+        """(E,) of CLIP's embedding, or (S, E) of its states."""
+        width = width_of(self.projection)
+        if not reads_states(self.projection):
+            return (width,)
+        assert self.encoder is not None, "an adapter that reads states is refused without one"
+        return (self.encoder.num_states, width)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """What is read of pixels (3, H, W) in [0, 1]: (E,) or (S, E) float32."""
+        assert self.encoder is not None, "a picture is refused where there is none"
+        return self._said(self.encoder, self.encoder.values(pixels))
 
     @torch.no_grad()
-    def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """CLIP's embeddings (B, E) float32 of pictures; ValueError without an image encoder."""
-        if self.encoder is None or self.preprocess is None:
-            told = "load it with image_encoder=FOLDER, or give ip_adapter_image_embeds"
-            raise ValueError(f"the IP-Adapter has no image encoder; {told}")
-        if not images or not all(isinstance(each, Image.Image) for each in images):
-            raise ValueError("ip_adapter_image is no Pillow picture; give one, or a list of one or more")
-        values = self.preprocess.from_images(images).to(self.encoder.device, self.encoder.dtype)
-        return self.encoder(values).image_embeds.float()
+    def _said(self, encoder: ImageEncoder, values: Tensor) -> Tensor:
+        if reads_states(self.projection):
+            return encoder.tower(values, output_hidden_states=True).hidden_states[-2][0].float()
+        return encoder.tower(values).image_embeds[0].float()
 
     @torch.no_grad()
     def tokens(self, embeds: Tensor) -> Tensor:
-        """What the layers read of embeddings (B, E): (B, T, D). Zeros are the picture of a null."""
+        """What the layers read of embeddings (B, E) or (B, S, E): (B, T, D)."""
         return self.projection(embeds.to(self.layers[0][0]))
 
     @cached_property
     def null(self) -> Tensor:
-        """Tokens (T, D) of an embedding of zeros, which a null is shown."""
-        return self.tokens(torch.zeros(1, self.width))[0]
+        """Tokens (T, D) that a null is shown, as in diffusers.
+
+        They are of an embedding of zeros, or of the tower's states of a picture that is zeros where it takes it.
+        """
+        if not reads_states(self.projection):
+            return self.tokens(torch.zeros(1, *self.shape))[0]
+        assert self.encoder is not None, "an adapter that reads states is refused without one"
+        size = self.encoder.tower.config.image_size
+        nothing = torch.zeros_like(self.encoder.values(torch.zeros(3, size, size)))
+        return self.tokens(self._said(self.encoder, nothing)[None])[0]
 
     @cached_property
     def blank(self) -> Tensor:
@@ -94,49 +124,129 @@ def load(
 ) -> tuple[IPAdapter, Adapter]:
     """Read an adapter for a UNet; ValueError for a file of another kind or of another base model.
 
-    `image_encoder` is the folder of a CLIPVisionModelWithProjection; None: `image_encoder/` beside the file, if any.
+    `image_encoder` is the folder of a CLIPVisionModelWithProjection; None: `image_encoder/` beside the file, if any, or
+    of a hub repository the one that fits. Plus and Full Face need one.
     """
     scale = real("scale", scale, -float("inf"))
-    path = found("IP-Adapter", name, USUAL).path
-    tensors = read(path).tensors
+    place = found("IP-Adapter", name, USUAL, beside=[f"*{ENCODER}/*.json"])
+    tensors = read(place.path).tensors
     layers, like = list(text_layers(unet)), unet.conv_in.weight
     if any(layer.added_kv_proj_dim is not None for layer in layers):
         raise ValueError(f"IP-Adapter '{name}' cannot be added: this UNet reads its text among the picture's own keys")
     numbers = range(1, 2 * len(layers), 2)  # self-attentions are counted too
-    wanted = {*PROJECTION, *(kind.format(number) for number in numbers for kind in (KEYS, VALUES))}
-    if missing := sorted(set(PROJECTION) - tensors.keys()):
-        told = "Plus, Full Face and FaceID are not read"
-        raise ValueError(f"IP-Adapter '{name}' is not of the plain kind ({told}): {named(missing)} missing")
-    for keys, which in ((wanted - tensors.keys(), "missing"), (tensors.keys() - wanted, "of no layer here")):
+    shapes = {KEYS.format(n): layer.to_k.weight.shape for n, layer in zip(numbers, layers, strict=True)}
+    shapes |= {VALUES.format(n): layer.to_v.weight.shape for n, layer in zip(numbers, layers, strict=True)}
+    given = {key for key in tensors if not key.startswith(PROJECTION)}
+    kind = kind_of(str(name), tensors)
+    for keys, which in ((shapes.keys() - given, "missing"), (given - shapes.keys(), "of no layer here")):
         if keys:
             raise ValueError(f"IP-Adapter '{name}' is of another base model: {named(sorted(keys))} {which}")
-    width = unet.config.cross_attention_dim
-    *_, rows, embedding = (1, 1, *tensors["image_proj.proj.weight"].shape)  # what is no matrix is refused below
-    projection = ImageProjection(embedding, width, num_image_text_embeds=max(rows // width, 1))
-    shapes = {theirs: projection.state_dict()[ours].shape for theirs, ours in PROJECTION.items()}
-    shapes |= {KEYS.format(n): layer.to_k.weight.shape for n, layer in zip(numbers, layers, strict=True)}
-    shapes |= {VALUES.format(n): layer.to_v.weight.shape for n, layer in zip(numbers, layers, strict=True)}
     if wrong := sorted(key for key, shape in shapes.items() if tensors[key].shape != shape):
         raise ValueError(f"IP-Adapter '{name}' is of another base model: {named(wrong)} of another shape here")
-    projection.load_state_dict({ours: tensors[theirs] for theirs, ours in PROJECTION.items()})
-    projection.to(unet.device, unet.dtype).eval().requires_grad_(False)
+    projection = projection_of(str(name), unet, tensors)
     weights = tuple((tensors[KEYS.format(n)].to(like), tensors[VALUES.format(n)].to(like) * scale) for n in numbers)
-    encoder, preprocess = load_encoder(unet, path, image_encoder)
-    adapter = IPAdapter(projection, weights, encoder, preprocess)
-    if encoder is not None and encoder.config.projection_dim != adapter.width:
-        told = f"{encoder.config.projection_dim} of its image encoder"
-        raise ValueError(f"IP-Adapter '{name}' takes embeddings of width {adapter.width}, not {told}; give another")
-    return adapter, Adapter("ip_adapter", str(name), content_hash(path), scale)
+    folder = encoder_folder(str(name), place, projection) if image_encoder is None else Path(image_encoder).expanduser()
+    if folder is None and reads_states(projection):
+        told = f"reads the states of an image encoder, and there is no {ENCODER}/ beside it; give image_encoder=FOLDER"
+        raise ValueError(f"IP-Adapter '{name}' is of the kind {kind}, which {told}")
+    adapter = IPAdapter(projection, weights, None if folder is None else load_encoder(unet, folder))
+    if adapter.encoder is not None and not fits(adapter.encoder.tower.config, projection):
+        told = f"{encoder_width(adapter.encoder.tower.config, projection)} of its image encoder"
+        raise ValueError(
+            f"IP-Adapter '{name}' takes {what(projection)} {width_of(projection)}, not {told}; give another"
+        )
+    files = [place.path]
+    if folder is not None and reads_states(projection):  # whose null is the encoder's, whatever picture is shown
+        files += encoder_files(folder)
+    named_encoder = str(image_encoder) if image_encoder is not None and len(files) > 1 else None
+    return adapter, Adapter("ip_adapter", str(name), content_hash(*files), scale, image_encoder=named_encoder)
 
 
-def load_encoder(
-    unet: UNet2DConditionModel, path: Path, given: str | Path | None
-) -> tuple[CLIPVisionModelWithProjection | None, Preprocess | None]:
-    """The image encoder and its preprocessing, from the folder given or beside the file; None: there is none."""
-    folder = path.parent / ENCODER if given is None else Path(given).expanduser()
-    if given is None and not folder.is_dir():
-        return None, None
-    encoder = load_part(CLIPVisionModelWithProjection, folder, unet.device, unet.dtype)
+# --- its projection --------------------------------------------------------------------------------------------------
+
+
+def kind_of(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """The kind of an adapter by its weights; ValueError for one that is not read."""
+    kind = next((kind for mark, kind in MARKS.items() if f"{PROJECTION}{mark}" in tensors), None)
+    if kind is None:
+        raise ValueError(f"IP-Adapter '{name}' is of no kind that is read ({', '.join(MARKS.values())}); FaceID is not")
+    return kind
+
+
+def projection_of(name: str, unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> Projection:
+    """The network that makes tokens, by diffusers' own conversion of what files call its weights."""
+    given = {key.removeprefix(PROJECTION): tensor for key, tensor in tensors.items() if key.startswith(PROJECTION)}
+    try:
+        projection = unet._convert_ip_adapter_image_proj_to_diffusers(given, low_cpu_mem_usage=False)
+    except (KeyError, IndexError, RuntimeError) as error:  # what is missing, no matrix, too much or of another shape
+        told = " ".join(str(error).split())  # of diffusers or torch, on one line
+        raise ValueError(f"IP-Adapter '{name}' is damaged: its {PROJECTION}* do not fit each other ({told})") from error
+    norm = projection.norm_out if isinstance(projection, IPAdapterPlusImageProjection) else projection.norm
+    (wide,), reads = norm.normalized_shape, unet.config.cross_attention_dim
+    if wide != reads:
+        raise ValueError(
+            f"IP-Adapter '{name}' is of another base model: its tokens are {wide} wide, the UNet's {reads}"
+        )
+    return projection.to(unet.device, unet.dtype).eval().requires_grad_(False)
+
+
+def reads_states(projection: Projection) -> bool:
+    """Whether it reads the tower's states, and not its embedding."""
+    return not isinstance(projection, ImageProjection)
+
+
+def width_of(projection: Projection) -> int:
+    """E of what it reads."""
+    if isinstance(projection, IPAdapterPlusImageProjection):
+        return projection.proj_in.in_features
+    if isinstance(projection, IPAdapterFullImageProjection):
+        return projection.ff.net[0].proj.in_features
+    return projection.image_embeds.in_features
+
+
+def what(projection: Projection) -> str:
+    """What it reads, in words."""
+    return "states of width" if reads_states(projection) else "embeddings of width"
+
+
+# --- its image encoder -----------------------------------------------------------------------------------------------
+
+
+def encoder_folder(name: str, place: Found, projection: Projection) -> Path | None:
+    """The image encoder beside the file, or of a hub repository the first that fits, fetched; None: there is none."""
+    beside = place.path.parent / ENCODER
+    if not place.repository:
+        return beside if beside.is_dir() else None
+    others = sorted(path.parent for path in place.copy.rglob(f"{ENCODER}/config.json") if path.parent != beside)
+    folders = [folder for folder in [beside, *others] if (folder / "config.json").is_file()]
+    if not folders:
+        return None
+    configs = {folder: CLIPVisionConfig.from_dict(read_json(folder / "config.json")) for folder in folders}
+    chosen = next((folder for folder in folders if fits(configs[folder], projection)), folders[0])
+    part = chosen.relative_to(place.copy).as_posix()
+    fetched("IP-Adapter", name, place.repository, lambda names: needed(names, [part]))
+    return chosen
+
+
+def encoder_width(config: CLIPVisionConfig, projection: Projection) -> int:
+    """E of what an image encoder says where a projection reads it."""
+    return config.hidden_size if reads_states(projection) else config.projection_dim
+
+
+def fits(config: CLIPVisionConfig, projection: Projection) -> bool:
+    """Whether a projection can read an image encoder."""
+    return encoder_width(config, projection) == width_of(projection)
+
+
+def load_encoder(unet: UNet2DConditionModel, folder: Path) -> ImageEncoder:
+    """The image encoder of a folder, where the UNet is, and its preprocessing: CLIP's own where the folder has none."""
+    tower = load_part(CLIPVisionModelWithProjection, folder, unet.device, unet.dtype)
     if (folder / CONFIG_NAME).is_file():
-        return encoder, Preprocess.from_folder(folder)
-    return encoder, Preprocess().with_size(encoder.config.image_size)
+        return ImageEncoder(tower, Preprocess.from_folder(folder))
+    return ImageEncoder(tower, Preprocess().with_size(tower.config.image_size))
+
+
+def encoder_files(folder: Path) -> list[Path]:
+    """The files of an image encoder that its answers depend on."""
+    said = [folder / name for name in ("config.json", CONFIG_NAME)]
+    return [*(path for path in said if path.is_file()), *weight_files(folder)]

@@ -67,9 +67,12 @@ class Reader(Painter):
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         layers = self.text.encoder.config.num_hidden_layers
-        seen = None if self.ip_adapter is None else self.ip_adapter.width
         shape = (self.text.shape[0], self.text_width)
-        return replace(super().able(), text_shape=shape, text_layers=layers, ip_adapter_width=seen)
+        able = replace(super().able(), text_shape=shape, text_layers=layers)
+        if self.ip_adapter is None:
+            return able
+        sees = self.ip_adapter.encoder is not None
+        return replace(able, ip_adapter_shape=self.ip_adapter.shape, ip_adapter_sees=sees)
 
     def read(
         self,
@@ -102,6 +105,11 @@ class Reader(Painter):
         return replace(super().with_own_texts(), text=replace(self.text, encoder=self.unshared(self.text.encoder)))
 
     # --- what all share ------------------------------------------------------------------------------------------
+
+    def see_beside(self, pixels: Tensor) -> Tensor:
+        """What the IP-Adapter reads of pixels (3, H, W) in [0, 1]: (E,) or (S, E) float32."""
+        assert self.ip_adapter is not None, "a picture is refused where there is none"
+        return self.ip_adapter.embed(pixels)
 
     def check(self, where: str) -> None:
         """Refuse parts that do not fit each other (ValueError), before a network finds out."""
@@ -236,7 +244,7 @@ class Reader(Painter):
 def shown(adapter: IPAdapter, candidates: Sequence[Candidate], told: Sequence[Told]) -> list[Told]:
     """What candidates are told, those that come with a picture with its tokens beside their words.
 
-    A null is shown the picture of zeros, as in diffusers.
+    A null is shown what the adapter has for it.
     """
     embeds = [one.ip_adapter_image_embeds for one in candidates]
     given = {id(each): each for each in embeds if each is not None}

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from gen import TextToImage, checkpoint, hub
 from gen.adapters.file import found
 from gen.weights import of_one_variant, weight_files
+from tests.hub import COMMIT, cached
 from tests.tiny import make_tiny_stable_diffusion
 
-COMMIT = "0" * 40
 UNET = "unet/diffusion_pytorch_model"
 
 # As the published repositories of Stable Diffusion 1.5 and XL list them, shortened.
@@ -65,14 +65,6 @@ def test_one_variant(names: list[str], chosen: list[str], variant: str | None) -
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_stable_diffusion(tmp_path_factory.mktemp("hub") / "tiny")
-
-
-def cached(root: Path, owner: str, name: str) -> Path:
-    """Where a cache has the files of a repository, which is said to be there."""
-    repository = root / f"models--{owner}--{name}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    return repository / "snapshots" / COMMIT
 
 
 @pytest.fixture

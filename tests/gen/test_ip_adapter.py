@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,28 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from gen import Request, TextToImage, command
+from gen import Request, TextToImage, command, hub
 from gen.attention import attentions
+from gen.families.reader import Reader
 from gen.picture import read_png
+from tests.hub import cached
 from tests.stock import LONG, PROMPTS, SEED, SHORT, apart, assert_same, stock_of
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
 E, TOKENS, SCALE = 12, 4, 0.6
+HIDDEN, STATES = 16, 17  # of the image encoder: its states' width, and their number: 4 x 4 patches and one
+INNER, HEAD = 16, 64  # of Plus: its own width, and that of its one head, which files do not say
+KINDS = {"plain": "", "Plus": "-plus", "Full Face": "-full"}  # and how their files end here
 STOCK = {"1": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
 
 
-def adapter_of(folder: Path, seed: int = 0) -> dict[str, Tensor]:
+def adapter_of(folder: Path, kind: str = "plain", seed: int = 0) -> dict[str, Tensor]:
     """A tiny adapter of a model's UNet, as published files name it: self-attentions are counted and have nothing."""
     rng = torch.Generator().manual_seed(seed)
     unet = TextToImage.from_pretrained(folder, device="cpu").model.unet
@@ -34,29 +41,50 @@ def adapter_of(folder: Path, seed: int = 0) -> dict[str, Tensor]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng) * 0.5
 
-    told = {"proj.weight": random(TOKENS * width, E), "proj.bias": random(TOKENS * width)}
-    told |= {"norm.weight": random(width) + 1, "norm.bias": random(width)}
+    def norm(name: str, wide: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": random(wide) + 1, f"{name}.bias": random(wide)}
+
+    def linear(name: str, wide: int, reads: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": random(wide, reads), f"{name}.bias": random(wide)}
+
+    if kind == "plain":
+        told = linear("proj", TOKENS * width, E) | norm("norm", width)
+    elif kind == "Full Face":
+        told = linear("proj.0", HIDDEN, HIDDEN) | linear("proj.2", width, HIDDEN) | norm("proj.3", width)
+    else:
+        told = {"latents": random(1, TOKENS, INNER)} | linear("proj_in", INNER, HIDDEN)
+        told |= linear("proj_out", width, INNER) | norm("norm_out", width)
+        for layer in (f"layers.{k}" for k in range(4)):
+            told |= norm(f"{layer}.0.norm1", INNER) | norm(f"{layer}.0.norm2", INNER) | norm(f"{layer}.1.0", INNER)
+            told |= {f"{layer}.0.to_q.weight": random(HEAD, INNER), f"{layer}.0.to_kv.weight": random(2 * HEAD, INNER)}
+            told |= {f"{layer}.0.to_out.weight": random(INNER, HEAD) * 0.2}
+            told |= {f"{layer}.1.1.weight": random(4 * INNER, INNER), f"{layer}.1.3.weight": random(INNER, 4 * INNER)}
     weights = {f"image_proj.{name}": tensor for name, tensor in told.items()}
     for place, layer in enumerate(attentions(unet)):
         if layer.is_cross_attention:
-            for kind in "kv":
-                weights[f"ip_adapter.{place}.to_{kind}_ip.weight"] = random(layer.inner_dim, width)
+            for each in "kv":
+                weights[f"ip_adapter.{place}.to_{each}_ip.weight"] = random(layer.inner_dim, width)
     return weights
+
+
+def save_encoder(folder: Path, seed: int = 0, hidden: int = HIDDEN) -> None:
+    vision = {"hidden_size": hidden, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = CLIPVisionConfig(**vision, image_size=32, patch_size=8, projection_dim=E, initializer_factor=5.0)
+        CLIPVisionModelWithProjection(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models `1` and `xl`, and a folder `ip` with an adapter of each and the image encoder beside them."""
+    """Models `1` and `xl`, and a folder `ip` with adapters of each and the image encoder beside them."""
     root = tmp_path_factory.mktemp("ip")
     make_tiny_stable_diffusion(root / "1")
     make_tiny_stable_diffusion_xl(root / "xl")
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = CLIPVisionConfig(**vision, image_size=32, patch_size=8, projection_dim=E, initializer_factor=5.0)
-        CLIPVisionModelWithProjection(config).save_pretrained(root / "ip" / "image_encoder")
-    for kind in STOCK:
-        save_file(adapter_of(root / kind), root / "ip" / f"{kind}.safetensors")
+    save_encoder(root / "ip" / "image_encoder")
+    for family in STOCK:
+        for kind, ending in KINDS.items():
+            save_file(adapter_of(root / family, kind), root / "ip" / f"{family}{ending}.safetensors")
     return root
 
 
@@ -72,16 +100,108 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["1", "xl"])
-def test_stock_paints_the_same(root: Path, kind: str) -> None:
-    model = TextToImage.from_pretrained(root / kind, device="cpu")
-    model.load_ip_adapter(root / "ip" / f"{kind}.safetensors", SCALE)
-    stock = stock_of(STOCK[kind], root / kind)
-    stock.load_ip_adapter(str(root / "ip"), subfolder="", weight_name=f"{kind}.safetensors")
+@pytest.mark.parametrize(
+    ("family", "kind"), [("1", "plain"), ("xl", "plain"), ("1", "Plus"), ("xl", "Plus"), ("1", "Full Face")]
+)
+def test_stock_paints_the_same(root: Path, family: str, kind: str) -> None:
+    model = TextToImage.from_pretrained(root / family, device="cpu")
+    file = f"{family}{KINDS[kind]}.safetensors"
+    model.load_ip_adapter(root / "ip" / file, SCALE)
+    stock = stock_of(STOCK[family], root / family)
+    stock.load_ip_adapter(str(root / "ip"), subfolder="", weight_name=file)
     stock.set_ip_adapter_scale(SCALE)
-    for guided in ({"guidance_scale": 1.0}, {"guidance_scale": 5.0, "negative_prompt": ["blue"]}):
+    for number, guided in ((1, {"guidance_scale": 1.0}), (3, {"guidance_scale": 5.0, "negative_prompt": ["blue"]})):
         asked: dict[str, Any] = {"num_inference_steps": 4, "ip_adapter_image": picture(), **guided}
-        assert_same(model, stock, [SHORT], 2, **asked)
+        assert_same(model, stock, [SHORT], number, **asked)
+
+
+@pytest.mark.parametrize("kind", ["Plus", "Full Face"])
+def test_kinds_that_read_states(root: Path, tmp_path: Path, kind: str) -> None:
+    """The picture shows, a batch with others changes nothing, and a record has the picture's hash and path."""
+    file = root / "ip" / f"1{KINDS[kind]}.safetensors"
+    model = TextToImage.from_pretrained(root / "1", device="cpu")
+    model.load_ip_adapter(file, SCALE)
+    asked: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt", "seed": SEED}
+    picture(1).save(tmp_path / "shown.png")
+    requests = [
+        Request(prompt=SHORT, **asked, ip_adapter_image=one) for one in (None, picture(), tmp_path / "shown.png")
+    ]
+    together = [result.images for result in model.paint(requests)]
+    alone = [model.paint([request])[0] for request in requests]
+    for ours, one in zip(together, alone, strict=True):
+        assert (ours - one.images).abs().max() <= 1 / 255
+    assert (together[0] - together[1]).abs().max() > 0.02 and (together[1] - together[2]).abs().max() > 0.02
+    embeds = model.embed_ip_adapter_image([picture(), tmp_path / "shown.png"])
+    assert embeds.shape == (2, STATES, HIDDEN)
+    given = model([SHORT] * 2, ip_adapter_image_embeds=embeds, **asked)
+    assert (given.images - torch.cat(together[1:])).abs().max() <= 1 / 255
+    # records
+    with pytest.raises(ValueError, match=r"painted from tensors \(ip_adapter_image_embeds\)"):
+        model.repaint(given.records[0])
+    records = [json.loads(json.dumps(one.records[0])) for one in alone]
+    assert torch.equal(model.repaint(records[2]), alone[2].images[0])
+    assert torch.equal(model.repaint(records[1], [picture()]), alone[1].images[0])
+    with pytest.raises(ValueError, match="the ip_adapter_image was a picture that its record has no file of"):
+        model.repaint(records[1])
+    with pytest.raises(ValueError, match="ip_adapter_image was given, but this model has no IP-Adapter"):
+        TextToImage.from_pretrained(root / "1", device="cpu").repaint(records[1] | {"adapters": []}, [picture()])
+    # another encoder is another adapter
+    save_encoder(tmp_path / "other", seed=1)
+    model.load_ip_adapter(file, SCALE, tmp_path / "other")
+    with pytest.raises(ValueError, match="was painted with other adapters"):
+        model.repaint(records[1], [picture()])
+    (record,) = model(SHORT, ip_adapter_image=picture(), **asked).records
+    again = TextToImage.from_pretrained(root / "1", device="cpu")
+    again.load_again(record)
+    assert again.adapters == model.adapters and record["adapters"][0]["image_encoder"] == str(tmp_path / "other")
+
+
+def test_all_else_is_checked_before_a_picture_is_embedded(root: Path) -> None:
+    model = TextToImage.from_pretrained(root / "1", device="cpu")
+    model.load_ip_adapter(root / "ip" / "1.safetensors")
+    assert isinstance(model.model, Reader) and model.model.ip_adapter is not None
+    encoder = model.model.ip_adapter.encoder
+    assert encoder is not None
+    ran = []
+    encoder.tower.register_forward_hook(lambda *_: ran.append(1))
+    for wrong in ({"num_inference_steps": 0}, {"latents": torch.zeros(1)}, {"sampler": "eular"}, {"seed": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
+            model(SHORT, ip_adapter_image=picture(), **wrong)
+    assert not ran
+    model(SHORT, ip_adapter_image=picture(), num_inference_steps=1, num_images_per_prompt=3)
+    assert len(ran) == 1  # once for all
+
+
+def test_of_a_hub_repository_the_encoder_that_fits_is_fetched(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are published: two encoders, and some of XL's adapters read the other one."""
+    there = cached(tmp_path, "someone", "ip")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for folder, hidden in {"models": HIDDEN, "sdxl_models": 20}.items():
+        save_encoder(there / folder / "image_encoder", hidden=hidden)
+    shutil.copy(root / "ip" / "1-plus.safetensors", there / "sdxl_models" / "plus.safetensors")
+    shutil.copy(root / "ip" / "1.safetensors", there / "models" / "plain.safetensors")
+    model, local = (TextToImage.from_pretrained(root / "1", device="cpu") for _ in range(2))
+    asked: dict[str, Any] = {"seed": SEED, "num_inference_steps": 2, "output_type": "latent"}
+    for name, file in {"sdxl_models/plus": "1-plus", "models/plain": "1"}.items():
+        model.load_ip_adapter(f"someone/ip/{name}.safetensors")
+        local.load_ip_adapter(root / "ip" / f"{file}.safetensors")
+        shown = [each(SHORT, ip_adapter_image=picture(), **asked).images for each in (model, local)]
+        assert torch.equal(*shown)
+    # with a network, its weights are asked for by name
+    listed = [path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()]
+    fetched: list[list[str]] = []
+
+    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+        fetched.append(allow_patterns)
+        return str(there)
+
+    monkeypatch.setattr(hub, "list_repo_files", lambda repository: [*listed, "models/image_encoder/pytorch_model.bin"])
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    model.load_ip_adapter("someone/ip/sdxl_models/plus.safetensors")
+    encoder = [f"models/image_encoder/{name}" for name in ("config.json", "model.safetensors")]
+    assert fetched == [["sdxl_models/plus.safetensors", "*image_encoder/*.json"], encoder]
 
 
 def test_two_prompts_and_their_pictures(root: Path, model: TextToImage) -> None:
@@ -144,7 +264,7 @@ def test_the_command_line_and_its_record(root: Path, tmp_path: Path, capsys: pyt
     for damaged in ("!", "AAA=", 3):
         with pytest.raises(ValueError, match="its ip_adapter_image_embeds is no embedding"):
             model.repaint(record | {"ip_adapter_image_embeds": damaged})
-    with pytest.raises(ValueError, match="an IP-Adapter of width 1; this model takes 12"):
+    with pytest.raises(ValueError, match=r"an IP-Adapter of shape \(1,\); this model takes \(12,\)"):
         model.repaint(record | {"ip_adapter_image_embeds": "AAAAAA=="})
 
 
@@ -160,8 +280,15 @@ def test_what_does_not_fit_is_said(root: Path, model: TextToImage, tmp_path: Pat
         assert "\n" not in str(error.value)
 
     key = "ip_adapter.1.to_k_ip.weight"
-    plus = {"image_proj.proj.weight": None, "image_proj.latents": torch.zeros(1, 16, 16)}
-    refused("is not of the plain kind .*: weight image_proj.proj.weight is missing", plus)
+    face = {"image_proj.proj.weight": None, "image_proj.proj.0.weight": torch.zeros(16, 16)}
+    refused(r"is of no kind that is read \(plain, Plus, Full Face\); FaceID is not", face)
+    refused(r"is damaged: its image_proj\.\* .*norm\.weight", {"image_proj.norm.weight": None})
+    refused(r"is damaged: its image_proj\.\* .*shape", {"image_proj.norm.weight": torch.zeros(3)})
+    half = {"image_proj.proj.weight": None, "image_proj.latents": torch.zeros(1, 16, 16)}
+    refused(r"is damaged: its image_proj\.\* do not fit each other \('proj.*\.weight'\)", half)
+    wide = {"proj.weight": torch.zeros(4 * 10, E), "proj.bias": torch.zeros(4 * 10)}
+    wide |= {"norm.weight": torch.zeros(10), "norm.bias": torch.zeros(10)}
+    refused(r"its tokens are 10 wide, the UNet's", {f"image_proj.{key}": value for key, value in wide.items()})
     refused(f"is of another base model: weight {key} is missing", {key: None})
     refused("weight ip_adapter.99.to_k_ip.weight is of no layer here", {"ip_adapter.99.to_k_ip.weight": torch.zeros(2)})
     refused(f"weight {key} is of another shape here", {key: torch.zeros(3, 3)})
@@ -176,9 +303,12 @@ def test_what_does_not_fit_is_said(root: Path, model: TextToImage, tmp_path: Pat
     with pytest.raises(ValueError, match="has no image encoder; load it with image_encoder=FOLDER"):
         fresh(SHORT, ip_adapter_image=picture())
     fresh.load_ip_adapter(path, image_encoder=root / "ip" / "image_encoder")
-    for none in ("cat.png", []):
-        with pytest.raises(ValueError, match="ip_adapter_image is no Pillow picture; give one"):
-            fresh(SHORT, ip_adapter_image=none)
+    with pytest.raises(ValueError, match=r"picture cat\.png does not exist"):
+        fresh(SHORT, ip_adapter_image="cat.png")
+    with pytest.raises(ValueError, match="ip_adapter_image has 0 pictures for 1 prompts"):
+        fresh(SHORT, ip_adapter_image=[])
+    with pytest.raises(ValueError, match="ip_adapter_image is empty; give at least one picture"):
+        fresh.embed_ip_adapter_image([])
     embeds = fresh.embed_ip_adapter_image(picture())
     torch.testing.assert_close(embeds, model.embed_ip_adapter_image(picture()))
     with pytest.raises(ValueError, match=r"ip_adapter_image_embeds has shape \(1, 12\); give \(2, 12\)"):
@@ -187,3 +317,10 @@ def test_what_does_not_fit_is_said(root: Path, model: TextToImage, tmp_path: Pat
         fresh(SHORT, ip_adapter_image=picture(), ip_adapter_image_embeds=embeds)
     with pytest.raises(ValueError, match=r"model part .*nowhere' is missing"):
         fresh.load_ip_adapter(path, image_encoder=tmp_path / "nowhere")
+    plus = tmp_path / "plus.safetensors"
+    shutil.copy(root / "ip" / "1-plus.safetensors", plus)
+    with pytest.raises(ValueError, match=r"is of the kind Plus, which reads the states .* give image_encoder=FOLDER"):
+        fresh.load_ip_adapter(plus)
+    save_encoder(tmp_path / "wide", hidden=20)
+    with pytest.raises(ValueError, match="takes states of width 16, not 20 of its image encoder; give another"):
+        fresh.load_ip_adapter(plus, image_encoder=tmp_path / "wide")
