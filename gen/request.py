@@ -425,6 +425,8 @@ class Request:
             elif able.takes_null_image:
                 cure = "give image_embeds, or load it with prior_model=NAME"
             raise ValueError(f"{told} paints nothing from a text alone; {cure}")
+        if self.variation_of is not None:
+            check_seeing(settings, able)
         is_lacking = able.takes_null_image and not able.has_null_image and self.negative_image_embeds is None
         if is_lacking and settings.guidance_scale != 1:
             told = "without its prior this model has no image to be guided away from"
@@ -467,8 +469,6 @@ class Request:
             raise ValueError("edit_amount was given without edit_from; say what the picture shows")
         if self.variation_of is not None and self.image_embeds is not None:
             raise ValueError("variation_of and image_embeds were both given; give one of them")
-        if self.variation_of is not None:
-            check_seeing(settings, able)
         for name in ("interpolate_prompt", "edit_from"):
             if isinstance(text := getattr(self, name), str) and not text.strip():
                 raise ValueError(f"{name} is empty ({text!r}); give it in words, or leave it out")

@@ -6,6 +6,7 @@ import pytest
 
 from gen import TextToImage
 from tests.tiny import make_tiny_stable_unclip
+from tests.tiny_kandinsky import make_tiny_kandinsky
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> TextToImage:
     return TextToImage.from_pretrained(tiny_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def kandinsky_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """Of 2.2 and 2.1: "decoder", "prior" and "combined"."""
+    root = tmp_path_factory.mktemp("kandinsky")
+    return {version: make_tiny_kandinsky(root / version, version) for version in ("2.2", "2.1")}
+
+
+@pytest.fixture(scope="session")
+def kandinskys(kandinsky_folders: dict[str, dict[str, Path]]) -> dict[str, TextToImage]:
+    return {name: TextToImage.from_pretrained(of["combined"], device="cpu") for name, of in kandinsky_folders.items()}

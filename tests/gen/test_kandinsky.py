@@ -31,7 +31,7 @@ from samplers.noise import SEEDS, STAGES, noise
 from schedulers import MendedUnCLIP
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, edited
 from tests.tiny import WIDTH
-from tests.tiny_kandinsky import BETAS, make_tiny_kandinsky
+from tests.tiny_kandinsky import BETAS
 
 VERSIONS = ("2.2", "2.1")
 CLASSES = {  # decoder, prior, both
@@ -103,13 +103,13 @@ def stock_of(version: str, folders: dict[str, Path]) -> Stock:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    return {version: make_tiny_kandinsky(tmp_path_factory.mktemp("kandinsky"), version) for version in VERSIONS}
+def folders(kandinsky_folders: dict[str, dict[str, Path]]) -> dict[str, dict[str, Path]]:
+    return kandinsky_folders
 
 
 @pytest.fixture(scope="module")
-def models(folders: dict[str, dict[str, Path]]) -> dict[str, TextToImage]:
-    return {name: TextToImage.from_pretrained(each["combined"], device="cpu") for name, each in folders.items()}
+def models(kandinskys: dict[str, TextToImage]) -> dict[str, TextToImage]:
+    return kandinskys
 
 
 @pytest.fixture(scope="module")
