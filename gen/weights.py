@@ -87,15 +87,15 @@ def read(path: Path, prefixes: Sequence[str] = ("",)) -> dict[str, Tensor]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: Path, what: str = "model file") -> Iterator[Any]:
     """A safetensors file; ValueError that names a missing or damaged one."""
     try:
         with safe_open(path, "pt") as weights:
             yield weights
     except FileNotFoundError:
-        raise ValueError(f"model file '{path}' is missing; the folder is not complete") from None
+        raise ValueError(f"{what} '{path}' is missing; the folder is not complete") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"model file '{path}' is damaged ({error}); fetch or save it again") from error
+        raise ValueError(f"{what} '{path}' is damaged ({error}); fetch or save it again") from error
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, dtype: torch.dtype) -> nn.Module:

@@ -137,7 +137,7 @@ def chosen(kind: str, name: str, files: list[str], usual: str) -> str:
 
 def read(path: Path) -> Weights:
     """All tensors of a file and what it says of itself; ValueError for a damaged one."""
-    with opened(path) as file:
+    with opened(path, "file") as file:
         return Weights({key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
 
 

@@ -28,7 +28,7 @@ from gen.attention import per_head, text_layers
 from gen.checkpoint import load_part
 from gen.checks import real
 from gen.hub import needed
-from gen.weights import read_json, weight_files
+from gen.weights import damaged, read_json, weight_files
 
 USUAL = "ip-adapter_sd15.safetensors"
 ENCODER = "image_encoder"  # the folder beside the file, as it is published
@@ -86,9 +86,10 @@ class IPAdapter:
         return encoder.tower(values).image_embeds[0].float()
 
     @torch.no_grad()
-    def tokens(self, embeds: Tensor) -> Tensor:
-        """What the layers read of embeddings (B, E) or (B, S, E): (B, T, D)."""
-        return self.projection(embeds.to(self.layers[0][0]))
+    def tokens(self, embeds: Sequence[Tensor]) -> Tensor:
+        """What the layers read of embeddings (E,) or (S, E), B of them: (B, T, D)."""
+        like = self.layers[0][0]
+        return self.projection(torch.stack([each.to(like) for each in embeds]))
 
     @cached_property
     def null(self) -> Tensor:
@@ -97,11 +98,11 @@ class IPAdapter:
         They are of an embedding of zeros, or of the tower's states of a picture that is zeros where it takes it.
         """
         if not reads_states(self.projection):
-            return self.tokens(torch.zeros(1, *self.shape))[0]
+            return self.tokens([torch.zeros(self.shape)])[0]
         assert self.encoder is not None, "an adapter that reads states is refused without one"
         size = self.encoder.tower.config.image_size
         nothing = torch.zeros_like(self.encoder.values(torch.zeros(3, size, size)))
-        return self.tokens(self._said(self.encoder, nothing)[None])[0]
+        return self.tokens([self._said(self.encoder, nothing)])[0]
 
     @cached_property
     def blank(self) -> Tensor:
@@ -130,6 +131,28 @@ def load(
     scale = real("scale", scale, -float("inf"))
     place = found("IP-Adapter", name, USUAL, beside=[f"*{ENCODER}/*.json"])
     tensors = read(place.path).tensors
+    kind = kind_of(str(name), tensors)
+    layers = layers_of(str(name), unet, tensors)
+    projection = projection_of(str(name), unet, tensors)
+    folder = encoder_folder(str(name), place, projection) if image_encoder is None else Path(image_encoder).expanduser()
+    if folder is not None:
+        check_encoder(str(name), folder, projection)
+    elif reads_states(projection):
+        told = f"reads the states of an image encoder, and there is no {ENCODER}/ beside it; give image_encoder=FOLDER"
+        raise ValueError(f"IP-Adapter '{name}' is of the kind {kind}, which {told}")
+    scaled = tuple((keys, values * scale) for keys, values in layers)
+    adapter = IPAdapter(projection, scaled, None if folder is None else load_encoder(unet, folder))
+    if folder is None or not reads_states(projection):  # pictures are painted by embeddings, whoever made them
+        return adapter, Adapter("ip_adapter", str(name), content_hash(place.path), scale)
+    digest = content_hash(place.path, *encoder_files(folder))
+    encoder = None if image_encoder is None else str(image_encoder)
+    return adapter, Adapter("ip_adapter", str(name), digest, scale, image_encoder=encoder)
+
+
+def layers_of(
+    name: str, unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Weights of keys and values, layer by layer; ValueError where they are not those of this UNet's layers."""
     layers, like = list(text_layers(unet)), unet.conv_in.weight
     if any(layer.added_kv_proj_dim is not None for layer in layers):
         raise ValueError(f"IP-Adapter '{name}' cannot be added: this UNet reads its text among the picture's own keys")
@@ -137,29 +160,12 @@ def load(
     shapes = {KEYS.format(n): layer.to_k.weight.shape for n, layer in zip(numbers, layers, strict=True)}
     shapes |= {VALUES.format(n): layer.to_v.weight.shape for n, layer in zip(numbers, layers, strict=True)}
     given = {key for key in tensors if not key.startswith(PROJECTION)}
-    kind = kind_of(str(name), tensors)
     for keys, which in ((shapes.keys() - given, "missing"), (given - shapes.keys(), "of no layer here")):
         if keys:
             raise ValueError(f"IP-Adapter '{name}' is of another base model: {named(sorted(keys))} {which}")
     if wrong := sorted(key for key, shape in shapes.items() if tensors[key].shape != shape):
         raise ValueError(f"IP-Adapter '{name}' is of another base model: {named(wrong)} of another shape here")
-    projection = projection_of(str(name), unet, tensors)
-    weights = tuple((tensors[KEYS.format(n)].to(like), tensors[VALUES.format(n)].to(like) * scale) for n in numbers)
-    folder = encoder_folder(str(name), place, projection) if image_encoder is None else Path(image_encoder).expanduser()
-    if folder is None and reads_states(projection):
-        told = f"reads the states of an image encoder, and there is no {ENCODER}/ beside it; give image_encoder=FOLDER"
-        raise ValueError(f"IP-Adapter '{name}' is of the kind {kind}, which {told}")
-    adapter = IPAdapter(projection, weights, None if folder is None else load_encoder(unet, folder))
-    if adapter.encoder is not None and not fits(adapter.encoder.tower.config, projection):
-        told = f"{encoder_width(adapter.encoder.tower.config, projection)} of its image encoder"
-        raise ValueError(
-            f"IP-Adapter '{name}' takes {what(projection)} {width_of(projection)}, not {told}; give another"
-        )
-    files = [place.path]
-    if folder is not None and reads_states(projection):  # whose null is the encoder's, whatever picture is shown
-        files += encoder_files(folder)
-    named_encoder = str(image_encoder) if image_encoder is not None and len(files) > 1 else None
-    return adapter, Adapter("ip_adapter", str(name), content_hash(*files), scale, image_encoder=named_encoder)
+    return tuple((tensors[KEYS.format(n)].to(like), tensors[VALUES.format(n)].to(like)) for n in numbers)
 
 
 # --- its projection --------------------------------------------------------------------------------------------------
@@ -204,11 +210,6 @@ def width_of(projection: Projection) -> int:
     return projection.image_embeds.in_features
 
 
-def what(projection: Projection) -> str:
-    """What it reads, in words."""
-    return "states of width" if reads_states(projection) else "embeddings of width"
-
-
 # --- its image encoder -----------------------------------------------------------------------------------------------
 
 
@@ -221,21 +222,27 @@ def encoder_folder(name: str, place: Found, projection: Projection) -> Path | No
     folders = [folder for folder in [beside, *others] if (folder / "config.json").is_file()]
     if not folders:
         return None
-    configs = {folder: CLIPVisionConfig.from_dict(read_json(folder / "config.json")) for folder in folders}
-    chosen = next((folder for folder in folders if fits(configs[folder], projection)), folders[0])
+    chosen = next((each for each in folders if encoder_width(each, projection) == width_of(projection)), folders[0])
     part = chosen.relative_to(place.copy).as_posix()
     fetched("IP-Adapter", name, place.repository, lambda names: needed(names, [part]))
     return chosen
 
 
-def encoder_width(config: CLIPVisionConfig, projection: Projection) -> int:
-    """E of what an image encoder says where a projection reads it."""
+def encoder_width(folder: Path, projection: Projection) -> int:
+    """E of what the image encoder of a folder says where a projection reads it."""
+    told = read_json(folder / "config.json")
+    with damaged(folder):
+        config = CLIPVisionConfig.from_dict(told)
     return config.hidden_size if reads_states(projection) else config.projection_dim
 
 
-def fits(config: CLIPVisionConfig, projection: Projection) -> bool:
-    """Whether a projection can read an image encoder."""
-    return encoder_width(config, projection) == width_of(projection)
+def check_encoder(name: str, folder: Path, projection: Projection) -> None:
+    """ValueError for an image encoder that a projection cannot read, before it is loaded."""
+    wanted, given = width_of(projection), encoder_width(folder, projection)
+    if given != wanted:
+        what = "states" if reads_states(projection) else "embeddings"
+        told = f"takes {what} of width {wanted}, not {given} of its image encoder"
+        raise ValueError(f"IP-Adapter '{name}' {told}; give another with image_encoder=FOLDER")
 
 
 def load_encoder(unet: UNet2DConditionModel, folder: Path) -> ImageEncoder:

@@ -248,7 +248,7 @@ def shown(adapter: IPAdapter, candidates: Sequence[Candidate], told: Sequence[To
     """
     embeds = [one.ip_adapter_image_embeds for one in candidates]
     given = {id(each): each for each in embeds if each is not None}
-    tokens = dict(zip(given, adapter.tokens(torch.stack(list(given.values()))), strict=True)) if given else {}
+    tokens = dict(zip(given, adapter.tokens(list(given.values())), strict=True)) if given else {}
     with_it: dict[tuple[int, int], Condition] = {}  # one for all candidates of a prompt
 
     def beside(condition: Condition, picture: Tensor) -> Condition:
