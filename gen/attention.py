@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gen import amx
 from gen.conditioning import Distinct
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,12 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     return memory_efficient_attention(query, key, value, attn_bias=mask, scale=scale).transpose(1, 2)
 
 
+def _amx(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    if mask is not None:
+        raise ValueError("it takes no mask")
+    return amx.attention(query, key, value, scale)
+
+
 KERNELS: dict[str, Kernel] = {
     "sdpa": _sdpa,  # torch chooses
     "flash": partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION),
@@ -93,14 +100,15 @@ KERNELS: dict[str, Kernel] = {
     "efficient": partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
     "math": partial(_sdpa, backend=SDPBackend.MATH),
     "xformers": _xformers,
+    "amx": _amx,
 }
 AUTO, TORCHS_CHOICE = "auto", "sdpa"
 CHOICES = (AUTO, *KERNELS)
 ANYWHERE = ("sdpa", "math")  # these take every shape on every device
 
 # What `auto` tries against torch's own choice, by kind of device; elsewhere torch's own choice is taken unmeasured.
-# On CPUs that is flash, and `math`, the only other, took 1.5 to 10 times as long at every UNet shape measured.
-CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "cudnn", "efficient", "xformers")}
+# On CPUs that is flash, and `math`, torch's only other, took 1.5 to 10 times as long at every UNet shape measured.
+CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "cudnn", "efficient", "xformers"), "cpu": ("amx",)}
 CLEARLY = 0.85  # a challenger's slowest round must take less than this share of the holder's fastest
 ROUNDS, CALLS, ROWS = 3, 10, 2  # of a measurement; ROWS as guidance makes of one picture
 

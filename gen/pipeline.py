@@ -107,7 +107,7 @@ class TextToImage:
         dtype: torch.dtype | str = torch.float32,  # of the networks, or its name; rows are always float32
         *,
         runtime: str = TORCH,  # who computes the networks: torch, or openvino on the CPU
-        attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers
+        attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, amx
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
         prior_model: str | Path | None = None,  # Kandinsky's prior, where it is apart: a diffusers folder or a hub id
         clip: str | Path | None = None,  # what ranks: a CLIP or SigLIP folder, a hub id, "open_clip:NAME/TAG"

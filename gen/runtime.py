@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gen.attention import Handed, Texts
+from gen.openvino_attention import own_attention
 from gen.openvino_model import Part, cut_layers, cut_waves, plain_norms, read
 
 logger = logging.getLogger(__name__)
@@ -228,15 +229,28 @@ class Converted:
             told.append(each[at.start * share : at.stop * share])
         return [told[place] for place in self.rest.reads]
 
+    def of_sizes(self, shapes: Sequence[Sequence[int]], threads: int) -> Any:
+        """The rest as an openvino.Model for inputs of these sizes, that computes by so many threads."""
+        model = self.rest.model.clone()
+        model.reshape(dict(enumerate(map(list, shapes))))
+        if self.precision == PRECISIONS[torch.bfloat16]:
+            own_attention(model, threads)
+        return model
+
     def _queue(self, size: int, is_shared: bool, streams: int, inputs: Sequence[Any]) -> Any:
         """What computes pieces of a kind, that many at a time."""
         if (size, is_shared, streams) not in self.queues:
             began = time.perf_counter()
-            self.rest.model.reshape({place: each.shape for place, each in enumerate(inputs)})
-            self.queues[size, is_shared, streams] = queue_of(self.rest.model, self.precision, streams)
+            model = self.of_sizes([each.shape for each in inputs], threads_of(streams))
+            self.queues[size, is_shared, streams] = queue_of(model, self.precision, streams)
             told = f"{self.name} for {size} rows, {streams} at a time"
             logger.info("OpenVINO compiled %s, in %.1f s", told, time.perf_counter() - began)
         return self.queues[size, is_shared, streams]
+
+
+def threads_of(streams: int) -> int:
+    """How many threads a stream computes by, at least one."""
+    return max(1, torch.get_num_threads() // streams)
 
 
 def compiled(model: Any, precision: str, streams: int = 1) -> Any:

@@ -1,0 +1,88 @@
+"""Attention in a network that OpenVINO computes, by the kernel of `gen.amx`.
+
+`own_attention` changes what OpenVINO has read and knows OpenVINO's models alone: no rows, no calls, no text. The
+operation is `cpp/amx_openvino.cpp`.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gen import amx
+from gen.compiled import built
+
+logger = logging.getLogger(__name__)
+
+TURN = (0, 2, 1, 3)  # (B, length, heads, d) as (B, heads, length, d), and back
+
+
+@cache
+def operations() -> Any | None:
+    """An openvino.utils.node_factory.NodeFactory that knows the kernel; None, with the reason logged: it cannot run."""
+    import openvino
+    from openvino.utils.node_factory import NodeFactory
+
+    try:
+        amx.library()
+        there = Path(openvino.__file__).parent
+        library = next(there.glob("libs/libopenvino.so.*"), None)
+        if library is None:
+            raise RuntimeError(f"{there} has no libopenvino.so")
+        extension = built("amx_openvino.cpp", [*amx.FLAGS, f"-I{there / 'include'}", str(library)])
+    except RuntimeError as error:
+        logger.info("OpenVINO computes attention by its own kernel, not by AMX's: %s", error)
+        return None
+    factory = NodeFactory()
+    factory.add_extension(extension)
+    return factory
+
+
+def own_attention(model: Any, threads: int) -> None:
+    """Let our kernel compute every plain attention of an openvino.Model of fixed sizes, by so many threads, in place.
+
+    Queries, keys and values are read before heads are brought to the front, where that was done, and what is answered
+    is handed over before they are brought back: none of these copies is made. Where the kernel cannot run nothing
+    changes.
+    """
+    from openvino import Type, opset13
+
+    factory = operations()
+    if factory is None:
+        return
+    for node in model.get_ops():
+        if node.get_type_name() != "ScaledDotProductAttention" or not fits(node):
+            continue
+        given = [node.input_value(place) for place in range(3)]
+        turned = [is_turn(each.get_node()) for each in given]
+        read = [each.get_node().input_value(0) if turn else each for each, turn in zip(given, turned, strict=True)]
+        scale = node.get_input_shape(0)[3] ** -0.5 if node.get_input_size() < 5 else number(node.input_value(4))
+        told = {"turned": [int(each) for each in turned], "scale": scale, "threads": threads}
+        attention = factory.create("AmxAttention", [opset13.convert(each, Type.bf16).output(0) for each in read], told)
+        answer = opset13.convert(attention, Type.f32)
+        for reader in node.output(0).get_target_inputs():
+            for behind in reader.get_node().output(0).get_target_inputs():
+                behind.replace_source_output(answer.output(0))
+
+
+def fits(node: Any) -> bool:
+    """Whether our kernel computes an attention: of small heads, unmasked, whose answer is brought back."""
+    query, key, value = (node.get_input_shape(place) for place in range(3))
+    told = [number(node.input_value(place)) for place in range(3, node.get_input_size())]  # its mask, its scale
+    plain = not node.get_attributes()["causal"] and told[:1] in ([], [0.0]) and None not in told[1:]
+    sizes = query[3] == value[3] <= amx.LARGEST and query[:2] == key[:2]
+    return plain and sizes and all(is_turn(reader.get_node()) for reader in node.output(0).get_target_inputs())
+
+
+def is_turn(node: Any) -> bool:
+    """Whether it brings heads to the front, or back."""
+    return node.get_type_name() == "Transpose" and tuple(node.input_value(1).get_node().get_data()) == TURN
+
+
+def number(output: Any) -> float | None:
+    """The number that a constant is; None for anything else."""
+    node = output.get_node()
+    node = node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
+    return float(node.get_data()) if node.get_type_name() == "Constant" and not len(node.get_output_shape(0)) else None

@@ -1,0 +1,121 @@
+"""Our own attention for processors with AMX: what float64 answers, as near as torch's, whoever is beside."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen import amx
+from gen.attention import KERNELS, Shape, chosen
+
+
+def drawn(rows: int, heads: int, queries: int, keys: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (rows, heads, length, size) as projections make them."""
+    rng = torch.Generator().manual_seed(size)
+    made = [3 * torch.randn(rows, length, heads, size, generator=rng) for length in (queries, keys, keys)]
+    query, key, value = (each.bfloat16().transpose(1, 2) for each in made)
+    return query, key, value
+
+
+def error(answer: Tensor, exact: Tensor) -> float:
+    return ((answer - exact).norm() / exact.norm()).item()
+
+
+@pytest.fixture
+def able() -> None:
+    try:
+        amx.library()
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.usefixtures("able")
+@pytest.mark.parametrize("size", [8, 16, 20, 40, 64, 80, 160])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (17, 33), (64, 64), (100, 77), (30, 300), (257, 600)])
+def test_it_is_as_near_to_float64_as_torchs(size: int, queries: int, keys: int) -> None:
+    query, key, value = drawn(2, 3, queries, keys, size)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.3)
+    torchs = F.scaled_dot_product_attention(query, key, value, scale=0.3)
+    answer = amx.attention(query, key, value, 0.3)
+    assert answer.dtype == torch.bfloat16 and answer.shape == query.shape
+    assert error(answer, exact) <= 1.15 * error(torchs, exact) + 1e-6
+
+
+@pytest.mark.usefixtures("able")
+@pytest.mark.parametrize("factor", [1e-30, 1e3, 1e15])
+def test_scores_may_be_of_any_size(factor: float) -> None:
+    query, key, value = drawn(1, 2, 20, 300, 16)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=factor)
+    assert error(amx.attention(query, key, value, factor), exact) < 5e-3
+
+
+@pytest.mark.usefixtures("able")
+def test_memory_may_lie_in_any_way() -> None:
+    query, key, value = drawn(3, 2, 20, 40, 24)
+    wanted = amx.attention(query, key, value, 0.2)
+    heads_first = (each.contiguous() for each in (query, key, value))
+    assert torch.equal(amx.attention(*heads_first, 0.2), wanted)
+    values_apart = (each.mT.contiguous().mT for each in (query, key, value))
+    assert torch.equal(amx.attention(*values_apart, 0.2), wanted)
+    shared = (each[:1].expand(3, -1, -1, -1) for each in (key, value))
+    assert torch.equal(amx.attention(query, *shared, 0.2)[:1], wanted[:1])
+
+
+@pytest.mark.usefixtures("able")
+def test_rows_are_alike_alone_and_by_any_number_of_threads() -> None:
+    query, key, value = drawn(4, 3, 50, 70, 16)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append(amx.attention(query, key, value, 0.3))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in pairwise(found))
+    assert torch.equal(amx.attention(query[2:3], key[2:3], value[2:3], 0.3), found[0][2:3])
+
+
+@pytest.mark.usefixtures("able")
+def test_torch_knows_it() -> None:
+    torch.library.opcheck(amx._attention, (*(each.requires_grad_() for each in drawn(1, 2, 5, 9, 8)), 0.3))
+
+
+@pytest.mark.usefixtures("able")
+@pytest.mark.parametrize("asking", [(True, True, True), (False, True, False)])
+def test_gradients_are_torchs(asking: tuple[bool, ...]) -> None:
+    found = []
+    for attend in (amx.attention, lambda *given: F.scaled_dot_product_attention(*given[:3], scale=given[3])):
+        given = [each.requires_grad_(asked) for each, asked in zip(drawn(2, 2, 9, 13, 16), asking, strict=True)]
+        attend(*given, 0.3).float().sum().backward()
+        found.append([each.grad for each in given])
+    for ours, torchs in zip(*found, strict=True):
+        assert (ours is None and torchs is None) or torch.equal(ours, torchs)
+
+
+@pytest.mark.usefixtures("able")
+def test_auto_takes_it_where_exponentials_take_the_time() -> None:
+    told = {"heads": 8, "size": 16, "queries": 1024, "keys": 1024}
+    assert chosen("auto", Shape(torch.device("cpu"), torch.bfloat16, **told)) == "amx"
+    assert chosen("auto", Shape(torch.device("cpu"), torch.float32, **told)) == "sdpa"
+    assert chosen("auto", Shape(torch.device("cpu"), torch.bfloat16, mask=(1, 1), **told)) == "sdpa"
+
+
+def test_what_it_does_not_compute_is_refused() -> None:
+    query, key, value = drawn(1, 1, 2, 3, 161)
+    with pytest.raises(ValueError, match="heads of at most 160 values, not 161"):
+        amx.attention(query, key, value, 1.0)
+    with pytest.raises(ValueError, match="it computes in bfloat16 on the CPU"):
+        amx.attention(query.float(), key.float(), value.float(), 1.0)
+    with pytest.raises(ValueError, match="it takes no mask"):
+        KERNELS["amx"](query, key, value, torch.zeros(1, 1, 2, 3), 1.0)
+
+
+def test_a_processor_without_it_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amx, "NEEDED", {"amx_bf16", "no_such_flag"})
+    with pytest.raises(RuntimeError, match="needs Linux and a processor with AMX"):
+        amx.library.__wrapped__()
