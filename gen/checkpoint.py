@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -57,21 +57,45 @@ KINDS = (  # what a part can be
     *(transformers.ImageProcessingMixin, transformers.ProcessorMixin),
 )
 UNUSED = ("safety_checker", *IMAGE_PARTS)  # parts that nothing here asks
-SEEING = ("StableUnCLIPImg2ImgPipeline", "UnCLIPImageVariationPipeline")  # families that ask the image parts
+SEEING = (  # families that ask the image parts
+    *("StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"),
+    "UnCLIPImageVariationPipeline",
+)
 # Not in diffusers' top level: by the name of the class, the package of pipelines that indices name for it.
 OURS: dict[str, tuple[str, type]] = {
     "MultilingualCLIP": ("kandinsky", MultilingualCLIP),
     "StableUnCLIPImageNormalizer": ("stable_diffusion", StableUnCLIPImageNormalizer),
     "UnCLIPTextProjModel": ("unclip", UnCLIPTextProjModel),
 }
-# Decoders whose prior is a folder of its own: its pipeline class, and that of a folder of both.
-JOINED = {
-    "KandinskyPipeline": ("KandinskyPriorPipeline", "KandinskyCombinedPipeline"),
-    "KandinskyInpaintPipeline": ("KandinskyPriorPipeline", "KandinskyInpaintCombinedPipeline"),
-    "KandinskyV22Pipeline": ("KandinskyV22PriorPipeline", "KandinskyV22CombinedPipeline"),
-    "KandinskyV22InpaintPipeline": ("KandinskyV22PriorPipeline", "KandinskyV22InpaintCombinedPipeline"),
-}
 PRIOR = "prior_"  # stands before the names of the prior's parts in a folder of both
+
+
+class Joined(NamedTuple):
+    """A decoder whose prior is a folder of its own."""
+
+    prior: str  # the pipeline class of that folder
+    both: str  # that of a folder of both
+    parts: Mapping[str, str] | None = None  # the prior's by their names in a folder of both; None: all, behind `PRIOR`
+
+
+OF_KARLO = {"prior": "prior", "prior_scheduler": "prior_scheduler"}
+OF_KARLO |= {f"{PRIOR}{name}": name for name in ("tokenizer", "text_encoder")}
+JOINED = {
+    "KandinskyPipeline": Joined("KandinskyPriorPipeline", "KandinskyCombinedPipeline"),
+    "KandinskyInpaintPipeline": Joined("KandinskyPriorPipeline", "KandinskyInpaintCombinedPipeline"),
+    "KandinskyV22Pipeline": Joined("KandinskyV22PriorPipeline", "KandinskyV22CombinedPipeline"),
+    "KandinskyV22InpaintPipeline": Joined("KandinskyV22PriorPipeline", "KandinskyV22InpaintCombinedPipeline"),
+    "StableUnCLIPImg2ImgPipeline": Joined("UnCLIPPipeline", "StableUnCLIPPipeline", OF_KARLO),
+}
+ALONE = {joined.prior for joined in JOINED.values() if joined.parts is None}  # folders of a prior and nothing else
+
+
+class Apart(NamedTuple):
+    """A prior of its own folder, beside a decoder."""
+
+    folder: Path
+    names: Mapping[str, str]  # its parts there, by their names in a folder of both
+    family: str  # the pipeline class of a folder of both
 
 
 @dataclass(frozen=True)
@@ -121,7 +145,7 @@ class Parts:
     folder: Path
     options: Mapping[str, Any] = field(default_factory=dict)  # what else model_index.json says
     files: Mapping[str, Path] = field(default_factory=dict)  # all it was read from by name, if not the folder's own
-    prior_folder: Path | None = None  # where the prior's parts are; None: not apart from the others
+    apart: Apart | None = None  # the prior, where it is a folder of its own
 
     @cached_property
     def hash(self) -> str:
@@ -131,13 +155,16 @@ class Parts:
 
     def place(self, name: str) -> Path:
         """The folder of a part."""
-        if self.prior_folder is not None and name.startswith(PRIOR):
-            return self.prior_folder / name.removeprefix(PRIOR)
+        if self.apart is not None and name in self.apart.names:
+            return self.apart.folder / self.apart.names[name]
         return self.folder / name
 
 
-def find(name_or_path: str | Path) -> Path:
-    """The folder of a bundled name, a path or a hub id; ValueError where there is none."""
+def find(name_or_path: str | Path, parts: Collection[str] | None = None) -> Path:
+    """The folder of a bundled name, a path or a hub id; ValueError where there is none.
+
+    `parts` are those that are fetched of a hub's repository; None: all that its index lists and that are used here.
+    """
     name = str(name_or_path)
     if "/" not in name and (ASSETS / name / INDEX).exists():
         return ASSETS / name
@@ -148,19 +175,19 @@ def find(name_or_path: str | Path) -> Path:
         if not (path / INDEX).exists():
             raise ValueError(f"model folder '{name}' has no {INDEX}; give a folder that diffusers saved")
         return path
-    parts = name.split("/")
-    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
-        return fetched(name)
+    names = name.split("/")
+    if len(names) == 2 and all(names) and not name.startswith((".", "~")):
+        return fetched(name, parts)
     raise ValueError(
         f"model '{name}' is unknown; give a bundled name ({', '.join(bundled())}), "
         "a diffusers folder that exists, or a hub id such as owner/name"
     )
 
 
-def fetched(repo: str) -> Path:
+def fetched(repo: str, parts: Collection[str] | None) -> Path:
     """The local copy of a hub repository."""
     try:
-        return download(repo, INDEX, [CARD], lambda path: [*listed(read_json(path)), "clip"])
+        return download(repo, INDEX, [CARD], lambda path: [*(parts or (*listed(read_json(path)), "clip"))])
     except HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -185,23 +212,26 @@ def load(
     index = read_json(folder / INDEX)
     family = index.get("_class_name", "")
     refuse_prior_alone(name_or_path, family)
-    of_prior = None
+    apart = None
     if prior is not None:
-        of_prior, family = prior_for(prior, name_or_path, family)
+        apart = prior_for(prior, name_or_path, family)
+        family = apart.family
     shared = stored_twice(folder, index)
     held = [*(folder / name for name in listed(index) if name not in shared), folder / "clip"]
-    if of_prior is not None:
-        held += [of_prior / name for name in listed(read_json(of_prior / INDEX))]
+    if apart is not None:
+        held += [apart.folder / name for name in apart.names.values()]
     check_room(sum(map(numbers, held)), device, dtype, str(folder))
     clip = load_clip(folder / "clip", device, dtype) if (folder / "clip").is_dir() else None
     modules = loaded(folder, index, device, dtype, shared)
     if clip is not None:
         modules |= {name: tower_of(kind, clip) for name, kind in shared.items()}
-    if of_prior is not None:
-        found = loaded(of_prior, read_json(of_prior / INDEX), device, dtype)
-        modules |= {f"{PRIOR}{name}": part for name, part in found.items()}
+    if apart is not None:
+        of_prior = read_json(apart.folder / INDEX)
+        others = listed(of_prior).keys() - apart.names.values()
+        found = loaded(apart.folder, of_prior, device, dtype, others)
+        modules |= {name: found[there] for name, there in apart.names.items()}
     options = {name: value for name, value in index.items() if not isinstance(value, list)}
-    return Parts(family, modules, clip, Card.read(folder), folder, options, prior_folder=of_prior)
+    return Parts(family, modules, clip, Card.read(folder), folder, options, apart=apart)
 
 
 def loaded(
@@ -219,27 +249,32 @@ def loaded(
     }
 
 
-def prior_for(prior: str | Path, model: str | Path, family: str) -> tuple[Path, str]:
-    """The folder of a decoder's prior, and the pipeline class of both; ValueError where it is no prior of this one."""
-    if family in {combined for _, combined in JOINED.values()}:
+def prior_for(prior: str | Path, model: str | Path, family: str) -> Apart:
+    """A decoder's prior; ValueError where it is none of this one."""
+    if family in {joined.both for joined in JOINED.values()}:
         raise ValueError(f"prior_model '{prior}' was given, but model '{model}' has its own prior; leave it out")
     if family not in JOINED:
         why = f"but model '{model}' is a {family or 'folder of no class'}, which takes none"
         raise ValueError(f"prior_model '{prior}' was given, {why}; leave it out")
-    needed, combined = JOINED[family]
-    folder = find(prior)
-    given = read_json(folder / INDEX).get("_class_name", "")
-    if given != needed:
+    joined = JOINED[family]
+    folder = find(prior, None if joined.parts is None else joined.parts.values())
+    index = read_json(folder / INDEX)
+    given = index.get("_class_name", "")
+    if given != joined.prior:
         what = given or "folder of no class"
-        raise ValueError(f"prior_model '{prior}' is a {what}; model '{model}' needs a {needed}")
-    return folder, combined
+        raise ValueError(f"prior_model '{prior}' is a {what}; model '{model}' needs a {joined.prior}")
+    there = listed(index)
+    names = {f"{PRIOR}{name}": name for name in there} if joined.parts is None else joined.parts
+    if missing := [name for name in names.values() if name not in there]:
+        raise ValueError(f"model part '{folder / missing[0]}' is missing from {INDEX}")
+    return Apart(folder, names, joined.both)
 
 
 def refuse_prior_alone(model: str | Path, family: str) -> None:
     """ValueError for a folder that has no decoder."""
-    decoders = [decoder for decoder, (prior, _) in JOINED.items() if prior == family]
-    if decoders:
-        raise ValueError(f"model '{model}' is a prior alone; give it as prior_model, beside a {decoders[0]}")
+    if family in ALONE:
+        decoder = next(decoder for decoder, joined in JOINED.items() if joined.prior == family)
+        raise ValueError(f"model '{model}' is a prior alone; give it as prior_model, beside a {decoder}")
 
 
 def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -248,7 +283,7 @@ def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     if isinstance(family, list):  # as diffusers writes it for code that lies beside the model
         raise ValueError(f"{INDEX} names the custom pipeline {family}, whose code is never run; give a folder without")
     unused: Sequence[str] = UNUSED[:1] if family in SEEING else UNUSED
-    if family in {prior for prior, _ in JOINED.values()}:
+    if family in ALONE:
         unused = ()
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name not in unused}
     if away := [name for name in entries if Path(name).name != name]:

@@ -160,7 +160,8 @@ def generate(
         str, _advanced("NAME", "Who computes them: torch, or openvino on the CPU (pip install 'unclip[openvino]').")
     ] = "torch",
     prior_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Kandinsky's prior, where it is apart: folder or hub id.")
+        str | None,
+        typer.Option(metavar="NAME", help="The prior, where it is apart (Kandinsky, Stable unCLIP): folder or hub id."),
     ] = None,
     rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
     clip: Annotated[

@@ -109,7 +109,7 @@ class TextToImage:
         runtime: str = TORCH,  # who computes the networks: torch, or openvino on the CPU
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, amx
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
-        prior_model: str | Path | None = None,  # Kandinsky's prior, where it is apart: a diffusers folder or a hub id
+        prior_model: str | Path | None = None,  # where it is apart: a folder or a hub id, of Karlo for Stable unCLIP
         clip: str | Path | None = None,  # what ranks: a CLIP or SigLIP folder, a hub id, "open_clip:NAME/TAG"
         config: str | Path | None = None,  # of a single file: folder of its configurations; None: its family's
     ) -> TextToImage:

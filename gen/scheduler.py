@@ -158,7 +158,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "variance_type": ("fixed_small", "learned_range", None),
+    "variance_type": ("fixed_small", "fixed_small_log", "learned_range", None),  # the first two are one
     "solver_order": (1, 2, 3),
     "lambda_min_clipped": (-math.inf,),
     "predict_x0": (True,),

@@ -159,7 +159,7 @@ class Kandinsky(MoVQModel):
     def saved_as(self) -> str:
         """The pipeline class of model_index.json."""
         alone = super().saved_as
-        return alone if self.image_prior is None else JOINED[alone][1]
+        return alone if self.image_prior is None else JOINED[alone].both
 
     @property
     def clip_beside(self) -> CLIP | None:

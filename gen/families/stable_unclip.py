@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import DDPMScheduler, UnCLIPScheduler
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -76,7 +77,7 @@ class StableUnCLIP(KLModel, Reader):
                 got["prior"],
                 got["prior_tokenizer"],
                 got["prior_text_encoder"],
-                NoiseLevels.of(got["prior_scheduler"], str(parts.folder / "prior_scheduler")),
+                NoiseLevels.of(steps_of(got["prior_scheduler"]), str(parts.place("prior_scheduler"))),
             )
             model = replace(model, prior=prior)
         model.check(str(parts.folder))
@@ -167,3 +168,11 @@ class StableUnCLIP(KLModel, Reader):
         noised = self.image_noising.add_noise((image_embeds - mean) / std, timesteps=level, noise=noise)
         told = get_timestep_embedding(level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0)
         return torch.cat([noised * std + mean, told.to(noised.dtype)], dim=1)
+
+
+def steps_of(stock: SchedulerMixin) -> SchedulerMixin:
+    """A prior's scheduler; DDPM in the place of Karlo's own, as diffusers' documentation puts the two together.
+
+    UnCLIPScheduler wants to be told the timestep that comes next, which stock's pipeline of this family does not do.
+    """
+    return DDPMScheduler.from_config(stock.config) if isinstance(stock, UnCLIPScheduler) else stock

@@ -21,6 +21,7 @@ from tests.gen.test_img2img import picture
 from tests.gen.test_stable_unclip import img2img, with_our_noise
 from tests.stock import LATENTS, LONG, SHORT, apart
 from tests.tiny import WIDTH, make_tiny_clip
+from tests.tiny_karlo import make_tiny_karlo
 
 SEED = 11
 ASKED: dict[str, Any] = {"seed": SEED, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
@@ -106,6 +107,17 @@ def test_a_seeing_folder_is_saved_as_it_was(seeing: Path, tmp_path: Path) -> Non
     again = TextToImage.from_pretrained(folder, device="cpu")
     asked = ASKED | {"variation_of": picture()}
     assert torch.equal(again(SHORT, **asked).images, model(SHORT, **asked).images)
+
+
+def test_with_a_prior_beside_it_a_seeing_folder_takes_texts_too(seeing: Path, tmp_path: Path) -> None:
+    model = TextToImage.from_pretrained(seeing, device="cpu", prior_model=make_tiny_karlo(tmp_path / "karlo"))
+    again = TextToImage.from_pretrained(model.save(tmp_path / "saved"), device="cpu")
+    alone = TextToImage.from_pretrained(seeing, device="cpu")
+    told = ASKED | {"variation_of": picture()}
+    assert torch.equal(model(SHORT, **told).images, alone(SHORT, **told).images)
+    for asked in (told, ASKED | {"prior_num_inference_steps": 3}):
+        assert torch.equal(again(SHORT, **asked).images, model(SHORT, **asked).images)
+    assert again.model.saved_as == "StableUnCLIPPipeline" and again.model.prior is not None
 
 
 def test_pictures_become_the_embedding_that_is_told(tiny: TextToImage) -> None:

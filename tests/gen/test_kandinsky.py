@@ -420,13 +420,15 @@ def test_what_does_not_fit_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_prior_in_the_wrong_place_is_refused(folders: dict[str, dict[str, Path]]) -> None:
+def test_a_prior_in_the_wrong_place_is_refused(folders: dict[str, dict[str, Path]], tmp_path: Path) -> None:
     of = folders["2.2"]
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     for model, prior, message in (
         (of["prior"], None, "is a prior alone; give it as prior_model, beside a KandinskyV22Pipeline"),
         (of["combined"], of["prior"], "has its own prior; leave it out"),
         (of["decoder"], of["decoder"], "is a KandinskyV22Pipeline; .* needs a KandinskyV22PriorPipeline"),
-        ("shapes64", of["prior"], "is a StableUnCLIPPipeline, which takes none"),
+        ("shapes64", of["prior"], "has its own prior; leave it out"),
+        (tmp_path, of["prior"], "is a StableDiffusionPipeline, which takes none"),
         (of["decoder"], of["prior"] / "nowhere", "nowhere' is unknown"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
+from diffusers import (
+    DDPMScheduler,
+    PriorTransformer,
+    StableUnCLIPImg2ImgPipeline,
+    StableUnCLIPPipeline,
+    UnCLIPScheduler,
+)
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from gen import TextToImage
 from gen.scheduler import STOCK
-from samplers.noise import noise
-from tests.tiny import WIDTH, make_tiny_stable_unclip
+from samplers.noise import SEEDS as SEEDS_IN_ALL
+from samplers.noise import STAGES, noise
+from tests.stock import LATENTS, LEVEL, LONG, SHORT, apart, edited
+from tests.tiny import WIDTH, make_tiny_stable_diffusion, make_tiny_stable_unclip
+from tests.tiny_karlo import make_tiny_karlo
 
+TEXTS = [SHORT, LONG]
 PROMPTS = ["a small red circle", "a large blue square above a star"]
 SEED, N = 11, 2
 SEEDS = [SEED, SEED + 1] * len(PROMPTS)
@@ -29,7 +40,7 @@ COMMON |= {"latents": START, "noise_level": 200}
 
 def with_our_noise(pipeline: Any, seeds: list[int]) -> Any:
     """The pipeline, its image noising fed our noise: one draw per picture, whoever is beside it."""
-    theirs = pipeline.noise_image_embeddings
+    theirs = partial(type(pipeline).noise_image_embeddings, pipeline)  # its own, however often this is done
 
     def noise_image_embeddings(image_embeds: Tensor, noise_level: int, **_: Any) -> Tensor:
         return theirs(image_embeds, noise_level, noise=noise(seeds, "image_noise", 0, (WIDTH,)))
@@ -52,22 +63,49 @@ def img2img(folder: Path) -> StableUnCLIPImg2ImgPipeline:
     )
 
 
-@pytest.mark.parametrize("output_type", ["latent", "pt"])
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("prior_guidance_scale", [1.0, 3.0])
-def test_whole_pipeline_equals_stock(
-    tiny: TextToImage, tiny_folder: Path, guidance_scale: float, prior_guidance_scale: float, output_type: str
-) -> None:
-    stock = with_our_noise(StableUnCLIPPipeline.from_pretrained(tiny_folder), SEEDS)
-    asked = COMMON | {"guidance_scale": guidance_scale, "output_type": output_type}
-    asked |= {"prior_num_inference_steps": 4, "prior_guidance_scale": prior_guidance_scale}
-    theirs = stock(PROMPTS, prior_latents=PRIOR_START, **asked).images
-    ours = tiny(PROMPTS, prior_latents=PRIOR_START, seed=SEED, rerank=False, **asked).images
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < 1e-4
-    # our own starts are those very tensors, so nothing but the seed is needed
-    seeded = tiny(PROMPTS, seed=SEED, rerank=False, **(asked | {"latents": None})).images
-    assert torch.equal(seeded, ours)
+def assert_same(model: TextToImage, stock: Any, n: int, **asked: Any) -> None:
+    """From words to final latents and pictures, by one start of each stage and the prior's noise fed in."""
+    seeds = [SEED + k for _ in TEXTS for k in range(n)]
+    given: dict[str, Any] = {"num_images_per_prompt": n, "num_inference_steps": 5, "prior_num_inference_steps": 4}
+    given |= {"noise_level": 200, **asked}
+    told = given | {"latents": noise(seeds, "decoder", 0, (4, 8, 8))}
+    told["prior_latents"] = noise(seeds, "prior", 0, (WIDTH,))
+    with_our_noise(stock, seeds)
+    painted = []
+    for output_type in ("latent", "pt"):
+        rngs = [torch.Generator().manual_seed((seed + STAGES["prior"]) % SEEDS_IN_ALL) for seed in seeds]
+        for rng in rngs:
+            torch.randn(1, WIDTH, generator=rng)  # block 0 is the start
+        painted.append(stock(TEXTS, generator=rngs, output_type=output_type, **told).images)
+    ours = [model(TEXTS, seed=SEED, rerank=False, output_type=kind, **given).images for kind in ("latent", "pt")]
+    assert apart(ours[0], painted[0]) <= LATENTS
+    assert ours[1].shape == (2 * n, 3, 64, 64)
+    assert ((ours[1] * 255).round() - (painted[1] * 255).round()).abs().max() <= LEVEL
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "unguided": {"guidance_scale": 1.0, "prior_guidance_scale": 1.0},
+    "guided": {"guidance_scale": 4.0, "prior_guidance_scale": 3.0},
+    "prior": {"guidance_scale": 1.0, "prior_guidance_scale": 3.0},
+    "negative": {"guidance_scale": 4.0, "prior_guidance_scale": 1.0, "negative_prompt": ["blue", LONG]},
+}
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_folder: Path) -> StableUnCLIPPipeline:
+    return StableUnCLIPPipeline.from_pretrained(tiny_folder)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_whole_pipeline_equals_stock(tiny: TextToImage, stock: StableUnCLIPPipeline, n: int, way: str) -> None:
+    assert_same(tiny, stock, n, **WAYS[way])
+
+
+def test_starts_handed_over_are_the_seeds(tiny: TextToImage) -> None:
+    asked = COMMON | {"prior_num_inference_steps": 4, "output_type": "latent", "seed": SEED, "rerank": False}
+    given = tiny(PROMPTS, prior_latents=PRIOR_START, **asked).images
+    assert torch.equal(tiny(PROMPTS, **(asked | {"latents": None})).images, given)
 
 
 def test_the_reference_can_fail(tiny: TextToImage) -> None:
@@ -130,6 +168,47 @@ def test_a_folder_without_a_prior_paints_image_embeddings_alone(
     told = {name: value for name, value in told.items() if name not in ("seed", "rerank")}
     theirs = loaded(prompt="a star", latents=START[:1], **told).images
     assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_karlos_prior_stands_beside_a_folder_without_one(tiny: TextToImage, tiny_folder: Path, tmp_path: Path) -> None:
+    """As diffusers' documentation puts them together, for published folders have none."""
+    img2img(tiny_folder).save_pretrained(tmp_path / "decoder")
+    karlo = make_tiny_karlo(tmp_path / "karlo")
+    steps = DDPMScheduler.from_config(UnCLIPScheduler.from_pretrained(karlo, subfolder="prior_scheduler").config)
+    stock = StableUnCLIPPipeline.from_pretrained(
+        tmp_path / "decoder",
+        prior_tokenizer=CLIPTokenizer.from_pretrained(karlo, subfolder="tokenizer"),
+        prior_text_encoder=CLIPTextModelWithProjection.from_pretrained(karlo, subfolder="text_encoder"),
+        prior=PriorTransformer.from_pretrained(karlo, subfolder="prior"),
+        prior_scheduler=steps,
+    )
+    model = TextToImage.from_pretrained(tmp_path / "decoder", device="cpu", prior_model=karlo)
+    for way in ("guided", "prior"):
+        assert_same(model, stock, 2, **WAYS[way])
+    # another prior than the folder's that the decoder is of
+    asked: dict[str, Any] = {"seed": SEED, "prior_num_inference_steps": 4, "num_inference_steps": 3}
+    asked |= {"output_type": "pt", "rerank": False}
+    result = model(SHORT, **asked)
+    assert (result.images - tiny(SHORT, **asked).images).abs().max() > 1e-2
+    assert torch.equal(model.repaint(result.records[0]), result.images[0])
+    assert result.records[0]["prior_model"] == str(karlo)
+    saved = model.save(tmp_path / "saved")
+    again = TextToImage.from_pretrained(saved, device="cpu")
+    assert again.model.saved_as == "StableUnCLIPPipeline"
+    assert torch.equal(again(SHORT, **asked).images, result.images)
+    assert_same(model, StableUnCLIPPipeline.from_pretrained(saved), 1, **WAYS["guided"])
+    with pytest.raises(ValueError, match=r"is a StableDiffusionPipeline; model .* needs a UnCLIPPipeline"):
+        other = make_tiny_stable_diffusion(tmp_path / "other")
+        TextToImage.from_pretrained(tmp_path / "decoder", device="cpu", prior_model=other)
+    with pytest.raises(ValueError, match="has its own prior; leave it out"):
+        TextToImage.from_pretrained(saved, device="cpu", prior_model=karlo)
+    edited(karlo / "model_index.json", prior_scheduler=[None, None])
+    with pytest.raises(ValueError, match=r"karlo/prior_scheduler' is missing from model_index.json"):
+        TextToImage.from_pretrained(tmp_path / "decoder", device="cpu", prior_model=karlo)
+
+
+def test_what_we_save_stock_paints_the_same(tiny: TextToImage, tmp_path: Path) -> None:
+    assert_same(tiny, StableUnCLIPPipeline.from_pretrained(tiny.save(tmp_path / "saved")), 1, **WAYS["guided"])
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
