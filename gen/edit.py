@@ -67,9 +67,9 @@ class WithEncoder(Protocol):
 class Beginning:
     """What the row of one candidate begins with."""
 
-    drawn: int = 0  # blocks of noise spent before its steps, over that of its start
+    drawn: int = 0  # blocks of noise spent before its steps, over that of its start; -1: nor is that
     start: Tensor | None = None  # unit noise; None: block 0 of its seed's
-    origin: Tensor | None = None  # clean latents that it is added to; None: it begins with noise alone
+    origin: Tensor | None = None  # latents that it is added to; None: it begins with noise alone
     hold: Hold | None = None
     channels: Tensor | None = None  # what the UNet is told beside x
 
@@ -85,9 +85,17 @@ class Beginning:
 
 
 def schedule_of(levels: NoiseLevels, settings: Settings, draft_steps: int | None = None) -> Schedule:
-    """The levels of a candidate's run, or of a draft of it in so many steps."""
+    """The levels of a candidate's run, or of a draft of it in so many steps; ValueError where it takes no step."""
     if draft_steps is None:
-        return levels.schedule(settings.sampler, settings.num_inference_steps, settings.skipped_steps)
+        share = settings.denoising_start, settings.denoising_end
+        run = levels.schedule(settings.sampler, settings.num_inference_steps, settings.skipped_steps, *share)
+        if run.num_steps < 1:
+            told = f"strength={settings.strength}, denoising_start={share[0]} and denoising_end={share[1]}"
+            raise ValueError(
+                f"{told} leave none of {settings.num_inference_steps} steps; let them be further apart, "
+                "or give more num_inference_steps"
+            )
+        return run
     # as many of a whole run's steps as leave so many of them
     whole = min(max(round(draft_steps / settings.strength), draft_steps), levels.num_train_timesteps)
     return levels.schedule(settings.sampler, whole, whole - draft_steps)
@@ -98,6 +106,9 @@ def read(model: object, candidates: Sequence[Candidate]) -> list[Read | None]:
     known: dict[tuple[int, int, int, int], Read] = {}
     answers: list[Read | None] = []
     for one in candidates:
+        if one.image_latents is not None:
+            answers.append(Read(Posterior(one.image_latents)))
+            continue
         if one.image is None:
             answers.append(None)
             continue
@@ -116,14 +127,17 @@ def _read(model: WithEncoder, candidate: Candidate, height: int, width: int) -> 
     return model.read_picture(candidate.image.sized(height, width, model.resized_by), white)
 
 
-def beginning(candidate: Candidate, read: Read | None, shape: Sequence[int]) -> Beginning:
-    """What a candidate's row begins with, whose x has this shape.
+def beginning(candidate: Candidate, read: Read | None, shape: Sequence[int], schedule: Schedule) -> Beginning:
+    """What a candidate's row begins with, whose x has this shape and goes through this schedule.
 
-    Of its seed's noise blocks are drawn in the order in which diffusers draws them from one generator: for the picture,
-    where anything reads it; the start; for the masked picture. Where the autoencoder is sure, the start alone is drawn.
+    What goes on from another run draws no noise but that of its steps. Else blocks of its seed's noise are drawn in the
+    order in which diffusers draws them from one generator: for the picture, where anything reads it; the start; for the
+    masked picture. Where the autoencoder is sure, the start alone is drawn.
     """
     if read is None:
         return Beginning(start=first_noise(candidate, shape))
+    if candidate.settings.denoising_start:
+        return Beginning(drawn=-1, start=torch.zeros(*shape), origin=read.image.mean * schedule.resumed_scale)
     has_mask, from_image = read.is_painted is not None, candidate.settings.strength < 1
     reads_image, is_sure = from_image or not has_mask or read.is_held, read.image.deviation is None
     at = int(reads_image and not is_sure)  # the start's block

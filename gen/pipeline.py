@@ -279,8 +279,12 @@ class TextToImage:
         budget: float | None = None,  # seconds for all of it; what is painted by then is kept, one at least
         diverse: bool = False,  # keep no two near-copies; see `gen.search.choice`
         seed: int | Sequence[int] | None = None,  # candidate k has seed + k; one per prompt; None: drawn
-        image: Picture | Sequence[Picture] | None = None,  # what it begins with: a path, Pillow, array or tensor
+        image: Picture
+        | Sequence[Picture]
+        | None = None,  # what it begins with: a path, Pillow, array, tensor or latents
         mask_image: Picture | Sequence[Picture] | None = None,  # white where that is painted anew; None: everywhere
+        denoising_start: float | None = None,  # go on from image, latents that a run to denoising_end ended with
+        denoising_end: float | None = None,  # end at this share of the noise, for another model to go on
         strength: float | None = None,  # the share of the steps taken from image on; None: as stock's class has it
         height: int | None = None,  # pixels; as everywhere below, None is the model's own, or image's
         width: int | None = None,
@@ -361,6 +365,8 @@ class TextToImage:
             image=image,
             mask_image=mask_image,
             strength=strength,
+            denoising_start=denoising_start,
+            denoising_end=denoising_end,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,

@@ -98,6 +98,7 @@ class Candidate:
     negative_pooled_prompt_embeds: Tensor | None = None  # (P,)
     image_embeds: Tensor | None = None  # (E,) in place of the prior's answer
     image: Source | None = None  # the picture it begins with, noised as far as `strength` says
+    image_latents: Tensor | None = None  # (C, h, w) in its place, or as noisy as `denoising_start` says
     mask_image: Source | None = None  # white where that is painted anew; None: everywhere
     variation_of: Source | None = None  # the picture whose embedding takes the place of the prior's answer
     interpolate_image: Source | None = None  # the picture towards whose embedding that goes
@@ -130,6 +131,7 @@ class Candidate:
                 record.pop(SHOWN_PICTURE, None)
             elif self.ip_adapter_image is None:
                 given.append(SHOWN)
+        given += [] if self.image_latents is None else ["image"]
         if self.variation_of is not None:  # from which the embedding is made again
             given.remove("image_embeds")
         return record | ({"given": list(given)} if given else {})
@@ -164,6 +166,8 @@ class Candidate:
             check_shown(able)
         if settings.strength < 1 and "image" not in pictures:
             raise ValueError(f"the record is damaged: its strength is {settings.strength}, and it names no image")
+        if settings.denoising_start:
+            raise ValueError("the record is damaged: it goes on from latents and does not say that it lacks them")
         return cls(
             prompt=prompt,
             seed=whole("seed", seed, 0, MAX_SEED),
@@ -218,6 +222,8 @@ class Request:
     image: Picture | Sequence[Picture] | None = field(default=None, repr=False)
     mask_image: Picture | Sequence[Picture] | None = field(default=None, repr=False)
     strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
@@ -285,13 +291,17 @@ class Request:
         rank = self._rank(able)
         if keep < n and not rank:
             why, cure = "rerank=False", "let it rank"
+            if not self._is_whole:
+                why, cure = f"denoising_end={self.denoising_end} leaves no whole picture", "leave that out"
             if not able.can_rank:
                 why, cure = "this model has no clip/ to rank with", "load it with clip=NAME"
             raise ValueError(f"keep={keep} of {n} needs a ranking, but {why}; leave keep out, or {cure}")
         search = self._search(rank, keep < n)
         one_of("output_type", self.output_type, OUTPUT_TYPES)
-        pictures = {name: sources(name, getattr(self, name), len(prompts), PICTURES[name]) for name in PICTURES}
-        settings = self._settings(able, pictures)
+        latents = self._image_latents(able, len(prompts), n)
+        handed = {name: getattr(self, name) for name in PICTURES} | ({"image": None} if latents else {})
+        pictures = {name: sources(name, handed[name], len(prompts), PICTURES[name]) for name in PICTURES}
+        settings = self._settings(able, pictures, latents)
         ignored = self._ignored(settings, able)
         for name, reason in ignored:
             warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=2)
@@ -329,6 +339,7 @@ class Request:
                     negative_pooled_prompt_embeds=told["negative_pooled_prompt_embeds"].get(at),
                     image_embeds=told["image_embeds"].get(at),
                     image=pictures["image"][at],
+                    image_latents=latents[index] if latents else None,
                     mask_image=pictures["mask_image"][at],
                     variation_of=pictures["variation_of"][at],
                     interpolate_image=pictures["interpolate_image"][at],
@@ -376,9 +387,36 @@ class Request:
             raise ValueError("negative_prompt and negative_prompt_embeds were both given; give one of them")
         return tuple(text or "" for text in each_of("negative_prompt", self.negative_prompt, num_prompts))
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether it ends with a picture, and not on the way."""
+        return self.denoising_end in (None, 1)
+
+    def _image_latents(self, able: Abilities, num_prompts: int, n: int) -> list[Tensor] | None:
+        """What `image` says as latents, for each candidate one; None: it is a picture, or missing."""
+        image, channels = self.image, able.latent_channels
+        is_latents = isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels != RGB
+        if not is_latents:
+            if self.denoising_start:
+                told = "denoising_start goes on from latents; give image=latents of a request with denoising_end"
+                raise ValueError(f"{told} and output_type='latent'")
+            return None
+        assert isinstance(image, Tensor)
+        each = image.detach().cpu().float().clone().unbind(0)
+        for name in ("mask_image", "latents"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} and image as latents were both given; leave {name} out")
+        repeats = {1: num_prompts * n, num_prompts: n, num_prompts * n: 1}
+        if len(each) not in repeats:
+            told = f"image has {len(each)} latents for {num_prompts} prompts of {n} pictures"
+            raise ValueError(f"{told}; give one, one for each prompt, or one for each picture")
+        return [one for one in each for _ in range(repeats[len(each)])]
+
     def _rank(self, able: Abilities) -> bool:
         if self.rerank is None:
-            return able.can_rank and self.prompt is not None
+            return able.can_rank and self.prompt is not None and self._is_whole
+        if self.rerank and not self._is_whole:
+            raise ValueError(f"rerank=True needs whole pictures, and denoising_end={self.denoising_end} leaves none")
         if self.rerank and not able.can_rank:
             told = "load it with clip=NAME (a CLIP folder, hub id or open_clip:NAME/TAG), or leave rerank out"
             raise ValueError(f"rerank=True, but this model has no clip/ to rank with; {told}")
@@ -388,6 +426,8 @@ class Request:
 
     def _search(self, rank: bool, chooses: bool) -> Search:
         search = by_name("best_of" if self.search is None else self.search)
+        if self.denoising_start and not isinstance(search, BestOf):
+            raise ValueError(f"search '{search.name}' begins with noise, and denoising_start does not; leave one out")
         if not rank and not isinstance(search, BestOf):
             raise ValueError(f"search '{search.name}' goes by CLIP's scores, but nothing is ranked; let it rank")
         if not isinstance(self.diverse, bool):
@@ -396,7 +436,7 @@ class Request:
             raise ValueError("diverse=True chooses among candidates, but all are kept; give a smaller keep")
         return search
 
-    def _settings(self, able: Abilities, pictures: Pictures) -> Settings:
+    def _settings(self, able: Abilities, pictures: Pictures, latents: Sequence[Tensor] | None) -> Settings:
         names = {item.name for item in fields(Settings)} - {"negative_prompt", *SECOND}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.sampler not in (None, able.defaults.sampler):
@@ -406,14 +446,19 @@ class Request:
                 name = "image_embeds" if self.variation_of is None else "variation_of"
                 raise ValueError(f"prior=True and {name} were both given; an image embedding needs no prior")
             given["prior"] = False
-        if (first := pictures["image"][0]) is not None:
-            if able.strength is None:
-                raise ValueError("image was given, but this model cannot begin with a picture; leave it out")
+        if self.image is None:
+            given.setdefault("strength", 1.0)
+        elif able.strength is None:
+            raise ValueError("image was given, but this model cannot begin with a picture; leave it out")
+        else:
             given.setdefault("strength", able.strength if self.mask_image is None else able.mask_strength)
+        if self.denoising_start:  # which says where it begins
+            given["strength"] = 1.0
+        if (first := pictures["image"][0]) is not None:
             check_alike(pictures["image"], self.height, self.width)
             given["height"], given["width"] = size_of(first, self.height, self.width, able.size_multiple)
-        else:
-            given.setdefault("strength", 1.0)
+        if latents:
+            given["height"], given["width"] = size_of_latents(latents[0], able.cell_size, self.height, self.width)
         settings = able.defaults.updated(given, "request")
         check_settings(settings, able)
         if not self._has_embedding and settings.prior and self.prompt is None:
@@ -499,12 +544,17 @@ class Request:
         unheard: list[tuple[bool, str, tuple[str, ...]]] = [
             (settings.guidance_scale == 1, "guidance_scale is 1", GUIDED),
             (not reads_negative, unread, ("negative_prompt",)),
-            (settings.guidance_rule == "autoguidance", "autoguidance has another null", ("negative_prompt", *NULLS)),
+            (
+                settings.guidance_rule == "autoguidance",
+                "autoguidance has another null",
+                ("negative_prompt", *NULLS, *NULL_SIZES),
+            ),
             (settings.guidance_rule != "cfg_zero", "guidance_rule is not cfg_zero", ("zero_init_steps",)),
             (settings.guidance_rule != "apg", "guidance_rule is not apg", APG),
             (not settings.thresholding, "thresholding is 0", ("dynamic_thresholding_ratio",)),
             (not settings.s_churn, "s_churn is 0", ("s_tmin", "s_tmax", "s_noise")),
             (self.prompt_embeds is not None, "prompt_embeds was given", ("clip_skip", "prompt_2")),
+            (settings.denoising_start > 0, "denoising_start says where it begins", ("strength",)),
             (not settings.prior, "the prior is off", PRIORS),
             (not image and bool(self.noise_level), "the prior is off", ("noise_level",)),
             (not able.super_res_max_steps, "this model has no super resolution", SUPER_RES),
@@ -560,6 +610,15 @@ class Request:
                 raise ValueError(f"this model takes {name} and {pooled} together; give both or none")
             else:
                 shape_of(pooled, getattr(self, pooled), (num_prompts, able.pooled_width))
+
+
+def size_of_latents(latents: Tensor, cell: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels of latents (C, h, w); ValueError where others were asked for."""
+    own = latents.shape[-2] * cell, latents.shape[-1] * cell
+    for name, asked, pixels in zip(("height", "width"), (height, width), own, strict=True):
+        if asked not in (None, pixels):
+            raise ValueError(f"{name}={asked}, and image's latents are of {pixels}; leave it out")
+    return own
 
 
 def each_of(name: str, value: str | Sequence[str] | None, num_prompts: int) -> tuple[str | None, ...]:

@@ -52,10 +52,10 @@ class Row:
     target: Tensor | None = None  # (E,); None only where clip_guidance_scale is 0
     options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
     start: Tensor | None = None  # unit noise in place of the seed's block 0
-    drawn: int = 0  # blocks of the seed's noise that are spent before its steps, over that of its start
+    drawn: int = 0  # blocks of the seed's noise that are spent before its steps, over that of its start (-1: nor is it)
     stream: str | None = None  # whose noise it draws (`samplers.noise.STAGES`); None: its stage's
     past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
-    origin: Tensor | None = None  # what its start is added to, clean; None: it begins with noise alone
+    origin: Tensor | None = None  # what its start is added to; None: it begins with noise alone
     hold: Hold | None = None  # what is held of it while the rest is painted; None: all of it is painted
 
 
@@ -105,8 +105,8 @@ class Live:
 
     @property
     def steps_left(self) -> int:
-        """0 at the row's last level."""
-        return self.row.schedule.last - self.index
+        """0 at the level that the row ends at."""
+        return self.row.schedule.end - self.index
 
     def option(self, name: str) -> float:
         """The row's own, or else the sampler's."""

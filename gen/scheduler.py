@@ -200,15 +200,45 @@ class NoiseLevels:
         """The most steps a run can take."""
         return len(self.scaling.sigmas)
 
-    def schedule(self, sampler: str, num_steps: int, skipped: int = 0) -> Schedule:
-        """The levels that the stock class of this sampler visits in so many steps, without the first so many."""
+    def schedule(
+        self,
+        sampler: str,
+        num_steps: int,
+        skipped: int = 0,  # steps left out at the beginning
+        start: float = 0.0,  # the share of the training timesteps behind which a run goes on; 0: it begins
+        end: float = 1.0,  # that at which it ends, for another to go on; 1: it ends with a picture
+    ) -> Schedule:
+        """The levels that the stock class of this sampler visits in so many steps, or in some of these.
+
+        A run that begins or ends on the way has all of them, for samplers that go by their number. As in diffusers
+        `start` and `end` are rounded to a timestep, and one run ends where the other goes on.
+        """
         if (sampler, num_steps) not in self._schedules:
             self._schedules[sampler, num_steps] = self._schedule(sampler, num_steps)
-        whole = self._schedules[sampler, num_steps]
-        if sampler == "pndm" and skipped:  # a run from the middle has its own second level twice
-            sigmas = whole.sigmas[skipped + 1 :]
-            return replace(whole, sigmas=torch.cat([sigmas[:2], sigmas[1:]]) if len(sigmas) > 2 else sigmas)
-        return replace(whole, first=skipped)
+        run = self._schedules[sampler, num_steps]
+        if sampler == "pndm" and skipped:
+            skipped += 1  # its second level comes twice
+        if first := self._passed(run, start) if start else skipped:
+            run = replace(run, first=first)
+        if sampler == "pndm" and first:  # a run from the middle has its own second level twice
+            sigmas = run.sigmas[max(first, 2) :]
+            run = replace(run, first=0, sigmas=torch.cat([sigmas[:2], sigmas[1:]]) if len(sigmas) > 2 else sigmas)
+        if start:
+            run = replace(run, resumed_scale=1 / self._handed(sampler, run.sigmas[run.first].item()))
+        if end < 1 and (stop := self._passed(run, end)) < run.last:
+            run = replace(run, stop=stop, end_scale=self._handed(sampler, run.sigmas[stop].item()))
+        return run
+
+    def _passed(self, run: Schedule, share: float) -> int:
+        """How many steps of a run begin before a share of the training timesteps is behind it."""
+        cutoff = round((1 - share) * self.num_train_timesteps)
+        if cutoff == self.num_train_timesteps:
+            return 0
+        return int((run.sigmas[:-1] >= self.scaling.sigmas[cutoff]).sum())
+
+    def _handed(self, sampler: str, sigma: float) -> float:
+        """What x at a level is multiplied by as the stock class of this sampler holds it."""
+        return 1 / math.hypot(1, sigma) if CLASSES[STOCK[sampler][0]].unit_variance else 1.0
 
     def options(self, sampler: str) -> dict[str, float]:
         """This sampler's options as the configuration has them; those it does not speak of are left out."""

@@ -73,6 +73,8 @@ class Settings:
     width: int = 0
     num_inference_steps: int = 20
     strength: float = 1.0  # the share of these steps that is taken, where a picture was handed in
+    denoising_start: float = 0.0  # the share of the training timesteps that another run has left behind; 0: none
+    denoising_end: float = 1.0  # that at which this run ends, for another to go on; 1: it ends with a picture
     guidance_scale: float = 5.0  # 1: off
     guidance_interval: tuple[float, float] | None = None  # guided where low < sigma <= high; None: all
     guidance_rescale: float = 0.0  # 0: off, 1: the guided output keeps the prompt's own contrast
@@ -211,6 +213,12 @@ def check_settings(settings: Settings, able: Abilities) -> None:
         least = math.ceil(100 / settings.num_inference_steps) / 100
         told = f"strength={settings.strength} leaves none of {settings.num_inference_steps} steps"
         raise ValueError(f"{told}; give {least} or more, up to 1, or more num_inference_steps")
+    start, end = (real(name, getattr(settings, name), 0.0, 1.0) for name in ("denoising_start", "denoising_end"))
+    if start >= end:
+        told = f"denoising_start={start} is not below denoising_end={end}"
+        raise ValueError(f"{told}; give shares of the way from noise to a picture, the start before the end")
+    if end < 1 and able.super_res_max_steps:
+        raise ValueError(f"denoising_end={end} leaves no whole picture, which super resolution needs; leave it out")
     real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
     real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
     one_of("guidance_rule", settings.guidance_rule, list(RULES))

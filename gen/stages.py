@@ -196,7 +196,7 @@ class Stages:
         schedule, interval = schedule_of(levels, settings, draft_steps), settings.guidance_interval
         if draft_steps is not None and interval is None:
             interval = inner_levels(schedule)
-        begins = beginning(candidate, flight.read[index], shape)
+        begins = beginning(candidate, flight.read[index], shape, schedule)
         prompt, null = begins.telling(flight.told[index])
         return Row(
             key=Place(flight.number, index, draft_steps is not None),

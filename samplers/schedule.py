@@ -73,8 +73,10 @@ class Schedule:
 
     sigmas: Tensor  # (N + 1,) float64, descending; the last is 0 or the smallest level
     start_scale: float  # x at the first level is this times unit noise
-    end_scale: float = 1.0  # the picture is this times x at the last level
+    end_scale: float = 1.0  # the picture is this times x at the level that the run ends at
     first: int = 0  # the level that a run begins at; above 0, with a picture that is noised to it
+    stop: int | None = None  # the level that it ends at, where another run goes on; None: the last
+    resumed_scale: float = 1.0  # x at the first level is this times what another run ended with
 
     @property
     def last(self) -> int:
@@ -82,9 +84,14 @@ class Schedule:
         return len(self.sigmas) - 1
 
     @property
+    def end(self) -> int:
+        """The index of the level that a run ends at."""
+        return self.last if self.stop is None else self.stop
+
+    @property
     def num_steps(self) -> int:
-        """Steps of a run, from its first level on."""
-        return self.last - self.first
+        """Steps of a run, from its first level to its end."""
+        return self.end - self.first
 
     def level(self, index: Tensor, device: torch.device | str = "cpu") -> Level:
         """The levels of rows at index (B,), 0 .. N."""

@@ -185,7 +185,7 @@ def test_full_size_for_inpainting(version: str, name: str) -> None:
     (candidate,) = asked.resolve(able).candidates
     x = torch.empty(1, *model.latent_shape(candidate.settings), device="meta")
     (read,) = edit.read(model, [candidate])
-    begins = edit.beginning(candidate, read, x.shape[1:])
+    begins = edit.beginning(candidate, read, x.shape[1:], edit.schedule_of(model.levels, candidate.settings))
     assert begins.channels is not None and begins.channels.shape == (5, height // 8, width // 8)
     words, width = Condition(), FULL[version]["width"]
     if version == "2.1":
