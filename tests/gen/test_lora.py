@@ -340,6 +340,30 @@ def test_alpha_by_layer_of_a_text_tower(folders: dict[str, Path], tmp_path: Path
     assert seen >= {2.0, 3.0, 4.0}
 
 
+def test_stock_reads_alphas_of_a_text_tower_alike(folders: dict[str, Path], tmp_path: Path) -> None:
+    """By names as transformers 5 has them; those that begin with `text_model.` it overlooks, and they mean the same."""
+    pytest.importorskip("peft")
+    pairs = {layer: each for layer, each in pairs_of(loaded(folders["1"]).model).items() if layer[0] == "text_encoder"}
+    weights, described = in_peft(pairs)
+    fused = []
+    for ahead in ("", "text_model."):
+        said = json.loads(described["lora_adapter_metadata"])
+        said["text_encoder.alpha_pattern"] = {f"{ahead}encoder.layers.0.mlp.fc1": 1.5}
+        save_file(weights, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(said)})
+        model = loaded(folders["1"])
+        model.load_lora(tmp_path, SCALE)
+        fused.append(model.model.parts()["text_encoder"].state_dict())
+        if not ahead:
+            stock = stock_of(StableDiffusionPipeline, folders["1"])
+            stock.load_lora_weights(tmp_path, weight_name="a.safetensors")
+            stock.fuse_lora(components=["text_encoder"], lora_scale=SCALE)
+            stock.unload_lora_weights()
+            fused.append(stock.text_encoder.state_dict())
+    for key, value in fused[0].items():
+        for other in fused[1:]:
+            torch.testing.assert_close(other[key], value, atol=1e-5, rtol=1e-4)
+
+
 # --- peft's own folders ----------------------------------------------------------------------------------------------
 
 
