@@ -96,7 +96,8 @@ def to_transformers(clip: CLIP) -> CLIP:
     assert isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP)
     text = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
     visual = model.visual
-    _refuse_unless(isinstance(visual, VisionTransformer), "its image tower is not open_clip's VisionTransformer")
+    tower = type(visual).__name__  # ModifiedResNet, TimmModel
+    _refuse_unless(isinstance(visual, VisionTransformer), f"its image tower is a {tower} and no VisionTransformer")
     _refuse_unless(hasattr(text, "token_embedding"), "its text tower is not open_clip's TextTransformer")
     _refuse_unless(visual.pool_type == "tok", f"its image tower pools by {visual.pool_type!r}")
     _refuse_unless(text.attn_mask is not None, "its text tower is not causal")

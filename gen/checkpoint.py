@@ -401,6 +401,7 @@ def save(
     options: Mapping[str, JSON] | None = None,  # what else model_index.json says; None: nothing
 ) -> Path:
     """Write a diffusers folder that stock diffusers loads, with the CLIP in clip/ and the card beside it."""
+    clip = None if clip is None else to_transformers(clip)  # refused, where it cannot be, before anything is written
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries: dict[str, JSON] = {}
@@ -409,7 +410,6 @@ def save(
         kind = type(part).__name__
         entries[name] = [OURS[kind][0] if kind in OURS else type(part).__module__.split(".")[0], kind]
     if clip is not None:
-        clip = to_transformers(clip)
         save_part(clip.model, folder / "clip", dtype)
         clip.tokenizer.save_pretrained(folder / "clip")
         write_json(folder / "clip" / "preprocessor_config.json", clip.preprocess.to_config())

@@ -386,7 +386,8 @@ def info(
     for name, part in facts["parts"].items():
         print(f"  {name:<24} {part['class']:<28} {part['parameters']:>13,} parameters {_size(part['bytes']):>9}")
     print(f"  {'together':<53} {facts['parameters']:>13,} parameters {_size(facts['bytes']):>9}")
-    for line in lines_of({**facts["told"], **facts["card"]}):
+    card = {name: value for name, value in facts["card"].items() if value not in ("", {}, [])}
+    for line in lines_of({**facts["told"], **card}):
         print(line)
 
 

@@ -14,7 +14,12 @@ from gen import single_file
 from gen.checkpoint import INDEX, Card, find, listed
 from gen.weights import check_weights, files_hash, folder_hash, numbers, read_json, shapes, weight_files
 
-TOWERS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}
+TEXTS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}
+PICTURES = {"image_encoder", "prior_image_encoder"}
+# Which CLIP a tower is of, by its width and layers; Stable Diffusion 2's is stored without the last of its 24
+OF_TEXTS = {(768, 12): "CLIP L", (1024, 23): "OpenCLIP H", (1024, 24): "OpenCLIP H", (1280, 32): "OpenCLIP bigG"}
+OF_PICTURES = {(1024, 24): "CLIP L", (1280, 32): "OpenCLIP H", (1664, 48): "OpenCLIP bigG"}
+MULTILINGUAL = "MultilingualCLIP"  # XLM-RoBERTa, whose width and layers are those of OpenCLIP H
 SCHEDULED = ("prediction_type", "timestep_spacing", "beta_schedule", "rescale_betas_zero_snr")
 LICENCES = ("LICENSE*", "LICENCE*", "License*")
 
@@ -72,13 +77,10 @@ def told_of(folder: Path, classes: Mapping[str, str]) -> dict[str, Any]:
     """What configurations say of a model's towers, text lengths and schedulers, part by part."""
     told: dict[str, Any] = {}
     for part, kind in classes.items():
-        if part in TOWERS:
-            config = read_json(folder / part / "config.json")
-            width, layers = config.get("hidden_size"), config.get("num_hidden_layers")
-            told[part] = f"{config.get('hidden_act', 'quick_gelu')}, width {width}, {layers} layers"
+        if part in TEXTS | PICTURES:
+            told[part] = tower(kind, read_json(folder / part / "config.json"), part in PICTURES)
         elif part == "clip":
-            config = read_json(folder / part / "config.json")
-            told[part] = f"{config.get('model_type')}, embedding of {config.get('projection_dim', 512)}"
+            told[part] = whole_clip(read_json(folder / part / "config.json"))
         elif "tokenizer" in part:
             path = folder / part / "tokenizer_config.json"
             length = read_json(path).get("model_max_length") if path.is_file() else None
@@ -87,6 +89,24 @@ def told_of(folder: Path, classes: Mapping[str, str]) -> dict[str, Any]:
             config = read_json(folder / part / "scheduler_config.json")
             told[part] = ", ".join([kind, *(f"{name} {config[name]}" for name in SCHEDULED if name in config)])
     return told
+
+
+def tower(kind: str, config: Mapping[str, Any], sees: bool) -> str:
+    """Which CLIP's a tower is, where its sizes tell, and those sizes."""
+    width, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+    known = (OF_PICTURES if sees else OF_TEXTS).get((width, layers))
+    name = kind if kind == MULTILINGUAL else known
+    sizes = f"{config.get('hidden_act', 'quick_gelu')}, width {width}, {layers} layers"
+    return f"{name}: {sizes}" if name else sizes
+
+
+def whole_clip(config: Mapping[str, Any]) -> str:
+    """What ranks: CLIP or SigLIP, which CLIP where its sizes tell, and E."""
+    kind, text = config.get("model_type"), config.get("text_config", {})
+    if kind == "siglip":
+        return f"siglip, embedding of {config.get('vision_config', {}).get('hidden_size', 768)}"
+    known = OF_TEXTS.get((text.get("hidden_size", 512), text.get("num_hidden_layers", 12)))
+    return f"{known or kind}, embedding of {config.get('projection_dim', 512)}"
 
 
 def licence_of(folder: Path) -> dict[str, str]:

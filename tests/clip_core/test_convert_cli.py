@@ -105,7 +105,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     for source, out, told in (
         (folder, folder, "is there already and not empty; give a new folder"),
         (tmp_path / "nothing", tmp_path / "out", "is no folder; give a CLIP folder"),
-        (resnet, tmp_path / "out", "cannot be converted exactly: its image tower is not open_clip's VisionTransformer"),
+        (resnet, tmp_path / "out", "cannot be converted exactly: its image tower is a ModifiedResNet and no Vision"),
     ):
         assert convert(source, out) == 2
         printed = capsys.readouterr()

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from gen.cli import info
-from gen.facts import facts_of
+from gen.facts import facts_of, tower, whole_clip
+from gen.weights import read_json
+from tests.tiny import make_tiny_clip, make_tiny_siglip
 
 
 def test_towers_texts_schedulers_and_licence(
@@ -26,6 +28,30 @@ def test_towers_texts_schedulers_and_licence(
     printed = capsys.readouterr().out
     for name, what in told.items():
         assert f"{name}: {what}" in printed
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "sees", "told"),
+    [
+        ("CLIPTextModel", (768, 12), False, "CLIP L: gelu, width 768, 12 layers"),
+        ("CLIPTextModel", (1024, 23), False, "OpenCLIP H: gelu, width 1024, 23 layers"),
+        ("CLIPTextModelWithProjection", (1280, 32), False, "OpenCLIP bigG: gelu, width 1280, 32 layers"),
+        ("CLIPVisionModelWithProjection", (1280, 32), True, "OpenCLIP H: gelu, width 1280, 32 layers"),
+        ("CLIPVisionModelWithProjection", (1024, 24), True, "CLIP L: gelu, width 1024, 24 layers"),
+        ("MultilingualCLIP", (1024, 24), False, "MultilingualCLIP: gelu, width 1024, 24 layers"),
+        ("CLIPTextModel", (16, 2), False, "gelu, width 16, 2 layers"),
+    ],
+)
+def test_published_towers_are_known_by_their_sizes(kind: str, sizes: tuple[int, int], sees: bool, told: str) -> None:
+    config = {"hidden_size": sizes[0], "num_hidden_layers": sizes[1], "hidden_act": "gelu"}
+    assert tower(kind, config, sees) == told
+
+
+def test_what_ranks_is_told(tmp_path: Path) -> None:
+    for write, told in ((make_tiny_clip, "clip, embedding of 16"), (make_tiny_siglip, "siglip, embedding of 16")):
+        assert whole_clip(read_json(write(tmp_path / told) / "config.json")) == told
+    openai = {"model_type": "clip", "projection_dim": 768, "text_config": {"hidden_size": 768}}
+    assert whole_clip(openai) == "CLIP L, embedding of 768"
 
 
 def test_no_weight_is_read(tiny_folder: Path, tmp_path: Path) -> None:
