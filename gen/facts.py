@@ -17,8 +17,13 @@ from gen.weights import check_weights, files_hash, folder_hash, numbers, read_js
 TEXTS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}
 PICTURES = {"image_encoder", "prior_image_encoder"}
 # Which CLIP a tower is of, by its width and layers; Stable Diffusion 2's is stored without the last of its 24
-OF_TEXTS = {(768, 12): "CLIP L", (1024, 23): "OpenCLIP H", (1024, 24): "OpenCLIP H", (1280, 32): "OpenCLIP bigG"}
-OF_PICTURES = {(1024, 24): "CLIP L", (1280, 32): "OpenCLIP H", (1664, 48): "OpenCLIP bigG"}
+OF_TEXTS: dict[tuple[Any, Any], str] = {
+    (768, 12): "CLIP L",
+    (1024, 23): "OpenCLIP H",
+    (1024, 24): "OpenCLIP H",
+    (1280, 32): "OpenCLIP bigG",
+}
+OF_PICTURES: dict[tuple[Any, Any], str] = {(1024, 24): "CLIP L", (1280, 32): "OpenCLIP H", (1664, 48): "OpenCLIP bigG"}
 MULTILINGUAL = "MultilingualCLIP"  # XLM-RoBERTa, whose width and layers are those of OpenCLIP H
 SCHEDULED = ("prediction_type", "timestep_spacing", "beta_schedule", "rescale_betas_zero_snr")
 LICENCES = ("LICENSE*", "LICENCE*", "License*")
