@@ -113,17 +113,17 @@ def test_pndm_starts_late_with_its_own_second_level_twice(models: dict[str, Text
     assert levels.schedule("pndm", 5, 4).sigmas.tolist() == whole.sigmas[5:].tolist()
 
 
-@pytest.mark.parametrize(("sampler", "distance"), [("pndm", 0.06), ("lms", 0.03)])
+@pytest.mark.parametrize(("sampler", "steps", "distance"), [("pndm", 20, 0.06), ("pndm", 50, 0.02), ("lms", 20, 0.03)])
 def test_where_stock_starts_late_in_another_way(
-    models: dict[str, TextToImage], folders: dict[str, Path], sampler: str, distance: float
+    models: dict[str, TextToImage], folders: dict[str, Path], sampler: str, steps: int, distance: float
 ) -> None:
-    """At 20 steps and strength 0.6; what docs/differences.md says."""
+    """At strength 0.6; what docs/differences.md says."""
     model, folder = ("pndm", "pndm") if sampler == "pndm" else ("1", "1")
     other = stock(folders[folder], folder)
     if sampler == "lms":
         other.scheduler = diffusers.LMSDiscreteScheduler.from_config(other.scheduler.config)
-    asked = {"strength": 0.6, "num_inference_steps": 20, "sampler": sampler, "output_type": "latent"}
-    assert apart(*both(models[model], other, picture(), **asked)) == pytest.approx(distance, abs=0.01)
+    asked = {"strength": 0.6, "num_inference_steps": steps, "sampler": sampler, "output_type": "latent"}
+    assert apart(*both(models[model], other, picture(), **asked)) == pytest.approx(distance, rel=0.3)
 
 
 def test_the_reference_can_fail(models: dict[str, TextToImage]) -> None:
