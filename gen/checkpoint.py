@@ -210,7 +210,7 @@ def load(
     """Load every part of a model, ready to run; a missing or damaged file is a ValueError that names it."""
     folder = find(name_or_path)
     index = read_json(folder / INDEX)
-    family = index.get("_class_name", "")
+    family = family_of(index)
     refuse_prior_alone(name_or_path, family)
     apart = None
     if prior is not None:
@@ -259,7 +259,7 @@ def prior_for(prior: str | Path, model: str | Path, family: str) -> Apart:
     joined = JOINED[family]
     folder = find(prior, None if joined.parts is None else joined.parts.values())
     index = read_json(folder / INDEX)
-    given = index.get("_class_name", "")
+    given = family_of(index)
     if given != joined.prior:
         what = given or "folder of no class"
         raise ValueError(f"prior_model '{prior}' is a {what}; model '{model}' needs a {joined.prior}")
@@ -277,11 +277,17 @@ def refuse_prior_alone(model: str | Path, family: str) -> None:
         raise ValueError(f"model '{model}' is a prior alone; give it as prior_model, beside a {decoder}")
 
 
+def family_of(index: Mapping[str, Any]) -> str:
+    """The pipeline class of model_index.json, empty where it says none; ValueError for code beside the model."""
+    family = index.get("_class_name", "")
+    if not isinstance(family, str):  # a list, as diffusers writes it for such code
+        raise ValueError(f"{INDEX} names the custom pipeline {family}, whose code is never run; give a folder without")
+    return family
+
+
 def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The parts that model_index.json lists and that are used here, each as (library, class)."""
-    family = index.get("_class_name")
-    if isinstance(family, list):  # as diffusers writes it for code that lies beside the model
-        raise ValueError(f"{INDEX} names the custom pipeline {family}, whose code is never run; give a folder without")
+    family = family_of(index)
     unused: Sequence[str] = UNUSED[:1] if family in SEEING else UNUSED
     if family in ALONE:
         unused = ()
