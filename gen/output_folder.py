@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -16,17 +16,18 @@ def output_folder(out: Path) -> Iterator[Path]:
     """
     made: list[Path] = []
     try:
-        folder = _make_folder(out, made)
-        claim = tempfile.NamedTemporaryFile(prefix=".unclip-", dir=folder)  # noqa: SIM115 - closed below
-    except OSError as error:
-        _remove_empty(made)
-        reason = error.strerror or str(error)
-        raise ValueError(f"out folder '{out}' cannot be written ({reason}); choose another with --out DIR") from None
-    try:
-        with claim:
+        with ExitStack() as held:
+            try:
+                folder = _make_folder(out, made)
+                held.enter_context(tempfile.NamedTemporaryFile(prefix=".unclip-", dir=folder))
+            except OSError as error:
+                told = f"out folder '{out}' cannot be written ({error.strerror or error})"
+                raise ValueError(f"{told}; choose another with --out DIR") from None
             yield folder
-    except BaseException:
-        _remove_empty(made)
+    except BaseException:  # Ctrl-C can come anywhere
+        for path in reversed(made):
+            with suppress(OSError):  # it holds something, or is not there yet
+                path.rmdir()
         raise
 
 
@@ -38,18 +39,10 @@ def _make_folder(out: Path, made: list[Path]) -> Path:
             folder = next(path for number in count(2) if not (path := out / f"{number:03d}").exists())
         try:
             for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+                made.append(path)  # first, for Ctrl-C can come behind either
                 path.mkdir()
-                made.append(path)
             return folder
         except FileExistsError:  # another run was quicker
+            made.pop()
             if not folder.is_dir():
                 raise
-
-
-def _remove_empty(made: list[Path]) -> None:
-    """Take away the folders that this run made, innermost first, as far as they are empty."""
-    for path in reversed(made):
-        try:
-            path.rmdir()
-        except OSError:
-            return
