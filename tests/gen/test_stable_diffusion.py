@@ -64,7 +64,7 @@ def models(folders: dict[str, Path]) -> dict[str, TextToImage]:
 
 
 @pytest.mark.parametrize("kind", ["1", "2", "2-v"])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize(
     "guided",
     [{"guidance_scale": 1.0}, {"guidance_scale": 7.5}, {"guidance_scale": 3.0, "negative_prompt": ["blue", LONG]}],

@@ -47,7 +47,7 @@ def xl(models: dict[bool, TextToImage]) -> TextToImage:
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize(
     "guided",
     [{"guidance_scale": 1.0}, {"guidance_scale": 5.0}, {"guidance_scale": 3.0, "negative_prompt": ["blue", LONG]}],
