@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeAlias
 
+from clip_core.fit import MOST_PIXELS
 from gen.checks import one_of, real, texts, whole
 from gen.prompts import plain
 from samplers.guidance import RULES, Guide
@@ -170,7 +171,7 @@ class Settings:
 def check_settings(settings: Settings, able: Abilities) -> None:
     """Refuse settings this model cannot paint with (ValueError)."""
     for name in ("height", "width"):
-        pixels = whole(name, getattr(settings, name), 1)
+        pixels = whole(name, getattr(settings, name), 1, MOST_PIXELS)
         if pixels % able.size_multiple:
             below = max(pixels // able.size_multiple, 1) * able.size_multiple
             raise ValueError(

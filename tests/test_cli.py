@@ -304,6 +304,7 @@ MISTAKES = {
     "too many steps": ("--steps 1001", "--steps 1001 is"),
     "no prior steps": ("--prior-steps 0", "--prior-steps 0 is"),
     "odd width": ("--width 60", "--width 60 cannot be halved into latents; give a multiple of 8"),
+    "absurd width": ("--width 800000", "--width 800000 is out of range; give a whole number from 1 to 16384"),
     "no height": ("--height 0", "--height 0 is out of range"),
     "negative seed": ("--seed -1", "--seed -1 is out of range"),
     "too large a seed": ("--seed 4294967296", "--seed 4294967296 is out of range"),
