@@ -1,4 +1,4 @@
-"""A single .safetensors file of Stable Diffusion 1.x, 2.x or XL, in its authors' layout, as the parts of a folder.
+"""A single .safetensors file of Stable Diffusion 1, 2, XL or its refiner, in its authors' layout, as parts of a folder.
 
 Which family a file is, its names and shapes tell. Weights are renamed by diffusers' own converters; what no file of
 weights says (sizes, scheduler, tokenizer) is in a folder of configurations: the family's, which comes with this
@@ -82,13 +82,18 @@ LAYOUTS = (
         "stable-diffusion-2-1",
         {"unet": UNET, "vae": VAE, "text_encoder": f"cond_stage_model.{OPEN_CLIP_KIND}"},
     ),
+    Layout(
+        "Stable Diffusion XL's refiner",
+        "StableDiffusionXLImg2ImgPipeline",
+        "stable-diffusion-xl-refiner-1.0",
+        {"unet": UNET, "vae": VAE, "text_encoder_2": f"conditioner.embedders.0.{OPEN_CLIP_KIND}"},
+    ),
 )
 OTHERS = {  # what a name that begins so is of
     "lora_": "a LoRA, which load_lora takes",
     "control_model.": "a ControlNet",
     "edm_mean": "Playground 2.5, whose noise levels are EDM's",
     "noise_augmentor.": "Stable unCLIP; give its diffusers folder",
-    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL; give its diffusers folder",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "model.diffusion_model.double_blocks.": "Flux",
     "double_blocks.": "Flux",

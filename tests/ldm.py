@@ -44,10 +44,15 @@ RESBLOCK = {
 
 
 def write_single_file(folder: Path, path: Path, open_clip: bool = False) -> Path:
-    """One file of a Stable Diffusion folder; its one tower as CLIP's (1.x) or open_clip's (2.x), of XL one of each."""
+    """One file of a Stable Diffusion folder; its one tower as CLIP's (1.x) or open_clip's (2.x), of XL one of each.
+
+    The refiner has XL's second alone.
+    """
     weights = {f"model.diffusion_model.{name}": tensor for name, tensor in unet(folder / "unet").items()}
     weights |= {f"first_stage_model.{name}": tensor for name, tensor in vae(folder / "vae").items()}
-    if (folder / "text_encoder_2").is_dir():
+    if not (folder / "text_encoder").is_dir():
+        weights |= open_clip_tower(folder / "text_encoder_2", "conditioner.embedders.0.model.")
+    elif (folder / "text_encoder_2").is_dir():
         weights |= clip_tower(folder / "text_encoder", "conditioner.embedders.0.transformer.text_model.")
         weights |= open_clip_tower(folder / "text_encoder_2", "conditioner.embedders.1.model.")
     elif open_clip:

@@ -24,7 +24,7 @@ from tests.ldm import write_single_file
 from tests.stock import PROMPTS, SEED, SHORT, edited
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
-KINDS = ("1", "2", "xl")
+KINDS = ("1", "2", "xl", "refiner")
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "1": make_tiny_stable_diffusion(root / "1", version=1),
         "2": make_tiny_stable_diffusion(root / "2", version=2),
         "xl": make_tiny_stable_diffusion_xl(root / "xl"),
+        "refiner": make_tiny_stable_diffusion_xl(root / "refiner", refines=True),
     }
 
 
@@ -57,6 +58,7 @@ def files(folders: dict[str, Path]) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pictures_of_the_folder(files: dict[str, Path], folders: dict[str, Path], kind: str) -> None:
     asked: dict[str, Any] = {"seed": SEED, "num_inference_steps": 3, "output_type": "pt"}
+    asked |= {"image": torch.full((3, 64, 64), 0.4), "strength": 1.0} if kind == "refiner" else {}
     folder = TextToImage.from_pretrained(folders[kind], device="cpu")
     file = TextToImage.from_pretrained(files[kind], device="cpu", config=folders[kind])
     assert torch.equal(file(PROMPTS, **asked).images, folder(PROMPTS, **asked).images)
@@ -116,7 +118,12 @@ def test_info_reads_headers_alone(files: dict[str, Path], folders: dict[str, Pat
 
 def test_a_family_is_told_from_names_and_shapes(files: dict[str, Path]) -> None:
     named = {kind: layout_of(path, single_file.shapes(path)).name for kind, path in files.items()}
-    assert named == {"1": "Stable Diffusion 1", "2": "Stable Diffusion 2", "xl": "Stable Diffusion XL"}
+    assert named == {
+        "1": "Stable Diffusion 1",
+        "2": "Stable Diffusion 2",
+        "xl": "Stable Diffusion XL",
+        "refiner": "Stable Diffusion XL's refiner",
+    }
 
 
 def without(prefix: str) -> Callable[[dict[str, Tensor]], object]:

@@ -199,6 +199,7 @@ def test_full_size(name: str) -> None:
         ("stable-diffusion-2-1", "2.1"),
         ("stable-diffusion-2-1-base", "2.1"),
         ("stable-diffusion-xl-base-1.0", "XL"),
+        ("stable-diffusion-xl-refiner-1.0", "XL refiner"),
     ],
 )
 def test_the_configurations_of_single_files_are_the_published_ones(config: str, name: str) -> None:
