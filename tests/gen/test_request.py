@@ -44,7 +44,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"num_inference_steps": True}, "whole number"),
     ({"prior_num_inference_steps": 0}, "prior_num_inference_steps=0 .* from 1 to 1000"),
     ({"height": 60}, "height=60 cannot be halved .* multiple of 8, such as 56"),
-    ({"width": 0}, "width=0 .* 1 or more"),
+    ({"width": 0}, "width=0 .* from 1 to 16384"),
     ({"sampler": "eular"}, "sampler 'eular' is unknown; choose from: ddim, ddpm, deis, .*heun"),
     ({"guidance_scale": 0.5}, r"guidance_scale=0.5 .* 1 or more \(1 turns guidance off\)"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
