@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 INDEX, CARD = "model_index.json", "unclip.json"
+LICENCES = ("LICENSE*", "LICENCE*", "License*")
 IMAGE_PARTS = ("feature_extractor", "image_encoder")  # what makes an image embedding of a picture
 KINDS = (  # what a part can be
     *(nn.Module, diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase),
@@ -187,7 +188,7 @@ def find(name_or_path: str | Path, parts: Collection[str] | None = None) -> Path
 def fetched(repo: str, parts: Collection[str] | None) -> Path:
     """The local copy of a hub repository."""
     try:
-        return download(repo, INDEX, [CARD], lambda path: [*(parts or (*listed(read_json(path)), "clip"))])
+        return download(repo, INDEX, [CARD, *LICENCES], lambda path: [*(parts or (*listed(read_json(path)), "clip"))])
     except HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -306,6 +307,10 @@ def part_class(library: str, name: str, where: Path) -> type:
     _, found = OURS.get(name, ("", None))
     for known in (diffusers, transformers):
         found = found or (getattr(known, name, None) if library != "unclip" else None)
+    if found is not None and ".dummy_" in found.__module__:  # what diffusers has in place of a class it cannot import
+        raise ValueError(
+            f"{where}: {library}.{name} needs a package that is not here, and is not supported; take another"
+        )
     if not isinstance(found, type) or not issubclass(found, KINDS):
         ours = ", ".join(sorted(OURS))
         raise ValueError(f"{where}: {library}.{name} is no class of diffusers or transformers, nor one of: {ours}")

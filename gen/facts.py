@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gen import single_file
-from gen.checkpoint import INDEX, Card, find, listed
+from gen.checkpoint import INDEX, LICENCES, Card, find, listed
 from gen.weights import check_weights, files_hash, folder_hash, numbers, read_json, shapes, weight_files
 
 TEXTS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}
@@ -26,7 +26,6 @@ OF_TEXTS: dict[tuple[Any, Any], str] = {
 OF_PICTURES: dict[tuple[Any, Any], str] = {(1024, 24): "CLIP L", (1280, 32): "OpenCLIP H", (1664, 48): "OpenCLIP bigG"}
 MULTILINGUAL = "MultilingualCLIP"  # XLM-RoBERTa, whose width and layers are those of OpenCLIP H
 SCHEDULED = ("prediction_type", "timestep_spacing", "beta_schedule", "rescale_betas_zero_snr")
-LICENCES = ("LICENSE*", "LICENCE*", "License*")
 
 
 def facts_of(name: str, config: str | None = None) -> dict[str, Any]:

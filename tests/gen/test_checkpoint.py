@@ -117,6 +117,11 @@ def edited(path: Path, **change: object) -> None:
     [
         ("model_index.json", {"unet": ["os", "system"]}, "os.system is no class of diffusers or transformers"),
         ("model_index.json", {"unet": ["diffusers", "AutoModel"]}, "diffusers.AutoModel is no class of diffusers"),
+        (
+            "model_index.json",
+            {"scheduler": ["diffusers", "DPMSolverSDEScheduler"]},
+            "SDEScheduler (needs a package that|is not supp)",
+        ),
         ("model_index.json", {"tokenizer": ["transformers", "AutoTokenizer"]}, "AutoTokenizer is no class of"),
         ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, "custom pipeline .*, whose code is never run"),
         ("model_index.json", {"../unet": ["diffusers", "UNet2DConditionModel"]}, "which is no folder beside it"),

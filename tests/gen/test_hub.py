@@ -95,7 +95,7 @@ def test_what_is_asked_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hub, "list_repo_files", lambda repository: [*listed, "unet/diffusion_pytorch_model.bin"])
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     TextToImage.from_pretrained("someone/tiny", device="cpu")
-    assert set(asked[0]) == {*listed, "unclip.json"}
+    assert set(asked[0]) == {*listed, "unclip.json", *checkpoint.LICENCES}
 
 
 def test_without_network_the_cache_will_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
