@@ -39,6 +39,8 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int, tuple[int, int] | None]]] =
         "SD XL, 1024 px, text, 32x32": (20, 64, 1024, 77, None),
         "Karlo, 64 px, added, 32x32": (12, 64, 1024, 1024 + 77 + 4, MASKED),
         "VAE, 512 px, self, 64x64": (1, 512, 4096, 4096, None),
+        "UNet of 36 M, self, 32x32": (8, 16, 1024, 1024, None),
+        "UNet of 36 M, text, 32x32": (8, 16, 1024, 77, None),
     },
     "tiny": {
         "self": (2, 8, 64, 64, None),
