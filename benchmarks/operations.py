@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 from contest.tasks import PROMPT, WORKLOADS, task_of
 from gen import TextToImage
 from gen.attention import Texts
-from gen.runtime import PRECISIONS, convert, core
+from gen.openvino_runtime import PRECISIONS, compiled, convert
 from options import DTYPES, chosen, known
 from report import RESULTS, markdown, save
 from training.provenance import provenance
@@ -48,9 +48,7 @@ def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str
     texts = next(leaf for leaf in leaves if isinstance(leaf, Texts))
     inputs = converted.inputs(arrays, waves, texts, slice(0, rows), is_shared=True)
     fixed = converted.of_sizes([each.shape for each in inputs], threads=1)
-    hints = {"INFERENCE_PRECISION_HINT": converted.precision, "PERF_COUNT": "YES"}
-    hints |= {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": "1"}
-    request = core().compile_model(fixed, "CPU", hints).create_infer_request()
+    request = compiled(fixed, converted.precision, threads=1, counted=True).create_infer_request()
     told: list[Counter[str]] = []
     for _ in range(repeats + 1):
         request.infer(inputs)

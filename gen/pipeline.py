@@ -34,8 +34,9 @@ from gen.engine import Engine
 from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
+from gen.openvino_runtime import run_by_openvino
 from gen.request import Candidate, Job, Request, asks_clip, check_shown
-from gen.runtime import DTYPES, TORCH, check_runtime, dtype_of, name_of, run_by_openvino
+from gen.runtime import DTYPES, TORCH, check_runtime, dtype_of, name_of
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
@@ -119,7 +120,7 @@ class TextToImage:
         take some shape leaves it to torch's own choice and logs why. See `gen.attention`. `clip` None: the whole CLIP
         in the model's `clip/`; a model that has none paints, and does not rank. Runtime 'openvino' computes UNet,
         decoder and CLIP's image tower, in float32 or bfloat16, on the CPU; all else, and every gradient, is torch's in
-        float32. See `gen.runtime`.
+        float32. See `gen.openvino_runtime`.
         """
         dtype = dtype_of(dtype)
         device = usable(device or ("cuda" if torch.cuda.is_available() and runtime == TORCH else "cpu"))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gen import Request, TextToImage
-from gen.runtime import SIZES, core, pieces_of, streams_of
+from gen.openvino_runtime import SIZES, core, pieces_of, streams_of
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_kandinsky import make_tiny_kandinsky
 from tests.tiny_karlo import make_tiny_karlo

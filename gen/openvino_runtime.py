@@ -1,0 +1,294 @@
+"""OpenVINO answers for a loaded network on the CPU.
+
+`run_by_openvino` lets it do so from outside, as `gen.attention` chooses its kernels: the module, its weights and what
+it saves stay as they are. OpenVINO reads the network with its own torch front end when a shape is first asked, computes
+so many rows at a time, and keeps what it compiled in memory, for the life of the process. Nothing here knows rows,
+samplers, families or ranking.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate, groupby, pairwise
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from gen.attention import Handed, Texts
+from gen.openvino_attention import own_attention
+from gen.openvino_model import Part, cut_layers, cut_waves, plain_norms, read
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # that OpenVINO is asked for, in its words
+
+# Rows that OpenVINO is asked at a time, most first. A fixed number is faster than a free one, and each holds a copy of
+# the weights, so they are few. Where rows are large, more of them at a time are no faster and take more memory.
+SIZES = (16, 4, 1)
+SMALL = 1024  # values of a row's first input, such as a latent of four channels and 16 x 16 cells
+
+
+@cache
+def core() -> Any:
+    """OpenVINO's own entry; ValueError that names the extra where it is not installed."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise ValueError(f"runtime 'openvino' is not installed ({error}); pip install 'unclip[openvino]'") from None
+    return openvino.Core()
+
+
+def run_by_openvino(network: nn.Module, dtype: torch.dtype) -> None:
+    """Let OpenVINO compute a network whose weights are float32, in this precision.
+
+    All that the network is handed as a tensor has a row's axis first. Who takes a gradient still asks torch.
+    """
+    answering = Answering(network, PRECISIONS[dtype])
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return answering(*args, **kwargs)
+
+    network.forward = forward
+
+
+@dataclass(eq=False)
+class Answering:
+    """OpenVINO in a network's place."""
+
+    network: nn.Module
+    precision: str  # in OpenVINO's words
+    read: dict[Hashable, Converted] = field(default_factory=dict)  # by what tells calls apart but for their rows
+    _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network's own forward answers."""
+        leaves, layout = tree_flatten((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+            return type(self.network).forward(self.network, *args, **kwargs)
+        (rows,) = {len(tensor) for tensor in given}
+        key = (repr(layout), *(kind_of(leaf) for leaf in leaves))
+        with self._one_at_a_time:
+            if key not in self.read:
+                # In a thread of its own, where no dispatch mode of the caller's (`gen.bucket` has one) is traced.
+                with ThreadPoolExecutor(1) as apart:
+                    self.read[key] = apart.submit(convert, self.network, leaves, layout, self.precision).result()
+            converted = self.read[key]
+            texts = next((leaf for leaf in leaves if isinstance(leaf, Texts)), None)
+            of = None if texts is None else texts.of
+            sizes = SIZES if given[0][0].numel() <= SMALL else SIZES[1:]
+            pieces = list(pieces_of(rows, of, sizes, streams_of(rows, torch.get_num_threads())))
+            answers = converted.ask(given, texts, pieces)
+        return tree_unflatten(answers, converted.answer)
+
+
+def kind_of(leaf: object) -> Hashable:
+    """What the model that is read depends on, of an argument of a network."""
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.shape[1:]
+    if isinstance(leaf, Texts):
+        return Texts, tuple(pair.shape for pair in leaf.pairs[0])
+    return leaf
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are asked together."""
+
+    size: int  # one of `SIZES`
+    at: slice
+    is_shared: bool  # whether all of them read one text
+
+
+def pieces_of(rows: int, of: Sequence[int] | None, sizes: Sequence[int], streams: int) -> Iterator[Piece]:
+    """So many rows in pieces of these sizes, of which the last is 1, small enough for each stream to have its share.
+
+    `of` is which text each row reads (None: no row can share its text). Pieces of one text each are cut unless rows
+    of one text are so few that it takes more than twice as many pieces.
+    """
+    fitting = [size for size in sizes if size == 1 or size * streams <= rows]
+    whole = [Piece(size, at, False) for size, at in cut(0, rows, fitting)]
+    if of is not None:
+        ends = accumulate(len(list(run)) for _, run in groupby(of))
+        shared = [Piece(*each, True) for start, end in pairwise([0, *ends]) for each in cut(start, end, fitting)]
+        if len(shared) <= 2 * len(whole):
+            return iter(shared)
+    return iter(whole)
+
+
+def cut(start: int, end: int, sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Rows in pieces of these sizes, largest first."""
+    for size in sizes:
+        while end - start >= size:
+            yield size, slice(start, start + size)
+            start += size
+
+
+def streams_of(pieces: int, threads: int) -> int:
+    """How many pieces are computed at a time, a power of two; fewer than threads share these, and one has them all."""
+    return 1 << (min(pieces, threads).bit_length() - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Waves:
+    """The sines and cosines of a network."""
+
+    compiled: Any  # an openvino.CompiledModel, for any number of rows
+    reads: list[int]
+
+    @classmethod
+    def of(cls, part: Part) -> Waves:
+        """In float32, whatever the rest is computed in."""
+        return cls(compiled(part.model, PRECISIONS[torch.float32]), part.reads)
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        """Of all that the network is handed, as arrays."""
+        return list(self.compiled([arrays[place] for place in self.reads]).values())
+
+
+@dataclass(eq=False)
+class Converted:
+    """A network as OpenVINO read it, for inputs of one shape but for their rows."""
+
+    name: str  # for the log
+    waves: Waves | None  # None: it has no sines and cosines
+    rest: Part  # of what it is handed, a text's keys and values of each layer, and those
+    answer: TreeSpec  # how the network hands over its tensors
+    precision: str  # in OpenVINO's words
+    queues: dict[tuple[int, bool, int], Any] = field(default_factory=dict)  # openvino.AsyncInferQueue
+
+    def ask(self, given: Sequence[Tensor], texts: Texts | None, pieces: Sequence[Piece]) -> list[Tensor]:
+        """What it answers to rows that are cut into these pieces, several at a time (`streams_of`)."""
+        arrays = [tensor.contiguous().numpy() for tensor in given]
+        waves = [] if self.waves is None else self.waves(arrays)
+        streams = streams_of(len(pieces), torch.get_num_threads())
+        answers: list[np.ndarray] = []  # what other threads write into knows no mode of torch's
+        for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
+            alike = [piece.at for piece in pieces if (piece.size, piece.is_shared) == (size, is_shared)]
+            inputs = [self.inputs(arrays, waves, texts, at, is_shared) for at in alike]
+            queue = self._queue(size, is_shared, streams, inputs[0])
+            if not answers:
+                shapes = [(len(arrays[0]), *each.get_shape()[1:]) for each in queue[0].model_outputs]
+                answers = [np.empty(shape, np.float32) for shape in shapes]
+            try:
+                for at, each in zip(alike, inputs, strict=True):
+                    queue.start_async(each, (answers, at), share_inputs=True)
+            finally:  # also on Ctrl-C: what runs reads arrays of this call
+                queue.wait_all()
+        return [torch.from_numpy(each) for each in answers]
+
+    def inputs(
+        self, arrays: Sequence[Any], waves: Sequence[Any], texts: Texts | None, at: slice, is_shared: bool
+    ) -> list[Any]:
+        """What the rest is given for some rows, all of which read one text where it is shared, as arrays."""
+        pairs = [] if texts is None else texts.of_rows(slice(at.start, at.start + 1) if is_shared else at)
+        told = [*(each[at] for each in arrays), *(each.numpy() for each in pairs)]
+        for each in waves:  # several for a row where it is told several numbers, such as XL's sizes
+            share = len(each) // len(arrays[0])
+            told.append(each[at.start * share : at.stop * share])
+        return [told[place] for place in self.rest.reads]
+
+    def of_sizes(self, shapes: Sequence[Sequence[int]], threads: int) -> Any:
+        """The rest as an openvino.Model for inputs of these sizes, that computes by so many threads."""
+        model = self.rest.model.clone()
+        model.reshape(dict(enumerate(map(list, shapes))))
+        if self.precision == PRECISIONS[torch.bfloat16]:
+            own_attention(model, threads)
+        return model
+
+    def _queue(self, size: int, is_shared: bool, streams: int, inputs: Sequence[Any]) -> Any:
+        """What computes pieces of a kind, that many at a time."""
+        if (size, is_shared, streams) not in self.queues:
+            began = time.perf_counter()
+            model = self.of_sizes([each.shape for each in inputs], threads_of(streams))
+            self.queues[size, is_shared, streams] = queue_of(model, self.precision, streams)
+            told = f"{self.name} for {size} rows, {streams} at a time"
+            logger.info("OpenVINO compiled %s, in %.1f s", told, time.perf_counter() - began)
+        return self.queues[size, is_shared, streams]
+
+
+def threads_of(streams: int) -> int:
+    """How many threads a stream computes by, at least one."""
+    return max(1, torch.get_num_threads() // streams)
+
+
+def compiled(
+    model: Any,  # an openvino.Model
+    precision: str,  # in OpenVINO's words
+    streams: int = 1,  # how many times at once it runs
+    threads: int | None = None,  # of all of these; None: as many as torch takes
+    counted: bool = False,  # whether OpenVINO counts how long each operation takes
+) -> Any:
+    """A model ready to run, an openvino.CompiledModel."""
+    hints = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": str(streams)}
+    hints |= {"INFERENCE_NUM_THREADS": str(threads or torch.get_num_threads()), "PERF_COUNT": ("NO", "YES")[counted]}
+    return core().compile_model(model, "CPU", hints)
+
+
+def queue_of(model: Any, precision: str, streams: int) -> Any:
+    """An openvino.AsyncInferQueue that writes what it answers where it is told to."""
+    import openvino
+
+    def write(request: Any, told: tuple[list[np.ndarray], slice]) -> None:
+        answers, at = told
+        for place, answer in enumerate(answers):
+            answer[at] = request.get_output_tensor(place).data
+
+    queue = openvino.AsyncInferQueue(compiled(model, precision, streams), streams)
+    queue.set_callback(write)
+    return queue
+
+
+class Flat(nn.Module):
+    """A network as a tracer reads it: tensors in, tensors out."""
+
+    def __init__(self, network: nn.Module, leaves: Sequence[Any], layout: TreeSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.told = Told([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], layout)
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """`given` are all tensors that the network is handed, in their order, then each layer's pair of a text."""
+        tensors = iter(given)
+        leaves = [next(tensors) if one is None else one[0] for one in self.told.fixed]
+        pairs = list(tensors)
+        leaves = [Handed(pairs) if isinstance(leaf, Texts) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(leaves, self.told.layout)
+        answers, self.told.answer = tree_flatten(type(self.network).forward(self.network, *args, **kwargs))
+        return tuple(answers)
+
+
+@dataclass(eq=False)
+class Told:
+    """How a network is handed its tensors, and how it hands over its own."""
+
+    fixed: list[tuple[Any] | None]  # what stands beside the tensors; None: a tensor's place
+    layout: TreeSpec
+    answer: TreeSpec | None = None  # None: it has not been asked yet
+
+
+@torch.no_grad()
+def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precision: str) -> Converted:
+    """Have OpenVINO read a network by tracing one call of it."""
+    began, name = time.perf_counter(), type(network).__name__
+    flat = Flat(network, leaves, layout)
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    pairs = [pair for leaf in leaves if isinstance(leaf, Texts) for pair in leaf.of_rows(slice(1))]
+    example = [tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in given]  # 1 row would be traced as such
+    model = read(flat, (*example, *pairs))
+    assert flat.told.answer is not None, "tracing asks it"
+    logger.info("OpenVINO read %s in %.1f s", name, time.perf_counter() - began)
+    cut_layers(model)
+    if precision != PRECISIONS[torch.float32]:
+        plain_norms(model)
+    waves, rest = cut_waves(model)
+    return Converted(name, None if waves is None else Waves.of(waves), rest, flat.told.answer, precision)
