@@ -2,16 +2,17 @@
 
     python benchmarks/looks.py [--prompts 24] [--candidates 32] [--model shapes64] [--runtime openvino] ...
 
-Candidates of captions that are in no test are painted to their end and ranked. Beside that stand looks that cost less:
-the estimate of the clean picture after some of the steps, and whole drafts in few steps from the same noise, guided at
-every step or at all but the first and the last. Each look is scored by CLIP as a search scores it. Of each stands how
-much it costs, in evaluations of the network; the rank correlation of its scores with those of the end (Spearman, mean
-over prompts); and what is lost by painting only its best few: the score of the best one, and the mean of the best four
-of the first half, below those that all candidates give. The result is kept in benchmarks/results/looks.json.
+Candidates of captions that are in no test are painted to their end and ranked. Beside that stand looks that cost
+less: the estimate of the clean picture after some of the steps, and whole drafts in few steps from the same noise,
+guided at every step or at all but the first and the last, or by the model's own network for drafts, if it has one.
+Each look is scored by CLIP as a search scores it. Of each stands how much it costs, in evaluations of the network;
+the rank correlation of its scores with those of the end (Spearman, mean over prompts); and what is lost by painting
+only its best few: the score of the best one, and the mean of the best four of the first half, below those that all
+candidates give. The result is kept in benchmarks/results/looks.json.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -22,6 +23,7 @@ import typer
 from scipy.stats import spearmanr
 
 from gen import TextToImage
+from gen.drafter import SAMPLER
 from gen.flight import Step
 from gen.search.rules import steps_of
 from gen.stages import inner_levels
@@ -85,6 +87,12 @@ def looks_at(model: TextToImage, prompt: str, seed: int, number: int) -> dict[Lo
         if inside is not None:
             look = Look(f"draft in {few} steps, the first and the last not guided", 2 * few - 2)
             found[look] = painted(num_inference_steps=few, guidance_interval=inside)
+    drafter = model.model.drafter
+    if drafter is not None:
+        few, alone = drafter.num_inference_steps, TextToImage(replace(model.model, unet=drafter.unet, drafter=None))
+        result = alone(prompt, **asked, num_inference_steps=few, guidance_scale=1.0, sampler=SAMPLER)
+        assert result.scores is not None, "it is ranked"
+        found[Look("draft by its own network", few)] = dict(zip(result.seeds, result.scores, strict=True))
     return {look: [score for _, score in sorted(scores.items())] for look, scores in found.items()}
 
 

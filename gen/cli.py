@@ -135,6 +135,7 @@ def generate(
     s_noise: Annotated[float | None, _advanced("D", "Deviation of what churn adds.")] = None,
     guidance_rule: Annotated[str | None, _advanced("RULE", "How to guide: cfg, cfg_zero, apg, autoguidance.")] = None,
     weak_unet: Annotated[Path | None, _advanced("DIR", "autoguidance: folder of a weaker UNet.")] = None,
+    draft_unet: Annotated[Path | None, _advanced("DIR", "--search draft: folder of a UNet for drafts.")] = None,
     guidance_rescale: Annotated[float | None, _advanced("R", "Keep the prompt's own contrast; 0 is off.")] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, _advanced("LOW HIGH", "Guide where LOW < noise level <= HIGH.")
@@ -198,7 +199,7 @@ def generate(
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
         check_text(prompt, *(text or "" for text in (negative, prompt_2, negative_2, interpolate_prompt, edit_from)))
-        painter = _load(model, attention, weak_unet, clip, dtype, runtime, config, prior_model)
+        painter = _load(model, attention, weak_unet, clip, dtype, runtime, config, prior_model, draft_unet)
         if runtime != "torch" and not quiet:
             say("generate", f"{runtime} reads and compiles each network when it is first asked, which takes a while")
         for file, scale in map(_scaled, lora or []):
@@ -471,6 +472,7 @@ def _load(
     runtime: str = "torch",
     config: str | None = None,
     prior_model: str | None = None,
+    draft_unet: Path | None = None,
 ) -> "TextToImage":
     """The model, on the GPU where there is one that the runtime takes."""
     from gen.pipeline import TextToImage
@@ -484,6 +486,7 @@ def _load(
         clip=clip,
         config=config,
         prior_model=prior_model,
+        draft_unet=draft_unet,
     )
 
 

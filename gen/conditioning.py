@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-Asks = Literal["own", "weak", "last"]
-"""Which of a model's networks: its own, the weaker one of autoguidance, or that of a row's last step"""
+Asks = Literal["own", "weak", "draft", "last"]
+"""Which of a model's networks: its own, the weaker one of autoguidance, that of drafts, or of a row's last step"""
 
 
 @dataclass(frozen=True, eq=False)

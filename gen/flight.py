@@ -104,6 +104,7 @@ class Goal:
 
     until: int | None = None  # steps of the decoder; None: to its end
     draft_steps: int | None = None  # of a scout; None: the picture itself
+    by_drafter: bool = False  # whether the model's network for drafts paints it
 
 
 @dataclass(eq=False)

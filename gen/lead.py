@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gen.darkroom import Darkroom
+from gen.drafter import Drafter
 from gen.edit import schedule_of
 from gen.flight import DECODER, Flight, Goal, Place, Trail, Waiting, row_of, scores_of
 from gen.model import Family
 from gen.request import Before, Job
-from gen.search import Asked, Go, Move, Moves, in_rounds
+from gen.search import Asked, Go, Move, Moves, Scout, in_rounds
 from gen.stages import Stages
 from samplers.sample import SAMPLERS
 
@@ -97,7 +98,7 @@ class Lead:
 
     def _set_going(self, flight: Flight[Any], trail: Trail, move: Move) -> None:
         """Give candidates a goal; those that are in no batch wait to be let in."""
-        goal = Goal(until=move.until) if isinstance(move, Go) else Goal(draft_steps=move.num_inference_steps)
+        goal = Goal(until=move.until) if isinstance(move, Go) else self._draft(flight.job, move)
         check_named(move.candidates, trail.candidates)
         num_steps = self.num_steps(flight.job)
         if goal.until is not None and goal.until >= num_steps:
@@ -118,6 +119,19 @@ class Lead:
             flight.halting.discard(index)
             if index in flight.halted:
                 flight.waiting.append(Waiting(DECODER, flight.halted.pop(index)))
+
+    def _draft(self, job: Job, move: Scout) -> Goal:
+        if move.num_inference_steps is not None:
+            return Goal(draft_steps=move.num_inference_steps)
+        drafter = self.drafter_of(job)
+        if drafter is None:
+            raise ValueError("the search scouts by a network for drafts, and none follows what is asked; give steps")
+        return Goal(draft_steps=drafter.num_inference_steps, by_drafter=True)
+
+    def drafter_of(self, job: Job) -> Drafter | None:
+        """The model's network for drafts; None where it has none, or none that follows what is asked."""
+        drafter, first = self.model.drafter, job.candidates[0]
+        return drafter if drafter is not None and drafter.follows(first) and not self.asked(job).is_noisy else None
 
     def _cut_short(self, flight: Flight[Any], trail: Trail) -> None:
         trail.moves.close()
@@ -161,6 +175,11 @@ class PromptField:
     def num_steps(self) -> int:
         """Steps of the decoder from the noise to a picture."""
         return self.lead.num_steps(self.flight.job)
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether the model has a network for drafts that follows what is asked."""
+        return self.lead.drafter_of(self.flight.job) is not None
 
     @property
     def scores(self) -> dict[int, float]:

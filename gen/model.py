@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clip_core.clip import CLIP
 from gen.conditioning import Condition, Conditions, Table, Told
+from gen.drafter import Drafter
 from gen.prior import Prior
 from gen.request import Candidate
 from gen.scheduler import NoiseLevels
@@ -43,6 +44,10 @@ class Family(Protocol):
     @property
     def clip(self) -> CLIP | None:
         """The CLIP that ranks; None: there is none."""
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """What paints drafts; None: the decoder does."""
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int]:
         """(C, h, w) of what the decoder paints for a picture of these settings."""

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from gen import checkpoint, single_file
+from gen import checkpoint, drafter, single_file
 from gen.adapters import ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.attention import AUTO, TORCHS_CHOICE, adds_keys, check_attention, set_attention
@@ -110,6 +110,7 @@ class TextToImage:
         runtime: str = TORCH,  # who computes the networks: torch, or openvino on the CPU
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, amx
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
+        draft_unet: str | Path | None = None,  # folder of a UNet for search="draft"; None: the model's own, if any
         prior_model: str | Path | None = None,  # where it is apart: a folder or a hub id, of Karlo for Stable unCLIP
         clip: str | Path | None = None,  # what ranks: a CLIP or SigLIP folder, a hub id, "open_clip:NAME/TAG"
         config: str | Path | None = None,  # of a single file: folder of its configurations; None: its family's
@@ -150,6 +151,9 @@ class TextToImage:
         if weak_unet is not None:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
             model = model.with_weak(weak, str(weak_unet))
+        drafts = parts.folder / drafter.FOLDER if draft_unet is None else Path(draft_unet)
+        if draft_unet is not None or drafts.exists():
+            model = model.with_drafter(drafter.Drafter.read(drafts, device, dtype), str(drafts))
         if runtime != TORCH and any(adds_keys(unet) for unet in model.unets):
             told = (
                 f"runtime '{runtime}' cannot compute the UNet of a {model.saved_as}, whose layers see text and picture"
@@ -181,9 +185,10 @@ class TextToImage:
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Merge a LoRA into the weights, `scale` times: a file, a folder or a hub id; see `gen.adapters.lora`.
 
-        Several add up. Not while an engine of this model runs; to be without it again, load the model again.
+        Several add up. Not while an engine of this model runs; to be without it again, load the model again. A network
+        for drafts does not follow what the UNet has become, so the UNet paints drafts itself from here on.
         """
-        model = self.model.with_own_texts()
+        model = replace(self.model.with_own_texts(), drafter=None)
         adapter = lora.merge(model, path, scale)
         self.model, self.adapters = model, (*self.adapters, adapter)
         self._hand_over()
@@ -486,11 +491,14 @@ class TextToImage:
             raise ValueError(f"the picture was painted by {told}, and this is {here}; load the one it was painted by")
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write a stock diffusers folder with the CLIP and the card beside; see `checkpoint.save`."""
+        """Write a stock diffusers folder with CLIP, card and network for drafts beside; see `checkpoint.save`."""
         parts = self.model.parts()
-        return checkpoint.save(
+        written = checkpoint.save(
             folder, self.model.saved_as, parts, self.model.clip_beside, self.card, dtype, self.model.index
         )
+        if self.model.drafter is not None:
+            self.model.drafter.save(written / drafter.FOLDER, dtype)
+        return written
 
     def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""

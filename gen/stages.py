@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from gen.bucket import UNBOUNDED, Buckets
 from gen.conditioning import Condition, Table
 from gen.darkroom import Darkroom, likeness
+from gen.drafter import SAMPLER
 from gen.edit import beginning, read, schedule_of
 from gen.embeds import decided, tell, thoughts, with_embeds
 from gen.flight import DECODER, NULL, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
@@ -190,6 +192,22 @@ class Stages:
             flight.told[index] = (flight.told[index][0], null)
 
     def _decoder_row(self, flight: Flight[Any], index: int) -> Row:
+        row, goal, levels = self._row(flight, index), flight.goals[index], self.model.levels
+        if not goal.by_drafter:
+            return row
+        assert goal.draft_steps is not None and self.model.drafter is not None, "it is a draft, and a network was found"
+        return replace(
+            row,
+            schedule=levels.schedule(SAMPLER, goal.draft_steps),
+            sampler=SAMPLER,
+            options=levels.options(SAMPLER),
+            prompt=replace(row.prompt, asks="draft"),
+            null=None,
+            guidance_scale=1.0,
+            guidance_interval=None,
+        )
+
+    def _row(self, flight: Flight[Any], index: int) -> Row:
         candidate, levels = flight.candidates[index], self.model.levels
         settings, draft_steps = candidate.settings, flight.goals[index].draft_steps
         shape = self.model.latent_shape(settings)

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from clip_core.text import with_projection, without_projection
 from gen import checkpoint
+from gen.drafter import FOLDER, Drafter
 from training.checkpoints import replace_folder
 from training.data.examples import Skipped
 from training.data.pictures import find_examples
@@ -34,6 +35,7 @@ class BundleRecipe(Section):
     vae: str
     prior: str
     decoder: str
+    draft: str | None = None  # a network for drafts of this decoder; None: there is none
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the weights on disk
     knows: str  # one sentence for people
     defaults: dict[str, Any] = Field(default_factory=dict)  # generation settings, by their names in gen's `Settings`
@@ -49,6 +51,8 @@ def bundle(recipe: BundleRecipe) -> Path:
     clip, vae = load_clip(recipe.clip), load_vae(recipe.vae)
     network = transformers_model(clip)
     prior, decoder = trained(recipe.prior), trained(recipe.decoder)
+    draft = None if recipe.draft is None else trained(recipe.draft)
+    drafter = None if draft is None else Drafter.read(draft, torch.device("cpu"), torch.float32)
     unet, prior_network = _part(UNet2DConditionModel, decoder), _part(PriorTransformer, prior)
     width = network.config.projection_dim
     for what, given, needed in (
@@ -86,7 +90,10 @@ def bundle(recipe: BundleRecipe) -> Path:
         raise RecipeError(f"out {recipe.out!r} exists and is no model folder; it would be replaced, so choose another")
 
     def write(folder: Path) -> None:
-        checkpoint.save(folder, "StableUnCLIPPipeline", parts, clip, card, getattr(torch, recipe.dtype))
+        dtype = getattr(torch, recipe.dtype)
+        checkpoint.save(folder, "StableUnCLIPPipeline", parts, clip, card, dtype)
+        if drafter is not None:
+            drafter.save(folder / FOLDER, dtype)
 
     replace_folder(out, write)
     return out

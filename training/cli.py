@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-PARTS = ("clip", "vae", "prior", "decoder", "bundle")
+PARTS = ("clip", "vae", "prior", "decoder", "draft", "bundle")
 
 data = typer.Typer(no_args_is_help=True)
 
@@ -32,7 +32,7 @@ def train(
     """Train a part from a recipe, going on from its newest checkpoint.
 
     Bundled recipes, in training/recipes: shapes64_clip, shapes64_vae, shapes64_vae_decoder, shapes64_prior,
-    shapes64_decoder, shapes64_bundle. Ctrl-C writes a checkpoint; the same command goes on from it.
+    shapes64_decoder, shapes64_draft, shapes64_bundle. Ctrl-C writes a checkpoint; the same command goes on from it.
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r} is unknown; choose from: {', '.join(PARTS)}")

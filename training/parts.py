@@ -6,6 +6,7 @@ from typing import Any
 
 from training.clip_task import ClipRecipe, ClipTask
 from training.decoder_task import DecoderRecipe, DecoderTask
+from training.draft_task import DraftRecipe, DraftTask
 from training.prior_task import PriorRecipe, PriorTask
 from training.recipe import Recipe
 from training.vae_task import VaeRecipe, VaeTask
@@ -16,4 +17,5 @@ PART_TASKS: dict[str, tuple[type[Recipe], Any]] = {
     "vae": (VaeRecipe, VaeTask),
     "prior": (PriorRecipe, PriorTask),
     "decoder": (DecoderRecipe, DecoderTask),
+    "draft": (DraftRecipe, DraftTask),
 }

@@ -1,6 +1,6 @@
 """What the families share: a UNet, and what may be asked of a model.
 
-`Painter` is the wall to that network. It says what a request may ask for and asks the UNet (or the weaker one); what
+`Painter` is the wall to that network. It says what a request may ask for and asks the UNet (or one beside it); what
 the UNet is told and what becomes of what it paints are others' to say. Here a base class is shorter than wrapping: a
 family is the same model that says a little more, and each of the few methods it says that in is marked as a family's
 own. It knows no rows and no ranking.
@@ -25,6 +25,7 @@ from clip_core.preprocess import Preprocess
 from gen.checkpoint import CARD, Card, Parts
 from gen.conditioning import Asks, Condition, Conditions, Table, Told
 from gen.dispatch import dispatched
+from gen.drafter import Drafter
 from gen.embeds import between
 from gen.model import WithImage
 from gen.prior import Prior
@@ -34,7 +35,7 @@ from gen.scheduler import NoiseLevels
 from gen.settings import JSON, Abilities, Settings, check_settings
 from gen.upscale import Upscaler
 
-# What a UNet takes and says: those of a weaker UNet have to be the model's own.
+# What a UNet takes and says: those of one beside the model's have to be the model's own.
 OUTSIDE = (
     *("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim"),
     *("class_embed_type", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type"),
@@ -51,6 +52,7 @@ class Painter(ABC):
     image_encoder: CLIPVisionModelWithProjection | None = None  # makes embeddings of pictures; None: the CLIP does
     feature_extractor: CLIPImageProcessor | None = None  # how it is shown them
     weak: UNet2DConditionModel | None = None  # a weaker UNet of the same shape outside, for autoguidance
+    drafter: Drafter | None = None  # what paints drafts; None: the UNet does
     card: Card = Card()  # noqa: RUF009 - frozen
 
     SAVED_AS: ClassVar[str]  # the pipeline class of model_index.json, where there is one for all
@@ -190,7 +192,7 @@ class Painter(ABC):
 
     @abstractmethod
     def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        """What a UNet, the model's own or the weaker one, says of (M, C, h, w) noisy latents."""
+        """What a UNet, the model's own or one beside it, says of (M, C, h, w) noisy latents."""
 
     # --- what all share ------------------------------------------------------------------------------------------
 
@@ -209,11 +211,19 @@ class Painter(ABC):
 
     def with_weak(self, weak: UNet2DConditionModel, where: str) -> Self:
         """The same with a weaker UNet for autoguidance; ValueError where it does not take or say what the UNet does."""
-        for name in OUTSIDE:
-            given, fitting = getattr(weak.config, name), getattr(self.unet.config, name)
-            if given != fitting:
-                raise ValueError(f"weak_unet '{where}': {name} is {given}, but the model's UNet has {fitting}")
+        self._check_outside(weak, f"weak_unet '{where}'")
         return replace(self, weak=weak)
+
+    def with_drafter(self, drafter: Drafter, where: str) -> Self:
+        """The same with a UNet for drafts; ValueError where it does not take or say what the UNet does."""
+        self._check_outside(drafter.unet, f"draft_unet '{where}'")
+        return replace(self, drafter=drafter)
+
+    def _check_outside(self, unet: UNet2DConditionModel, called: str) -> None:
+        for name in OUTSIDE:
+            given, fitting = getattr(unet.config, name), getattr(self.unet.config, name)
+            if given != fitting:
+                raise ValueError(f"{called}: {name} is {given}, but the model's UNet has {fitting}")
 
     def unshared(self, tower: nn.Module) -> nn.Module:
         """A text tower, or a copy of it where CLIP or a prior reads by the same weights."""
@@ -234,18 +244,21 @@ class Painter(ABC):
 
     @property
     def unets(self) -> list[UNet2DConditionModel]:
-        """The model's own, and the weaker one where there is one."""
-        return [self.unet] if self.weak is None else [self.unet, self.weak]
+        """The model's own, the weaker one where there is one, and that of drafts."""
+        others = [self.weak, None if self.drafter is None else self.drafter.unet]
+        return [self.unet, *(unet for unet in others if unet is not None)]
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int]:
         """(C, h, w) of a picture of these settings."""
         return self.latent_channels, settings.height // self.factor, settings.width // self.factor
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        """The wall to diffusers: (M, C, h, w) noisy latents -> the network's own output, or the weaker network's."""
+        """The wall to diffusers: (M, C, h, w) noisy latents -> the output of the network that each evaluation asks."""
         networks: dict[Asks, Network] = {"own": partial(self.asked, self.unet)}
         if self.weak is not None:
             networks["weak"] = partial(self.asked, self.weak)
+        if self.drafter is not None:
+            networks["draft"] = partial(self.asked, self.drafter.unet)
         return dispatched(networks, x, timestep, told)
 
 

@@ -25,7 +25,7 @@ class Scout:
     """Paint a draft of candidates, from their own noise, in so many steps; nothing of it but its look is kept."""
 
     candidates: Sequence[int]
-    num_inference_steps: int
+    num_inference_steps: int | None = None  # of the decoder; None: those of the model's network for drafts
 
 
 Move: TypeAlias = Go | Scout
@@ -51,6 +51,10 @@ class Field(Protocol):
     @property
     def num_steps(self) -> int:
         """Steps of the decoder from the noise to a picture."""
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether the model has a network for drafts that follows what is asked."""
 
     @property
     def scores(self) -> Mapping[int, float]:

@@ -17,6 +17,7 @@ from gen.search.field import Asked, Field, Go, Moves, Scout, Search
 
 ROUND = 16  # candidates that a budget spends at once, at most
 SPARE = 1.25  # pictures painted for each that is kept: drafts do not tell the order among the best
+DRAFTED = 0.3  # of the decoder's steps, in a draft
 GROWTH = 4  # times as many candidates in a round as in the one before, at most
 PLANNED = 0.9  # of the seconds left, what a round is planned to take
 LINE = 4  # finished candidates before a line through them is trusted
@@ -108,13 +109,14 @@ class Halving:
 class Draft:
     """A draft of every candidate in few steps from the noise it would begin with; the best are then painted whole."""
 
-    steps: float = 0.3  # of a draft, as a share of the decoder's
+    steps: float | None = None  # a draft's, as a share of the decoder's; None: its network for drafts', else 0.3
     goes_on: float = 0.1  # of the candidates, and never fewer than `SPARE` times those to be kept
 
     name = "draft"
 
     def __post_init__(self) -> None:
-        check_share(self.name, "steps", self.steps)
+        if self.steps is not None:
+            check_share(self.name, "steps", self.steps)
         check_share(self.name, "goes_on", self.goes_on)
 
     def check(self, asked: Asked) -> None:
@@ -126,7 +128,8 @@ class Draft:
         here = list(field.candidates)
         number = max(ceil(SPARE * field.keep), ceil(self.goes_on * len(here)))
         if number < len(here):
-            yield Scout(here, steps_of(self.steps, field.num_steps))
+            by_drafter = self.steps is None and field.has_drafter
+            yield Scout(here, None if by_drafter else steps_of(self.steps or DRAFTED, field.num_steps))
             here = narrowed(field, here, number)
         yield Go(here)
 

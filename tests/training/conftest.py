@@ -31,7 +31,7 @@ def few_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(few_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `clip`, `vae`, `prior`, `decoder`, each as `unclip train` leaves it, and `bundled`."""
+    """A folder with `clip`, `vae`, `prior`, `decoder`, each as `unclip train` leaves it, `bundled` and its `draft`."""
     out = tmp_path_factory.mktemp("trained")
     for part, recipe in recipes(few_shapes, out).items():
         assert command.main(["train", part, "--recipe", str(written(recipe, out))]) == 0

@@ -97,9 +97,22 @@ def test_a_bundle_is_replaced_whole_and_another_folder_never(few_shapes: Path, t
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_network_for_drafts_goes_along(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    fields = recipes(few_shapes, trained)["bundle"] | {"out": str(tmp_path / "model")}
+    bundle(check(BundleRecipe, fields | {"draft": str(trained / "draft" / "model")}))
+    model = TextToImage.from_pretrained(str(tmp_path / "model"))
+    assert model.model.drafter is not None
+    assert (model.model.drafter.num_inference_steps, model.model.drafter.guidance_scale) == (2, 2.0)
+    result = model(
+        "a red circle", num_images_per_prompt=8, keep=1, seed=0, prior=False, search="draft", num_inference_steps=4
+    )
+    assert result.account.evaluations["decoder"] == 8 * 2 + 2 * 2 * 4
+    StableUnCLIPPipeline.from_pretrained(tmp_path / "model")
+
+
 def test_parts_that_do_not_fit_are_refused(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
     fields = recipes(few_shapes, trained)["bundle"] | {"out": str(tmp_path / "model")}
-    for part in ("clip", "vae", "prior", "decoder"):
+    for part in ("clip", "vae", "prior", "decoder", "draft"):
         with pytest.raises(ValueError, match="nowhere holds no trained part"):
             bundle(check(BundleRecipe, fields | {part: "nowhere"}))
     vae = recipes(few_shapes, tmp_path)["vae"]

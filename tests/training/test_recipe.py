@@ -48,7 +48,7 @@ def test_a_bundled_recipe_is_right(path: Path) -> None:
         assert recipe.train.warmup_steps < recipe.train.steps
 
 
-@pytest.mark.parametrize("part", ["clip", "vae", "prior", "decoder", "bundle"])
+@pytest.mark.parametrize("part", ["clip", "vae", "prior", "decoder", "draft", "bundle"])
 def test_tiny_recipes_are_right_and_each_lacks_what_is_taken_away(part: str, fields: dict[str, Any]) -> None:
     recipe = fields[part]
     check(section(part), recipe)

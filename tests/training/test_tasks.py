@@ -31,8 +31,14 @@ from training.task import Task, held_back
 from training.vae_task import VaeRecipe, VaeTask
 from training.vision_start import AMPLITUDE, whiten_patches_
 
-PARTS = ["clip", "vae", "prior", "decoder"]
-RECIPES = {"clip": (250, 1e-3), "vae": (60, 1e-2), "prior": (100, 1e-2), "decoder": (100, 1e-2)}  # steps and rate
+PARTS = ["clip", "vae", "prior", "decoder", "draft"]
+RECIPES = {
+    "clip": (250, 1e-3),
+    "vae": (60, 1e-2),
+    "prior": (100, 1e-2),
+    "decoder": (100, 1e-2),
+    "draft": (100, 1e-2),
+}  # steps and rate
 
 
 def make(part: str, data: Path, trained: Path, **changes: Any) -> Any:

@@ -71,7 +71,16 @@ def recipes(data: Path, out: Path) -> dict[str, dict[str, Any]]:
             **{part: str(out / part / "model") for part in own},
             "knows": "a few Shapes, and those badly",
             "defaults": {"num_inference_steps": 2, "prior_num_inference_steps": 2, "guidance_scale": 2.0},
-        }
+        },
+        "draft": {
+            "task": "draft",
+            "data": str(data),
+            "out": str(out / "draft"),
+            "model": str(out / "bundled"),
+            "num_inference_steps": 2,
+            "teacher_steps": 4,
+            "train": TRAIN,
+        },
     }
 
 
