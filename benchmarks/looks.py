@@ -125,12 +125,13 @@ def main(
     prompts: Annotated[int, typer.Option(min=3, help="Captions, a third of each kind.")] = 24,
     candidates: Annotated[int, typer.Option(min=16, help="Of each caption.")] = 32,
     model: Annotated[str, typer.Option(help="Bundled name, diffusers folder or hub id.")] = "shapes64",
+    draft_unet: Annotated[Path | None, typer.Option(help="Folder of a UNet for drafts, if the model has none.")] = None,
     runtime: Annotated[str, typer.Option(help="torch or openvino.")] = "torch",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "looks.json",
 ) -> None:
     """Measure looks."""
-    painter = TextToImage.from_pretrained(model, runtime=runtime, dtype=dtype)
+    painter = TextToImage.from_pretrained(model, runtime=runtime, dtype=dtype, draft_unet=draft_unet)
     texts = captions(prompts)
     found = [looks_at(painter, text, 1000 * index, candidates) for index, text in enumerate(texts)]
     told = measure(found)

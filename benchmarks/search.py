@@ -8,8 +8,10 @@ the places of what one prompt drops are taken by another's.
 A way may draw more candidates than best-of-N does (`x1.5`: half as many more): what it saves it may spend. Beside the
 seconds, of all a call does, stand the paired differences to exact best-of-N over prompts: of the mean score of the
 pictures kept, and the ratio of the seconds, each with a 95 % interval (bootstrap over prompts, and over calls for the
-seconds). "Not worse" says that
-the interval of the score reaches zero or lies above it, which few prompts make easy; so read the interval.
+seconds). "Not worse" says that the interval of the score reaches zero or lies above it, which few prompts make easy; so
+read the interval.
+
+Drafts are painted by the decoder, or by a network of their own (`--draft-unet`, of `unclip train draft`).
 
 Prompts are the committed test prompts, spread evenly over the file; rungs and shares were chosen on other ones
 (`benchmarks/looks.py`). The result is kept in benchmarks/results/search.json.
@@ -150,6 +152,7 @@ def main(
     together: Annotated[int, typer.Option(min=1, help="Prompts in one call.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Times that every prompt is painted, from other seeds.")] = 1,
     model: Annotated[str, typer.Option(help="Bundled name, diffusers folder or hub id.")] = "shapes64",
+    draft_unet: Annotated[Path | None, typer.Option(help="Folder of a UNet for drafts, if the model has none.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
     runtime: Annotated[str, typer.Option(help="torch or openvino.")] = "torch",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -158,10 +161,12 @@ def main(
     """Measure searches."""
     tasks, ways = chosen(task, TASKS, "task"), chosen(way, WAYS, "way")
     ways = [EXACT, *(name for name in ways if name != EXACT)]
-    painter = TextToImage.from_pretrained(model, device, dtype, runtime=runtime)
+    painter = TextToImage.from_pretrained(model, device, dtype, runtime=runtime, draft_unet=draft_unet)
     suite = load()
     asked = [suite[index * len(suite) // prompts] for index in range(prompts)]
+    drafter = painter.model.drafter
     found: dict[str, Any] = {"model": model, "runtime": runtime, "dtype": dtype}
+    found["draft_steps"] = None if drafter is None else drafter.num_inference_steps  # of its own network for drafts
     found |= {"prompts": prompts, "together": together, "repeats": repeats, "tasks": {}}
     for name in tasks:
         for each in ways:  # measures memory, loads what is loaded late

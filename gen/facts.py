@@ -12,6 +12,8 @@ from typing import Any
 
 from gen import single_file
 from gen.checkpoint import INDEX, LICENCES, Card, find, listed
+from gen.drafter import FOLDER as DRAFTS
+from gen.drafter import TOLD
 from gen.weights import check_weights, files_hash, folder_hash, numbers, read_json, shapes, weight_files
 
 TEXTS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}
@@ -42,6 +44,8 @@ def _of_folder(name: str) -> dict[str, Any]:
     hashed = sorted([*classes, "clip"])
     if (folder / "clip").is_dir():
         classes["clip"] = (read_json(folder / "clip" / "config.json").get("architectures") or ["CLIPModel"])[0]
+    if (folder / DRAFTS).is_dir():
+        classes[DRAFTS] = read_json(folder / DRAFTS / "config.json").get("_class_name", "UNet2DConditionModel")
     parts = {}
     for part, kind in classes.items():
         if not (folder / part).is_dir():
@@ -83,6 +87,8 @@ def told_of(folder: Path, classes: Mapping[str, str]) -> dict[str, Any]:
     for part, kind in classes.items():
         if part in TEXTS | PICTURES:
             told[part] = tower(kind, read_json(folder / part / "config.json"), part in PICTURES)
+        elif part == DRAFTS:
+            told[part] = drafter(read_json(folder / part / TOLD))
         elif part == "clip":
             told[part] = whole_clip(read_json(folder / part / "config.json"))
         elif "tokenizer" in part:
@@ -93,6 +99,11 @@ def told_of(folder: Path, classes: Mapping[str, str]) -> dict[str, Any]:
             config = read_json(folder / part / "scheduler_config.json")
             told[part] = ", ".join([kind, *(f"{name} {config[name]}" for name in SCHEDULED if name in config)])
     return told
+
+
+def drafter(config: Mapping[str, Any]) -> str:
+    """What a network for drafts was trained for."""
+    return f"{config.get('num_inference_steps')} steps, follows guidance {config.get('guidance_scale')}"
 
 
 def tower(kind: str, config: Mapping[str, Any], sees: bool) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gen import Request, TextToImage
 from gen.drafter import Drafter
+from gen.facts import facts_of
 from gen.search import Draft
 from tests.tiny import tiny_unet
 
@@ -114,6 +115,9 @@ def test_it_lies_beside_the_model(drafting: TextToImage, tmp_path: Path) -> None
     assert again.model.drafter is not None
     assert painted(again).account.evaluations == painted(drafting).account.evaluations
     StableUnCLIPPipeline.from_pretrained(saved)  # which does not look there
+    facts = facts_of(str(saved))
+    assert facts["told"]["draft_unet"] == f"{DRAFTED} steps, follows guidance {SCALE}"
+    assert facts["hash"] == again.hash  # pictures do not depend on it
 
 
 @pytest.mark.parametrize("told", [{}, {"num_inference_steps": 0, "guidance_scale": 3}, {"num_inference_steps": 2}])
