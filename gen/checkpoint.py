@@ -287,9 +287,13 @@ def family_of(index: Mapping[str, Any]) -> str:
 
 
 def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The parts that model_index.json lists and that are used here, each as (library, class)."""
+    """The parts that model_index.json lists and that are used here, each as (library, class).
+
+    Those that see pictures are used together alone.
+    """
     family = family_of(index)
-    unused: Sequence[str] = UNUSED[:1] if family in SEEING else UNUSED
+    sees = family in SEEING and all(isinstance(index.get(name), list) for name in IMAGE_PARTS)
+    unused: Sequence[str] = UNUSED[:1] if sees else UNUSED
     if family in ALONE:
         unused = ()
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name not in unused}
