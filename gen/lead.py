@@ -98,7 +98,7 @@ class Lead:
 
     def _set_going(self, flight: Flight[Any], trail: Trail, move: Move) -> None:
         """Give candidates a goal; those that are in no batch wait to be let in."""
-        goal = Goal(until=move.until) if isinstance(move, Go) else self._draft(flight.job, move)
+        goal = Goal(until=move.until) if isinstance(move, Go) else self._draft(flight, move)
         check_named(move.candidates, trail.candidates)
         num_steps = self.num_steps(flight.job)
         if goal.until is not None and goal.until >= num_steps:
@@ -120,18 +120,20 @@ class Lead:
             if index in flight.halted:
                 flight.waiting.append(Waiting(DECODER, flight.halted.pop(index)))
 
-    def _draft(self, job: Job, move: Scout) -> Goal:
+    def _draft(self, flight: Flight[Any], move: Scout) -> Goal:
         if move.num_inference_steps is not None:
             return Goal(draft_steps=move.num_inference_steps)
-        drafter = self.drafter_of(job)
+        drafter = self.drafter_of(flight, move.candidates)
         if drafter is None:
             raise ValueError("the search scouts by a network for drafts, and none follows what is asked; give steps")
         return Goal(draft_steps=drafter.num_inference_steps, by_drafter=True)
 
-    def drafter_of(self, job: Job) -> Drafter | None:
-        """The model's network for drafts; None where it has none, or none that follows what is asked."""
-        drafter, first = self.model.drafter, job.candidates[0]
-        return drafter if drafter is not None and drafter.follows(first) and not self.asked(job).is_noisy else None
+    def drafter_of(self, flight: Flight[Any], candidates: Sequence[int]) -> Drafter | None:
+        """The model's network for drafts; None where it has none, or none that follows all of these candidates."""
+        drafter = self.model.drafter
+        if drafter is None or self.asked(flight.job).is_noisy:
+            return None
+        return drafter if all(drafter.follows(flight.candidates[index]) for index in candidates) else None
 
     def _cut_short(self, flight: Flight[Any], trail: Trail) -> None:
         trail.moves.close()
@@ -179,7 +181,7 @@ class PromptField:
     @property
     def has_drafter(self) -> bool:
         """Whether the model has a network for drafts that follows what is asked."""
-        return self.lead.drafter_of(self.flight.job) is not None
+        return self.lead.drafter_of(self.flight, self.candidates) is not None
 
     @property
     def scores(self) -> dict[int, float]:

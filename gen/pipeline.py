@@ -117,11 +117,11 @@ class TextToImage:
     ) -> TextToImage:
         """Load a model; what is unknown, missing or damaged is a ValueError of one line that names it.
 
-        Attention 'auto' measures each shape once on CUDA and takes torch's own choice elsewhere; a kernel that does not
-        take some shape leaves it to torch's own choice and logs why. See `gen.attention`. `clip` None: the whole CLIP
-        in the model's `clip/`; a model that has none paints, and does not rank. Runtime 'openvino' computes UNet,
-        decoder and CLIP's image tower, in float32 or bfloat16, on the CPU; all else, and every gradient, is torch's in
-        float32. See `gen.openvino_runtime`.
+        Attention 'auto' measures each shape once, on CUDA and in bfloat16 on the CPU, and takes torch's own choice
+        elsewhere; a kernel that does not take some shape leaves it to torch's own choice and logs why. See
+        `gen.attention`. `clip` None: the whole CLIP in the model's `clip/`; a model that has none paints, and does not
+        rank. Runtime 'openvino' computes UNet, decoder and CLIP's image tower, in float32 or bfloat16, on the CPU; all
+        else, and every gradient, is torch's in float32. See `gen.openvino_runtime`.
         """
         dtype = dtype_of(dtype)
         device = usable(device or ("cuda" if torch.cuda.is_available() and runtime == TORCH else "cpu"))
@@ -285,9 +285,7 @@ class TextToImage:
         budget: float | None = None,  # seconds for all of it; what is painted by then is kept, one at least
         diverse: bool = False,  # keep no two near-copies; see `gen.search.choice`
         seed: int | Sequence[int] | None = None,  # candidate k has seed + k; one per prompt; None: drawn
-        image: Picture
-        | Sequence[Picture]
-        | None = None,  # what it begins with: a path, Pillow, array, tensor or latents
+        image: Picture | Sequence[Picture] | None = None,  # what it begins with: a picture in any form, or latents
         mask_image: Picture | Sequence[Picture] | None = None,  # white where that is painted anew; None: everywhere
         denoising_start: float | None = None,  # go on from image, latents that a run to denoising_end ended with
         denoising_end: float | None = None,  # end at this share of the noise, for another model to go on

@@ -16,7 +16,7 @@ from torch import Tensor
 from gen import Request, TextToImage
 from gen.drafter import Drafter
 from gen.facts import facts_of
-from gen.search import Draft
+from gen.search import Draft, Scout
 from tests.tiny import tiny_unet
 
 STEPS, DRAFTED, SCALE = 6, 2, 3.0
@@ -107,6 +107,23 @@ def test_requests_that_draft_by_either_share_calls(drafting: TextToImage) -> Non
         alone = drafting.paint([one])[0]
         assert alone.seeds == result.seeds
         assert (alone.images - result.images).abs().max() <= 1 / 255
+
+
+def test_each_prompt_is_drafted_by_what_follows_it(drafting: TextToImage) -> None:
+    both = painted(drafting, prompt=["a small red circle"] * 2, negative_prompt=["", "blue"], seed=[5, 5])
+    apart = [painted(drafting), painted(drafting, negative_prompt="blue")]
+    evaluations = [each.account.evaluations["decoder"] for each in (both, *apart)]
+    assert evaluations[0] == sum(evaluations[1:]) and evaluations[1] < evaluations[2]
+    assert both.seeds == [*apart[0].seeds, *apart[1].seeds]
+
+
+def test_a_search_that_scouts_by_what_is_not_there_is_told(tiny: TextToImage) -> None:
+    class Scouting(Draft):
+        def __call__(self, field: Any) -> Any:
+            yield Scout(field.candidates)
+
+    with pytest.raises(ValueError, match="scouts by a network for drafts, and none follows what is asked; give steps"):
+        painted(tiny, search=Scouting())
 
 
 def test_it_lies_beside_the_model(drafting: TextToImage, tmp_path: Path) -> None:
