@@ -27,6 +27,8 @@ from gen.drafter import SAMPLER, Drafter
 from gen.families.autoencoder import KLModel
 from gen.pipeline import TextToImage
 from gen.request import Request
+from samplers.sample import advance
+from samplers.state import Prediction, State, per_row
 from training.data.cache import encoded
 from training.data.pictures import Pictures
 from training.frozen import reads
@@ -79,15 +81,17 @@ class DraftTask(Task[UNet2DConditionModel]):
         self.steps = recipe.num_inference_steps
         self.scale = defaults.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
         taught = defaults.num_inference_steps if recipe.teacher_steps is None else recipe.teacher_steps
-        self.levels, self.finer = (self._sigmas(number) for number in (self.steps, taught))
+        run, self.finer = (model.levels.schedule(SAMPLER, number) for number in (self.steps, taught))
+        self.levels = run.sigmas.float()
         self.within = taught // self.steps  # steps of the model's own UNet in one of the draft
-        if taught % self.steps or not torch.allclose(self.finer[:: self.within], self.levels):
+        if taught % self.steps or not torch.allclose(self.finer.sigmas[:: self.within], run.sigmas):
             raise RecipeError(
                 f"the {self.steps} levels of a draft are not among the {taught} of the model; let teacher_steps be a "
                 "multiple of num_inference_steps, of a scheduler whose timestep_spacing is trailing"
             )
         # What is frozen moves to the device with the task.
-        self.frozen = nn.ModuleList(part for part in model.parts().values() if isinstance(part, nn.Module))
+        networks = {name: part for name, part in model.parts().items() if isinstance(part, nn.Module)}
+        self.frozen = nn.ModuleList(networks.values())
         self.frozen.requires_grad_(False)
         restore_attention(model.unet)
         self.network = copy.deepcopy(model.unet).float().requires_grad_(True)
@@ -96,7 +100,7 @@ class DraftTask(Task[UNet2DConditionModel]):
                 unet.set_attn_processor(AttnProcessor())
         pictures = Pictures(recipe.data, defaults.height)
         folder = find(recipe.model)
-        self.skipped, self.reads = pictures.skipped, reads(pictures, folder / "unet", folder / "vae")
+        self.skipped, self.reads = pictures.skipped, reads(pictures, *(folder / name for name in networks))
         latents = encoded(pictures, folder / "vae", lambda pixels: model.encode(pixels.float() / 255))
         self.dataset: Latents = Latents([example.text for example in pictures.examples], latents)
         self.held = held_back(len(self.dataset))
@@ -110,15 +114,12 @@ class DraftTask(Task[UNet2DConditionModel]):
         x0, captions = batch  # (B, C, h, w), B
         place = torch.randint(self.steps, (len(captions),), generator=rng, device=rng.device).cpu()
         sigma = self.levels[place].to(x0.device)
-        x = x0 + per_row(sigma) * torch.randn(x0.shape, generator=rng, device=x0.device)
+        x = x0 + per_row(sigma, x0) * torch.randn(x0.shape, generator=rng, device=x0.device)
         with torch.no_grad():
             prompts, nulls = self._told(captions)
-            there, at = x, place * self.within
-            for step in range(self.within):
-                here, after = (self.finer[at + k].to(x0.device) for k in (step, step + 1))
-                there = stepped(there, self._guided(there, here, prompts, nulls), here, after)
+            there = self._taken(x, place * self.within, self.within, prompts, nulls)
             # The clean estimate by which one step from x ends there.
-            share = per_row(self.levels[place + 1].to(x0.device) / sigma)
+            share = per_row(self.levels[place + 1].to(x0.device) / sigma, x)
             wanted = self.painter.levels.scaling.output((there - share * x) / (1 - share), x, sigma)
         output = self._asked(self.network, x, sigma, prompts)
         return {"loss": (output - wanted).square().mean()}
@@ -152,15 +153,11 @@ class DraftTask(Task[UNet2DConditionModel]):
         """The UNet, and what it was trained for."""
         Drafter(network, self.steps, self.scale).save(folder)
 
-    def _sigmas(self, steps: int) -> Tensor:
-        return self.painter.levels.schedule(SAMPLER, steps).sigmas.float()
-
     def _told(self, captions: list[str]) -> tuple[list[Condition], list[Condition]]:
         """What the UNet is told of each caption, and what it is guided away from."""
         said = list(dict.fromkeys(captions))
-        asked = Request(
-            prompt=said, guidance_scale=2.0, seed=0, prior=False, rerank=False
-        )  # guided, so there is a null
+        # guided by any scale, so that there is a null
+        asked = Request(prompt=said, guidance_scale=2.0, seed=0, prior=False, rerank=False)
         candidates = asked.resolve(self.painter.abilities).candidates
         told = dict(zip(said, self.painter.tell(candidates, Table()), strict=True))
         pairs = [told[caption] for caption in captions]
@@ -171,19 +168,21 @@ class DraftTask(Task[UNet2DConditionModel]):
         given = scaling.network_input(x, sigma), scaling.timestep(sigma)
         return self.painter.asked(unet, *given, Conditions(tuple(told))).float()
 
+    def _taken(self, x: Tensor, first: Tensor, steps: int, prompts: list[Condition], nulls: list[Condition]) -> Tensor:
+        """Where so many guided steps of the model's own UNet end, from levels `first` (B,) of its run on."""
+
+        def denoise(x: Tensor, sigma: Tensor) -> Prediction:
+            return Prediction(self._guided(x, sigma, prompts, nulls))
+
+        state = State(x)
+        for step in range(steps):
+            now, after = (self.finer.level(first + step + further, x.device) for further in (0, 1))
+            state = advance(SAMPLER, denoise, state, now, after)
+        return state.x
+
     def _guided(self, x: Tensor, sigma: Tensor, prompts: list[Condition], nulls: list[Condition]) -> Tensor:
         """What the model's own UNet takes for clean, with guidance."""
         twice = x.repeat(2, 1, 1, 1), sigma.repeat(2)
         output = self._asked(self.painter.unet, *twice, prompts + nulls)
         prompt, null = self.painter.levels.scaling.x0(output, *twice).chunk(2)
         return null + self.scale * (prompt - null)
-
-
-def stepped(x: Tensor, x0: Tensor, here: Tensor, after: Tensor) -> Tensor:
-    """A step of DDIM without noise (Song et al. 2021, equation 12 with sigma 0) between levels (B,)."""
-    return x0 + per_row(after / here) * (x - x0)
-
-
-def per_row(values: Tensor) -> Tensor:
-    """(B,) as what multiplies (B, C, h, w)."""
-    return values.reshape(-1, 1, 1, 1)

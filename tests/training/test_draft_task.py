@@ -12,7 +12,7 @@ from gen import TextToImage
 from gen.drafter import SAMPLER, Drafter
 from samplers.noise import noise
 from tests.training.tiny_recipes import recipes
-from training.draft_task import DraftRecipe, DraftTask, stepped
+from training.draft_task import DraftRecipe, DraftTask
 from training.recipe import RecipeError, check
 
 
@@ -27,8 +27,7 @@ def test_its_own_steps_are_those_of_the_engine(few_shapes: Path, trained: Path) 
     caption = task.dataset.captions[0]
     prompts, nulls = task._told([caption])
     x = noise([7], "decoder", 0, (4, 8, 8)) * task.painter.levels.schedule(SAMPLER, 4).start_scale
-    for here, after in zip(task.finer[:-1], task.finer[1:], strict=True):
-        x = stepped(x, task._guided(x, here[None], prompts, nulls), here[None], after[None])
+    x = task._taken(x, torch.tensor([0]), 4, prompts, nulls)
     painter = TextToImage.from_pretrained(trained / "bundled", device="cpu")
     asked: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "sampler": SAMPLER, "prior": False}
     painted = painter(caption, **asked, seed=7, rerank=False, output_type="latent").images
