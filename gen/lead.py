@@ -7,6 +7,7 @@ their rows, and neither networks nor who else is in flight.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -22,6 +23,8 @@ from gen.request import Before, Job
 from gen.search import Asked, Go, Move, Moves, Scout, in_rounds
 from gen.stages import Stages
 from samplers.sample import SAMPLERS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +134,12 @@ class Lead:
     def drafter_of(self, flight: Flight[Any], candidates: Sequence[int]) -> Drafter | None:
         """The model's network for drafts; None where it has none, or none that follows all of these candidates."""
         drafter = self.model.drafter
-        if drafter is None or self.asked(flight.job).is_noisy:
+        if drafter is None:
             return None
-        return drafter if all(drafter.follows(flight.candidates[index]) for index in candidates) else None
+        if not self.asked(flight.job).is_noisy and all(drafter.follows(flight.candidates[at]) for at in candidates):
+            return drafter
+        logger.info("the network for drafts does not follow what is asked of it; the decoder paints drafts itself")
+        return None
 
     def _cut_short(self, flight: Flight[Any], trail: Trail) -> None:
         trail.moves.close()
