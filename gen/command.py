@@ -144,4 +144,6 @@ def _tell(who: str, message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    exec("")  # `python -m` ends by SIGINT when Ctrl-C met any exec of text, caught or not; the next exec forgets it
+    sys.exit(status)

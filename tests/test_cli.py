@@ -431,6 +431,27 @@ def test_interrupted_leaves_whole_files_only(seconds: float, tiny: Path, tmp_pat
     assert not out.exists(), "nothing was painted yet, so not even the folder stays"
 
 
+def test_interrupted_inside_an_exec_ends_with_the_same_status(tmp_path: Path) -> None:
+    """Libraries make classes by exec of text; CPython keeps a Ctrl-C that came meanwhile, though it was caught."""
+    module = (
+        "import signal\n\ndef verb() -> None:\n    exec('signal.raise_signal(signal.SIGINT)', {'signal': signal})\n"
+    )
+    (tmp_path / "interrupting.py").write_text(module)
+    installed = tmp_path / "interrupting-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: interrupting\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text(f"[{command.GROUP}]\ninterrupted: ends by Ctrl-C = interrupting:verb\n")
+    done = subprocess.run(
+        [*UNCLIP, "interrupted"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
+    assert (done.returncode, done.stderr) == (130, "unclip interrupted: interrupted\n")
+
+
 def test_json_is_alone_on_standard_output(tiny: Path, tmp_path: Path) -> None:
     arguments = [
         "generate",
