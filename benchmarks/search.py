@@ -64,6 +64,7 @@ WAYS = {
     "draft": Way(Draft()),
     "draft x1.2": Way(Draft(), 1.2),
     "draft x1.5": Way(Draft(), 1.5),
+    "draft x2": Way(Draft(), 2.0),
     "draft, finer": Way(Draft(steps=0.4)),
     "racing": Way(Racing()),
 }
