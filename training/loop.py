@@ -184,6 +184,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
             if _all_stop(accelerator, interrupted(), logged):
                 if saved != step:
                     save()
+                _leave(accelerator)
                 raise KeyboardInterrupt
     scores: dict[str, float] = {}
     if accelerator.is_main_process:
@@ -193,9 +194,14 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
             scores = task.measure(kept)
         _write_sheet(task, kept, out / "sheets" / "final.png")
         accelerator.log(scores, step=step)
+    _leave(accelerator)
+    return Outcome(out / "model", step, time.monotonic() - started, scores)
+
+
+def _leave(accelerator: Accelerator) -> None:
+    """Wait for every process, then end what joins them: threads of a group left open can abort an interpreter."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return Outcome(out / "model", step, time.monotonic() - started, scores)
 
 
 def _step(
