@@ -1,13 +1,15 @@
 """Train a network for drafts: a UNet that says in few steps, unguided, what a model's own says in many, guided.
 
-Progressive distillation (Salimans & Ho 2022, Algorithm 2) in one round, of a guided model (Meng et al. 2023): of a
-picture noised to a level of the draft, the model's own UNet takes the steps to the draft's next level, and the student
-learns the clean estimate by which one step of DDIM ends at the same place. It starts from the model's weights.
+Progressive distillation (Salimans & Ho 2022, Algorithm 2) in one round, of a guided model (Meng et al. 2023), on the
+model's own trajectories in place of noised pictures: from a level of the draft the model's UNet took several steps to
+the draft's next level, and the student learns the clean estimate by which one step of DDIM ends at the same place. It
+starts from the model's weights. Of the data only captions are read.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +29,14 @@ from gen.drafter import SAMPLER, Drafter
 from gen.families.autoencoder import KLModel
 from gen.pipeline import TextToImage
 from gen.request import Request
-from samplers.sample import advance
-from samplers.state import Prediction, State, per_row
-from training.data.cache import encoded
-from training.data.pictures import Pictures
-from training.frozen import reads
+from samplers.state import per_row
+from training.data.cache import weights_digest
+from training.data.examples import DataError, Skipped
+from training.data.pictures import find_examples
 from training.recipe import Recipe, RecipeError
 from training.sheets import grid
 from training.task import Task, held_back
+from training.trajectories import Ways, trajectories
 
 
 class DraftRecipe(Recipe):
@@ -45,24 +47,28 @@ class DraftRecipe(Recipe):
     num_inference_steps: int = Field(5, gt=0)  # of a draft
     teacher_steps: int | None = Field(None, gt=0)  # of the model's own UNet, a multiple of these; None: its default
     guidance_scale: float | None = Field(None, ge=1)  # of that; None: its default
+    num_captions: int = Field(5000, gt=0)  # of the data, the first; all where there are fewer
+    num_images_per_prompt: int = Field(4, gt=0)  # trajectories of each caption
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # in which the model paints them
+    teacher_runtime: Literal["torch", "openvino"] = "torch"  # who computes them; openvino is faster on a CPU
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
 
 
 Item = tuple[Tensor, str]
-"""Latent (C, h, w) and caption."""
+"""Points of a trajectory (P, C, h, w), one more than a draft's steps, and its caption."""
 
 
-class Latents(Dataset[Item]):
-    """What the autoencoder makes of every picture, and its caption."""
+class Trajectories(Dataset[Item]):
+    """The model's own ways to pictures, those of a caption behind one another."""
 
-    def __init__(self, captions: list[str], latents: Tensor) -> None:
-        self.captions, self.latents = captions, latents
+    def __init__(self, captions: list[str], points: Tensor) -> None:
+        self.captions, self.points = captions, points
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> Item:
-        return self.latents[index], self.captions[index]
+        return self.points[index], self.captions[index]
 
 
 class DraftTask(Task[UNet2DConditionModel]):
@@ -74,78 +80,85 @@ class DraftTask(Task[UNet2DConditionModel]):
         painter = TextToImage.from_pretrained(recipe.model, device="cpu")
         model, defaults = painter.model, painter.model.abilities.defaults
         if not isinstance(model, KLModel):
-            raise RecipeError(f"model {recipe.model!r} has no KL autoencoder, which its pictures are read by")
-        if defaults.height != defaults.width:
-            raise RecipeError(f"model {recipe.model!r} paints {defaults.height}x{defaults.width} pixels, not a square")
+            raise RecipeError(f"model {recipe.model!r} has no KL autoencoder; drafts of such models are not taught yet")
         self.painter = model
         self.steps = recipe.num_inference_steps
         self.scale = defaults.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
         taught = defaults.num_inference_steps if recipe.teacher_steps is None else recipe.teacher_steps
-        run, self.finer = (model.levels.schedule(SAMPLER, number) for number in (self.steps, taught))
+        run, finer = (model.levels.schedule(SAMPLER, number) for number in (self.steps, taught))
         self.levels = run.sigmas.float()
-        self.within = taught // self.steps  # steps of the model's own UNet in one of the draft
-        if taught % self.steps or not torch.allclose(self.finer.sigmas[:: self.within], run.sigmas):
+        within = taught // self.steps  # steps of the model's own UNet in one of the draft
+        if taught % self.steps or not torch.allclose(finer.sigmas[::within], run.sigmas):
             raise RecipeError(
                 f"the {self.steps} levels of a draft are not among the {taught} of the model; let teacher_steps be a "
                 "multiple of num_inference_steps, of a scheduler whose timestep_spacing is trailing"
             )
-        # What is frozen moves to the device with the task.
         networks = {name: part for name, part in model.parts().items() if isinstance(part, nn.Module)}
+        # What is frozen moves to the device with the task.
         self.frozen = nn.ModuleList(networks.values())
         self.frozen.requires_grad_(False)
         restore_attention(model.unet)
         self.network = copy.deepcopy(model.unet).float().requires_grad_(True)
         if recipe.attention == "eager":
-            for unet in (model.unet, self.network):
-                unet.set_attn_processor(AttnProcessor())
-        pictures = Pictures(recipe.data, defaults.height)
-        folder = find(recipe.model)
-        self.skipped, self.reads = pictures.skipped, reads(pictures, *(folder / name for name in networks))
-        latents = encoded(pictures, folder / "vae", lambda pixels: model.encode(pixels.float() / 255))
-        self.dataset: Latents = Latents([example.text for example in pictures.examples], latents)
-        self.held = held_back(len(self.dataset))
+            self.network.set_attn_processor(AttnProcessor())
+        self.skipped, folder = Skipped(), find(recipe.model)
+        captions = captions_of(recipe, self.skipped)
+        digests = [weights_digest(folder / name) for name in networks]
+        several = [caption for caption in captions for _ in range(recipe.num_images_per_prompt)]
+
+        def teacher() -> TextToImage:
+            told = recipe.teacher_dtype, recipe.teacher_runtime
+            return TextToImage.from_pretrained(recipe.model, dtype=told[0], runtime=told[1])
+
+        ways = Ways(finer, within, self.scale)
+        place = Path(recipe.out) / "trajectories"
+        computed = f"{recipe.teacher_dtype} {recipe.teacher_runtime} {' '.join(digests)}"
+        self.dataset: Trajectories = Trajectories(several, trajectories(teacher, several, ways, place, computed))
+        self.reads = hashlib.sha256("\0".join([*digests, *captions]).encode()).hexdigest()
+        self.held = held_back(len(captions)) * recipe.num_images_per_prompt
+        self.told: dict[str, Condition] = {}  # what the UNet is told of a caption
 
     def groups(self) -> list[list[int]]:
         """All but the examples kept for `measure`."""
         return [[index] for index in range(len(self.dataset) - self.held)]
 
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
-        """How far the student's step ends from where the model's own guided steps do, in the network's output."""
-        x0, captions = batch  # (B, C, h, w), B
+        """How far the student's step ends from where the model's own guided steps did, in the network's output."""
+        points, captions = batch  # (B, P, C, h, w), B
         place = torch.randint(self.steps, (len(captions),), generator=rng, device=rng.device).cpu()
-        sigma = self.levels[place].to(x0.device)
-        x = x0 + per_row(sigma, x0) * torch.randn(x0.shape, generator=rng, device=x0.device)
-        with torch.no_grad():
-            prompts, nulls = self._told(captions)
-            there = self._taken(x, place * self.within, self.within, prompts, nulls)
-            # The clean estimate by which one step from x ends there.
-            share = per_row(self.levels[place + 1].to(x0.device) / sigma, x)
-            wanted = self.painter.levels.scaling.output((there - share * x) / (1 - share), x, sigma)
-        output = self._asked(self.network, x, sigma, prompts)
+        rows = torch.arange(len(captions))
+        x, there = points[rows, place], points[rows, place + 1]
+        sigma, after = (self.levels[place + further].to(x.device) for further in (0, 1))
+        # The clean estimate by which one step from x ends there.
+        share = per_row(after / sigma, x)
+        scaling = self.painter.levels.scaling
+        wanted = scaling.output((there - share * x) / (1 - share), x, sigma)
+        given = scaling.network_input(x, sigma), scaling.timestep(sigma)
+        output = self.painter.asked(self.network, *given, Conditions(tuple(self._told(captions)))).float()
         return {"loss": (output - wanted).square().mean()}
 
     @torch.no_grad()
     def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
-        """The same over held-back pictures with fixed noise."""
+        """The same over held-back captions, at fixed places."""
         first = len(self.dataset) - self.held
         trained, self.network = self.network, network
         losses = []
         for start in range(first, len(self.dataset), 64):
             items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
-            latents, captions = zip(*items, strict=True)
+            points, captions = zip(*items, strict=True)
             rng = torch.Generator(self.painter.device).manual_seed(start)
-            losses.append(self((torch.stack(latents).to(self.painter.device), list(captions)), rng)["loss"])
+            losses.append(self((torch.stack(points).to(self.painter.device), list(captions)), rng)["loss"])
         self.network = trained
         return {"held_back_error": torch.stack(losses).mean().item()}
 
     @torch.no_grad()
     def sheet(self, network: UNet2DConditionModel) -> Image.Image:
         """Drafts of held-back captions."""
-        first = len(self.dataset) - min(self.held, 24)
-        captions = self.dataset.captions[first:]
+        first = len(self.dataset) - self.held
+        captions = list(dict.fromkeys(self.dataset.captions[first:]))[:24]
         painter = TextToImage(replace(self.painter, unet=network, clip=None, drafter=None))
         asked: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "sampler": SAMPLER}
-        painted = painter(captions, **asked, seed=0, output_type="pt", rerank=False)
+        painted = painter(captions, **asked, prior=False, seed=0, output_type="pt", rerank=False)
         assert isinstance(painted.images, Tensor), "output_type is pt"
         return grid(painted.images * 2 - 1, columns=8, captions=captions, scale=2)
 
@@ -153,36 +166,22 @@ class DraftTask(Task[UNet2DConditionModel]):
         """The UNet, and what it was trained for."""
         Drafter(network, self.steps, self.scale).save(folder)
 
-    def _told(self, captions: list[str]) -> tuple[list[Condition], list[Condition]]:
-        """What the UNet is told of each caption, and what it is guided away from."""
-        said = list(dict.fromkeys(captions))
-        # guided by any scale, so that there is a null
-        asked = Request(prompt=said, guidance_scale=2.0, seed=0, prior=False, rerank=False)
-        candidates = asked.resolve(self.painter.abilities).candidates
-        told = dict(zip(said, self.painter.tell(candidates, Table()), strict=True))
-        pairs = [told[caption] for caption in captions]
-        return [prompt for prompt, _ in pairs], [null for _, null in pairs if null is not None]
+    @torch.no_grad()
+    def _told(self, captions: list[str]) -> list[Condition]:
+        """What the UNet is told of each caption, worked out once."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.told]
+        if new:
+            asked = Request(prompt=new, guidance_scale=1.0, seed=0, prior=False, rerank=False)
+            candidates = asked.resolve(self.painter.abilities).candidates
+            with torch.autocast(self.painter.device.type, enabled=False):
+                told = self.painter.tell(candidates, Table())
+            self.told |= {caption: prompt for caption, (prompt, _) in zip(new, told, strict=True)}
+        return [self.told[caption] for caption in captions]
 
-    def _asked(self, unet: UNet2DConditionModel, x: Tensor, sigma: Tensor, told: list[Condition]) -> Tensor:
-        scaling = self.painter.levels.scaling
-        given = scaling.network_input(x, sigma), scaling.timestep(sigma)
-        return self.painter.asked(unet, *given, Conditions(tuple(told))).float()
 
-    def _taken(self, x: Tensor, first: Tensor, steps: int, prompts: list[Condition], nulls: list[Condition]) -> Tensor:
-        """Where so many guided steps of the model's own UNet end, from levels `first` (B,) of its run on."""
-
-        def denoise(x: Tensor, sigma: Tensor) -> Prediction:
-            return Prediction(self._guided(x, sigma, prompts, nulls))
-
-        state = State(x)
-        for step in range(steps):
-            now, after = (self.finer.level(first + step + further, x.device) for further in (0, 1))
-            state = advance(SAMPLER, denoise, state, now, after)
-        return state.x
-
-    def _guided(self, x: Tensor, sigma: Tensor, prompts: list[Condition], nulls: list[Condition]) -> Tensor:
-        """What the model's own UNet takes for clean, with guidance."""
-        twice = x.repeat(2, 1, 1, 1), sigma.repeat(2)
-        output = self._asked(self.painter.unet, *twice, prompts + nulls)
-        prompt, null = self.painter.levels.scaling.x0(output, *twice).chunk(2)
-        return null + self.scale * (prompt - null)
+def captions_of(recipe: DraftRecipe, skipped: Skipped) -> list[str]:
+    """The first captions of the data, each once; DataError where there is none."""
+    found = dict.fromkeys(text for one in find_examples(Path(recipe.data), skipped) if (text := one.text.strip()))
+    if not found:
+        raise DataError(f"no caption in {recipe.data}")
+    return list(found)[: recipe.num_captions]

@@ -311,7 +311,7 @@ def test_the_cache_is_keyed_by_content_and_encoder(folder: Path, tmp_path: Path)
 
 def test_data_that_cannot_be_written_beside_is_told_before_encoding(folder: Path, tmp_path: Path) -> None:
     (folder / ".cache").write_text("a file in the way")
-    with pytest.raises(DataError, match=r"\.cache cannot be written .*; give data in a folder that can"):
+    with pytest.raises(DataError, match=r"\.cache cannot be written .*; choose a folder that can"):
         encoded(Pictures(folder, 8), tmp_path, lambda pixels: pytest.fail("encoded all the same"))
 
 

@@ -12,36 +12,64 @@ from gen import TextToImage
 from gen.drafter import SAMPLER, Drafter
 from samplers.noise import noise
 from tests.training.tiny_recipes import recipes
+from training import trajectories
 from training.draft_task import DraftRecipe, DraftTask
 from training.recipe import RecipeError, check
 
 
-def make(data: Path, trained: Path, **changes: Any) -> DraftTask:
-    return DraftTask(check(DraftRecipe, recipes(data, trained)["draft"] | changes))
+def make(pictures: Path, trained: Path, **changes: Any) -> DraftTask:
+    return DraftTask(check(DraftRecipe, recipes(pictures, trained)["draft"] | changes))
 
 
-@torch.no_grad()
-def test_its_own_steps_are_those_of_the_engine(few_shapes: Path, trained: Path) -> None:
-    """Guided step after step from noise to the end, beside the same picture painted by the engine."""
-    task = make(few_shapes, trained, guidance_scale=3.0)
-    caption = task.dataset.captions[0]
-    prompts, nulls = task._told([caption])
-    x = noise([7], "decoder", 0, (4, 8, 8)) * task.painter.levels.schedule(SAMPLER, 4).start_scale
-    x = task._taken(x, torch.tensor([0]), 4, prompts, nulls)
+def batch_of(task: DraftTask, number: int) -> tuple[torch.Tensor, list[str]]:
+    points, captions = zip(*(task.dataset[index] for index in range(number)), strict=True)
+    return torch.stack(points), list(captions)
+
+
+def test_trajectories_are_those_of_the_engine(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    """From the seed's noise to its picture, each caption several times, with other seeds."""
+    task = make(few_shapes, trained, guidance_scale=3.0, num_images_per_prompt=2, out=str(tmp_path))
     painter = TextToImage.from_pretrained(trained / "bundled", device="cpu")
     asked: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "sampler": SAMPLER, "prior": False}
-    painted = painter(caption, **asked, seed=7, rerank=False, output_type="latent").images
-    torch.testing.assert_close(x, painted, atol=1e-4, rtol=1e-4)
+    for index in (0, 1, 5):
+        points, caption = task.dataset[index]
+        assert len(points) == 3, "two steps of a draft"
+        start = noise([index], "decoder", 0, (4, 8, 8))[0] * painter.model.levels.schedule(SAMPLER, 4).start_scale
+        torch.testing.assert_close(points[0], start)
+        painted = painter(caption, **asked, seed=index, rerank=False, output_type="latent").images
+        torch.testing.assert_close(points[-1], painted[0], atol=1e-4, rtol=1e-4)
+    assert task.dataset.captions[0] == task.dataset.captions[1] != task.dataset.captions[2]
+
+
+def test_trajectories_are_painted_once(
+    few_shapes: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectories, "TOGETHER", 4)
+    first = make(few_shapes, trained, out=str(tmp_path))
+    calls: list[int] = []
+
+    def counted(*given: Any) -> torch.Tensor:
+        calls.append(len(given[1]))
+        return paint(*given)
+
+    paint = trajectories.painted
+    monkeypatch.setattr(trajectories, "painted", counted)
+    again = make(few_shapes, trained, out=str(tmp_path))
+    assert not calls and torch.equal(again.dataset.points, first.dataset.points) and again.reads == first.reads
+    (gone, *_) = sorted((tmp_path / "trajectories").iterdir())
+    gone.unlink()  # as if it had been interrupted there
+    assert torch.equal(make(few_shapes, trained, out=str(tmp_path)).dataset.points, first.dataset.points)
+    assert calls == [4]
+    make(few_shapes, trained, out=str(tmp_path), guidance_scale=4.0)
+    assert sum(calls) == 4 + len(first.dataset), "guided in another way, they go elsewhere"
 
 
 def test_a_student_that_takes_the_same_steps_has_no_error(few_shapes: Path, trained: Path) -> None:
     """Where a draft has as many steps as the model and nothing guides, the model's own weights are the answer."""
     task = make(few_shapes, trained, num_inference_steps=4, guidance_scale=1.0)
-    latents, captions = zip(*(task.dataset[index] for index in range(8)), strict=True)
-    loss = task((torch.stack(latents), list(captions)), torch.Generator().manual_seed(0))["loss"]
-    assert loss.item() < 1e-8
+    assert task(batch_of(task, 8), torch.Generator().manual_seed(0))["loss"].item() < 1e-8
     guided = make(few_shapes, trained, num_inference_steps=4, guidance_scale=3.0)
-    assert guided((torch.stack(latents), list(captions)), torch.Generator().manual_seed(0))["loss"].item() > 1e-6
+    assert guided(batch_of(guided, 8), torch.Generator().manual_seed(0))["loss"].item() > 1e-6
 
 
 def test_what_is_saved_says_what_it_follows(trained: Path) -> None:
@@ -54,6 +82,7 @@ def test_what_is_saved_says_what_it_follows(trained: Path) -> None:
     [
         ({"teacher_steps": 5}, "the 2 levels of a draft are not among the 5 of the model"),
         ({"model": "nowhere"}, "nowhere"),
+        ({"data": "nowhere"}, "nowhere holds no data"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(

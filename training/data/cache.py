@@ -46,18 +46,26 @@ def encoded(
     `encode` takes uint8 pixels (B, 3, H, W). Raises DataError where the data's folder cannot be written.
     """
     key = hashlib.sha256(f"{dataset.digest} {weights_digest(encoder)}{what}".encode()).hexdigest()[:24]
-    path = dataset.folder / ".cache" / f"{key}.safetensors"
+
+    def compute() -> Tensor:
+        batches = DataLoader(dataset, batch_size=batch_size)
+        shown = track(batches, f"encoding with {encoder}", console=Console(stderr=True))
+        return torch.cat([encode(pixels).cpu() for pixels, _ in shown])
+
+    return kept(dataset.folder / ".cache" / f"{key}.safetensors", compute)
+
+
+def kept(path: Path, compute: Callable[[], Tensor]) -> Tensor:
+    """What lies in a file, or is computed into it; DataError where its folder cannot be made or written."""
     if path.exists():
         return load_file(path)["encoded"]
     try:  # before the work, so that a folder that cannot be written is told at once
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise DataError(f"{path.parent} cannot be written ({error.strerror}); give data in a folder that can") from None
-    batches = DataLoader(dataset, batch_size=batch_size)
-    shown = track(batches, f"encoding with {encoder}", console=Console(stderr=True))
-    rows = torch.cat([encode(pixels).cpu() for pixels, _ in shown]).contiguous()
+        raise DataError(f"{path.parent} cannot be written ({error.strerror}); choose a folder that can") from None
+    rows = compute().contiguous()
     partial = path.with_suffix(f".{os.getpid()}.partial")  # many processes may compute the same at once
     save_file({"encoded": rows}, partial)
     partial.rename(path)
