@@ -369,7 +369,7 @@ class Rows:
                 return combine(values, weights, plan.rows, len(x))
 
             inside = in_interval(sigma, plan.interval)
-            weights = torch.where(inside[plan.rows], plan.weights, plan.alone)
+            weights = torch.where(inside.index_select(0, plan.rows), plan.weights, plan.alone)
             x0 = mixed(each.x0, weights)
             if plan.guides is not None:
                 prompt, null, before = mixed(each.x0, plan.alone), mixed(each.x0, 1 - plan.alone), attempt.momentum
@@ -421,15 +421,20 @@ class Rows:
         if bucket.wants_probe(len(members)):
             first = Call(0, PROBE, Conditions(tuple(condition.twin() for condition in ask.conditions[:PROBE])))
             at = ask.rows[:PROBE]
-            bucket.probe(lambda: self._asked(first, members, x[at], sigma[at]))
+            bucket.probe(lambda: self._asked(first, members, x.index_select(0, at), sigma.index_select(0, at)))
         while start < len(members):
             call = ask.call(len(answers), start, bucket.size)
             at = ask.rows[call.start : call.stop]
-            answers.append(bucket.ask(len(at), partial(self._asked, call, members, x[at], sigma[at])))
+            # by index_select here and below, for x[at] wakes a thread per core, in milliseconds on some machines
+            given = x.index_select(0, at), sigma.index_select(0, at)
+            answers.append(bucket.ask(len(at), partial(self._asked, call, members, *given)))
             start = call.stop
         x0, variances = torch.cat([each.x0 for each in answers]), [each.variance for each in answers]
         variance = torch.cat([each for each in variances if each is not None]) if variances[0] is not None else None
-        return [Prediction(x0[at], None if variance is None else variance[at]) for at in ask.places]
+        return [
+            Prediction(x0.index_select(0, at), None if variance is None else variance.index_select(0, at))
+            for at in ask.places
+        ]
 
     def _pass(self, lanes: Sequence[Lane], plans: list[Plan]) -> Pass:
         for known in self.passes:

@@ -19,8 +19,12 @@ from samplers.state import per_row
 
 def combine(x0: Tensor, weights: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Each row's weighted sum of M evaluations: (M, ...), weights (M,), rows (M,) -> (num_rows, ...)."""
-    weighted = x0.float() * per_row(weights.float(), x0)
-    return weighted.new_zeros(num_rows, *x0.shape[1:]).index_add(0, rows, weighted)
+    weighted = (x0.float() * per_row(weights.float(), x0)).flatten(1)
+    # By index_add, or by places that are not laid out, a thread per core is woken for the smallest rows, which takes
+    # milliseconds on some machines.
+    places = rows[:, None].expand_as(weighted).contiguous()
+    summed = weighted.new_zeros(num_rows, weighted.shape[1]).scatter_add(0, places, weighted)
+    return summed.view(num_rows, *x0.shape[1:])
 
 
 def cfg_terms(scale: float) -> dict[str, float]:

@@ -58,7 +58,7 @@ class Scaling:
         log_sigmas = self._log_sigmas(sigma.device)
         log_sigma = sigma.clamp(min=1e-10).log()
         below = (torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, len(log_sigmas) - 2)
-        low, high = log_sigmas[below], log_sigmas[below + 1]
+        low, high = log_sigmas.index_select(0, below), log_sigmas.index_select(0, below + 1)
         return (below + ((log_sigma - low) / (high - low)).clamp(0, 1)).float()
 
     def sigma(self, timestep: Tensor) -> Tensor:
