@@ -44,9 +44,9 @@ def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str
     leaves, layout = tree_flatten(call_of(model, rows))
     converted = convert(model.model.unet, leaves, layout, PRECISIONS[DTYPES[dtype]])
     arrays = [leaf.contiguous().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
-    waves = [] if converted.waves is None else converted.waves(arrays)
+    levels = [] if converted.levels is None else converted.levels(arrays)
     texts = next(leaf for leaf in leaves if isinstance(leaf, Texts))
-    inputs = converted.inputs(arrays, waves, texts, slice(0, rows), is_shared=True)
+    inputs = converted.inputs(arrays, levels, texts, slice(0, rows), is_shared=True)
     fixed = converted.of_sizes([each.shape for each in inputs], threads=1)
     request = compiled(fixed, converted.precision, threads=1, counted=True).create_infer_request()
     told: list[Counter[str]] = []

@@ -13,6 +13,7 @@ from typing import Any
 
 from gen import amx
 from gen.compiled import built
+from gen.openvino_model import constant
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,5 @@ def is_turn(node: Any) -> bool:
 
 def number(output: Any) -> float | None:
     """The number that a constant is; None for anything else."""
-    node = output.get_node()
-    node = node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
-    return float(node.get_data()) if node.get_type_name() == "Constant" and not len(node.get_output_shape(0)) else None
+    data = constant(output)
+    return None if data is None or data.ndim else float(data)

@@ -1,14 +1,14 @@
 """A network as OpenVINO reads it, and what is changed in what it has read.
 
-`read` has OpenVINO's torch front end trace one call. `cut_waves` takes the sines and cosines out, which are computed in
-float32 whatever the rest is computed in, and `plain_norms` says group norms in operations that OpenVINO fuses. All of
-them know OpenVINO's models alone: no rows, no calls, no precision.
+`read` has OpenVINO's torch front end trace one call. `cut_levels` takes out what follows from a noise level,
+`cut_layers` and `fold_norms` say linear layers and what stands around them in fewer operations, and `plain_norms` says
+group norms in some that OpenVINO fuses. All of them know OpenVINO's models alone: no calls, no precision.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,25 +52,40 @@ class Part:
         return cls(openvino.Model(apart.get_results(), read, model.get_friendly_name()), reads)
 
 
-def cut_waves(model: Any) -> tuple[Part | None, Part]:
-    """A model (openvino.Model) in two: its sines and cosines (None: there are none), and the rest, which is given them.
+def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]:
+    """A model (openvino.Model) in two: what follows from a row's level and vectors alone, and the rest, given that.
 
-    The rest reads the model's parameters, then the waves. In bfloat16 the phase of a noise level near 1000 is off by
-    whole radians, and a UNet's answers are twice as far off as torch's in bfloat16, where diffusers has these in
-    float32.
+    `vectors` are the places of the parameters that say these; the first part is None where there are none. The rest
+    reads the model's parameters, then what the first part says. In a UNet that is the time embedding (Ho et al. 2020),
+    that of a class or of sizes beside it, and what each residual block makes of them: few numbers, the same for all
+    rows of a step, and in bfloat16 the phase of a level near 1000 would be off by whole radians.
     """
     from openvino import opset13
 
-    cuts = [node.output(0) for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
     results = [each.input_value(0) for each in model.get_results()]
+    says: dict[str, set[bool]] = {}  # by a node's name, whether it reads vectors (True) and anything else (False)
+    for place, each in enumerate(model.get_parameters()):
+        says[each.get_name()] = {place in vectors}
+    for node in model.get_ordered_ops():
+        if node.get_name() not in says:
+            reads = [] if node.get_type_name() == "ShapeOf" else [each.get_source_output() for each in node.inputs()]
+            says[node.get_name()] = set().union(*(says[each.get_node().get_name()] for each in reads))
+    cuts = [
+        output
+        for node in model.get_ordered_ops()
+        if says[node.get_name()] == {True} and node.get_type_name() != "Parameter"
+        for output in node.outputs()
+        if any(says[reader.get_node().get_name()] != {True} for reader in output.get_target_inputs())
+    ]
     if not cuts:
         return None, Part.of(model, results, model.get_parameters())
-    waves = Part.of(model, cuts, model.get_parameters())
+    levels = Part.of(model, cuts, model.get_parameters())
     given = [opset13.parameter(each.get_partial_shape(), each.get_element_type()) for each in cuts]
     for each, parameter in zip(cuts, given, strict=True):
         for reader in each.get_target_inputs():
-            reader.replace_source_output(parameter.output(0))
-    return waves, Part.of(model, results, [*model.get_parameters(), *given])
+            if says[reader.get_node().get_name()] != {True}:
+                reader.replace_source_output(parameter.output(0))
+    return levels, Part.of(model, results, [*model.get_parameters(), *given])
 
 
 def plain_norms(model: Any) -> None:
@@ -124,17 +139,66 @@ def cut_layers(model: Any) -> None:
                 reader.replace_source_output(piece.output(0))
 
 
+def fold_norms(model: Any) -> None:
+    """Let every linear layer behind a layer norm (Ba et al. 2016) read it unscaled and unshifted, in place.
+
+    Scale and shift go into the layer's weights and bias: one operation less for each norm. A norm that anything else
+    reads stays as it is.
+    """
+    from openvino import opset13
+
+    for node in model.get_ops():
+        if node.get_type_name() != "MVN":
+            continue
+        scaled = constant_behind(node.output(0), "Multiply")
+        shifted = None if scaled is None else constant_behind(scaled[0], "Add")
+        if scaled is None or shifted is None:
+            continue
+        readers = [reader.get_node() for reader in shifted[0].get_target_inputs()]
+        weights = [weight for reader in readers if (weight := weight_of(reader, shifted[0])) is not None]
+        if len(weights) < len(readers):
+            continue
+        scale, shift = scaled[1].reshape(-1), shifted[1].reshape(-1)
+        for reader, weight in zip(readers, weights, strict=True):
+            product = opset13.matmul(node.output(0), opset13.constant(weight * scale), False, True)
+            bias = (weight.astype(np.float64) @ shift).astype(np.float32)
+            behind = constant_behind(reader.output(0), "Add")
+            whole, before = (reader.output(0), 0) if behind is None else behind
+            answer = opset13.add(product, opset13.constant(bias + np.ravel(before).astype(np.float32)))
+            for target in whole.get_target_inputs():
+                target.replace_source_output(answer.output(0))
+
+
+def constant_behind(output: Any, kind: str) -> tuple[Any, np.ndarray] | None:
+    """The one operation of a kind that reads an output, with a constant: what it says, and that; None: no such."""
+    readers = [reader.get_node() for reader in output.get_target_inputs()]
+    if len(readers) != 1 or readers[0].get_type_name() != kind:
+        return None
+    constants = [data for each in readers[0].inputs() if (data := constant(each.get_source_output())) is not None]
+    return (readers[0].output(0), constants[0]) if len(constants) == 1 else None
+
+
+def constant(output: Any) -> np.ndarray | None:
+    """The data of a constant, converted or not; None for anything else."""
+    node = output.get_node()
+    node = node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
+    return node.get_data() if node.get_type_name() == "Constant" else None
+
+
+def weight_of(node: Any, x: Any) -> np.ndarray | None:
+    """The weight (out, in) of a linear layer that reads x; None where a node is none."""
+    if node.get_type_name() != "MatMul" or node.input_value(0) != x or not node.get_attributes()["transpose_b"]:
+        return None
+    weight = constant(node.input_value(1))
+    return weight if weight is not None and weight.ndim == 2 else None
+
+
 def linear_of(node: Any) -> tuple[Any, np.ndarray, np.ndarray] | None:
     """Input, weight (out, in) and bias (out,) of a linear layer that a node cuts along its last axis; None: no such."""
     total = node.input_value(0).get_node()
-    axis = node.input_value(1).get_node()
     last = node.input_value(0).get_partial_shape().rank.get_length() - 1
-    if total.get_type_name() != "Add" or int(axis.get_data()) not in (-1, last):
+    if total.get_type_name() != "Add" or int(node.input_value(1).get_node().get_data()) not in (-1, last):
         return None
-    product, bias = (each.get_source_output().get_node() for each in total.inputs())
-    if product.get_type_name() != "MatMul" or bias.get_type_name() != "Constant":
-        return None
-    weight = product.input_value(1).get_node()
-    if weight.get_type_name() != "Constant" or not product.get_attributes()["transpose_b"]:
-        return None
-    return product.input_value(0), weight.get_data(), bias.get_data()
+    product, bias = total.input_value(0).get_node(), constant(total.input_value(1))
+    weight = weight_of(product, product.input_value(0)) if product.get_input_size() else None
+    return None if weight is None or bias is None else (product.input_value(0), weight, bias)

@@ -25,7 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gen.attention import Handed, Texts
 from gen.openvino_attention import own_attention
-from gen.openvino_model import Part, cut_layers, cut_waves, plain_norms, read
+from gen.openvino_model import Part, cut_layers, cut_levels, fold_norms, plain_norms, read
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # that OpenVINO is 
 
 # Rows that OpenVINO is asked at a time, most first. A fixed number is faster than a free one, and each holds a copy of
 # the weights, so they are few. Where rows are large, more of them at a time are no faster and take more memory.
-SIZES = (16, 4, 1)
+SIZES = (16, 8, 4, 1)
+KNOWN = 512  # different rows' levels and vectors whose embeddings are kept, of 10 to 100 KB each
 SMALL = 1024  # values of a row's first input, such as a latent of four channels and 16 x 16 cells
 
 
@@ -85,7 +86,7 @@ class Answering:
             converted = self.read[key]
             texts = next((leaf for leaf in leaves if isinstance(leaf, Texts)), None)
             of = None if texts is None else texts.of
-            sizes = SIZES if given[0][0].numel() <= SMALL else SIZES[1:]
+            sizes = SIZES if given[0][0].numel() <= SMALL else SIZES[2:]
             pieces = list(pieces_of(rows, of, sizes, streams_of(rows, torch.get_num_threads())))
             answers = converted.ask(given, texts, pieces)
         return tree_unflatten(answers, converted.answer)
@@ -138,21 +139,36 @@ def streams_of(pieces: int, threads: int) -> int:
     return 1 << (min(pieces, threads).bit_length() - 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Waves:
-    """The sines and cosines of a network."""
+@dataclass(eq=False)
+class Levels:
+    """What a network makes of a row's noise level and vectors, computed once for each that is different.
+
+    Rows of a step say the same, and so do those of every other picture in as many steps.
+    """
 
     compiled: Any  # an openvino.CompiledModel, for any number of rows
     reads: list[int]
+    vectors: list[int]  # the places of what tells rows apart, among all that the network is handed
+    known: dict[bytes, list[np.ndarray]] = field(default_factory=dict)  # of a row, oldest first
 
     @classmethod
-    def of(cls, part: Part) -> Waves:
+    def of(cls, part: Part, vectors: list[int]) -> Levels:
         """In float32, whatever the rest is computed in."""
-        return cls(compiled(part.model, PRECISIONS[torch.float32]), part.reads)
+        return cls(compiled(part.model, PRECISIONS[torch.float32]), part.reads, vectors)
 
-    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
-        """Of all that the network is handed, as arrays."""
-        return list(self.compiled([arrays[place] for place in self.reads]).values())
+    def __call__(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """What the rest is given, a row for each, of all that the network is handed, as arrays."""
+        keys = [b"".join(arrays[place][row].tobytes() for place in self.vectors) for row in range(len(arrays[0]))]
+        if fresh := {key: row for row, key in enumerate(keys) if key not in self.known}:
+            at = list(fresh.values())
+            said = [np.array(each) for each in self.compiled([arrays[place][at] for place in self.reads]).values()]
+            assert all(len(each) == len(at) for each in said), "a row's axis comes first"
+            self.known |= {key: [each[row] for each in said] for row, key in enumerate(fresh)}
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        told = [np.stack(each) for each in zip(*(self.known[key] for key in places), strict=True)]
+        for key in list(self.known)[:-KNOWN]:
+            del self.known[key]
+        return [each[[places[key] for key in keys]] for each in told]
 
 
 @dataclass(eq=False)
@@ -160,8 +176,8 @@ class Converted:
     """A network as OpenVINO read it, for inputs of one shape but for their rows."""
 
     name: str  # for the log
-    waves: Waves | None  # None: it has no sines and cosines
-    rest: Part  # of what it is handed, a text's keys and values of each layer, and those
+    levels: Levels | None  # None: it is handed no level and no vector
+    rest: Part  # of what it is handed, a text's keys and values of each layer, and what the levels say
     answer: TreeSpec  # how the network hands over its tensors
     precision: str  # in OpenVINO's words
     queues: dict[tuple[int, bool, int], Any] = field(default_factory=dict)  # openvino.AsyncInferQueue
@@ -169,12 +185,12 @@ class Converted:
     def ask(self, given: Sequence[Tensor], texts: Texts | None, pieces: Sequence[Piece]) -> list[Tensor]:
         """What it answers to rows that are cut into these pieces, several at a time (`streams_of`)."""
         arrays = [tensor.contiguous().numpy() for tensor in given]
-        waves = [] if self.waves is None else self.waves(arrays)
+        levels = [] if self.levels is None else self.levels(arrays)
         streams = streams_of(len(pieces), torch.get_num_threads())
         answers: list[np.ndarray] = []  # what other threads write into knows no mode of torch's
         for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
             alike = [piece.at for piece in pieces if (piece.size, piece.is_shared) == (size, is_shared)]
-            inputs = [self.inputs(arrays, waves, texts, at, is_shared) for at in alike]
+            inputs = [self.inputs(arrays, levels, texts, at, is_shared) for at in alike]
             queue = self._queue(size, is_shared, streams, inputs[0])
             if not answers:
                 shapes = [(len(arrays[0]), *each.get_shape()[1:]) for each in queue[0].model_outputs]
@@ -187,14 +203,11 @@ class Converted:
         return [torch.from_numpy(each) for each in answers]
 
     def inputs(
-        self, arrays: Sequence[Any], waves: Sequence[Any], texts: Texts | None, at: slice, is_shared: bool
+        self, arrays: Sequence[Any], levels: Sequence[Any], texts: Texts | None, at: slice, is_shared: bool
     ) -> list[Any]:
         """What the rest is given for some rows, all of which read one text where it is shared, as arrays."""
         pairs = [] if texts is None else texts.of_rows(slice(at.start, at.start + 1) if is_shared else at)
-        told = [*(each[at] for each in arrays), *(each.numpy() for each in pairs)]
-        for each in waves:  # several for a row where it is told several numbers, such as XL's sizes
-            share = len(each) // len(arrays[0])
-            told.append(each[at.start * share : at.stop * share])
+        told = [*(each[at] for each in arrays), *(each.numpy() for each in pairs), *(each[at] for each in levels)]
         return [told[place] for place in self.rest.reads]
 
     def of_sizes(self, shapes: Sequence[Sequence[int]], threads: int) -> Any:
@@ -288,7 +301,9 @@ def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precisi
     assert flat.told.answer is not None, "tracing asks it"
     logger.info("OpenVINO read %s in %.1f s", name, time.perf_counter() - began)
     cut_layers(model)
+    fold_norms(model)
     if precision != PRECISIONS[torch.float32]:
         plain_norms(model)
-    waves, rest = cut_waves(model)
-    return Converted(name, None if waves is None else Waves.of(waves), rest, flat.told.answer, precision)
+    vectors = [place for place, tensor in enumerate(given) if tensor.ndim <= 2]
+    levels, rest = cut_levels(model, vectors)
+    return Converted(name, None if levels is None else Levels.of(levels, vectors), rest, flat.told.answer, precision)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
-from gen.openvino_model import cut_layers, cut_waves, plain_norms, read
+from gen.openvino_model import cut_layers, cut_levels, fold_norms, plain_norms, read
 
 pytest.importorskip("openvino")
 
@@ -74,17 +75,60 @@ def test_what_is_no_layer_stays_cut() -> None:
     torch.testing.assert_close(answers(model, given)[0], Chunks()(given))
 
 
-class Phases(nn.Module):
-    """Reads two of its three inputs, and one for its waves."""
+class Levels(nn.Module):
+    """Reads two of its three inputs, and one of these beside the picture for what follows from its level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
 
     def forward(self, x: Tensor, unread: Tensor, t: Tensor) -> Tensor:
-        return x * torch.cat([(1000 * t).sin(), (1000 * t).cos()], dim=1)
+        waves = torch.cat([(1000 * t).sin(), (1000 * t).cos()], dim=1)
+        return x * self.layer(waves)[:, :, None]
 
 
-def test_waves_are_a_part_of_their_own_and_nobody_is_given_what_is_not_read() -> None:
-    x, unread, t = drawn(3, 4), drawn(3, 9), drawn(3, 2)
-    waves, rest = cut_waves(read(Phases(), (x, unread, t)))
-    assert waves is not None and waves.reads == [2] and rest.reads == [0, 3, 4]
-    assert not {"Sin", "Cos"} & types(rest.model)
-    found = answers(waves.model, t)
-    torch.testing.assert_close(answers(rest.model, x, *found)[0], Phases()(x, unread, t), atol=1e-5, rtol=1e-4)
+def test_what_follows_from_a_level_is_a_part_of_its_own_and_nobody_is_given_what_is_not_read() -> None:
+    x, unread, t = drawn(3, 3, 5), drawn(3, 9), drawn(3, 2)
+    network = Levels()
+    levels, rest = cut_levels(read(network, (x, unread, t)), [1, 2])
+    assert levels is not None and levels.reads == [2] and rest.reads == [0, 3]
+    assert {"Sin", "Cos", "MatMul"} <= types(levels.model) and not {"Sin", "Cos", "MatMul"} & types(rest.model)
+    found = answers(levels.model, t)
+    torch.testing.assert_close(answers(rest.model, x, *found)[0], network(x, unread, t), atol=1e-5, rtol=1e-4)
+
+
+def test_a_network_without_a_level_is_one_part() -> None:
+    levels, rest = cut_levels(read(nn.Linear(4, 3), (drawn(2, 4),)), [])
+    assert levels is None and rest.reads == [0]
+
+
+class Normed(nn.Module):
+    """Layers behind a norm, with a bias and without, and a norm that something else reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.one, self.other, self.last = nn.Linear(6, 5), nn.Linear(6, 5, bias=False), nn.Linear(6, 5)
+        for norm in (self.first, self.second):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.first(x), self.second(x)
+        return self.one(first) * self.other(first) + self.last(second) * second.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def test_a_norms_scale_and_shift_are_the_layers_behind_it() -> None:
+    network, x = Normed(), drawn(2, 4, 6)
+    model = read(network, (x,))
+    before = len(model.get_ops())
+    fold_norms(model)
+    assert len(model.get_ops()) < before
+    torch.testing.assert_close(answers(model, x)[0], network(x), atol=1e-5, rtol=1e-5)
+    constants = [node.get_data() for node in model.get_ops() if node.get_type_name() == "Constant"]
+
+    def stays(norm: nn.LayerNorm) -> bool:
+        return any(np.array_equal(each.ravel(), norm.bias.numpy()) for each in constants)
+
+    assert not stays(network.first) and stays(network.second), "something else reads the second"
