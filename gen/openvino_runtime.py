@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gen.attention import Handed, Texts
-from gen.openvino_attention import own_attention
+from gen.openvino_kernels import own_kernels
 from gen.openvino_model import Part, cut_layers, cut_levels, fold_norms, plain_norms, read
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,8 @@ class Converted:
         model = self.rest.model.clone()
         model.reshape(dict(enumerate(map(list, shapes))))
         if self.precision == PRECISIONS[torch.bfloat16]:
-            own_attention(model, threads)
+            own_kernels(model, threads)
+            plain_norms(model)
         return model
 
     def _queue(self, size: int, is_shared: bool, streams: int, inputs: Sequence[Any]) -> Any:
@@ -302,8 +303,6 @@ def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precisi
     logger.info("OpenVINO read %s in %.1f s", name, time.perf_counter() - began)
     cut_layers(model)
     fold_norms(model)
-    if precision != PRECISIONS[torch.float32]:
-        plain_norms(model)
     vectors = [place for place, tensor in enumerate(given) if tensor.ndim <= 2]
     levels, rest = cut_levels(model, vectors)
     return Converted(name, None if levels is None else Levels.of(levels, vectors), rest, flat.told.answer, precision)

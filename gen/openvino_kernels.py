@@ -1,7 +1,7 @@
-"""Attention in a network that OpenVINO computes, by the kernel of `gen.amx`.
+"""Kernels of our own in a network that OpenVINO computes in bfloat16: attention by that of `gen.amx`, and group norms.
 
-`own_attention` changes what OpenVINO has read and knows OpenVINO's models alone: no rows, no calls, no text. The
-operation is `cpp/amx_openvino.cpp`.
+`own_kernels` changes what OpenVINO has read and knows OpenVINO's models alone: no rows, no calls, no text. The
+operations are those of `cpp/openvino.cpp`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gen import amx
 from gen.compiled import built
@@ -22,7 +24,7 @@ TURN = (0, 2, 1, 3)  # (B, length, heads, d) as (B, heads, length, d), and back
 
 @cache
 def operations() -> Any | None:
-    """An openvino.utils.node_factory.NodeFactory that knows the kernel; None, with the reason logged: it cannot run."""
+    """An openvino.utils.node_factory.NodeFactory that knows the kernels; None, with the reason logged: none can run."""
     import openvino
     from openvino.utils.node_factory import NodeFactory
 
@@ -32,27 +34,34 @@ def operations() -> Any | None:
         library = next(there.glob("libs/libopenvino.so.*"), None)
         if library is None:
             raise RuntimeError(f"{there} has no libopenvino.so")
-        extension = built("amx_openvino.cpp", [*amx.FLAGS, f"-I{there / 'include'}", str(library)])
+        extension = built("openvino.cpp", [*amx.FLAGS, f"-I{there / 'include'}", str(library)])
     except RuntimeError as error:
-        logger.info("OpenVINO computes attention by its own kernel, not by AMX's: %s", error)
+        logger.info("OpenVINO computes attention and group norms by its own kernels, not by ours: %s", error)
         return None
     factory = NodeFactory()
     factory.add_extension(extension)
     return factory
 
 
-def own_attention(model: Any, threads: int) -> None:
-    """Let our kernel compute every plain attention of an openvino.Model of fixed sizes, by so many threads, in place.
+def own_kernels(model: Any, threads: int) -> None:
+    """Let our kernels compute what they can of an openvino.Model of fixed sizes, by so many threads, in place.
+
+    Where they cannot run nothing changes.
+    """
+    factory = operations()
+    if factory is not None:
+        own_attention(model, factory, threads)
+        own_norms(model, factory, threads)
+
+
+def own_attention(model: Any, factory: Any, threads: int) -> None:
+    """Every plain attention.
 
     Queries, keys and values are read before heads are brought to the front, where that was done, and what is answered
-    is handed over before they are brought back: none of these copies is made. Where the kernel cannot run nothing
-    changes.
+    is handed over before they are brought back: none of these copies is made.
     """
     from openvino import Type, opset13
 
-    factory = operations()
-    if factory is None:
-        return
     for node in model.get_ops():
         if node.get_type_name() != "ScaledDotProductAttention" or not fits(node):
             continue
@@ -66,6 +75,34 @@ def own_attention(model: Any, threads: int) -> None:
         for reader in node.output(0).get_target_inputs():
             for behind in reader.get_node().output(0).get_target_inputs():
                 behind.replace_source_output(answer.output(0))
+
+
+def own_norms(model: Any, factory: Any, threads: int) -> None:
+    """Every group norm, and the SiLU that alone reads it.
+
+    The kernel takes channels last, as OpenVINO's convolutions have them.
+    """
+    from openvino import Type, opset13
+
+    for node in model.get_ops():
+        if node.get_type_name() != "GroupNormalization":
+            continue
+        x, scale, shift = (node.input_value(place) for place in range(3))
+        weights = [each for each in map(constant, (scale, shift)) if each is not None]
+        if len(weights) < 2:
+            continue
+        readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+        active = [each.get_type_name() for each in readers] == ["Swish"] and readers[0].get_input_size() == 1
+        last = readers[0] if active else node
+        told = {name: node.get_attributes()[key] for name, key in (("groups", "num_groups"), ("epsilon", "epsilon"))}
+        told |= {name: data.ravel().tolist() for name, data in zip(("scale", "shift"), weights, strict=True)}
+        rank = len(x.get_shape())
+        turned = opset13.convert(opset13.transpose(x, np.array([0, *range(2, rank), 1])), Type.bf16)
+        told |= {"active": active, "threads": threads}
+        normed = opset13.convert(factory.create("GroupNormLast", [turned.output(0)], told), Type.f32)
+        answer = opset13.transpose(normed, np.array([0, rank - 1, *range(1, rank - 1)]))
+        for reader in last.output(0).get_target_inputs():
+            reader.replace_source_output(answer.output(0))
 
 
 def fits(node: Any) -> bool:

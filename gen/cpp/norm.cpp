@@ -1,0 +1,147 @@
+// Group norm (Wu & He 2018) in bfloat16 with channels side by side, and the SiLU behind it, in one reading and one
+// writing. Sums are float32 of differences to a channel's first value, so that a large mean takes no digits.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace norm {
+
+using bfloat16 = uint16_t;
+
+constexpr int LANES = 16;
+constexpr int BESIDE = 4;  // registers of channels that are taken down the places together
+
+struct Channels {  // `count` of them from `from` on, in a register
+  __mmask16 inside;
+  int from;
+
+  Channels(int from, int count)
+      : inside(count - from >= LANES ? 0xffff : count <= from ? 0 : (1u << (count - from)) - 1), from(from) {}
+
+  __m512 load(const bfloat16* at) const {
+    const __m256i half = _mm256_maskz_loadu_epi16(inside, at + from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  void store(bfloat16* at, __m512 value) const {
+    _mm256_mask_storeu_epi16(at + from, inside, (__m256i)_mm512_cvtneps_pbh(value));
+  }
+  __m512 load(const float* at) const { return _mm512_maskz_loadu_ps(inside, at + from); }
+  void store(float* at, __m512 value) const { _mm512_mask_storeu_ps(at + from, inside, value); }
+};
+
+// x / (1 + e^-x), to a part in ten thousand of the sigmoid.
+inline __m512 silu(__m512 x) {
+  const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
+  const __m512 behind = _mm512_reduce_ps(power, _MM_FROUND_TO_NEG_INF);
+  __m512 y = _mm512_fmadd_ps(behind, _mm512_set1_ps(0.0790207f), _mm512_set1_ps(0.2241291f));
+  y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(0.6968360f));
+  y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(0.9998109f));
+  return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), _mm512_scalef_ps(y, power))));
+}
+
+class Row {  // of a picture: places (of `channels` values each) one behind the other
+ public:
+  Row(int places, int channels, int groups, const float* scale, const float* shift, float epsilon, bool active)
+      : places_(places),
+        channels_(channels),
+        groups_(groups),
+        scale_(scale),
+        shift_(shift),
+        epsilon_(epsilon),
+        active_(active),
+        mean_(channels),
+        spread_(channels),
+        factor_(channels) {}
+
+  void compute(const bfloat16* from, bfloat16* to) {
+    for (int first = 0; first < channels_; first += BESIDE * LANES) sum(from, first);
+    const int size = channels_ / groups_;
+    for (int group = 0; group < groups_; group++) {
+      float* means = mean_.data() + group * size;
+      const float* spreads = spread_.data() + group * size;
+      float mean = 0, apart = 0;
+      for (int i = 0; i < size; i++) mean += means[i] / size;
+      for (int i = 0; i < size; i++) apart += spreads[i] + (means[i] - mean) * (means[i] - mean);
+      const float share = 1 / std::sqrt(apart / size + epsilon_);
+      for (int i = 0; i < size; i++) {
+        means[i] = mean;
+        factor_[group * size + i] = share * scale_[group * size + i];
+      }
+    }
+    for (int first = 0; first < channels_; first += BESIDE * LANES)
+      active_ ? write<true>(from, to, first) : write<false>(from, to, first);
+  }
+
+ private:
+  // Mean and variance of each of some channels.
+  void sum(const bfloat16* from, int first) {
+    __m512 start[BESIDE], sums[BESIDE], squares[BESIDE];
+    for (int i = 0; i < BESIDE; i++) {
+      start[i] = here(first, i).load(from);
+      sums[i] = squares[i] = _mm512_setzero_ps();
+    }
+    for (int place = 0; place < places_; place++)
+      for (int i = 0; i < BESIDE; i++) {
+        const __m512 apart = _mm512_sub_ps(here(first, i).load(from + int64_t(place) * channels_), start[i]);
+        sums[i] = _mm512_add_ps(sums[i], apart);
+        squares[i] = _mm512_fmadd_ps(apart, apart, squares[i]);
+      }
+    const __m512 share = _mm512_set1_ps(1.f / places_);
+    for (int i = 0; i < BESIDE; i++) {
+      const __m512 mean = _mm512_mul_ps(sums[i], share);
+      const __m512 spread = _mm512_fnmadd_ps(mean, mean, _mm512_mul_ps(squares[i], share));
+      here(first, i).store(mean_.data(), _mm512_add_ps(start[i], mean));
+      here(first, i).store(spread_.data(), _mm512_max_ps(spread, _mm512_setzero_ps()));
+    }
+  }
+
+  template <bool ACTIVE>
+  void write(const bfloat16* from, bfloat16* to, int first) const {
+    __m512 mean[BESIDE], factor[BESIDE], shift[BESIDE];
+    for (int i = 0; i < BESIDE; i++) {
+      mean[i] = here(first, i).load(mean_.data());
+      factor[i] = here(first, i).load(factor_.data());
+      shift[i] = here(first, i).load(shift_);
+    }
+    for (int place = 0; place < places_; place++)
+      for (int i = 0; i < BESIDE; i++) {
+        const int64_t at = int64_t(place) * channels_;
+        const __m512 apart = _mm512_sub_ps(here(first, i).load(from + at), mean[i]);
+        const __m512 normed = _mm512_fmadd_ps(apart, factor[i], shift[i]);
+        here(first, i).store(to + at, ACTIVE ? silu(normed) : normed);
+      }
+  }
+
+  Channels here(int first, int i) const { return {first + i * LANES, channels_}; }
+
+  const int places_, channels_, groups_;
+  const float *scale_, *shift_;
+  const float epsilon_;
+  const bool active_;
+  std::vector<float> mean_, spread_, factor_;
+};
+
+// Rows of (places, channels), by so many threads.
+inline void compute(const bfloat16* from, bfloat16* to, int rows, int places, int channels, int groups,
+                    const float* scale, const float* shift, float epsilon, bool active, int threads) {
+  std::atomic<int> next{0};
+  const auto work = [&] {
+    Row row(places, channels, groups, scale, shift, epsilon, active);
+    for (int at; (at = next++) < rows;) {
+      const int64_t start = int64_t(at) * places * channels;
+      row.compute(from + start, to + start);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < std::min(threads, rows); i++) others.emplace_back(work);
+  work();
+  for (auto& other : others) other.join();
+}
+
+}  // namespace norm

@@ -1,0 +1,130 @@
+// The attention of amx.cpp and the group norm of norm.cpp as operations of OpenVINO.
+
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/op/op.hpp>
+
+#include "amx.cpp"
+#include "norm.cpp"
+
+namespace {
+
+// Inputs are queries, keys and values, bfloat16 (B, length, heads, d) where `turned` says so, (B, heads, length, d) where
+// not; the answer is (B, queries, heads, d).
+class AmxAttention : public ov::op::Op {
+ public:
+  OPENVINO_OP("AmxAttention", "unclip");
+
+  AmxAttention() = default;
+  AmxAttention(const ov::OutputVector& inputs, std::vector<int64_t> turned, float scale, int64_t threads)
+      : Op(inputs), turned_(std::move(turned)), scale_(scale), threads_(threads) {
+    constructor_validate_and_infer_types();
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<AmxAttention>(inputs, turned_, scale_, threads_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("turned", turned_);
+    visitor.on_attribute("scale", scale_);
+    visitor.on_attribute("threads", threads_);
+    return true;
+  }
+
+  void validate_and_infer_types() override {
+    if (turned_.empty()) return;  // its attributes are not set yet
+    ov::PartialShape answer = get_input_partial_shape(0);
+    if (!turned_[0]) std::swap(answer[1], answer[2]);
+    set_output_type(0, get_input_element_type(0), answer);
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const Told query(inputs[0], turned_[0]), key(inputs[1], turned_[1]), value(inputs[2], turned_[2]);
+    const Told answer(outputs[0], true);
+    std::vector<int64_t> steps;
+    for (const Told* each : {&query, &key, &value, &answer})
+      steps.insert(steps.end(), {each->row_step, each->head_step, each->step});
+    attend(query.at, key.at, value.at, answer.at, steps.data(), query.rows, query.heads, query.count, key.count,
+           query.size, scale_, threads_);
+    return true;
+  }
+
+ private:
+  struct Told {
+    Told(const ov::Tensor& tensor, bool turned)
+        : at(static_cast<bfloat16*>(const_cast<void*>(tensor.data()))) {
+      const ov::Shape& shape = tensor.get_shape();
+      rows = shape[0], heads = shape[turned ? 2 : 1], count = shape[turned ? 1 : 2], size = shape[3];
+      row_step = shape[1] * shape[2] * shape[3];
+      head_step = turned ? size : count * size;
+      step = turned ? heads * size : size;
+    }
+
+    bfloat16* at;
+    int64_t rows, heads, count, size, row_step, head_step, step;
+  };
+
+  std::vector<int64_t> turned_;  // of queries, keys and values
+  float scale_ = 1;
+  int64_t threads_ = 1;
+};
+
+// Of bfloat16 (B, places, channels) or (B, height, width, channels); `active`: and SiLU behind it.
+class GroupNormLast : public ov::op::Op {
+ public:
+  OPENVINO_OP("GroupNormLast", "unclip");
+
+  GroupNormLast() = default;
+  GroupNormLast(const ov::OutputVector& inputs, std::vector<float> scale, std::vector<float> shift, int64_t groups,
+                float epsilon, bool active, int64_t threads)
+      : Op(inputs),
+        scale_(std::move(scale)),
+        shift_(std::move(shift)),
+        groups_(groups),
+        epsilon_(epsilon),
+        active_(active),
+        threads_(threads) {
+    constructor_validate_and_infer_types();
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<GroupNormLast>(inputs, scale_, shift_, groups_, epsilon_, active_, threads_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("scale", scale_);
+    visitor.on_attribute("shift", shift_);
+    visitor.on_attribute("groups", groups_);
+    visitor.on_attribute("epsilon", epsilon_);
+    visitor.on_attribute("active", active_);
+    visitor.on_attribute("threads", threads_);
+    return true;
+  }
+
+  void validate_and_infer_types() override { set_output_type(0, get_input_element_type(0), get_input_partial_shape(0)); }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const ov::Shape& shape = inputs[0].get_shape();
+    const size_t channels = shape.back(), places = inputs[0].get_size() / shape[0] / channels;
+    norm::compute(static_cast<const bfloat16*>(inputs[0].data()), static_cast<bfloat16*>(outputs[0].data()), shape[0],
+                  places, channels, groups_, scale_.data(), shift_.data(), epsilon_, active_, threads_);
+    return true;
+  }
+
+ private:
+  std::vector<float> scale_, shift_;  // of each channel
+  int64_t groups_ = 1;
+  float epsilon_ = 0;
+  bool active_ = false;
+  int64_t threads_ = 1;
+};
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<AmxAttention>>(),
+                                                            std::make_shared<ov::OpExtension<GroupNormLast>>()}));
