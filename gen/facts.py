@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gen import single_file
+from gen.adapters.drafts import FOLDER as DRAFTS
+from gen.adapters.drafts import TOLD
 from gen.checkpoint import INDEX, LICENCES, Card, find, listed
-from gen.drafter import FOLDER as DRAFTS
-from gen.drafter import TOLD
 from gen.weights import check_weights, files_hash, folder_hash, numbers, read_json, shapes, weight_files
 
 TEXTS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}

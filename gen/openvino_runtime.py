@@ -216,7 +216,7 @@ class Converted:
         model.reshape(dict(enumerate(map(list, shapes))))
         if self.precision == PRECISIONS[torch.bfloat16]:
             own_kernels(model, threads)
-            plain_norms(model)
+            plain_norms(model)  # those that are left
         return model
 
     def _queue(self, size: int, is_shared: bool, streams: int, inputs: Sequence[Any]) -> Any:

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from gen import checkpoint, drafter, single_file
-from gen.adapters import ip_adapter, lora, textual_inversion
+from gen import checkpoint, single_file
+from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.attention import AUTO, TORCHS_CHOICE, adds_keys, check_attention, set_attention
 from gen.bucket import Buckets
@@ -151,9 +151,9 @@ class TextToImage:
         if weak_unet is not None:
             weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
             model = model.with_weak(weak, str(weak_unet))
-        drafts = parts.folder / drafter.FOLDER if draft_unet is None else Path(draft_unet)
-        if draft_unet is not None or drafts.exists():
-            model = model.with_drafter(drafter.Drafter.read(drafts, device, dtype), str(drafts))
+        place = parts.folder / drafts.FOLDER if draft_unet is None else Path(draft_unet)
+        if draft_unet is not None or place.exists():
+            model = model.with_drafter(drafts.read(place, model.unet), str(place))
         if runtime != TORCH and any(adds_keys(unet) for unet in model.unets):
             told = (
                 f"runtime '{runtime}' cannot compute the UNet of a {model.saved_as}, whose layers see text and picture"
@@ -495,7 +495,7 @@ class TextToImage:
             folder, self.model.saved_as, parts, self.model.clip_beside, self.card, dtype, self.model.index
         )
         if self.model.drafter is not None:
-            self.model.drafter.save(written / drafter.FOLDER, dtype)
+            drafts.save(self.model.drafter, written / drafts.FOLDER, dtype)
         return written
 
     def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:

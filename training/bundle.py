@@ -7,6 +7,7 @@ The CLIP's text tower is stored where stock pipelines look for it, the whole CLI
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from pydantic import Field
 
 from clip_core.text import with_projection, without_projection
 from gen import checkpoint
-from gen.drafter import FOLDER, Drafter
+from gen.adapters import drafts
 from training.checkpoints import replace_folder
 from training.data.examples import Skipped
 from training.data.pictures import find_examples
@@ -51,9 +52,8 @@ def bundle(recipe: BundleRecipe) -> Path:
     clip, vae = load_clip(recipe.clip), load_vae(recipe.vae)
     network = transformers_model(clip)
     prior, decoder = trained(recipe.prior), trained(recipe.decoder)
-    draft = None if recipe.draft is None else trained(recipe.draft)
-    drafter = None if draft is None else Drafter.read(draft, torch.device("cpu"), torch.float32)
     unet, prior_network = _part(UNet2DConditionModel, decoder), _part(PriorTransformer, prior)
+    draft = None if recipe.draft is None else drafts.read(trained(recipe.draft, drafts.TOLD), unet)
     width = network.config.projection_dim
     for what, given, needed in (
         (f"{decoder}: text width", unet.config.cross_attention_dim, network.config.text_config.hidden_size),
@@ -92,8 +92,10 @@ def bundle(recipe: BundleRecipe) -> Path:
     def write(folder: Path) -> None:
         dtype = getattr(torch, recipe.dtype)
         checkpoint.save(folder, "StableUnCLIPPipeline", parts, clip, card, dtype)
-        if drafter is not None:
-            drafter.save(folder / FOLDER, dtype)
+        if draft is not None and drafts.is_low_rank(Path(str(recipe.draft))):
+            shutil.copytree(str(recipe.draft), folder / drafts.FOLDER)
+        elif draft is not None:
+            drafts.save(draft, folder / drafts.FOLDER, dtype)
 
     replace_folder(out, write)
     return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from gen.adapters import drafts
 from gen.attention import restore_attention
 from gen.checkpoint import find
 from gen.conditioning import Condition, Conditions, Table
@@ -49,6 +51,7 @@ class DraftRecipe(Recipe):
     guidance_scale: float | None = Field(None, ge=1)  # of that; None: its default
     num_captions: int = Field(5000, gt=0)  # of the data, the first; all where there are fewer
     num_images_per_prompt: int = Field(4, gt=0)  # trajectories of each caption
+    rank: int | None = Field(None, gt=0)  # of the LoRA that is saved in place of the UNet, a small file; None: the UNet
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # in which the model paints them
     teacher_runtime: Literal["torch", "openvino"] = "torch"  # who computes them; openvino is faster on a CPU
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
@@ -139,9 +142,12 @@ class DraftTask(Task[UNet2DConditionModel]):
 
     @torch.no_grad()
     def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
-        """The same over held-back captions, at fixed places."""
+        """The same over held-back captions, at fixed places, of what is saved."""
         first = len(self.dataset) - self.held
-        trained, self.network = self.network, network
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(network, Path(folder))
+            saved = drafts.read(Path(folder), self.painter.unet).unet
+        trained, self.network = self.network, saved
         losses = []
         for start in range(first, len(self.dataset), 64):
             items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
@@ -163,8 +169,12 @@ class DraftTask(Task[UNet2DConditionModel]):
         return grid(painted.images * 2 - 1, columns=8, captions=captions, scale=2)
 
     def save(self, network: UNet2DConditionModel, folder: Path) -> None:
-        """The UNet, and what it was trained for."""
-        Drafter(network, self.steps, self.scale).save(folder)
+        """The UNet or its LoRA, and what it was trained for."""
+        drafter = Drafter(network, self.steps, self.scale)
+        if self.recipe.rank is None:
+            drafts.save(drafter, folder)
+        else:
+            drafts.save_low_rank(drafter, self.painter.unet, self.recipe.rank, folder)
 
     @torch.no_grad()
     def _told(self, captions: list[str]) -> list[Condition]:

@@ -80,9 +80,9 @@ def reads(dataset: Pictures, *folders: str | Path) -> str:
     return hashlib.sha256(" ".join(told).encode()).hexdigest()
 
 
-def trained(folder: str | Path) -> Path:
-    """The folder of a trained part; DataError when it holds none."""
+def trained(folder: str | Path, file: str = "config.json") -> Path:
+    """The folder of a trained part, which is told by a file; DataError when it holds none."""
     path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise DataError(f"{path} holds no trained part (no config.json); train it first or name another folder")
+    if not (path / file).is_file():
+        raise DataError(f"{path} holds no trained part (no {file}); train it first or name another folder")
     return path

@@ -63,16 +63,23 @@ class Factors:
         return (self.weight * (up @ down)).reshape(layer.shape)
 
 
-@torch.no_grad()
 def merge(model: Painter, name: str | Path, scale: float = 1.0) -> Adapter:
-    """Add a LoRA's differences, `scale` times, to the weights of a model's parts; the model is changed in place.
+    """Add a LoRA's differences to the weights of a model's parts, in place.
 
-    Text towers must be the model's own (`Painter.with_own_texts`). ValueError for a file that is of another kind or of
-    another base model; then nothing was changed.
+    Text towers must be the model's own (`Painter.with_own_texts`). ValueError as of `merge_into`.
+    """
+    return merge_into(model.parts(), name, scale)
+
+
+@torch.no_grad()
+def merge_into(parts: Mapping[str, Any], name: str | Path, scale: float = 1.0) -> Adapter:
+    """Add a LoRA's differences, `scale` times, to the weights of parts by their names, in place.
+
+    ValueError for a file that is of another kind or of another base model; then nothing was changed.
     """
     scale = real("scale", scale, -math.inf)
     path = found("LoRA", name, USUAL, beside=[f"*{ADAPTER}"]).path
-    layers, weights, files = layers_of(model.parts()), read(path), [path]
+    layers, weights, files = layers_of(parts), read(path), [path]
     if any(key.startswith(PEFT) for key in weights.tensors):
         files.append(path.with_name(ADAPTER))
         weights = of_part(str(name), weights, files[-1], layers)
@@ -83,6 +90,23 @@ def merge(model: Painter, name: str | Path, scale: float = 1.0) -> Adapter:
         weight = layers[layer].weight
         weight.copy_(weight.float() + scale * each.difference(weight))
     return Adapter("lora", str(name), content_hash(*files), scale)
+
+
+@torch.no_grad()
+def between(base: nn.Module, other: nn.Module, rank: int) -> dict[str, Tensor]:
+    """The nearest LoRA of this rank to what one UNet's layers have beside another's, in peft's layout.
+
+    By the singular values of each difference (Eckart & Young 1936). Norms and biases are left out.
+    """
+    told = {}
+    others = layers_of({"unet": other})
+    for (part, name), layer in layers_of({"unet": base}).items():
+        difference = (others[part, name].weight.float() - layer.weight.float()).flatten(1)
+        up, sizes, down = torch.linalg.svd(difference, full_matrices=False)
+        root, beside = sizes[:rank].sqrt(), layer.weight.shape[2:]
+        told[f"{part}.{name}{DOWN[0]}"] = (root[:, None] * down[:rank]).reshape(-1, layer.weight.shape[1], *beside)
+        told[f"{part}.{name}{UP[0]}"] = (up[:, :rank] * root).reshape(len(up), -1, *[1] * len(beside))
+    return {key: factor.contiguous() for key, factor in told.items()}
 
 
 def of_part(name: str, weights: Weights, beside: Path, layers: Mapping[Layer, nn.Linear | nn.Conv2d]) -> Weights:

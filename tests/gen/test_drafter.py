@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from diffusers import StableUnCLIPPipeline
 from torch import Tensor
 
 from gen import Request, TextToImage
+from gen.adapters import drafts, lora
 from gen.drafter import Drafter
 from gen.facts import facts_of
 from gen.search import Draft, Scout
@@ -43,7 +45,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for weight in model.model.unet.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=rng)
     folder = tmp_path_factory.mktemp("models") / "draft"
-    Drafter(model.model.unet, DRAFTED, SCALE).save(folder)
+    drafts.save(Drafter(model.model.unet, DRAFTED, SCALE), folder)
     return folder
 
 
@@ -149,8 +151,36 @@ def test_a_damaged_one_is_refused(told: dict[str, Any], tiny_folder: Path, folde
 
 
 def test_one_of_another_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    Drafter(tiny_unet(None), DRAFTED, SCALE).save(tmp_path / "draft")
+    drafts.save(Drafter(tiny_unet(None), DRAFTED, SCALE), tmp_path / "draft")
     with pytest.raises(ValueError, match=r"draft_unet '.*': .* is .*, but the model's UNet has"):
         TextToImage.from_pretrained(tiny_folder, device="cpu", draft_unet=tmp_path / "draft")
     with pytest.raises(ValueError, match="nowhere"):
         TextToImage.from_pretrained(tiny_folder, device="cpu", draft_unet=tmp_path / "nowhere")
+
+
+def test_as_a_lora_of_full_rank_it_is_the_same(drafting: TextToImage, tiny: TextToImage, tmp_path: Path) -> None:
+    """But for norms and biases, which a LoRA does not hold, and float16."""
+    base, drafter = tiny.model.unet, drafting.model.drafter
+    assert drafter is not None
+    sizes = []
+    for rank in (2, 1000):
+        folder = tmp_path / str(rank)
+        drafts.save_low_rank(drafter, base, rank, folder)
+        sizes.append((folder / lora.USUAL).stat().st_size)
+        again = drafts.read(folder, base)
+        assert (again.num_inference_steps, again.guidance_scale) == (DRAFTED, SCALE)
+    assert sizes[0] < sizes[1]
+    moved, before = again.unet.state_dict(), base.state_dict()
+    for name, wanted in drafter.unet.state_dict().items():
+        is_layers = wanted.ndim > 1
+        torch.testing.assert_close(
+            moved[name], wanted if is_layers else before[name], atol=1e-3 if is_layers else 0, rtol=0
+        )
+    painted(TextToImage.from_pretrained(tiny.name, device="cpu", draft_unet=folder))
+
+
+def test_a_lora_of_another_model_is_refused(drafting: TextToImage, tiny_folder: Path, tmp_path: Path) -> None:
+    other = tiny_unet(block_out_channels=(16, 16))
+    drafts.save_low_rank(Drafter(copy.deepcopy(other), DRAFTED, SCALE), other, 2, tmp_path)
+    with pytest.raises(ValueError, match="is of another base model"):
+        TextToImage.from_pretrained(tiny_folder, device="cpu", draft_unet=tmp_path)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableUnCLIPPipeline
+from diffusers import StableUnCLIPPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
 from gen import TextToImage, command
+from gen.adapters import drafts
+from gen.checkpoint import load_part
 from tests.training.tiny_recipes import recipes, written
 from training.bundle import BundleRecipe, bundle
 from training.recipe import RecipeError, check
@@ -97,11 +99,18 @@ def test_a_bundle_is_replaced_whole_and_another_folder_never(few_shapes: Path, t
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_network_for_drafts_goes_along(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_network_for_drafts_goes_along(few_shapes: Path, trained: Path, tmp_path: Path, rank: int | None) -> None:
     fields = recipes(few_shapes, trained)["bundle"] | {"out": str(tmp_path / "model")}
-    bundle(check(BundleRecipe, fields | {"draft": str(trained / "draft" / "model")}))
+    draft = trained / "draft" / "model"
+    if rank is not None:
+        base = load_part(UNet2DConditionModel, trained / "decoder" / "model", "cpu", torch.float32)
+        whole, draft = drafts.read(draft, base), tmp_path / "draft"
+        drafts.save_low_rank(whole, base, rank, draft)
+    bundle(check(BundleRecipe, fields | {"draft": str(draft)}))
     model = TextToImage.from_pretrained(str(tmp_path / "model"))
     assert model.model.drafter is not None
+    assert drafts.is_low_rank(tmp_path / "model" / drafts.FOLDER) == (rank is not None)
     assert (model.model.drafter.num_inference_steps, model.model.drafter.guidance_scale) == (2, 2.0)
     result = model(
         "a red circle", num_images_per_prompt=8, keep=1, seed=0, prior=False, search="draft", num_inference_steps=4

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gen import TextToImage
-from gen.drafter import SAMPLER, Drafter
+from gen.adapters import drafts, lora
+from gen.drafter import SAMPLER
 from samplers.noise import noise
 from tests.training.tiny_recipes import recipes
 from training import trajectories
@@ -73,8 +74,21 @@ def test_a_student_that_takes_the_same_steps_has_no_error(few_shapes: Path, trai
 
 
 def test_what_is_saved_says_what_it_follows(trained: Path) -> None:
-    drafter = Drafter.read(trained / "draft" / "model", torch.device("cpu"), torch.float32)
+    drafter = drafts.read(trained / "draft" / "model", TextToImage.from_pretrained(trained / "bundled").model.unet)
     assert (drafter.num_inference_steps, drafter.guidance_scale) == (2, 2.0)  # the model's default
+
+
+@torch.no_grad()
+def test_a_lora_of_it_is_measured_as_it_is_saved(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    whole, small, none = (make(few_shapes, trained, rank=rank, out=str(tmp_path)) for rank in (1000, 1, None))
+    rng = torch.Generator().manual_seed(0)
+    for weight in whole.network.parameters():
+        if weight.ndim > 1:
+            weight += 0.05 * torch.randn(weight.shape, generator=rng)
+    small.save(whole.network, tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["draft.json", lora.USUAL]
+    errors = [task.measure(whole.network)["held_back_error"] for task in (none, whole, small)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2) and abs(errors[2] - errors[0]) > 1e-2 * errors[0]
 
 
 @pytest.mark.parametrize(
