@@ -11,7 +11,8 @@ pictures kept, and the ratio of the seconds, each with a 95 % interval (bootstra
 seconds). "Not worse" says that the interval of the score reaches zero or lies above it, which few prompts make easy; so
 read the interval.
 
-Drafts are painted by the decoder, or by a network of their own (`--draft-unet`, of `unclip train draft`).
+Drafts are painted by the model's own network for them, if it has one or is given one (`--draft-unet`, of `unclip train
+draft`); those of a "decoder's draft" by the decoder all the same.
 
 Prompts are the committed test prompts, spread evenly over the file; rungs and shares were chosen on other ones
 (`benchmarks/looks.py`). The result is kept in benchmarks/results/search.json.
@@ -29,6 +30,7 @@ import typer
 from gauges import now
 from gen import TextToImage
 from gen.search import BestOf, Draft, Halving, Racing, Search
+from gen.search.rules import DRAFTED
 from options import chosen
 from report import RESULTS, markdown, save
 from training.data.suite import Prompt, load
@@ -65,7 +67,8 @@ WAYS = {
     "draft x1.2": Way(Draft(), 1.2),
     "draft x1.5": Way(Draft(), 1.5),
     "draft x2": Way(Draft(), 2.0),
-    "draft, finer": Way(Draft(steps=0.4)),
+    "decoder's draft x1.2": Way(Draft(steps=DRAFTED), 1.2),
+    "decoder's draft, finer": Way(Draft(steps=0.4)),
     "racing": Way(Racing()),
 }
 
