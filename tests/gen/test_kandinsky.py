@@ -136,7 +136,7 @@ def assert_same(model: TextToImage, stock: Stock, prompts: list[str], n: int, **
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize(
     "guided",
     [

@@ -117,14 +117,15 @@ def assert_same(
 # --- the same pictures ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize(
-    ("n", "guided"),
+    "guided",
     [
-        (1, {"prior_guidance_scale": 1.0, "guidance_scale": 1.0}),
-        (1, {"prior_guidance_scale": 4.0, "guidance_scale": 8.0}),
-        (3, {"prior_guidance_scale": 4.0, "guidance_scale": 1.0}),
-        (4, {"prior_guidance_scale": 1.0, "guidance_scale": 8.0}),
-        (3, {"prior_guidance_scale": 1.0, "guidance_scale": 3.0, "negative_prompt": "blue"}),
+        {"prior_guidance_scale": 1.0, "guidance_scale": 1.0},
+        {"prior_guidance_scale": 4.0, "guidance_scale": 8.0},
+        {"prior_guidance_scale": 4.0, "guidance_scale": 1.0},
+        {"prior_guidance_scale": 1.0, "guidance_scale": 8.0},
+        {"prior_guidance_scale": 1.0, "guidance_scale": 3.0, "negative_prompt": "blue"},
     ],
     ids=["unguided", "guided", "prior", "decoder", "negative"],
 )
