@@ -12,7 +12,7 @@ from typing import Any
 
 from gen import single_file
 from gen.adapters.drafts import FOLDER as DRAFTS
-from gen.adapters.drafts import TOLD
+from gen.adapters.drafts import TOLD, is_low_rank
 from gen.checkpoint import INDEX, LICENCES, Card, find, listed
 from gen.weights import check_weights, files_hash, folder_hash, numbers, read_json, shapes, weight_files
 
@@ -45,7 +45,7 @@ def _of_folder(name: str) -> dict[str, Any]:
     if (folder / "clip").is_dir():
         classes["clip"] = (read_json(folder / "clip" / "config.json").get("architectures") or ["CLIPModel"])[0]
     if (folder / DRAFTS).is_dir():
-        classes[DRAFTS] = read_json(folder / DRAFTS / "config.json").get("_class_name", "UNet2DConditionModel")
+        classes[DRAFTS] = "LoRA" if is_low_rank(folder / DRAFTS) else "UNet2DConditionModel"
     parts = {}
     for part, kind in classes.items():
         if not (folder / part).is_dir():

@@ -80,7 +80,8 @@ def own_attention(model: Any, factory: Any, threads: int) -> None:
 def own_norms(model: Any, factory: Any, threads: int) -> None:
     """Every group norm, and the SiLU that alone reads it.
 
-    The kernel takes channels last, as OpenVINO's convolutions have them.
+    The kernel takes channels last, as OpenVINO's convolutions have them, and a row by one thread, so fewer rows than
+    threads are left to OpenVINO.
     """
     from openvino import Type, opset13
 
@@ -88,8 +89,8 @@ def own_norms(model: Any, factory: Any, threads: int) -> None:
         if node.get_type_name() != "GroupNormalization":
             continue
         x, scale, shift = (node.input_value(place) for place in range(3))
-        weights = [each for each in map(constant, (scale, shift)) if each is not None]
-        if len(weights) < 2:
+        weights = [each for each in map(constant, (scale, shift)) if each is not None and each.size == x.get_shape()[1]]
+        if len(weights) < 2 or x.get_shape()[0] < threads:
             continue
         readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
         active = [each.get_type_name() for each in readers] == ["Swish"] and readers[0].get_input_size() == 1

@@ -63,19 +63,23 @@ def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]
     from openvino import opset13
 
     results = [each.input_value(0) for each in model.get_results()]
-    says: dict[str, set[bool]] = {}  # by a node's name, whether it reads vectors (True) and anything else (False)
+    reads: dict[str, set[str]] = {}  # by a node's name, what it follows from: a level, a picture, both or neither
     for place, each in enumerate(model.get_parameters()):
-        says[each.get_name()] = {place in vectors}
+        reads[each.get_name()] = {"level" if place in vectors else "picture"}
     for node in model.get_ordered_ops():
-        if node.get_name() not in says:
-            reads = [] if node.get_type_name() == "ShapeOf" else [each.get_source_output() for each in node.inputs()]
-            says[node.get_name()] = set().union(*(says[each.get_node().get_name()] for each in reads))
+        if node.get_name() not in reads:
+            above = [] if node.get_type_name() == "ShapeOf" else [each.get_source_output() for each in node.inputs()]
+            reads[node.get_name()] = set().union(*(reads[each.get_node().get_name()] for each in above))
+
+    def is_levels(node: Any) -> bool:
+        return reads[node.get_name()] == {"level"}
+
     cuts = [
         output
         for node in model.get_ordered_ops()
-        if says[node.get_name()] == {True} and node.get_type_name() != "Parameter"
+        if is_levels(node) and node.get_type_name() != "Parameter"
         for output in node.outputs()
-        if any(says[reader.get_node().get_name()] != {True} for reader in output.get_target_inputs())
+        if not all(is_levels(reader.get_node()) for reader in output.get_target_inputs())
     ]
     if not cuts:
         return None, Part.of(model, results, model.get_parameters())
@@ -83,7 +87,7 @@ def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]
     given = [opset13.parameter(each.get_partial_shape(), each.get_element_type()) for each in cuts]
     for each, parameter in zip(cuts, given, strict=True):
         for reader in each.get_target_inputs():
-            if says[reader.get_node().get_name()] != {True}:
+            if not is_levels(reader.get_node()):
                 reader.replace_source_output(parameter.output(0))
     return levels, Part.of(model, results, [*model.get_parameters(), *given])
 
@@ -158,12 +162,15 @@ def fold_norms(model: Any) -> None:
         weights = [weight for reader in readers if (weight := weight_of(reader, shifted[0])) is not None]
         if len(weights) < len(readers):
             continue
-        scale, shift = scaled[1].reshape(-1), shifted[1].reshape(-1)
+        scale, shift = scaled[1].ravel(), shifted[1].ravel()
+        if any({scale.size, shift.size} != {weight.shape[1]} for weight in weights):
+            continue
         for reader, weight in zip(readers, weights, strict=True):
             product = opset13.matmul(node.output(0), opset13.constant(weight * scale), False, True)
             bias = (weight.astype(np.float64) @ shift).astype(np.float32)
             behind = constant_behind(reader.output(0), "Add")
-            whole, before = (reader.output(0), 0) if behind is None else behind
+            has_bias = behind is not None and behind[1].size in (1, len(weight))
+            whole, before = behind if behind is not None and has_bias else (reader.output(0), np.zeros(1))
             answer = opset13.add(product, opset13.constant(bias + np.ravel(before).astype(np.float32)))
             for target in whole.get_target_inputs():
                 target.replace_source_output(answer.output(0))
@@ -187,7 +194,10 @@ def constant(output: Any) -> np.ndarray | None:
 
 def weight_of(node: Any, x: Any) -> np.ndarray | None:
     """The weight (out, in) of a linear layer that reads x; None where a node is none."""
-    if node.get_type_name() != "MatMul" or node.input_value(0) != x or not node.get_attributes()["transpose_b"]:
+    if node.get_type_name() != "MatMul" or node.input_value(0) != x:
+        return None
+    told = node.get_attributes()
+    if told["transpose_a"] or not told["transpose_b"]:
         return None
     weight = constant(node.input_value(1))
     return weight if weight is not None and weight.ndim == 2 else None

@@ -34,8 +34,11 @@ PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # that OpenVINO is 
 # Rows that OpenVINO is asked at a time, most first. A fixed number is faster than a free one, and each holds a copy of
 # the weights, so they are few. Where rows are large, more of them at a time are no faster and take more memory.
 SIZES = (16, 8, 4, 1)
-KNOWN = 512  # different rows' levels and vectors whose embeddings are kept, of 10 to 100 KB each
+LARGE_SIZES = (4, 1)
 SMALL = 1024  # values of a row's first input, such as a latent of four channels and 16 x 16 cells
+
+KNOWN = 512  # different rows' levels and vectors whose embeddings are kept, of 10 to 100 KB each
+AT_A_TIME = 16  # of them that are computed, always: what is kept must not depend on who else was there
 
 
 @cache
@@ -86,7 +89,7 @@ class Answering:
             converted = self.read[key]
             texts = next((leaf for leaf in leaves if isinstance(leaf, Texts)), None)
             of = None if texts is None else texts.of
-            sizes = SIZES if given[0][0].numel() <= SMALL else SIZES[2:]
+            sizes = SIZES if given[0][0].numel() <= SMALL else LARGE_SIZES
             pieces = list(pieces_of(rows, of, sizes, streams_of(rows, torch.get_num_threads())))
             answers = converted.ask(given, texts, pieces)
         return tree_unflatten(answers, converted.answer)
@@ -143,7 +146,8 @@ def streams_of(pieces: int, threads: int) -> int:
 class Levels:
     """What a network makes of a row's noise level and vectors, computed once for each that is different.
 
-    Rows of a step say the same, and so do those of every other picture in as many steps.
+    Rows of a step say the same, and so do those of every other picture in as many steps; but where each candidate has a
+    vector of its own, such as an image embedding, every row of every step is new.
     """
 
     compiled: Any  # an openvino.CompiledModel, for any number of rows
@@ -159,11 +163,13 @@ class Levels:
     def __call__(self, arrays: Sequence[Any]) -> list[np.ndarray]:
         """What the rest is given, a row for each, of all that the network is handed, as arrays."""
         keys = [b"".join(arrays[place][row].tobytes() for place in self.vectors) for row in range(len(arrays[0]))]
-        if fresh := {key: row for row, key in enumerate(keys) if key not in self.known}:
-            at = list(fresh.values())
+        fresh = list({key: row for row, key in enumerate(keys) if key not in self.known}.items())
+        for start in range(0, len(fresh), AT_A_TIME):
+            some = fresh[start : start + AT_A_TIME]
+            at = [row for _, row in some] + [some[0][1]] * (AT_A_TIME - len(some))
             said = [np.array(each) for each in self.compiled([arrays[place][at] for place in self.reads]).values()]
-            assert all(len(each) == len(at) for each in said), "a row's axis comes first"
-            self.known |= {key: [each[row] for each in said] for row, key in enumerate(fresh)}
+            assert all(len(each) == AT_A_TIME for each in said), "a row's axis comes first"
+            self.known |= {key: [each[place] for each in said] for place, (key, _) in enumerate(some)}
         places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
         told = [np.stack(each) for each in zip(*(self.known[key] for key in places), strict=True)]
         for key in list(self.known)[:-KNOWN]:

@@ -53,7 +53,8 @@ def bundle(recipe: BundleRecipe) -> Path:
     network = transformers_model(clip)
     prior, decoder = trained(recipe.prior), trained(recipe.decoder)
     unet, prior_network = _part(UNet2DConditionModel, decoder), _part(PriorTransformer, prior)
-    draft = None if recipe.draft is None else drafts.read(trained(recipe.draft, drafts.TOLD), unet)
+    drafting = None if recipe.draft is None else trained(recipe.draft, drafts.TOLD)
+    drafter = None if drafting is None else drafts.read(drafting, unet)  # refused, where it does not fit
     width = network.config.projection_dim
     for what, given, needed in (
         (f"{decoder}: text width", unet.config.cross_attention_dim, network.config.text_config.hidden_size),
@@ -92,10 +93,10 @@ def bundle(recipe: BundleRecipe) -> Path:
     def write(folder: Path) -> None:
         dtype = getattr(torch, recipe.dtype)
         checkpoint.save(folder, "StableUnCLIPPipeline", parts, clip, card, dtype)
-        if draft is not None and drafts.is_low_rank(Path(str(recipe.draft))):
-            shutil.copytree(str(recipe.draft), folder / drafts.FOLDER)
-        elif draft is not None:
-            drafts.save(draft, folder / drafts.FOLDER, dtype)
+        if drafting is not None and drafts.is_low_rank(drafting):
+            shutil.copytree(drafting, folder / drafts.FOLDER)
+        elif drafter is not None:
+            drafts.save(drafter, folder / drafts.FOLDER, dtype)
 
     replace_folder(out, write)
     return out

@@ -57,6 +57,8 @@ class DraftRecipe(Recipe):
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
 
 
+TOLD_TOGETHER = 64  # captions that the text tower reads at once
+
 Item = tuple[Tensor, str]
 """Points of a trajectory (P, C, h, w), one more than a draft's steps, and its caption."""
 
@@ -106,7 +108,7 @@ class DraftTask(Task[UNet2DConditionModel]):
             self.network.set_attn_processor(AttnProcessor())
         self.skipped, folder = Skipped(), find(recipe.model)
         captions = captions_of(recipe, self.skipped)
-        digests = [weights_digest(folder / name) for name in networks]
+        digests = [weights_digest(folder / name) for name in model.parts() if (folder / name).is_dir()]
         several = [caption for caption in captions for _ in range(recipe.num_images_per_prompt)]
 
         def teacher() -> TextToImage:
@@ -119,7 +121,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         self.dataset: Trajectories = Trajectories(several, trajectories(teacher, several, ways, place, computed))
         self.reads = hashlib.sha256("\0".join([*digests, *captions]).encode()).hexdigest()
         self.held = held_back(len(captions)) * recipe.num_images_per_prompt
-        self.told: dict[str, Condition] = {}  # what the UNet is told of a caption
+        self.told: dict[str, Condition] = {}  # what the UNet is told of each caption, worked out when first asked
 
     def groups(self) -> list[list[int]]:
         """All but the examples kept for `measure`."""
@@ -144,25 +146,24 @@ class DraftTask(Task[UNet2DConditionModel]):
     def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
         """The same over held-back captions, at fixed places, of what is saved."""
         first = len(self.dataset) - self.held
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(network, Path(folder))
-            saved = drafts.read(Path(folder), self.painter.unet).unet
-        trained, self.network = self.network, saved
+        trained, self.network = self.network, self._saved(network)
         losses = []
-        for start in range(first, len(self.dataset), 64):
-            items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
-            points, captions = zip(*items, strict=True)
-            rng = torch.Generator(self.painter.device).manual_seed(start)
-            losses.append(self((torch.stack(points).to(self.painter.device), list(captions)), rng)["loss"])
-        self.network = trained
+        try:
+            for start in range(first, len(self.dataset), 64):
+                items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
+                points, captions = zip(*items, strict=True)
+                rng = torch.Generator(self.painter.device).manual_seed(start)
+                losses.append(self((torch.stack(points).to(self.painter.device), list(captions)), rng)["loss"])
+        finally:
+            self.network = trained
         return {"held_back_error": torch.stack(losses).mean().item()}
 
     @torch.no_grad()
     def sheet(self, network: UNet2DConditionModel) -> Image.Image:
-        """Drafts of held-back captions."""
+        """Drafts of held-back captions, by what is saved."""
         first = len(self.dataset) - self.held
         captions = list(dict.fromkeys(self.dataset.captions[first:]))[:24]
-        painter = TextToImage(replace(self.painter, unet=network, clip=None, drafter=None))
+        painter = TextToImage(replace(self.painter, unet=self._saved(network), clip=None, drafter=None))
         asked: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "sampler": SAMPLER}
         painted = painter(captions, **asked, prior=False, seed=0, output_type="pt", rerank=False)
         assert isinstance(painted.images, Tensor), "output_type is pt"
@@ -176,16 +177,25 @@ class DraftTask(Task[UNet2DConditionModel]):
         else:
             drafts.save_low_rank(drafter, self.painter.unet, self.recipe.rank, folder)
 
+    def _saved(self, network: UNet2DConditionModel) -> UNet2DConditionModel:
+        """What who loads it has."""
+        if self.recipe.rank is None:
+            return network
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(network, Path(folder))
+            return drafts.read(Path(folder), self.painter.unet).unet
+
     @torch.no_grad()
     def _told(self, captions: list[str]) -> list[Condition]:
-        """What the UNet is told of each caption, worked out once."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self.told]
-        if new:
-            asked = Request(prompt=new, guidance_scale=1.0, seed=0, prior=False, rerank=False)
+        """What the UNet is told of each caption; of all at once, so that a resumed run has the same bits."""
+        said = [] if self.told else list(dict.fromkeys(self.dataset.captions))
+        for start in range(0, len(said), TOLD_TOGETHER):
+            some = said[start : start + TOLD_TOGETHER]
+            asked = Request(prompt=some, guidance_scale=1.0, seed=0, prior=False, rerank=False)
             candidates = asked.resolve(self.painter.abilities).candidates
             with torch.autocast(self.painter.device.type, enabled=False):
                 told = self.painter.tell(candidates, Table())
-            self.told |= {caption: prompt for caption, (prompt, _) in zip(new, told, strict=True)}
+            self.told |= {caption: prompt for caption, (prompt, _) in zip(some, told, strict=True)}
         return [self.told[caption] for caption in captions]
 
 

@@ -40,7 +40,7 @@ def trajectories(
     captions: Sequence[str],  # one for each trajectory, whose seed is its place
     ways: Ways,
     folder: Path,
-    reads: str,  # a digest of the networks that paint
+    reads: str,  # a digest of what paints: parts, precision, runtime
 ) -> Tensor:
     """Points of each trajectory, (N, P, C, h, w) float32 on the CPU, from the folder or painted into it."""
     made: list[TextToImage] = []
@@ -54,7 +54,7 @@ def trajectories(
                 made.append(painter())
             return painted(made[0], some, range(first, first + len(some)), ways)
 
-        told = [reads, str(ways.schedule.num_steps), str(ways.every), str(ways.guidance_scale), *some]
+        told = [reads, str(ways.schedule.sigmas.tolist()), str(ways.every), str(ways.guidance_scale), *some]
         key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
         points.append(kept(folder / f"{first:07d}-{key}.safetensors", paint))
     return torch.cat(points)

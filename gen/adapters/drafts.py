@@ -44,8 +44,12 @@ def is_low_rank(folder: Path) -> bool:
 
 
 def save(drafter: Drafter, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a diffusers UNet folder, and beside it what it was trained for; `dtype` None: as the weights are."""
+    """Write a diffusers UNet folder, and beside it what it was trained for; `dtype` None: as the weights are.
+
+    One that was read as a LoRA is a whole UNet from here on, for it was merged.
+    """
     save_part(drafter.unet, folder, dtype)
+    (folder / lora.USUAL).unlink(missing_ok=True)  # of one that lay there before
     tell(drafter, folder)
 
 

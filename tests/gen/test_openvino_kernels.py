@@ -124,6 +124,22 @@ def test_a_group_norm_is_ours_and_answers_the_same(
     assert error(model, layer, (x,)) < 4e-3
 
 
+def test_a_group_norm_of_fewer_rows_than_threads_stays() -> None:
+    assert "GroupNormalization" in types(changed(Normed(8, 2), (torch.ones(1, 8, 4, 4),), threads=2))
+
+
+def test_silu_far_from_zero_and_of_what_is_no_number() -> None:
+    layer = Normed(32, 4, F.silu)
+    nn.init.constant_(layer.norm.weight, 300.0)
+    x = torch.randn(3, 32, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    model = changed(layer, (x,))
+    assert error(model, layer, (x,)) < 4e-3
+    x[1, 0, 0, 0] = torch.nan
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    found = torch.from_numpy(next(iter(compiled([x.numpy()]).values())))
+    assert found[1, :8].isnan().all() and not found[1, 8:].isnan().any() and not found[[0, 2]].isnan().any()
+
+
 def test_a_group_norm_of_one_value_a_group_is_its_shift() -> None:
     layer = Normed(8, 8)
     x = torch.full((2, 8, 1, 1), 1e4)

@@ -132,3 +132,25 @@ def test_a_norms_scale_and_shift_are_the_layers_behind_it() -> None:
         return any(np.array_equal(each.ravel(), norm.bias.numpy()) for each in constants)
 
     assert not stays(network.first) and stays(network.second), "something else reads the second"
+
+
+class Table(nn.Module):
+    """A constant of another shape than a bias behind a layer without one, and a norm over two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.both, self.layer = nn.LayerNorm(6), nn.LayerNorm([4, 6]), nn.Linear(6, 5, bias=False)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.both.weight)
+        self.table = nn.Parameter(drawn(1, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.norm(x)) + self.table + self.layer(self.both(x))
+
+
+@torch.no_grad()
+def test_what_is_no_bias_and_no_layer_norm_is_computed_as_it_is() -> None:
+    network, x = Table(), drawn(2, 4, 6)
+    model = read(network, (x,))
+    fold_norms(model)
+    torch.testing.assert_close(answers(model, x)[0], network(x), atol=1e-5, rtol=1e-5)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from gen import Request, TextToImage
+from gen import Request, TextToImage, openvino_runtime
+from gen.openvino_model import cut_levels, read
 from gen.openvino_runtime import SIZES, core, pieces_of, streams_of
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_kandinsky import make_tiny_kandinsky
@@ -123,6 +124,43 @@ REFUSED: dict[str, Callable[[Path], Path]] = {
     "KandinskyCombinedPipeline": lambda folder: make_tiny_kandinsky(folder, "2.1")["combined"],
     "KandinskyV22CombinedPipeline": lambda folder: make_tiny_kandinsky(folder, "2.2")["combined"],
 }
+
+
+class Waves(nn.Module):
+    """A picture times what its level says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t.expand(x.shape[0])
+        return x * self.layer(torch.stack([t.sin(), t.cos()], dim=1))[:, :, None]
+
+
+@torch.no_grad()
+def test_a_level_is_computed_once_whoever_is_beside_it(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_runtime, "KNOWN", 20)
+    network, x = Waves(), torch.ones(40, 3, 5)
+    part, _ = cut_levels(read(network, (x[:2], torch.zeros(2))), [1])
+    assert part is not None
+    levels = openvino_runtime.Levels.of(part, [1])
+    asked: list[int] = []
+    compute = levels.compiled
+    levels.compiled = lambda arrays: asked.append(len(arrays[-1])) or compute(arrays)
+
+    def told(*t: float) -> Tensor:
+        (found,) = levels([x[: len(t)].numpy(), np.array(t, np.float32)])
+        return torch.from_numpy(found).reshape(len(t), 3)
+
+    first = told(3, 1, 3)
+    assert torch.equal(first[0], first[2]) and asked == [16], "computed so many at a time, always"
+    torch.testing.assert_close(first[:, :, None].expand(-1, -1, 5), network(x[:3], torch.tensor([3.0, 1, 3])))
+    assert torch.equal(told(1, 3), first[[1, 0]]) and asked == [16], "known"
+    many = told(*range(40))
+    assert len(asked) == 1 + 3 and len(levels.known) == 20, "two were known, and of all the last are kept"
+    assert torch.equal(many[[3, 1]], first[:2])
+    assert torch.equal(told(3, 39), many[[3, 39]]) and len(asked) == 5, "the same when it was forgotten"
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from gen import TextToImage, command
 from gen.adapters import drafts
 from gen.checkpoint import load_part
+from gen.facts import facts_of
 from tests.training.tiny_recipes import recipes, written
 from training.bundle import BundleRecipe, bundle
 from training.recipe import RecipeError, check
@@ -111,6 +112,9 @@ def test_a_network_for_drafts_goes_along(few_shapes: Path, trained: Path, tmp_pa
     model = TextToImage.from_pretrained(str(tmp_path / "model"))
     assert model.model.drafter is not None
     assert drafts.is_low_rank(tmp_path / "model" / drafts.FOLDER) == (rank is not None)
+    parts = facts_of(str(tmp_path / "model"))["parts"]
+    assert parts["draft_unet"]["class"] == ("UNet2DConditionModel" if rank is None else "LoRA")
+    assert parts["draft_unet"]["parameters"] > 0
     assert (model.model.drafter.num_inference_steps, model.model.drafter.guidance_scale) == (2, 2.0)
     result = model(
         "a red circle", num_images_per_prompt=8, keep=1, seed=0, prior=False, search="draft", num_inference_steps=4
