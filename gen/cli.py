@@ -135,7 +135,7 @@ def generate(
     s_noise: Annotated[float | None, _advanced("D", "Deviation of what churn adds.")] = None,
     guidance_rule: Annotated[str | None, _advanced("RULE", "How to guide: cfg, cfg_zero, apg, autoguidance.")] = None,
     weak_unet: Annotated[Path | None, _advanced("DIR", "autoguidance: folder of a weaker UNet.")] = None,
-    draft_unet: Annotated[Path | None, _advanced("DIR", "--search draft: folder of a UNet for drafts.")] = None,
+    draft_unet: Annotated[Path | None, _advanced("DIR", "--search draft: folder of a UNet or LoRA for them.")] = None,
     guidance_rescale: Annotated[float | None, _advanced("R", "Keep the prompt's own contrast; 0 is off.")] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, _advanced("LOW HIGH", "Guide where LOW < noise level <= HIGH.")

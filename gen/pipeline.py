@@ -110,7 +110,7 @@ class TextToImage:
         runtime: str = TORCH,  # who computes the networks: torch, or openvino on the CPU
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, amx
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
-        draft_unet: str | Path | None = None,  # folder of a UNet for search="draft"; None: the model's own, if any
+        draft_unet: str | Path | None = None,  # UNet or LoRA for search="draft"; None: the model's own, if any
         prior_model: str | Path | None = None,  # where it is apart: a folder or a hub id, of Karlo for Stable unCLIP
         clip: str | Path | None = None,  # what ranks: a CLIP or SigLIP folder, a hub id, "open_clip:NAME/TAG"
         config: str | Path | None = None,  # of a single file: folder of its configurations; None: its family's
