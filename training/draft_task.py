@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gen.adapters import drafts
+from gen.adapters import drafts, lora
 from gen.attention import restore_attention
 from gen.checkpoint import find
 from gen.conditioning import Condition, Conditions, Table
@@ -32,6 +32,7 @@ from gen.families.autoencoder import KLModel
 from gen.pipeline import TextToImage
 from gen.request import Request
 from samplers.state import per_row
+from training import low_rank
 from training.data.cache import weights_digest
 from training.data.examples import DataError, Skipped
 from training.data.pictures import find_examples
@@ -51,7 +52,7 @@ class DraftRecipe(Recipe):
     guidance_scale: float | None = Field(None, ge=1)  # of that; None: its default
     num_captions: int = Field(5000, gt=0)  # of the data, the first; all where there are fewer
     num_images_per_prompt: int = Field(4, gt=0)  # trajectories of each caption
-    rank: int | None = Field(None, gt=0)  # of the LoRA that is saved in place of the UNet, a small file; None: the UNet
+    rank: int | None = Field(None, gt=0)  # of a LoRA that is trained and saved, a small file; None: the whole UNet
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # in which the model paints them
     teacher_runtime: Literal["torch", "openvino"] = "torch"  # who computes them; openvino is faster on a CPU
     attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
@@ -104,6 +105,8 @@ class DraftTask(Task[UNet2DConditionModel]):
         self.frozen.requires_grad_(False)
         restore_attention(model.unet)
         self.network = copy.deepcopy(model.unet).float().requires_grad_(True)
+        if recipe.rank is not None:
+            low_rank.let_learn(self.network, recipe.rank)
         if recipe.attention == "eager":
             self.network.set_attn_processor(AttnProcessor())
         self.skipped, folder = Skipped(), find(recipe.model)
@@ -116,7 +119,7 @@ class DraftTask(Task[UNet2DConditionModel]):
             return TextToImage.from_pretrained(recipe.model, dtype=told[0], runtime=told[1])
 
         ways = Ways(finer, within, self.scale)
-        place = Path(recipe.out) / "trajectories"
+        place = Path(recipe.data) / ".cache" / "trajectories"
         computed = f"{recipe.teacher_dtype} {recipe.teacher_runtime} {' '.join(digests)}"
         self.dataset: Trajectories = Trajectories(several, trajectories(teacher, several, ways, place, computed))
         self.reads = hashlib.sha256("\0".join([*digests, *captions]).encode()).hexdigest()
@@ -126,6 +129,14 @@ class DraftTask(Task[UNet2DConditionModel]):
     def groups(self) -> list[list[int]]:
         """All but the examples kept for `measure`."""
         return [[index] for index in range(len(self.dataset) - self.held)]
+
+    def start_from(self, folder: Path) -> None:
+        """From a network for drafts of the same model; a LoRA from the nearest to it."""
+        if self.recipe.rank is None:
+            super().start_from(folder)
+        else:
+            other = drafts.read(folder, self.painter.unet).unet
+            low_rank.start_from(self.network, lora.between(self.painter.unet, other, self.recipe.rank))
 
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """How far the student's step ends from where the model's own guided steps did, in the network's output."""
@@ -171,7 +182,7 @@ class DraftTask(Task[UNet2DConditionModel]):
 
     def save(self, network: UNet2DConditionModel, folder: Path) -> None:
         """The UNet or its LoRA, and what it was trained for."""
-        drafter = Drafter(network, self.steps, self.scale)
+        drafter = Drafter(low_rank.plain(network), self.steps, self.scale)
         if self.recipe.rank is None:
             drafts.save(drafter, folder)
         else:
