@@ -212,7 +212,12 @@ class DraftTask(Task[UNet2DConditionModel]):
 
 def captions_of(recipe: DraftRecipe, skipped: Skipped) -> list[str]:
     """The first captions of the data, each once; DataError where there is none."""
-    found = dict.fromkeys(text for one in find_examples(Path(recipe.data), skipped) if (text := one.text.strip()))
+    found: dict[str, None] = {}
+    for example in find_examples(Path(recipe.data), skipped):
+        if text := example.text.strip():
+            found[text] = None
+        else:
+            skipped.add("empty caption", example.name)
     if not found:
         raise DataError(f"no caption in {recipe.data}")
     return list(found)[: recipe.num_captions]
