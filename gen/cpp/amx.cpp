@@ -15,8 +15,8 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <thread>
-#include <vector>
+
+#include "common.cpp"
 
 namespace {
 
@@ -91,15 +91,6 @@ inline void turn(__m512i r[16]) {
 }
 
 inline __mmask32 first(int count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
-
-// 2^x times CUT, to a part in ten thousand, for x of at most 0: a polynomial of what is behind the point.
-inline __m512 power_of_two(__m512 x) {
-  const __m512 behind = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-  __m512 y = _mm512_fmadd_ps(behind, _mm512_set1_ps(0.0790207f * CUT), _mm512_set1_ps(0.2241291f * CUT));
-  y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(0.6968360f * CUT));
-  y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(0.9998109f * CUT));
-  return _mm512_scalef_ps(y, x);
-}
 
 struct Rows {  // of one head: `size` values side by side, rows `step` apart
   const bfloat16* at;
@@ -178,7 +169,7 @@ class Head {
       score(start, tiles);
       for (int key = here; key < tiles * DEPTH; key++) scores_[key] = least;
       const __m512 now = _mm512_max_ps(top, largest(tiles));
-      const __m512 behind = power_of_two(_mm512_mul_ps(_mm512_sub_ps(top, now), factor));
+      const __m512 behind = power_of_two(_mm512_mul_ps(_mm512_sub_ps(top, now), factor), CUT);
       const __m512 kept = _mm512_mul_ps(behind, _mm512_set1_ps(1 / CUT));
       top = now;
       total = _mm512_fmadd_ps(total, kept, weigh(tiles, factor, top));
@@ -224,8 +215,8 @@ class Head {
     const __m512i upper = _mm512_set1_epi32(0xffff0000);
     __m512 even = _mm512_setzero_ps(), odd = even;
     for (int key = 0; key < tiles * DEPTH; key += 2) {
-      const __m512 one = power_of_two(_mm512_mul_ps(_mm512_sub_ps(scores_[key], top), factor));
-      const __m512 other = power_of_two(_mm512_mul_ps(_mm512_sub_ps(scores_[key + 1], top), factor));
+      const __m512 one = power_of_two(_mm512_mul_ps(_mm512_sub_ps(scores_[key], top), factor), CUT);
+      const __m512 other = power_of_two(_mm512_mul_ps(_mm512_sub_ps(scores_[key + 1], top), factor), CUT);
       even = _mm512_add_ps(even, one);
       odd = _mm512_add_ps(odd, other);
       const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(one), 16);
@@ -265,10 +256,7 @@ void attend(const bfloat16* query, const bfloat16* key, const bfloat16* value, b
       for (int from = 0; from < queries; from += LANES) head->answer(asked, from, scale, out + at(3), steps[11]);
     }
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < std::min(threads, rows * heads); i++) others.emplace_back(work);
-  work();
-  for (auto& other : others) other.join();
+  by_threads(std::min(threads, rows * heads), work);
 }
 
 }  // extern "C"

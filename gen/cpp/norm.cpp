@@ -7,8 +7,9 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <thread>
 #include <vector>
+
+#include "common.cpp"
 
 namespace norm {
 
@@ -37,12 +38,8 @@ struct Channels {  // `count` of them from `from` on, in a register
 
 // x / (1 + e^-x), to a part in ten thousand of the sigmoid.
 inline __m512 silu(__m512 x) {
-  const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
-  const __m512 behind = _mm512_reduce_ps(power, _MM_FROUND_TO_NEG_INF);
-  __m512 y = _mm512_fmadd_ps(behind, _mm512_set1_ps(0.0790207f), _mm512_set1_ps(0.2241291f));
-  y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(0.6968360f));
-  y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(0.9998109f));
-  return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), _mm512_scalef_ps(y, power))));
+  const __m512 power = power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));  // of e, to -x
+  return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), power)));
 }
 
 class Row {  // of a picture: places (of `channels` values each) one behind the other
@@ -138,10 +135,7 @@ inline void compute(const bfloat16* from, bfloat16* to, int rows, int places, in
       row.compute(from + start, to + start);
     }
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < std::min(threads, rows); i++) others.emplace_back(work);
-  work();
-  for (auto& other : others) other.join();
+  by_threads(std::min(threads, rows), work);
 }
 
 }  // namespace norm

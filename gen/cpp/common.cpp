@@ -1,0 +1,26 @@
+// What the kernels share.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <thread>
+#include <vector>
+
+// 2^x times a factor, to a part in ten thousand: a polynomial of what is behind the point.
+inline __m512 power_of_two(__m512 x, float factor = 1) {
+  const __m512 behind = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+  __m512 y = _mm512_fmadd_ps(behind, _mm512_set1_ps(0.0790207f * factor), _mm512_set1_ps(0.2241291f * factor));
+  y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(0.6968360f * factor));
+  y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(0.9998109f * factor));
+  return _mm512_scalef_ps(y, x);
+}
+
+// Does the same work in so many threads at once, of which the caller's is one.
+template <class Work>
+void by_threads(int threads, const Work& work) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) others.emplace_back(work);
+  work();
+  for (auto& other : others) other.join();
+}
