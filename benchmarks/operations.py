@@ -27,6 +27,7 @@ from report import RESULTS, markdown, save
 from training.provenance import provenance
 
 ATTENTION = "scaled_dot_product_attention"
+OURS = {"AmxAttention": "our attention", "GroupNormLast": "our group norm", "AmxLinear": "our linear layers"}
 
 
 def call_of(model: TextToImage, rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -62,7 +63,7 @@ def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str
 def kind_of(operation: Any) -> str:
     """What an operation of a profile does: ours, attention between cells, to the text, or by OpenVINO's own name."""
     if operation.node_type == "Reference":
-        return "our group norm" if "GroupNorm" in operation.node_name else "our attention"
+        return next(told for kind, told in OURS.items() if operation.node_name.startswith(kind))
     if ATTENTION in operation.node_name and operation.node_type == "Subgraph":
         return "attention to the text" if ".attn2" in operation.node_name else "attention of a picture to itself"
     return str(operation.node_type)

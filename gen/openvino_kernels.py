@@ -1,4 +1,4 @@
-"""Kernels of our own in a network that OpenVINO computes in bfloat16: attention by that of `gen.amx`, and group norms.
+"""Kernels of our own in a network that OpenVINO computes in bfloat16: attention, linear layers and group norms.
 
 `own_kernels` changes what OpenVINO has read and knows OpenVINO's models alone: no rows, no calls, no text. The
 operations are those of `cpp/openvino.cpp`.
@@ -7,6 +7,7 @@ operations are those of `cpp/openvino.cpp`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 
 from gen import amx
 from gen.compiled import built
-from gen.openvino_model import constant
+from gen.openvino_linear import Layer, layer_at, lowered, own_linear, own_linears
+from gen.openvino_model import constant, put
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +50,26 @@ def own_kernels(model: Any, threads: int) -> None:
 
     Where they cannot run nothing changes.
     """
+    from openvino.passes import ConstantFolding, Manager
+
     factory = operations()
     if factory is not None:
+        folding = Manager()
+        folding.register_pass(ConstantFolding())  # of axes and shapes, some of which are worked out
+        folding.run_passes(model)
         own_attention(model, factory, threads)
+        if threads == 1:  # more would have to be woken for each layer
+            own_linears(model, factory)
         own_norms(model, factory, threads)
+        no_detours(model)
 
 
 def own_attention(model: Any, factory: Any, threads: int) -> None:
     """Every plain attention.
 
     Queries, keys and values are read before heads are brought to the front, where that was done, and what is answered
-    is handed over before they are brought back: none of these copies is made.
+    is handed over before they are brought back: none of these copies is made. Where all three are layers of one input,
+    that is one layer, and attention reads them where they are.
     """
     from openvino import Type, opset13
 
@@ -68,13 +79,36 @@ def own_attention(model: Any, factory: Any, threads: int) -> None:
         given = [node.input_value(place) for place in range(3)]
         turned = [is_turn(each.get_node()) for each in given]
         read = [each.get_node().input_value(0) if turn else each for each, turn in zip(given, turned, strict=True)]
+        layers = [layer_at(before(each, "Reshape")) for each in read]
         scale = node.get_input_shape(0)[3] ** -0.5 if node.get_input_size() < 5 else number(node.input_value(4))
         told = {"turned": [int(each) for each in turned], "scale": scale, "threads": threads}
-        attention = factory.create("AmxAttention", [opset13.convert(each, Type.bf16).output(0) for each in read], told)
+        if threads == 1 and all(turned) and is_one(layers):
+            rows, _, heads, size = read[0].get_shape()
+            together = own_linear(factory, joined([each for each in layers if each is not None]))
+            read = [opset13.reshape(together, np.array([rows, -1, 3, heads, size]), special_zero=False).output(0)]
+        attention = factory.create("AmxAttention", [lowered(each) for each in read], told)
         answer = opset13.convert(attention, Type.f32)
         for reader in node.output(0).get_target_inputs():
-            for behind in reader.get_node().output(0).get_target_inputs():
-                behind.replace_source_output(answer.output(0))
+            put(reader.get_node().output(0), answer.output(0))
+
+
+def before(output: Any, *moves: str) -> Any:
+    """What an output was before nodes of these kinds moved its values."""
+    while output.get_node().get_type_name() in moves:
+        output = output.get_node().input_value(0)
+    return output
+
+
+def is_one(layers: Sequence[Layer | None]) -> bool:
+    """Whether these are layers of one input that our kernel computes."""
+    found = [each for each in layers if each is not None and each.fits]
+    return len(found) == len(layers) and all(each.x == found[0].x for each in found)
+
+
+def joined(layers: Sequence[Layer]) -> Layer:
+    """Layers of one input as one, what they answer beside each other."""
+    weight, bias = (np.concatenate([getattr(each, name) for each in layers]) for name in ("weight", "bias"))
+    return Layer(layers[0].x, weight, bias)
 
 
 def own_norms(model: Any, factory: Any, threads: int) -> None:
@@ -98,12 +132,36 @@ def own_norms(model: Any, factory: Any, threads: int) -> None:
         told = {name: node.get_attributes()[key] for name, key in (("groups", "num_groups"), ("epsilon", "epsilon"))}
         told |= {name: data.ravel().tolist() for name, data in zip(("scale", "shift"), weights, strict=True)}
         rank = len(x.get_shape())
-        turned = opset13.convert(opset13.transpose(x, np.array([0, *range(2, rank), 1])), Type.bf16)
+        turned = lowered(opset13.transpose(x, np.array([0, *range(2, rank), 1])).output(0))
         told |= {"active": active, "threads": threads}
-        normed = opset13.convert(factory.create("GroupNormLast", [turned.output(0)], told), Type.f32)
+        normed = opset13.convert(factory.create("GroupNormLast", [turned], told), Type.f32)
         answer = opset13.transpose(normed, np.array([0, rank - 1, *range(1, rank - 1)]))
-        for reader in last.output(0).get_target_inputs():
-            reader.replace_source_output(answer.output(0))
+        put(last.output(0), answer.output(0))
+
+
+def no_detours(model: Any) -> None:
+    """Let one of our operations read what another answers in bfloat16, not by way of float32, in place."""
+    from openvino import Type, opset13
+
+    for node in model.get_ops():
+        if node.get_type_name() != "Convert" or node.get_output_element_type(0) != Type.bf16:
+            continue
+        moves, came = [], node.input_value(0)
+        while came.get_node().get_type_name() in ("Reshape", "Transpose"):
+            moves.append(came.get_node())
+            came = came.get_node().input_value(0)
+        if came.get_node().get_type_name() != "Convert":
+            continue
+        x = came.get_node().input_value(0)
+        if x.get_element_type() != Type.bf16:
+            continue
+        for move in reversed(moves):
+            if move.get_type_name() == "Reshape":
+                shape = np.array(move.get_output_shape(0))
+                x = opset13.reshape(x, shape, special_zero=False).output(0)
+            else:
+                x = opset13.transpose(x, move.input_value(1)).output(0)
+        put(node.output(0), x)
 
 
 def fits(node: Any) -> bool:

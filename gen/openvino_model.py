@@ -1,8 +1,9 @@
 """A network as OpenVINO reads it, and what is changed in what it has read.
 
-`read` has OpenVINO's torch front end trace one call. `cut_levels` takes out what follows from a noise level,
-`cut_layers` and `fold_norms` say linear layers and what stands around them in fewer operations, and `plain_norms` says
-group norms in some that OpenVINO fuses. All of them know OpenVINO's models alone: no calls, no precision.
+`read` has OpenVINO's torch front end trace one call. `drop_ones` leaves out what computes nothing, `cut_levels` takes
+out what follows from a noise level, `cut_layers` and `fold_norms` say linear layers and what stands around them in
+fewer operations, and `plain_norms` says group norms in some that OpenVINO fuses. All of them know OpenVINO's models
+alone: no calls, no precision.
 """
 
 from __future__ import annotations
@@ -92,6 +93,23 @@ def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]
     return levels, Part.of(model, results, [*model.get_parameters(), *given])
 
 
+def drop_ones(model: Any) -> None:
+    """Take out every product with one, which the front end makes of torch's `add` (its alpha), in place."""
+    for node in model.get_ops():
+        if node.get_type_name() == "Multiply":
+            given = [node.input_value(place) for place in (0, 1)]
+            for factor, other in (given, given[::-1]):
+                data = constant(factor)
+                if data is not None and data.size == 1 and data == 1 and constant(other) is None:
+                    put(node.output(0), other)
+
+
+def put(place: Any, answer: Any) -> None:
+    """Let all that reads one output read another."""
+    for reader in place.get_target_inputs():
+        reader.replace_source_output(answer)
+
+
 def plain_norms(model: Any) -> None:
     """Say every group norm (Wu & He 2018) of a model (openvino.Model) as means, a product and a sum, in place.
 
@@ -119,8 +137,7 @@ def plain_norms(model: Any) -> None:
         centre = opset13.reshape(centre, per_channel, special_zero=True)
         shift = opset13.reshape(shift, np.array([1, -1] + [1] * (rank - 2)), special_zero=False)
         normed = opset13.add(opset13.multiply(opset13.subtract(x, centre), factor), shift)
-        for reader in node.output(0).get_target_inputs():
-            reader.replace_source_output(normed.output(0))
+        put(node.output(0), normed.output(0))
 
 
 def cut_layers(model: Any) -> None:
@@ -139,8 +156,7 @@ def cut_layers(model: Any) -> None:
         for output, start, end in zip(node.outputs(), starts, starts[1:], strict=False):
             product = opset13.matmul(x, opset13.constant(weight[start:end]), False, True)
             piece = opset13.add(product, opset13.constant(bias[start:end]))
-            for reader in output.get_target_inputs():
-                reader.replace_source_output(piece.output(0))
+            put(output, piece.output(0))
 
 
 def fold_norms(model: Any) -> None:
@@ -172,8 +188,7 @@ def fold_norms(model: Any) -> None:
             has_bias = behind is not None and behind[1].size in (1, len(weight))
             whole, before = behind if behind is not None and has_bias else (reader.output(0), np.zeros(1))
             answer = opset13.add(product, opset13.constant(bias + np.ravel(before).astype(np.float32)))
-            for target in whole.get_target_inputs():
-                target.replace_source_output(answer.output(0))
+            put(whole, answer.output(0))
 
 
 def constant_behind(output: Any, kind: str) -> tuple[Any, np.ndarray] | None:
@@ -188,7 +203,7 @@ def constant_behind(output: Any, kind: str) -> tuple[Any, np.ndarray] | None:
 def constant(output: Any) -> np.ndarray | None:
     """The data of a constant, converted or not; None for anything else."""
     node = output.get_node()
-    node = node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
+    node = node.input_value(0).get_node() if node.get_type_name() in ("Convert", "ConvertLike") else node
     return node.get_data() if node.get_type_name() == "Constant" else None
 
 

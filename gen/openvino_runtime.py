@@ -25,7 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gen.attention import Handed, Texts
 from gen.openvino_kernels import own_kernels
-from gen.openvino_model import Part, cut_layers, cut_levels, fold_norms, plain_norms, read
+from gen.openvino_model import Part, cut_layers, cut_levels, drop_ones, fold_norms, plain_norms, read
 
 logger = logging.getLogger(__name__)
 
@@ -307,6 +307,7 @@ def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precisi
     model = read(flat, (*example, *pairs))
     assert flat.told.answer is not None, "tracing asks it"
     logger.info("OpenVINO read %s in %.1f s", name, time.perf_counter() - began)
+    drop_ones(model)
     cut_layers(model)
     fold_norms(model)
     vectors = [place for place, tensor in enumerate(given) if tensor.ndim <= 2]

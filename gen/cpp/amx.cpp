@@ -12,45 +12,20 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 
 #include "common.cpp"
+#include "tiles.cpp"
 
 namespace {
 
-using bfloat16 = uint16_t;
-
-constexpr int LANES = 16;            // queries beside each other in a register
-constexpr int DEPTH = 32;            // values that one product sums over: a register of bfloat16
-constexpr int TILE = LANES * DEPTH;  // bfloat16 in a tile
-constexpr int BLOCK = 256;           // keys whose weights are computed at once
-constexpr int MOST = 160;             // values of a head
+constexpr int BLOCK = 256;  // keys whose weights are computed at once
+constexpr int MOST = 160;   // values of a head
 // Weights are cut to bfloat16, not rounded: they are this much larger first, half of what is cut, and so is their sum.
 constexpr float CUT = 1.0028f;
 
 // --- products --------------------------------------------------------------------------------------------------
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64};
-  uint8_t rows[16] = {LANES, LANES, LANES};
-};
-
-// The tiles of a thread, for as long as this lives; who had them before has them then.
-class Tiles {
- public:
-  Tiles() {
-    _tile_storeconfig(&before_);
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { before_.palette ? _tile_loadconfig(&before_) : _tile_release(); }
-
- private:
-  TileConfig before_;
-};
 
 // to (16 x 16, float32) = sum over `count` of left (16 rows of 32) times right (16 pairs of rows, each 16 lanes wide).
 inline void product(float* to, const bfloat16* left, int64_t left_step, const bfloat16* right, int64_t right_step,
@@ -103,16 +78,6 @@ struct Rows {  // of one head: `size` values side by side, rows `step` apart
     return _mm512_maskz_loadu_epi16(first(std::min(size - from, most)), at + row * step + from);
   }
 };
-
-struct Free {
-  void operator()(void* at) const { std::free(at); }
-};
-template <class T>
-using Room = std::unique_ptr<T[], Free>;
-template <class T>
-Room<T> room(size_t count) {
-  return Room<T>(static_cast<T*>(std::aligned_alloc(64, count * sizeof(T))));
-}
 
 // --- one head --------------------------------------------------------------------------------------------------
 

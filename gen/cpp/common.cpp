@@ -4,8 +4,13 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
 #include <thread>
 #include <vector>
+
+using bfloat16 = uint16_t;
+
+constexpr int LANES = 16;  // values of 32 bits in a register
 
 // 2^x times a factor, to a part in ten thousand: a polynomial of what is behind the point.
 inline __m512 power_of_two(__m512 x, float factor = 1) {

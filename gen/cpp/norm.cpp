@@ -13,9 +13,6 @@
 
 namespace norm {
 
-using bfloat16 = uint16_t;
-
-constexpr int LANES = 16;
 constexpr int BESIDE = 4;  // registers of channels that are taken down the places together
 
 struct Channels {  // `count` of them from `from` on, in a register

@@ -1,16 +1,17 @@
-// The attention of amx.cpp and the group norm of norm.cpp as operations of OpenVINO.
+// The attention of amx.cpp, the group norm of norm.cpp and the layers of linear.cpp as operations of OpenVINO.
 
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/op/op.hpp>
 
 #include "amx.cpp"
+#include "linear.cpp"
 #include "norm.cpp"
 
 namespace {
 
 // Inputs are queries, keys and values, bfloat16 (B, length, heads, d) where `turned` says so, (B, heads, length, d) where
-// not; the answer is (B, queries, heads, d).
+// not, or all three in one (B, length, 3, heads, d); the answer is (B, queries, heads, d).
 class AmxAttention : public ov::op::Op {
  public:
   OPENVINO_OP("AmxAttention", "unclip");
@@ -35,15 +36,19 @@ class AmxAttention : public ov::op::Op {
   void validate_and_infer_types() override {
     if (turned_.empty()) return;  // its attributes are not set yet
     ov::PartialShape answer = get_input_partial_shape(0);
-    if (!turned_[0]) std::swap(answer[1], answer[2]);
+    if (get_input_size() == 1)
+      answer = {answer[0], answer[1], answer[3], answer[4]};
+    else if (!turned_[0])
+      std::swap(answer[1], answer[2]);
     set_output_type(0, get_input_element_type(0), answer);
   }
 
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    const Told query(inputs[0], turned_[0]), key(inputs[1], turned_[1]), value(inputs[2], turned_[2]);
-    const Told answer(outputs[0], true);
+    const bool together = inputs.size() == 1;
+    const auto told = [&](int which) { return together ? Told(inputs[0], which) : Told(inputs[which], turned_[which] > 0); };
+    const Told query = told(0), key = told(1), value = told(2), answer(outputs[0], true);
     std::vector<int64_t> steps;
     for (const Told* each : {&query, &key, &value, &answer})
       steps.insert(steps.end(), {each->row_step, each->head_step, each->step});
@@ -54,13 +59,20 @@ class AmxAttention : public ov::op::Op {
 
  private:
   struct Told {
-    Told(const ov::Tensor& tensor, bool turned)
-        : at(static_cast<bfloat16*>(const_cast<void*>(tensor.data()))) {
+    Told(const ov::Tensor& tensor, bool turned) : at(static_cast<bfloat16*>(const_cast<void*>(tensor.data()))) {
       const ov::Shape& shape = tensor.get_shape();
       rows = shape[0], heads = shape[turned ? 2 : 1], count = shape[turned ? 1 : 2], size = shape[3];
       row_step = shape[1] * shape[2] * shape[3];
       head_step = turned ? size : count * size;
       step = turned ? heads * size : size;
+    }
+    Told(const ov::Tensor& tensor, int which) : at(static_cast<bfloat16*>(const_cast<void*>(tensor.data()))) {
+      const ov::Shape& shape = tensor.get_shape();
+      rows = shape[0], heads = shape[3], count = shape[1], size = shape[4];
+      at += which * heads * size;
+      step = 3 * heads * size;
+      row_step = count * step;
+      head_step = size;
     }
 
     bfloat16* at;
@@ -124,7 +136,58 @@ class GroupNormLast : public ov::op::Op {
   int64_t threads_ = 1;
 };
 
+// Of bfloat16 (..., in) to (..., out); the second input are the weights as `linear::Layer` has them, the third, where there
+// is one, is added to the answer.
+class AmxLinear : public ov::op::Op {
+ public:
+  OPENVINO_OP("AmxLinear", "unclip");
+
+  AmxLinear() = default;
+  AmxLinear(const ov::OutputVector& inputs, std::vector<float> bias, int64_t out, bool normed, float epsilon, bool gated)
+      : Op(inputs), bias_(std::move(bias)), out_(out), normed_(normed), epsilon_(epsilon), gated_(gated) {
+    constructor_validate_and_infer_types();
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<AmxLinear>(inputs, bias_, out_, normed_, epsilon_, gated_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("bias", bias_);
+    visitor.on_attribute("out", out_);
+    visitor.on_attribute("normed", normed_);
+    visitor.on_attribute("epsilon", epsilon_);
+    visitor.on_attribute("gated", gated_);
+    return true;
+  }
+
+  void validate_and_infer_types() override {
+    ov::PartialShape answer = get_input_partial_shape(0);
+    answer[answer.size() - 1] = out_;
+    set_output_type(0, get_input_element_type(0), answer);
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const auto at = [](const ov::Tensor& tensor) { return static_cast<const bfloat16*>(tensor.data()); };
+    const int in = inputs[0].get_shape().back();
+    const linear::Layer layer{in, int(out_), at(inputs[1]), bias_.data(), normed_, gated_, epsilon_};
+    linear::compute(layer, at(inputs[0]), inputs.size() > 2 ? at(inputs[2]) : nullptr,
+                    static_cast<bfloat16*>(outputs[0].data()), inputs[0].get_size() / in);
+    return true;
+  }
+
+ private:
+  std::vector<float> bias_;
+  int64_t out_ = 1;
+  bool normed_ = false;
+  float epsilon_ = 0;
+  bool gated_ = false;
+};
+
 }  // namespace
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<AmxAttention>>(),
-                                                            std::make_shared<ov::OpExtension<GroupNormLast>>()}));
+                                                            std::make_shared<ov::OpExtension<GroupNormLast>>(),
+                                                            std::make_shared<ov::OpExtension<AmxLinear>>()}));

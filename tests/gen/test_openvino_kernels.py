@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from gen.attention import set_attention
 from gen.openvino_kernels import operations, own_kernels
-from gen.openvino_model import read
+from gen.openvino_model import cut_layers, drop_ones, fold_norms, read
 
 openvino = pytest.importorskip("openvino")
 OURS, THEIRS = "AmxAttention", "ScaledDotProductAttention"
@@ -147,3 +150,128 @@ def test_a_group_norm_of_one_value_a_group_is_its_shift() -> None:
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     (found,) = compiled([x.numpy()]).values()
     assert torch.equal(torch.from_numpy(found)[0, :, 0, 0], layer.norm.bias.bfloat16().float())
+
+
+class Tokens(nn.Module):
+    """Linear layers of a transformer's block, each way that one can stand."""
+
+    def __init__(self, width: int, answers: int, **options: bool) -> None:
+        super().__init__()
+        self.options = options
+        self.norm = nn.LayerNorm(width) if options.get("normed") else nn.Identity()
+        plain = nn.Linear(width, answers, options.get("bias", True))
+        self.layer = GEGLU(width, answers) if options.get("gated") else plain
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=0.3)
+
+    def forward(self, x: Tensor, *beside: Tensor) -> Tensor:
+        answer: Tensor = self.layer(self.norm(x))
+        return sum(beside, answer)
+
+
+def rounded(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).bfloat16().float()
+
+
+@pytest.mark.parametrize("rows", [(2, 64), (1, 5), (3, 7, 9), (70,)])  # also such as fill no tile
+@pytest.mark.parametrize("width, answers", [(32, 16), (160, 48), (128, 128)])
+@pytest.mark.parametrize(
+    "options, has_beside",
+    [
+        ({}, False),
+        ({}, True),
+        ({"bias": False}, True),
+        ({"normed": True}, False),
+        ({"normed": True, "gated": True}, False),
+    ],
+)
+def test_a_linear_layer_is_ours_with_what_stands_around_it(
+    rows: tuple[int, ...], width: int, answers: int, options: dict[str, bool], has_beside: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = Tokens(width, answers, **options)
+    given = (rounded(*rows, width), *([rounded(*rows, answers)] if has_beside else []))
+    model = read(layer, given)
+    drop_ones(model)
+    cut_layers(model)
+    fold_norms(model)
+    model.reshape({place: list(each.shape) for place, each in enumerate(given)})
+    own_kernels(model, threads=1)
+    kinds = types(model)
+    assert kinds.count("AmxLinear") == 1 and not {"MatMul", "MVN", "Gelu", "Multiply", "Add"} & set(kinds)
+    assert error(model, layer, given) < 6e-3
+
+
+@pytest.mark.parametrize("width, answers, threads", [(40, 16, 1), (32, 24, 1), (32, 16, 2)])
+def test_other_linear_layers_stay(width: int, answers: int, threads: int) -> None:
+    assert "AmxLinear" not in types(changed(Tokens(width, answers), (rounded(2, 8, width),), threads))
+
+
+def test_a_layer_with_an_activation_behind_it_stays_and_one_that_two_read_is_ours() -> None:
+    active = changed(nn.Sequential(nn.Linear(32, 32), nn.SiLU()), (rounded(2, 8, 32),))
+    assert "AmxLinear" not in types(active)
+
+    class Twice(Tokens):
+        def forward(self, x: Tensor, *beside: Tensor) -> Tensor:
+            answer = self.layer(x)
+            return answer + beside[0] * answer
+
+    given = (rounded(2, 8, 32), rounded(2, 8, 32))
+    layer = Twice(32, 32)
+    model = changed(layer, given)
+    assert "AmxLinear" in types(model) and error(model, layer, given) < 6e-3
+
+
+def test_gelu_far_from_zero_and_of_what_is_no_number() -> None:
+    """Values of one, gates that are the input: GEGLU is GELU."""
+    layer = GEGLU(32, 32)
+    nn.init.zeros_(layer.proj.weight)
+    nn.init.zeros_(layer.proj.bias)
+    with torch.no_grad():
+        layer.proj.bias[:32] = 1
+        layer.proj.weight[32:] = torch.eye(32)
+    x = torch.linspace(-12, 12, 64 * 32).reshape(64, 32).bfloat16().float()
+    model = read(layer, (x,))
+    drop_ones(model)
+    cut_layers(model)
+    model.reshape([64, 32])
+    own_kernels(model, threads=1)
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    assert "AmxLinear" in types(model)
+    (found,) = compiled([x.numpy()]).values()
+    torch.testing.assert_close(torch.from_numpy(found), F.gelu(x), atol=1e-3, rtol=4e-3)
+    x[3, 5] = torch.nan
+    (found,) = compiled([x.numpy()]).values()
+    spoilt = torch.from_numpy(found).isnan()
+    assert spoilt[3].all() and spoilt.sum() == 32
+
+
+class Block(nn.Module):
+    """A transformer's block whose every part is ours."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.block = BasicTransformerBlock(width, heads, width // heads)
+        set_attention(self.block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.block(x)
+        return answer
+
+
+@torch.no_grad()
+def test_what_one_of_ours_answers_another_reads_as_it_is() -> None:
+    torch.manual_seed(0)
+    layer, x = Block(64, 4).eval(), rounded(3, 20, 64)
+    model = read(layer, (x,))
+    drop_ones(model)
+    cut_layers(model)
+    fold_norms(model)
+    model.reshape(list(x.shape))
+    own_kernels(model, threads=1)
+    kinds = types(model)
+    assert kinds.count("AmxLinear") == 4, "queries, keys and values are one; their answer; GEGLU; what is behind it"
+    assert kinds.count("AmxAttention") == 1 and not {"MatMul", "MVN", "Add", "Transpose"} & set(kinds)
+    computed = [node for node in model.get_ops() if node.get_type_name() == "Convert"]
+    assert len([node for node in computed if node.input_value(0).get_node().get_type_name() != "Constant"]) == 2
+    assert error(model, layer, (x,)) < 6e-3

@@ -1,0 +1,161 @@
+// Linear layers in bfloat16 by AMX's tiles, and what stands around one in a transformer: before it a layer norm (Ba et al.
+// 2016) whose scale and shift are in the weights, behind it GEGLU (Shazeer 2020) or what is added to it. Inputs are read
+// and answers written once; sums, norms and activations are float32.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "common.cpp"
+#include "tiles.cpp"
+
+namespace linear {
+
+constexpr int PANEL = 64;  // rows whose input stays near while all weights go by
+constexpr int PAIR = 2;    // tiles of weights beside each other: 32 values of the answer, or 16 and their gates
+
+struct Layer {
+  int in, out;             // values of a row, multiples of 32 and 16
+  const bfloat16* weight;  // tiles (pairs, in / 32, PAIR) of 16 pairs of inputs, each for 16 values of the answer
+  const float* bias;       // of each value of the pairs, in their order
+  bool normed, gated;
+  float epsilon;  // of the norm
+
+  int per_pair() const { return gated ? LANES : PAIR * LANES; }
+  int pairs() const { return (out + per_pair() - 1) / per_pair(); }
+};
+
+inline __m512 wide(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
+inline __m512 wide(const bfloat16* at) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+
+// x times the normal distribution's share below it: Hendrycks & Gimpel 2016, by the error function of Abramowitz & Stegun
+// 1964, 7.1.25, which is right to 2.5e-5.
+inline __m512 gelu(__m512 x) {
+  const __m512 size = _mm512_abs_ps(x);
+  const __m512 t = _mm512_rcp14_ps(_mm512_fmadd_ps(size, _mm512_set1_ps(0.47047f * 0.70710678f), _mm512_set1_ps(1)));
+  const __m512 power = power_of_two(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * 1.44269504f)), 0.5f);
+  __m512 y = _mm512_fmadd_ps(t, _mm512_set1_ps(0.7478556f), _mm512_set1_ps(-0.0958798f));
+  y = _mm512_mul_ps(_mm512_fmadd_ps(y, t, _mm512_set1_ps(0.3480242f)), t);
+  return _mm512_fnmadd_ps(_mm512_mul_ps(size, y), power, _mm512_max_ps(x, _mm512_setzero_ps()));
+}
+
+// A row without its mean, over its deviation.
+inline void normalise(const bfloat16* from, bfloat16* to, int count, float epsilon) {
+  const __m512 first = wide(_mm256_set1_epi16(static_cast<int16_t>(*from)));  // sums of differences to it keep digits
+  __m512 sums[2] = {}, squares[2] = {};
+  for (int i = 0; i < count; i += 2 * LANES)
+    for (int half = 0; half < 2; half++) {
+      const __m512 apart = _mm512_sub_ps(wide(from + i + half * LANES), first);
+      sums[half] = _mm512_add_ps(sums[half], apart);
+      squares[half] = _mm512_fmadd_ps(apart, apart, squares[half]);
+    }
+  const float mean = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1])) / count;
+  const float square = _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])) / count;
+  const __m512 centre = _mm512_add_ps(first, _mm512_set1_ps(mean));
+  const __m512 factor = _mm512_set1_ps(1 / std::sqrt(std::max(square - mean * mean, 0.f) + epsilon));
+  for (int i = 0; i < count; i += 2 * LANES) {
+    const __m512 low = _mm512_mul_ps(_mm512_sub_ps(wide(from + i), centre), factor);
+    const __m512 high = _mm512_mul_ps(_mm512_sub_ps(wide(from + i + LANES), centre), factor);
+    _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
+class Panel {  // PANEL rows of a layer
+ public:
+  explicit Panel(const Layer& layer) : layer_(layer), held_(room<bfloat16>(PANEL * layer.in)) {}
+
+  // `count` rows from `from`; `beside`, where there is one, is added to what goes `to`.
+  void compute(const bfloat16* from, const bfloat16* beside, bfloat16* to, int count) {
+    const bfloat16* rows = from;
+    if (layer_.normed || count < PANEL) {
+      for (int row = 0; row < count; row++) {
+        const bfloat16* at = from + int64_t(row) * layer_.in;
+        bfloat16* held = held_.get() + row * layer_.in;
+        layer_.normed ? normalise(at, held, layer_.in, layer_.epsilon) : (void)std::copy_n(at, layer_.in, held);
+      }
+      rows = held_.get();
+    }
+    for (int pair = 0; pair < layer_.pairs(); pair++)
+      for (int row = 0; row < count; row += 2 * LANES) {
+        multiply(rows + row * layer_.in, pair);
+        const int64_t at = int64_t(row) * layer_.out + pair * layer_.per_pair();
+        const int here = std::min(2 * LANES, count - row);
+        if (layer_.gated)
+          gate(to + at, pair, here);
+        else
+          write(beside ? beside + at : nullptr, to + at, pair, here);
+      }
+  }
+
+ private:
+  // products_: 32 rows times a pair of tiles of weights. Rows behind the last are what was there before.
+  void multiply(const bfloat16* rows, int pair) {
+    const int depths = layer_.in / DEPTH, step = layer_.in * sizeof(bfloat16);
+    const bfloat16* weight = layer_.weight + int64_t(pair) * depths * PAIR * TILE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int depth = 0; depth < depths; depth++) {
+      _tile_loadd(4, rows + depth * DEPTH, step);
+      _tile_loadd(5, rows + LANES * layer_.in + depth * DEPTH, step);
+      _tile_loadd(6, weight + depth * PAIR * TILE, 64);
+      _tile_loadd(7, weight + (depth * PAIR + 1) * TILE, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    constexpr int step_of_products = PAIR * LANES * sizeof(float);
+    _tile_stored(0, products_, step_of_products);
+    _tile_stored(1, products_ + LANES, step_of_products);
+    _tile_stored(2, products_ + LANES * PAIR * LANES, step_of_products);
+    _tile_stored(3, products_ + LANES * PAIR * LANES + LANES, step_of_products);
+  }
+
+  void write(const bfloat16* beside, bfloat16* to, int pair, int count) const {
+    const __m512 first = _mm512_loadu_ps(layer_.bias + pair * PAIR * LANES);
+    const __m512 second = _mm512_loadu_ps(layer_.bias + pair * PAIR * LANES + LANES);
+    const __mmask32 inside = layer_.out - pair * PAIR * LANES < PAIR * LANES ? 0xffff : ~0u;
+    for (int row = 0; row < count; row++) {
+      __m512 low = _mm512_add_ps(_mm512_load_ps(products_ + row * PAIR * LANES), first);
+      __m512 high = _mm512_add_ps(_mm512_load_ps(products_ + row * PAIR * LANES + LANES), second);
+      const int64_t at = int64_t(row) * layer_.out;
+      if (beside) {
+        const __m512i both = _mm512_maskz_loadu_epi16(inside, beside + at);
+        low = _mm512_add_ps(low, wide(_mm512_castsi512_si256(both)));
+        high = _mm512_add_ps(high, wide(_mm512_extracti64x4_epi64(both, 1)));
+      }
+      _mm512_mask_storeu_epi16(to + at, inside, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+
+  void gate(bfloat16* to, int pair, int count) const {
+    const __m512 first = _mm512_loadu_ps(layer_.bias + pair * PAIR * LANES);
+    const __m512 second = _mm512_loadu_ps(layer_.bias + pair * PAIR * LANES + LANES);
+    for (int row = 0; row < count; row++) {
+      const __m512 value = _mm512_add_ps(_mm512_load_ps(products_ + row * PAIR * LANES), first);
+      const __m512 gate = _mm512_add_ps(_mm512_load_ps(products_ + row * PAIR * LANES + LANES), second);
+      const auto answer = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(value, gelu(gate)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + int64_t(row) * layer_.out), answer);
+    }
+  }
+
+  const Layer& layer_;
+  Room<bfloat16> held_;
+  alignas(64) float products_[2 * LANES * PAIR * LANES];
+};
+
+// So many rows of `layer.in` to as many of `layer.out`, by one thread.
+inline void compute(const Layer& layer, const bfloat16* from, const bfloat16* beside, bfloat16* to, int64_t rows) {
+  const Tiles tiles;
+  Panel panel(layer);
+  for (int64_t row = 0; row < rows; row += PANEL) {
+    const int count = std::min<int64_t>(PANEL, rows - row);
+    panel.compute(from + row * layer.in, beside ? beside + row * layer.out : nullptr, to + row * layer.out, count);
+  }
+}
+
+}  // namespace linear

@@ -1,0 +1,138 @@
+"""Linear layers of our own in a network that OpenVINO computes in bfloat16, with what stands around them.
+
+`own_linears` changes what OpenVINO has read and knows OpenVINO's models alone. The operation is that of
+`cpp/openvino.cpp`, which computes as `cpp/linear.cpp` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gen.openvino_model import constant, put, weight_of
+
+ROW, BESIDE = 32, 16  # bfloat16 in a row of AMX's tiles, and what of an answer a tile of weights is for
+FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer as it stands in a model (openvino.Model)."""
+
+    x: Any  # the output (..., in) that it reads, an openvino.Output
+    weight: np.ndarray  # (out, in)
+    bias: np.ndarray  # (out,)
+
+    @property
+    def fits(self) -> bool:
+        """Whether our kernel computes it."""
+        return self.weight.shape[1] % ROW == 0 and self.weight.shape[0] % BESIDE == 0
+
+
+def own_linears(model: Any, factory: Any) -> None:
+    """Every linear layer that fits, in place, with a layer norm before it and GEGLU or a sum behind it.
+
+    `factory` knows our operations. One with an activation behind it is left to OpenVINO, which computes both in one.
+    """
+    for node in model.get_ops():
+        pair = gated(node)
+        if pair is not None and all(layer.fits for layer in pair):
+            put(node.output(0), own_linear(factory, *pair))
+    for node in model.get_ops():
+        answer = whole(node.output(0)) if node.get_type_name() == "MatMul" else None
+        layer = None if answer is None else layer_at(answer)
+        readers = [] if answer is None else [reader.get_node() for reader in answer.get_target_inputs()]
+        if layer is None or not layer.fits or any(reader.get_type_name() in FUSED for reader in readers):
+            continue
+        beside = None
+        if len(readers) == 1 and readers[0].get_type_name() == "Add":
+            (beside,) = (each.get_source_output() for each in readers[0].inputs() if each.get_source_output() != answer)
+            if constant(beside) is not None or beside.get_partial_shape() != answer.get_partial_shape():
+                beside = None
+        put(answer if beside is None else readers[0].output(0), own_linear(factory, layer, beside=beside))
+
+
+def own_linear(factory: Any, layer: Layer, gates: Layer | None = None, beside: Any | None = None) -> Any:
+    """Our operation in a layer's place, its answer (an openvino.Output) float32.
+
+    `gates`, of the same input, is what GEGLU multiplies by; `beside` an output that is added to the answer.
+    """
+    from openvino import Type, opset13
+
+    x, epsilon = layer.x, None
+    if x.get_node().get_type_name() == "MVN" and is_last(x.get_node()):
+        epsilon = x.get_node().get_attributes()["eps"]
+        x = x.get_node().input_value(0)
+    out = len(layer.bias)
+    weight, bias = layer.weight, layer.bias
+    if gates is not None:  # 16 values, then their gates
+        weight = np.stack([each.weight.reshape(-1, BESIDE, weight.shape[1]) for each in (layer, gates)], 1)
+        weight = weight.reshape(-1, layer.weight.shape[1])
+        bias = np.stack([each.bias.reshape(-1, BESIDE) for each in (layer, gates)], 1).ravel()
+    missing = -len(weight) % (2 * BESIDE)  # two tiles are read beside each other
+    weight, bias = np.pad(weight, ((0, missing), (0, 0))), np.pad(bias, (0, missing))
+    tiles = weight.reshape(-1, 2, BESIDE, weight.shape[1] // ROW, ROW // 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    given = [lowered(each) for each in ([x] if beside is None else [x, beside])]
+    packed = opset13.constant(np.ascontiguousarray(tiles), dtype=Type.bf16).output(0)
+    told = {"bias": bias.tolist(), "out": out, "gated": gates is not None}
+    told |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
+    answer = factory.create("AmxLinear", [given[0], packed, *given[1:]], told)
+    return opset13.convert(answer, Type.f32).output(0)
+
+
+def lowered(output: Any) -> Any:
+    """An output in bfloat16, by one conversion for all that read it so."""
+    from openvino import Type, opset13
+
+    for reader in output.get_target_inputs():
+        node = reader.get_node()
+        if node.get_type_name() == "Convert" and node.get_output_element_type(0) == Type.bf16:
+            return node.output(0)
+    return opset13.convert(output, Type.bf16).output(0)
+
+
+def gated(node: Any) -> tuple[Layer, Layer] | None:
+    """The layers of a node that multiplies one with the GELU of the other (GEGLU), that one last; None: no such."""
+    if node.get_type_name() != "Multiply":
+        return None
+    for place in (0, 1):
+        gelu, value = node.input_value(place).get_node(), layer_at(node.input_value(1 - place))
+        if gelu.get_type_name() == "Gelu" and gelu.get_attributes()["approximation_mode"] == "ERF":
+            gates = layer_at(gelu.input_value(0))
+            if value is not None and gates is not None and value.x == gates.x and len(value.bias) == len(gates.bias):
+                return value, gates
+    return None
+
+
+def layer_at(output: Any) -> Layer | None:
+    """The linear layer that an output is the answer of, with its bias where it has one; None: of no such."""
+    node, bias = output.get_node(), None
+    if node.get_type_name() == "Add":
+        given = [each.get_source_output() for each in node.inputs()]
+        constants = [data for each in given if (data := constant(each)) is not None]
+        rest = [each for each in given if constant(each) is None]
+        if len(constants) != 1 or len(rest) != 1:
+            return None
+        bias, node = constants[0], rest[0].get_node()
+    weight = weight_of(node, node.input_value(0)) if node.get_type_name() == "MatMul" else None
+    if weight is None or (bias is not None and bias.size not in (1, len(weight))):
+        return None
+    told = np.zeros(1) if bias is None else bias.ravel()
+    return Layer(node.input_value(0), weight.astype(np.float32), np.broadcast_to(told, len(weight)).astype(np.float32))
+
+
+def whole(product: Any) -> Any:
+    """The answer of a layer whose product this is: that with a bias, where that alone reads it."""
+    readers = [reader.get_node() for reader in product.get_target_inputs()]
+    has_bias = len(readers) == 1 and readers[0].get_type_name() == "Add" and layer_at(readers[0].output(0)) is not None
+    return readers[0].output(0) if has_bias else product
+
+
+def is_last(norm: Any) -> bool:
+    """Whether an MVN goes over the last axis alone, as a layer norm without scale and shift."""
+    axes, told = constant(norm.input_value(1)), norm.get_attributes()
+    last = norm.input_value(0).get_partial_shape().rank.get_length() - 1
+    plain = told["normalize_variance"] and str(told["eps_mode"]).lower() == "inside_sqrt"
+    return plain and axes is not None and axes.ravel().tolist() in ([-1], [last])
