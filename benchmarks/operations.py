@@ -45,7 +45,7 @@ def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str
     leaves, layout = tree_flatten(call_of(model, rows))
     converted = convert(model.model.unet, leaves, layout, PRECISIONS[DTYPES[dtype]])
     arrays = [leaf.contiguous().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
-    levels = [] if converted.levels is None else converted.levels(arrays)
+    levels = None if converted.levels is None else converted.levels(arrays)
     texts = next(leaf for leaf in leaves if isinstance(leaf, Texts))
     inputs = converted.inputs(arrays, levels, texts, slice(0, rows), is_shared=True)
     fixed = converted.of_sizes([each.shape for each in inputs], threads=1)

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import count, groupby
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -281,9 +281,15 @@ class Texts:
         """(M,) the text each evaluation reads."""
         return [text for text in self.of_block for _ in range(self.block)]
 
-    def of_rows(self, at: slice) -> list[Tensor]:
-        """What some evaluations read, of each layer (B, 2, heads, L, d)."""
-        return [torch.stack(layer) for layer in zip(*(self.pairs[text] for text in self.of[at]), strict=True)]
+    def of_rows(self, at: slice) -> Tensor:
+        """What some evaluations read, of all layers one behind the other (B, sum of 2 * heads * L * d)."""
+        read = [self._flat[text] for text in self.of[at]]
+        return read[0][None] if len(read) == 1 else torch.stack(read)
+
+    @cached_property
+    def _flat(self) -> list[Tensor]:
+        """Of each text what all layers read, one behind the other."""
+        return [torch.cat([pair.flatten() for pair in pairs]) for pairs in self.pairs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,6 +298,12 @@ class Handed:
 
     pairs: Sequence[Tensor]  # of each layer that reads a text: keys and values (B, 2, heads, L, d), B dividing M
     block: int = 0  # M / B, which is not known
+
+    @classmethod
+    def of(cls, rows: Tensor, shapes: Sequence[Sequence[int]]) -> Handed:
+        """As `Texts.of_rows` tells them, the shapes being those of each layer's (2, heads, L, d)."""
+        parts = rows.split([math.prod(shape) for shape in shapes], 1)
+        return cls([part.unflatten(1, tuple(shape)) for part, shape in zip(parts, shapes, strict=True)])
 
     def of_layer(self, place: int, block: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, heads, L, d), for the own block; for 1 where B is M."""

@@ -46,11 +46,7 @@ def own_linears(model: Any, factory: Any) -> None:
         readers = [] if answer is None else [reader.get_node() for reader in answer.get_target_inputs()]
         if layer is None or not layer.fits or any(reader.get_type_name() in FUSED for reader in readers):
             continue
-        beside = None
-        if len(readers) == 1 and readers[0].get_type_name() == "Add":
-            (beside,) = (each.get_source_output() for each in readers[0].inputs() if each.get_source_output() != answer)
-            if constant(beside) is not None or beside.get_partial_shape() != answer.get_partial_shape():
-                beside = None
+        beside = added(answer)
         put(answer if beside is None else readers[0].output(0), own_linear(factory, layer, beside=beside))
 
 
@@ -128,6 +124,17 @@ def whole(product: Any) -> Any:
     readers = [reader.get_node() for reader in product.get_target_inputs()]
     has_bias = len(readers) == 1 and readers[0].get_type_name() == "Add" and layer_at(readers[0].output(0)) is not None
     return readers[0].output(0) if has_bias else product
+
+
+def added(answer: Any) -> Any | None:
+    """What is added to an answer, of its shape, where nothing else reads that; None: it is not so."""
+    readers = [reader.get_node() for reader in answer.get_target_inputs()]
+    if len(readers) != 1 or readers[0].get_type_name() != "Add":
+        return None
+    given = [each.get_source_output() for each in readers[0].inputs()]
+    other = given[1 - given.index(answer)]
+    is_alike = other.get_partial_shape() == answer.get_partial_shape() and constant(other) is None
+    return other if is_alike else None
 
 
 def is_last(norm: Any) -> bool:

@@ -8,6 +8,7 @@ alone: no calls, no precision.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -57,9 +58,10 @@ def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]
     """A model (openvino.Model) in two: what follows from a row's level and vectors alone, and the rest, given that.
 
     `vectors` are the places of the parameters that say these; the first part is None where there are none. The rest
-    reads the model's parameters, then what the first part says. In a UNet that is the time embedding (Ho et al. 2020),
-    that of a class or of sizes beside it, and what each residual block makes of them: few numbers, the same for all
-    rows of a step, and in bfloat16 the phase of a level near 1000 would be off by whole radians.
+    reads the model's parameters, then all that the first part says, side by side (B, ...). In a UNet that is the time
+    embedding (Ho et al. 2020), that of a class or of sizes beside it, and what each residual block makes of them: few
+    numbers, the same for all rows of a step, and in bfloat16 the phase of a level near 1000 would be off by whole
+    radians.
     """
     from openvino import opset13
 
@@ -72,25 +74,29 @@ def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]
             above = [] if node.get_type_name() == "ShapeOf" else [each.get_source_output() for each in node.inputs()]
             reads[node.get_name()] = set().union(*(reads[each.get_node().get_name()] for each in above))
 
-    def is_levels(node: Any) -> bool:
-        return reads[node.get_name()] == {"level"}
+    def beyond(output: Any) -> list[Any]:  # the inputs that read it and follow from a picture as well
+        return [each for each in output.get_target_inputs() if "picture" in reads[each.get_node().get_name()]]
 
     cuts = [
         output
         for node in model.get_ordered_ops()
-        if is_levels(node) and node.get_type_name() != "Parameter"
+        if reads[node.get_name()] == {"level"} and node.get_type_name() != "Parameter"
         for output in node.outputs()
-        if not all(is_levels(reader.get_node()) for reader in output.get_target_inputs())
+        if beyond(output)
     ]
     if not cuts:
         return None, Part.of(model, results, model.get_parameters())
-    levels = Part.of(model, cuts, model.get_parameters())
-    given = [opset13.parameter(each.get_partial_shape(), each.get_element_type()) for each in cuts]
-    for each, parameter in zip(cuts, given, strict=True):
-        for reader in each.get_target_inputs():
-            if not is_levels(reader.get_node()):
-                reader.replace_source_output(parameter.output(0))
-    return levels, Part.of(model, results, [*model.get_parameters(), *given])
+    shapes = [[size.get_length() for size in list(each.get_partial_shape())[1:]] for each in cuts]
+    sizes = [math.prod(shape) for shape in shapes]
+    given = opset13.parameter([-1, sum(sizes)], np.float32)
+    parts = opset13.variadic_split(given, 1, np.array(sizes)).outputs()
+    for each, part, shape in zip(cuts, parts, shapes, strict=True):
+        read = opset13.reshape(part, np.array([0, *shape]), True)
+        for reader in beyond(each):
+            reader.replace_source_output(read.output(0))
+    flat = [opset13.reshape(each, np.array([0, size]), True) for each, size in zip(cuts, sizes, strict=True)]
+    levels = Part.of(model, [opset13.concat(flat, 1).output(0)], model.get_parameters())
+    return levels, Part.of(model, results, [*model.get_parameters(), given])
 
 
 def drop_ones(model: Any) -> None:

@@ -153,28 +153,27 @@ class Levels:
     compiled: Any  # an openvino.CompiledModel, for any number of rows
     reads: list[int]
     vectors: list[int]  # the places of what tells rows apart, among all that the network is handed
-    known: dict[bytes, list[np.ndarray]] = field(default_factory=dict)  # of a row, oldest first
+    known: dict[bytes, np.ndarray] = field(default_factory=dict)  # of a row, oldest first
 
     @classmethod
     def of(cls, part: Part, vectors: list[int]) -> Levels:
         """In float32, whatever the rest is computed in."""
         return cls(compiled(part.model, PRECISIONS[torch.float32]), part.reads, vectors)
 
-    def __call__(self, arrays: Sequence[Any]) -> list[np.ndarray]:
-        """What the rest is given, a row for each, of all that the network is handed, as arrays."""
+    def __call__(self, arrays: Sequence[Any]) -> np.ndarray:
+        """What the rest is given (M, ...), of all that the network is handed, as arrays."""
         keys = [b"".join(arrays[place][row].tobytes() for place in self.vectors) for row in range(len(arrays[0]))]
         fresh = list({key: row for row, key in enumerate(keys) if key not in self.known}.items())
         for start in range(0, len(fresh), AT_A_TIME):
             some = fresh[start : start + AT_A_TIME]
             at = [row for _, row in some] + [some[0][1]] * (AT_A_TIME - len(some))
-            said = [np.array(each) for each in self.compiled([arrays[place][at] for place in self.reads]).values()]
-            assert all(len(each) == AT_A_TIME for each in said), "a row's axis comes first"
-            self.known |= {key: [each[place] for each in said] for place, (key, _) in enumerate(some)}
-        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        told = [np.stack(each) for each in zip(*(self.known[key] for key in places), strict=True)]
+            (said,) = self.compiled([arrays[place][at] for place in self.reads]).values()
+            assert len(said) == AT_A_TIME, "a row's axis comes first"
+            self.known |= {key: said[place].copy() for place, (key, _) in enumerate(some)}
+        told = np.stack([self.known[key] for key in keys])
         for key in list(self.known)[:-KNOWN]:
             del self.known[key]
-        return [each[[places[key] for key in keys]] for each in told]
+        return told
 
 
 @dataclass(eq=False)
@@ -183,7 +182,7 @@ class Converted:
 
     name: str  # for the log
     levels: Levels | None  # None: it is handed no level and no vector
-    rest: Part  # of what it is handed, a text's keys and values of each layer, and what the levels say
+    rest: Part  # of what it is handed, what its layers read of a text, and what the levels say
     answer: TreeSpec  # how the network hands over its tensors
     precision: str  # in OpenVINO's words
     queues: dict[tuple[int, bool, int], Any] = field(default_factory=dict)  # openvino.AsyncInferQueue
@@ -191,7 +190,7 @@ class Converted:
     def ask(self, given: Sequence[Tensor], texts: Texts | None, pieces: Sequence[Piece]) -> list[Tensor]:
         """What it answers to rows that are cut into these pieces, several at a time (`streams_of`)."""
         arrays = [tensor.contiguous().numpy() for tensor in given]
-        levels = [] if self.levels is None else self.levels(arrays)
+        levels = None if self.levels is None else self.levels(arrays)
         streams = streams_of(len(pieces), torch.get_num_threads())
         answers: list[np.ndarray] = []  # what other threads write into knows no mode of torch's
         for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
@@ -209,11 +208,14 @@ class Converted:
         return [torch.from_numpy(each) for each in answers]
 
     def inputs(
-        self, arrays: Sequence[Any], levels: Sequence[Any], texts: Texts | None, at: slice, is_shared: bool
+        self, arrays: Sequence[Any], levels: np.ndarray | None, texts: Texts | None, at: slice, is_shared: bool
     ) -> list[Any]:
         """What the rest is given for some rows, all of which read one text where it is shared, as arrays."""
-        pairs = [] if texts is None else texts.of_rows(slice(at.start, at.start + 1) if is_shared else at)
-        told = [*(each[at] for each in arrays), *(each.numpy() for each in pairs), *(each[at] for each in levels)]
+        told = [each[at] for each in arrays]
+        if texts is not None:
+            told.append(texts.of_rows(slice(at.start, at.start + 1) if is_shared else at).numpy())
+        if levels is not None:
+            told.append(levels[at])
         return [told[place] for place in self.rest.reads]
 
     def of_sizes(self, shapes: Sequence[Sequence[int]], threads: int) -> Any:
@@ -277,11 +279,12 @@ class Flat(nn.Module):
         self.told = Told([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], layout)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """`given` are all tensors that the network is handed, in their order, then each layer's pair of a text."""
+        """`given` are all tensors that the network is handed, in their order, then what the layers read of a text."""
         tensors = iter(given)
         leaves = [next(tensors) if one is None else one[0] for one in self.told.fixed]
-        pairs = list(tensors)
-        leaves = [Handed(pairs) if isinstance(leaf, Texts) else leaf for leaf in leaves]
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, Texts):
+                leaves[place] = Handed.of(next(tensors), [pair.shape for pair in leaf.pairs[0]])
         args, kwargs = tree_unflatten(leaves, self.told.layout)
         answers, self.told.answer = tree_flatten(type(self.network).forward(self.network, *args, **kwargs))
         return tuple(answers)
@@ -302,7 +305,7 @@ def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precisi
     began, name = time.perf_counter(), type(network).__name__
     flat = Flat(network, leaves, layout)
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    pairs = [pair for leaf in leaves if isinstance(leaf, Texts) for pair in leaf.of_rows(slice(1))]
+    pairs = [leaf.of_rows(slice(1)) for leaf in leaves if isinstance(leaf, Texts)]
     example = [tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in given]  # 1 row would be traced as such
     model = read(flat, (*example, *pairs))
     assert flat.told.answer is not None, "tracing asks it"

@@ -235,7 +235,7 @@ class Painter(ABC):
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # unet.device walks all modules
 
     @cached_property
     def abilities(self) -> Abilities:
@@ -289,4 +289,4 @@ def own(tensor: Tensor, network: UNet2DConditionModel) -> Tensor:
 
     What is kept beside it (`gen.attention`) then goes when this object does, whoever else keeps the memory.
     """
-    return tensor.to(network.device, network.dtype)[:]
+    return tensor.to(network.conv_in.weight)[:]  # network.device and network.dtype walk all modules

@@ -80,11 +80,11 @@ class Levels(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 3)
+        self.layer, self.other = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 15), nn.Unflatten(1, (3, 5)))
 
     def forward(self, x: Tensor, unread: Tensor, t: Tensor) -> Tensor:
         waves = torch.cat([(1000 * t).sin(), (1000 * t).cos()], dim=1)
-        return x * self.layer(waves)[:, :, None]
+        return x * self.layer(waves)[:, :, None] + self.other(waves)
 
 
 def test_what_follows_from_a_level_is_a_part_of_its_own_and_nobody_is_given_what_is_not_read() -> None:
@@ -93,8 +93,9 @@ def test_what_follows_from_a_level_is_a_part_of_its_own_and_nobody_is_given_what
     levels, rest = cut_levels(read(network, (x, unread, t)), [1, 2])
     assert levels is not None and levels.reads == [2] and rest.reads == [0, 3]
     assert {"Sin", "Cos", "MatMul"} <= types(levels.model) and not {"Sin", "Cos", "MatMul"} & types(rest.model)
-    found = answers(levels.model, t)
-    torch.testing.assert_close(answers(rest.model, x, *found)[0], network(x, unread, t), atol=1e-5, rtol=1e-4)
+    (found,) = answers(levels.model, t)
+    assert len(rest.model.inputs) == 2, "what the levels say is handed over side by side"
+    torch.testing.assert_close(answers(rest.model, x, found)[0], network(x, unread, t), atol=1e-5, rtol=1e-4)
 
 
 def test_a_network_without_a_level_is_one_part() -> None:

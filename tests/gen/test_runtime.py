@@ -150,7 +150,7 @@ def test_a_level_is_computed_once_whoever_is_beside_it(installed: None, monkeypa
     levels.compiled = lambda arrays: asked.append(len(arrays[-1])) or compute(arrays)
 
     def told(*t: float) -> Tensor:
-        (found,) = levels([x[: len(t)].numpy(), np.array(t, np.float32)])
+        found = levels([x[: len(t)].numpy(), np.array(t, np.float32)])
         return torch.from_numpy(found).reshape(len(t), 3)
 
     first = told(3, 1, 3)
