@@ -6,6 +6,7 @@ operations are those of `cpp/openvino.cpp`.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -40,6 +41,7 @@ def operations() -> Any | None:
     except RuntimeError as error:
         logger.info("OpenVINO computes attention and group norms by its own kernels, not by ours: %s", error)
         return None
+    ctypes.CDLL(str(extension))  # never closed: what OpenVINO has made of it may outlive OpenVINO's own handle
     factory = NodeFactory()
     factory.add_extension(extension)
     return factory

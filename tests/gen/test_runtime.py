@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.tiny_karlo import make_tiny_karlo
 NEEDS_OPENVINO = pytest.mark.usefixtures("installed")
 CLOSE = 1e-4  # of the largest
 LEVEL = 1 / 255
+ROOT = Path(__file__).parents[2]
 MIXED = [
     Request(prompt="a star", num_images_per_prompt=3, seed=0, num_inference_steps=3, output_type="latent"),
     Request(prompt="red", seed=7, num_inference_steps=2, guidance_scale=1.0, prior=False, output_type="latent"),
@@ -241,6 +243,27 @@ def test_bfloat16_is_as_near_as_torchs_and_in_the_record(tiny_folder: Path, tiny
     for model in (tiny, half):
         with pytest.warns(UserWarning, match="was painted with runtime openvino, and this is torch"):
             model.repaint(record)
+
+
+PAINTED = "model('a red circle', num_images_per_prompt=2, num_inference_steps=1)"
+PAINTING = """
+import threading
+begun, engine = threading.Event(), model.engine()
+engine.start()
+request = gen.Request(prompt='a red circle', num_images_per_prompt=4, num_inference_steps=900)
+engine.submit(request, callback=lambda step: begun.set())
+begun.wait()"""
+
+
+@pytest.mark.parametrize("code", [PAINTED, PAINTING], ids=["has painted", "paints"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_process_ends_in_order(dtype: str, code: str, installed: None) -> None:
+    """Also while threads compute, and whatever the order in which our kernels and what reads them are let go of."""
+    if dtype == "bfloat16" and "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16")
+    load = f"import gen\nmodel = gen.TextToImage.from_pretrained('shapes64', dtype={dtype!r}, runtime='openvino')\n"
+    done = subprocess.run([sys.executable, "-c", load + code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
 
 
 def test_float32_is_alike_by_any_runtime(tiny: TextToImage, fast: TextToImage) -> None:
