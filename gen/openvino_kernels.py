@@ -59,6 +59,9 @@ def own_kernels(model: Any, threads: int) -> None:
         folding = Manager()
         folding.register_pass(ConstantFolding())  # of axes and shapes, some of which are worked out
         folding.run_passes(model)
+        for node in model.get_ops():
+            if node.get_type_name() == "Reshape" and node.get_input_shape(0) == node.get_output_shape(0):
+                put(node.output(0), node.input_value(0))
         own_attention(model, factory, threads)
         if threads == 1:  # more would have to be woken for each layer
             own_linears(model, factory)

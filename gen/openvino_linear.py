@@ -32,9 +32,10 @@ class Layer:
 
 
 def own_linears(model: Any, factory: Any) -> None:
-    """Every linear layer that fits, in place, with a layer norm before it and GEGLU or a sum behind it.
+    """Every linear layer that fits, in place, with a layer norm before it and GELU, GEGLU or a sum behind it.
 
-    `factory` knows our operations. One with an activation behind it is left to OpenVINO, which computes both in one.
+    `factory` knows our operations. One with another activation behind it is left to OpenVINO, which computes both in
+    one.
     """
     for node in model.get_ops():
         pair = gated(node)
@@ -43,17 +44,23 @@ def own_linears(model: Any, factory: Any) -> None:
     for node in model.get_ops():
         answer = whole(node.output(0)) if node.get_type_name() == "MatMul" else None
         layer = None if answer is None else layer_at(answer)
-        readers = [] if answer is None else [reader.get_node() for reader in answer.get_target_inputs()]
-        if layer is None or not layer.fits or any(reader.get_type_name() in FUSED for reader in readers):
+        if layer is None or not layer.fits:
             continue
-        beside = added(answer)
-        put(answer if beside is None else readers[0].output(0), own_linear(factory, layer, beside=beside))
+        readers = [reader.get_node() for reader in answer.get_target_inputs()]
+        active, beside = len(readers) == 1 and is_gelu(readers[0]), added(answer)
+        if active or beside is not None:
+            put(readers[0].output(0), own_linear(factory, layer, active=active, beside=beside))
+        elif not any(reader.get_type_name() in FUSED for reader in readers):
+            put(answer, own_linear(factory, layer))
 
 
-def own_linear(factory: Any, layer: Layer, gates: Layer | None = None, beside: Any | None = None) -> Any:
+def own_linear(
+    factory: Any, layer: Layer, gates: Layer | None = None, beside: Any | None = None, active: bool = False
+) -> Any:
     """Our operation in a layer's place, its answer (an openvino.Output) float32.
 
-    `gates`, of the same input, is what GEGLU multiplies by; `beside` an output that is added to the answer.
+    `gates`, of the same input, is what GEGLU multiplies by; `beside` an output that is added to the answer; `active`
+    says whether GELU is behind it.
     """
     from openvino import Type, opset13
 
@@ -72,7 +79,7 @@ def own_linear(factory: Any, layer: Layer, gates: Layer | None = None, beside: A
     tiles = weight.reshape(-1, 2, BESIDE, weight.shape[1] // ROW, ROW // 2, 2).transpose(0, 3, 1, 4, 2, 5)
     given = [lowered(each) for each in ([x] if beside is None else [x, beside])]
     packed = opset13.constant(np.ascontiguousarray(tiles), dtype=Type.bf16).output(0)
-    told = {"bias": bias.tolist(), "out": out, "gated": gates is not None}
+    told = {"bias": bias.tolist(), "out": out, "active": active, "gated": gates is not None}
     told |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
     answer = factory.create("AmxLinear", [given[0], packed, *given[1:]], told)
     return opset13.convert(answer, Type.f32).output(0)
@@ -95,11 +102,16 @@ def gated(node: Any) -> tuple[Layer, Layer] | None:
         return None
     for place in (0, 1):
         gelu, value = node.input_value(place).get_node(), layer_at(node.input_value(1 - place))
-        if gelu.get_type_name() == "Gelu" and gelu.get_attributes()["approximation_mode"] == "ERF":
+        if is_gelu(gelu):
             gates = layer_at(gelu.input_value(0))
             if value is not None and gates is not None and value.x == gates.x and len(value.bias) == len(gates.bias):
                 return value, gates
     return None
+
+
+def is_gelu(node: Any) -> bool:
+    """Whether it is GELU by the error function."""
+    return bool(node.get_type_name() == "Gelu" and node.get_attributes()["approximation_mode"] == "ERF")
 
 
 def layer_at(output: Any) -> Layer | None:

@@ -1,5 +1,5 @@
 // Linear layers in bfloat16 by AMX's tiles, and what stands around one in a transformer: before it a layer norm (Ba et al.
-// 2016) whose scale and shift are in the weights, behind it GEGLU (Shazeer 2020) or what is added to it. Inputs are read
+// 2016) whose scale and shift are in the weights, behind it GELU, GEGLU (Shazeer 2020) or what is added to it. Inputs are read
 // and answers written once; sums, norms and activations are float32.
 
 #include <immintrin.h>
@@ -20,8 +20,8 @@ struct Layer {
   int in, out;             // values of a row, multiples of 32 and 16
   const bfloat16* weight;  // tiles (pairs, in / 32, PAIR) of 16 pairs of inputs, each for 16 values of the answer
   const float* bias;       // of each value of the pairs, in their order
-  bool normed, gated;
-  float epsilon;  // of the norm
+  bool normed, active, gated;  // what stands before it and behind it: a norm, GELU, GEGLU
+  float epsilon;               // of the norm
 
   int per_pair() const { return gated ? LANES : PAIR * LANES; }
   int pairs() const { return (out + per_pair() - 1) / per_pair(); }
@@ -84,8 +84,10 @@ class Panel {  // PANEL rows of a layer
         const int here = std::min(2 * LANES, count - row);
         if (layer_.gated)
           gate(to + at, pair, here);
+        else if (layer_.active)
+          write<true>(nullptr, to + at, pair, here);
         else
-          write(beside ? beside + at : nullptr, to + at, pair, here);
+          write<false>(beside ? beside + at : nullptr, to + at, pair, here);
       }
   }
 
@@ -115,6 +117,7 @@ class Panel {  // PANEL rows of a layer
     _tile_stored(3, products_ + LANES * PAIR * LANES + LANES, step_of_products);
   }
 
+  template <bool ACTIVE>
   void write(const bfloat16* beside, bfloat16* to, int pair, int count) const {
     const __m512 first = _mm512_loadu_ps(layer_.bias + pair * PAIR * LANES);
     const __m512 second = _mm512_loadu_ps(layer_.bias + pair * PAIR * LANES + LANES);
@@ -123,6 +126,10 @@ class Panel {  // PANEL rows of a layer
       __m512 low = _mm512_add_ps(_mm512_load_ps(products_ + row * PAIR * LANES), first);
       __m512 high = _mm512_add_ps(_mm512_load_ps(products_ + row * PAIR * LANES + LANES), second);
       const int64_t at = int64_t(row) * layer_.out;
+      if (ACTIVE) {
+        low = gelu(low);
+        high = gelu(high);
+      }
       if (beside) {
         const __m512i both = _mm512_maskz_loadu_epi16(inside, beside + at);
         low = _mm512_add_ps(low, wide(_mm512_castsi512_si256(both)));

@@ -42,37 +42,53 @@ inline __m512 silu(__m512 x) {
 class Row {  // of a picture: places (of `channels` values each) one behind the other
  public:
   Row(int places, int channels, int groups, const float* scale, const float* shift, float epsilon, bool active)
-      : places_(places),
-        channels_(channels),
+      : folds_(folds(places, channels)),
+        places_(places / folds_),
+        channels_(channels * folds_),
         groups_(groups),
         scale_(scale),
-        shift_(shift),
         epsilon_(epsilon),
         active_(active),
-        mean_(channels),
-        spread_(channels),
-        factor_(channels) {}
+        mean_(channels_),
+        spread_(channels_),
+        factor_(channels_),
+        shift_(channels_) {
+    for (int i = 0; i < channels_; i++) shift_[i] = shift[i % channels];
+  }
 
   void compute(const bfloat16* from, bfloat16* to) {
     for (int first = 0; first < channels_; first += BESIDE * LANES) sum(from, first);
-    const int size = channels_ / groups_;
     for (int group = 0; group < groups_; group++) {
-      float* means = mean_.data() + group * size;
-      const float* spreads = spread_.data() + group * size;
       float mean = 0, apart = 0;
-      for (int i = 0; i < size; i++) mean += means[i] / size;
-      for (int i = 0; i < size; i++) apart += spreads[i] + (means[i] - mean) * (means[i] - mean);
-      const float share = 1 / std::sqrt(apart / size + epsilon_);
-      for (int i = 0; i < size; i++) {
-        means[i] = mean;
-        factor_[group * size + i] = share * scale_[group * size + i];
-      }
+      const int count = channels_ / groups_;
+      each_of(group, [&](int i) { mean += mean_[i] / count; });
+      each_of(group, [&](int i) { apart += spread_[i] + (mean_[i] - mean) * (mean_[i] - mean); });
+      const float share = 1 / std::sqrt(apart / count + epsilon_);
+      each_of(group, [&](int i) {
+        mean_[i] = mean;
+        factor_[i] = share * scale_[i % (channels_ / folds_)];
+      });
     }
     for (int first = 0; first < channels_; first += BESIDE * LANES)
       active_ ? write<true>(from, to, first) : write<false>(from, to, first);
   }
 
  private:
+  // Few channels leave registers empty, so some places count as one, of so many times the channels.
+  static int folds(int places, int channels) {
+    int count = 1;
+    while (2 * count * channels <= BESIDE * LANES && places % (2 * count) == 0) count *= 2;
+    return count;
+  }
+
+  // Tells every channel of a group, in all the places that count as one.
+  template <class Tell>
+  void each_of(int group, const Tell& tell) const {
+    const int channels = channels_ / folds_, size = channels / groups_;
+    for (int fold = 0; fold < folds_; fold++)
+      for (int i = 0; i < size; i++) tell(fold * channels + group * size + i);
+  }
+
   // Mean and variance of each of some channels.
   void sum(const bfloat16* from, int first) {
     __m512 start[BESIDE], sums[BESIDE], squares[BESIDE];
@@ -101,7 +117,7 @@ class Row {  // of a picture: places (of `channels` values each) one behind the 
     for (int i = 0; i < BESIDE; i++) {
       mean[i] = here(first, i).load(mean_.data());
       factor[i] = here(first, i).load(factor_.data());
-      shift[i] = here(first, i).load(shift_);
+      shift[i] = here(first, i).load(shift_.data());
     }
     for (int place = 0; place < places_; place++)
       for (int i = 0; i < BESIDE; i++) {
@@ -114,11 +130,11 @@ class Row {  // of a picture: places (of `channels` values each) one behind the 
 
   Channels here(int first, int i) const { return {first + i * LANES, channels_}; }
 
-  const int places_, channels_, groups_;
-  const float *scale_, *shift_;
+  const int folds_, places_, channels_, groups_;
+  const float* scale_;
   const float epsilon_;
   const bool active_;
-  std::vector<float> mean_, spread_, factor_;
+  std::vector<float> mean_, spread_, factor_, shift_;
 };
 
 // Rows of (places, channels), by so many threads.

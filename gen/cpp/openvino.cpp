@@ -143,13 +143,20 @@ class AmxLinear : public ov::op::Op {
   OPENVINO_OP("AmxLinear", "unclip");
 
   AmxLinear() = default;
-  AmxLinear(const ov::OutputVector& inputs, std::vector<float> bias, int64_t out, bool normed, float epsilon, bool gated)
-      : Op(inputs), bias_(std::move(bias)), out_(out), normed_(normed), epsilon_(epsilon), gated_(gated) {
+  AmxLinear(const ov::OutputVector& inputs, std::vector<float> bias, int64_t out, bool normed, float epsilon, bool active,
+            bool gated)
+      : Op(inputs),
+        bias_(std::move(bias)),
+        out_(out),
+        normed_(normed),
+        epsilon_(epsilon),
+        active_(active),
+        gated_(gated) {
     constructor_validate_and_infer_types();
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<AmxLinear>(inputs, bias_, out_, normed_, epsilon_, gated_);
+    return std::make_shared<AmxLinear>(inputs, bias_, out_, normed_, epsilon_, active_, gated_);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
@@ -157,6 +164,7 @@ class AmxLinear : public ov::op::Op {
     visitor.on_attribute("out", out_);
     visitor.on_attribute("normed", normed_);
     visitor.on_attribute("epsilon", epsilon_);
+    visitor.on_attribute("active", active_);
     visitor.on_attribute("gated", gated_);
     return true;
   }
@@ -172,7 +180,7 @@ class AmxLinear : public ov::op::Op {
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
     const auto at = [](const ov::Tensor& tensor) { return static_cast<const bfloat16*>(tensor.data()); };
     const int in = inputs[0].get_shape().back();
-    const linear::Layer layer{in, int(out_), at(inputs[1]), bias_.data(), normed_, gated_, epsilon_};
+    const linear::Layer layer{in, int(out_), at(inputs[1]), bias_.data(), normed_, active_, gated_, epsilon_};
     linear::compute(layer, at(inputs[0]), inputs.size() > 2 ? at(inputs[2]) : nullptr,
                     static_cast<bfloat16*>(outputs[0].data()), inputs[0].get_size() / in);
     return true;
@@ -183,7 +191,7 @@ class AmxLinear : public ov::op::Op {
   int64_t out_ = 1;
   bool normed_ = false;
   float epsilon_ = 0;
-  bool gated_ = false;
+  bool active_ = false, gated_ = false;
 };
 
 }  // namespace

@@ -112,7 +112,15 @@ def twice(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("behind", [None, F.silu, F.gelu, twice])
 @pytest.mark.parametrize(
-    "shape, groups", [((2, 64, 8, 8), 32), ((3, 40, 5, 7), 8), ((2, 24, 9), 4), ((5, 320, 4, 4), 32)]
+    "shape, groups",
+    [
+        ((2, 64, 8, 8), 32),
+        ((3, 40, 5, 7), 8),
+        ((2, 24, 9), 4),
+        ((5, 320, 4, 4), 32),
+        ((2, 16, 6, 6), 4),
+        ((2, 8, 3, 8), 8),
+    ],
 )
 def test_a_group_norm_is_ours_and_answers_the_same(
     groups: int, shape: tuple[int, ...], behind: Callable[[Tensor], Tensor] | None, threads: int
@@ -160,7 +168,8 @@ class Tokens(nn.Module):
         self.options = options
         self.norm = nn.LayerNorm(width) if options.get("normed") else nn.Identity()
         plain = nn.Linear(width, answers, options.get("bias", True))
-        self.layer = GEGLU(width, answers) if options.get("gated") else plain
+        active = nn.Sequential(plain, nn.GELU()) if options.get("active") else plain
+        self.layer = GEGLU(width, answers) if options.get("gated") else active
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.3)
 
@@ -182,6 +191,7 @@ def rounded(*shape: int) -> Tensor:
         ({}, True),
         ({"bias": False}, True),
         ({"normed": True}, False),
+        ({"normed": True, "active": True}, False),
         ({"normed": True, "gated": True}, False),
     ],
 )
