@@ -42,8 +42,10 @@ def own_linears(model: Any, factory: Any) -> None:
         if pair is not None and all(layer.fits for layer in pair):
             put(node.output(0), own_linear(factory, *pair))
     for node in model.get_ops():
-        answer = whole(node.output(0)) if node.get_type_name() == "MatMul" else None
-        layer = None if answer is None else layer_at(answer)
+        if node.get_type_name() != "MatMul":
+            continue
+        answer = whole(node.output(0))
+        layer = layer_at(answer)
         if layer is None or not layer.fits:
             continue
         readers = [reader.get_node() for reader in answer.get_target_inputs()]
