@@ -27,7 +27,13 @@ from report import RESULTS, markdown, save
 from training.provenance import provenance
 
 ATTENTION = "scaled_dot_product_attention"
-OURS = {"AmxAttention": "our attention", "GroupNormLast": "our group norm", "AmxLinear": "our linear layers"}
+LINEAR = "our linear layers"
+OURS = {
+    "AmxAttention": "our attention",
+    "AmxLinear": LINEAR,
+    "AmxFeedForward": LINEAR,
+    "GroupNormLast": "our group norm",
+}
 
 
 def call_of(model: TextToImage, rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

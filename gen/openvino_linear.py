@@ -41,7 +41,7 @@ def own_linears(model: Any, factory: Any) -> None:
         pair = gated(node)
         if pair is not None and all(layer.fits for layer in pair):
             put(node.output(0), own_linear(factory, *pair))
-    for node in model.get_ops():
+    for node in model.get_ordered_ops():  # what a layer reads before the layer
         if node.get_type_name() != "MatMul":
             continue
         answer = whole(node.output(0))
@@ -59,7 +59,7 @@ def own_linears(model: Any, factory: Any) -> None:
 def own_linear(
     factory: Any, layer: Layer, gates: Layer | None = None, beside: Any | None = None, active: bool = False
 ) -> Any:
-    """Our operation in a layer's place, its answer (an openvino.Output) float32.
+    """Our operation in the place of a layer and of the one that feeds it; its answer (an openvino.Output) is float32.
 
     `gates`, of the same input, is what GEGLU multiplies by; `beside` an output that is added to the answer; `active`
     says whether GELU is behind it.
@@ -70,7 +70,26 @@ def own_linear(
     if x.get_node().get_type_name() == "MVN" and is_last(x.get_node()):
         epsilon = x.get_node().get_attributes()["eps"]
         x = x.get_node().input_value(0)
-    out = len(layer.bias)
+    weight, bias = packed(layer, gates)
+    more = [] if beside is None else [lowered(beside)]
+    is_plain = epsilon is None and gates is None and not active
+    before = feeding(x) if is_plain else None
+    if before is None:
+        told = {"bias": bias, "out": len(layer.bias), "active": active, "gated": gates is not None}
+        told |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
+        answer = factory.create("AmxLinear", [lowered(x), weight, *more], told)
+    else:
+        first = before.get_attributes()
+        told = {name: first[name] for name in ("normed", "epsilon", "gated")}
+        told |= {"first": list(first["bias"]), "between": first["out"], "second": bias, "out": len(layer.bias)}
+        answer = factory.create("AmxFeedForward", [*before.input_values(), weight, *more], told)
+    return opset13.convert(answer, Type.f32).output(0)
+
+
+def packed(layer: Layer, gates: Layer | None) -> tuple[Any, list[float]]:
+    """A layer's weights as our kernel reads them (an openvino.Output), with those of its gates, and as many biases."""
+    from openvino import Type, opset13
+
     weight, bias = layer.weight, layer.bias
     if gates is not None:  # 16 values, then their gates
         weight = np.stack([each.weight.reshape(-1, BESIDE, weight.shape[1]) for each in (layer, gates)], 1)
@@ -79,12 +98,16 @@ def own_linear(
     missing = -len(weight) % (2 * BESIDE)  # two tiles are read beside each other
     weight, bias = np.pad(weight, ((0, missing), (0, 0))), np.pad(bias, (0, missing))
     tiles = weight.reshape(-1, 2, BESIDE, weight.shape[1] // ROW, ROW // 2, 2).transpose(0, 3, 1, 4, 2, 5)
-    given = [lowered(each) for each in ([x] if beside is None else [x, beside])]
-    packed = opset13.constant(np.ascontiguousarray(tiles), dtype=Type.bf16).output(0)
-    told = {"bias": bias.tolist(), "out": out, "active": active, "gated": gates is not None}
-    told |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
-    answer = factory.create("AmxLinear", [given[0], packed, *given[1:]], told)
-    return opset13.convert(answer, Type.f32).output(0)
+    return opset13.constant(np.ascontiguousarray(tiles), dtype=Type.bf16).output(0), bias.tolist()
+
+
+def feeding(x: Any) -> Any | None:
+    """Our layer with GELU or GEGLU behind it whose answer x is, where nothing else reads that; None: no such."""
+    layer = x.get_node().input_value(0).get_node() if x.get_node().get_type_name() == "Convert" else None
+    if layer is None or layer.get_type_name() != "AmxLinear" or len(x.get_target_inputs()) > 1:
+        return None
+    told = layer.get_attributes()
+    return layer if told["active"] or told["gated"] else None
 
 
 def lowered(output: Any) -> Any:

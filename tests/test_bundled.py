@@ -95,3 +95,11 @@ def test_assets_hold_nothing_else() -> None:
     assets = Path(FOLDER).parent
     assert {path.name for path in assets.iterdir()} == {"configs", "shapes64"}
     assert {path.suffix for path in (assets / "configs").rglob("*") if path.is_file()} == {".json"}
+
+
+def test_drafts_are_painted_by_a_network_of_their_own(model: TextToImage) -> None:
+    drafter = model.model.drafter
+    assert drafter is not None and drafter.num_inference_steps == 5
+    found = model("a red circle", num_images_per_prompt=8, keep=1, seed=0, search="draft")
+    painted = sum(each.painted for each in found.candidates)
+    assert painted < 8 and found.account.evaluations["decoder"] == 8 * 5 + painted * 20 * 2

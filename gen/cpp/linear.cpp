@@ -165,4 +165,17 @@ inline void compute(const Layer& layer, const bfloat16* from, const bfloat16* be
   }
 }
 
+// The same through two layers, of which `first` answers what `second` reads; that stays near.
+inline void compute(const Layer& first, const Layer& second, const bfloat16* from, const bfloat16* beside, bfloat16* to,
+                    int64_t rows) {
+  const Tiles tiles;
+  Panel one(first), other(second);
+  const auto between = room<bfloat16>(PANEL * first.out);
+  for (int64_t row = 0; row < rows; row += PANEL) {
+    const int count = std::min<int64_t>(PANEL, rows - row);
+    one.compute(from + row * first.in, nullptr, between.get(), count);
+    other.compute(between.get(), beside ? beside + row * second.out : nullptr, to + row * second.out, count);
+  }
+}
+
 }  // namespace linear

@@ -194,8 +194,70 @@ class AmxLinear : public ov::op::Op {
   bool active_ = false, gated_ = false;
 };
 
+// Two of them, of which the first has GELU or GEGLU behind it and the second none and no norm: the feed-forward network of
+// a transformer. The second input are the weights of the first, the third those of the second, the fourth is added.
+class AmxFeedForward : public ov::op::Op {
+ public:
+  OPENVINO_OP("AmxFeedForward", "unclip");
+
+  AmxFeedForward() = default;
+  AmxFeedForward(const ov::OutputVector& inputs, std::vector<float> first, std::vector<float> second, int64_t between,
+                 int64_t out, bool normed, float epsilon, bool gated)
+      : Op(inputs),
+        first_(std::move(first)),
+        second_(std::move(second)),
+        between_(between),
+        out_(out),
+        normed_(normed),
+        epsilon_(epsilon),
+        gated_(gated) {
+    constructor_validate_and_infer_types();
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<AmxFeedForward>(inputs, first_, second_, between_, out_, normed_, epsilon_, gated_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("first", first_);
+    visitor.on_attribute("second", second_);
+    visitor.on_attribute("between", between_);
+    visitor.on_attribute("out", out_);
+    visitor.on_attribute("normed", normed_);
+    visitor.on_attribute("epsilon", epsilon_);
+    visitor.on_attribute("gated", gated_);
+    return true;
+  }
+
+  void validate_and_infer_types() override {
+    ov::PartialShape answer = get_input_partial_shape(0);
+    answer[answer.size() - 1] = out_;
+    set_output_type(0, get_input_element_type(0), answer);
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const auto at = [](const ov::Tensor& tensor) { return static_cast<const bfloat16*>(tensor.data()); };
+    const int in = inputs[0].get_shape().back(), between = between_, out = out_;
+    const linear::Layer first{in, between, at(inputs[1]), first_.data(), normed_, !gated_, gated_, epsilon_};
+    const linear::Layer second{between, out, at(inputs[2]), second_.data(), false, false, false, 0};
+    linear::compute(first, second, at(inputs[0]), inputs.size() > 3 ? at(inputs[3]) : nullptr,
+                    static_cast<bfloat16*>(outputs[0].data()), inputs[0].get_size() / in);
+    return true;
+  }
+
+ private:
+  std::vector<float> first_, second_;  // biases
+  int64_t between_ = 1, out_ = 1;
+  bool normed_ = false;
+  float epsilon_ = 0;
+  bool gated_ = false;
+};
+
 }  // namespace
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<AmxAttention>>(),
                                                             std::make_shared<ov::OpExtension<GroupNormLast>>(),
-                                                            std::make_shared<ov::OpExtension<AmxLinear>>()}));
+                                                            std::make_shared<ov::OpExtension<AmxLinear>>(),
+                                                            std::make_shared<ov::OpExtension<AmxFeedForward>>()}));

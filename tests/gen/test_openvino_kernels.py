@@ -256,6 +256,37 @@ def test_gelu_far_from_zero_and_of_what_is_no_number() -> None:
     assert spoilt[3].all() and spoilt.sum() == 32
 
 
+@pytest.mark.parametrize("rows", [(2, 64), (1, 5), (70,)])
+@pytest.mark.parametrize("width, between, answers", [(32, 96, 16), (128, 512, 128)])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("has_beside", [True, False])
+def test_a_feed_forward_network_is_one(
+    rows: tuple[int, ...], width: int, between: int, answers: int, gated: bool, has_beside: bool
+) -> None:
+    torch.manual_seed(0)
+    first = Tokens(width, between, normed=True, **{"gated" if gated else "active": True})
+    layer = Two(first, nn.Linear(between, answers))
+    given = (rounded(*rows, width), *([rounded(*rows, answers)] if has_beside else []))
+    model = read(layer, given)
+    drop_ones(model)
+    cut_layers(model)
+    fold_norms(model)
+    model.reshape({place: list(each.shape) for place, each in enumerate(given)})
+    own_kernels(model, threads=1)
+    kinds = types(model)
+    assert "AmxFeedForward" in kinds and not {"AmxLinear", "MatMul", "MVN", "Gelu", "Multiply", "Add"} & set(kinds)
+    assert error(model, layer, given) < 8e-3
+
+
+class Two(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor, *beside: Tensor) -> Tensor:
+        return sum(beside, self.second(self.first(x)))
+
+
 class Block(nn.Module):
     """A transformer's block whose every part is ours."""
 
@@ -280,7 +311,8 @@ def test_what_one_of_ours_answers_another_reads_as_it_is() -> None:
     model.reshape(list(x.shape))
     own_kernels(model, threads=1)
     kinds = types(model)
-    assert kinds.count("AmxLinear") == 4, "queries, keys and values are one; their answer; GEGLU; what is behind it"
+    assert kinds.count("AmxLinear") == 2, "queries, keys and values are one; their answer"
+    assert kinds.count("AmxFeedForward") == 1, "GEGLU and what is behind it"
     assert kinds.count("AmxAttention") == 1 and not {"MatMul", "MVN", "Add", "Transpose"} & set(kinds)
     computed = [node for node in model.get_ops() if node.get_type_name() == "Convert"]
     assert len([node for node in computed if node.input_value(0).get_node().get_type_name() != "Constant"]) == 2
