@@ -69,7 +69,7 @@ def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str
 def kind_of(operation: Any) -> str:
     """What an operation of a profile does: ours, attention between cells, to the text, or by OpenVINO's own name."""
     if operation.node_type == "Reference":
-        return next(told for kind, told in OURS.items() if operation.node_name.startswith(kind))
+        return next((told for kind, told in OURS.items() if operation.node_name.startswith(kind)), "Reference")
     if ATTENTION in operation.node_name and operation.node_type == "Subgraph":
         return "attention to the text" if ".attn2" in operation.node_name else "attention of a picture to itself"
     return str(operation.node_type)

@@ -39,7 +39,7 @@ def operations() -> Any | None:
             raise RuntimeError(f"{there} has no libopenvino.so")
         extension = built("openvino.cpp", [*amx.FLAGS, f"-I{there / 'include'}", str(library)])
     except RuntimeError as error:
-        logger.info("OpenVINO computes attention and group norms by its own kernels, not by ours: %s", error)
+        logger.info("OpenVINO computes by its own kernels alone, not by ours: %s", error)
         return None
     ctypes.CDLL(str(extension))  # never closed: what OpenVINO has made of it may outlive OpenVINO's own handle
     factory = NodeFactory()
@@ -87,8 +87,8 @@ def own_attention(model: Any, factory: Any, threads: int) -> None:
         layers = [layer_at(before(each, "Reshape")) for each in read]
         scale = node.get_input_shape(0)[3] ** -0.5 if node.get_input_size() < 5 else number(node.input_value(4))
         told = {"turned": [int(each) for each in turned], "scale": scale, "threads": threads}
-        if threads == 1 and all(turned) and is_one(layers):
-            rows, _, heads, size = read[0].get_shape()
+        rows, heads, _, size = node.get_input_shape(0)
+        if threads == 1 and all(turned) and is_one(layers, heads * size):
             together = own_linear(factory, joined([each for each in layers if each is not None]))
             read = [opset13.reshape(together, np.array([rows, -1, 3, heads, size]), special_zero=False).output(0)]
         attention = factory.create("AmxAttention", [lowered(each) for each in read], told)
@@ -104,9 +104,9 @@ def before(output: Any, *moves: str) -> Any:
     return output
 
 
-def is_one(layers: Sequence[Layer | None]) -> bool:
-    """Whether these are layers of one input that our kernel computes."""
-    found = [each for each in layers if each is not None and each.fits]
+def is_one(layers: Sequence[Layer | None], width: int) -> bool:
+    """Whether these are layers of one input that our kernel computes, each of so many values."""
+    found = [each for each in layers if each is not None and each.fits and len(each.bias) == width]
     return len(found) == len(layers) and all(each.x == found[0].x for each in found)
 
 
@@ -137,9 +137,9 @@ def own_norms(model: Any, factory: Any, threads: int) -> None:
         told = {name: node.get_attributes()[key] for name, key in (("groups", "num_groups"), ("epsilon", "epsilon"))}
         told |= {name: data.ravel().tolist() for name, data in zip(("scale", "shift"), weights, strict=True)}
         rank = len(x.get_shape())
-        turned = lowered(opset13.transpose(x, np.array([0, *range(2, rank), 1])).output(0))
+        turned = opset13.convert(opset13.transpose(x, np.array([0, *range(2, rank), 1])), Type.bf16)
         told |= {"active": active, "threads": threads}
-        normed = opset13.convert(factory.create("GroupNormLast", [turned], told), Type.f32)
+        normed = opset13.convert(factory.create("GroupNormLast", [turned.output(0)], told), Type.f32)
         answer = opset13.transpose(normed, np.array([0, rank - 1, *range(1, rank - 1)]))
         put(last.output(0), answer.output(0))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import constant, put, weight_of
+from gen.openvino_model import constant, is_bias, put, weight_of
 
 ROW, BESIDE = 32, 16  # bfloat16 in a row of AMX's tiles, and what of an answer a tile of weights is for
 FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer
@@ -50,9 +50,10 @@ def own_linears(model: Any, factory: Any) -> None:
             continue
         readers = [reader.get_node() for reader in answer.get_target_inputs()]
         active, beside = len(readers) == 1 and is_gelu(readers[0]), added(answer)
+        kinds = [reader.get_type_name() for reader in readers]
         if active or beside is not None:
             put(readers[0].output(0), own_linear(factory, layer, active=active, beside=beside))
-        elif not any(reader.get_type_name() in FUSED for reader in readers):
+        elif not FUSED & set(kinds) and kinds != ["Multiply", "Multiply"]:  # x and sigmoid(1.702 x), OpenAI's GELU
             put(answer, own_linear(factory, layer))
 
 
@@ -150,7 +151,7 @@ def layer_at(output: Any) -> Layer | None:
             return None
         bias, node = constants[0], rest[0].get_node()
     weight = weight_of(node, node.input_value(0)) if node.get_type_name() == "MatMul" else None
-    if weight is None or (bias is not None and bias.size not in (1, len(weight))):
+    if weight is None or (bias is not None and not is_bias(bias, node.output(0), len(weight))):
         return None
     told = np.zeros(1) if bias is None else bias.ravel()
     return Layer(node.input_value(0), weight.astype(np.float32), np.broadcast_to(told, len(weight)).astype(np.float32))

@@ -57,13 +57,13 @@ class Part:
 def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]:
     """A model (openvino.Model) in two: what follows from a row's level and vectors alone, and the rest, given that.
 
-    `vectors` are the places of the parameters that say these; the first part is None where there are none. The rest
-    reads the model's parameters, then all that the first part says, side by side (B, ...). In a UNet that is the time
-    embedding (Ho et al. 2020), that of a class or of sizes beside it, and what each residual block makes of them: few
-    numbers, the same for all rows of a step, and in bfloat16 the phase of a level near 1000 would be off by whole
-    radians.
+    `vectors` are the places of the parameters that say these; the first part is None where there are none, or where
+    what follows from them has no known size, such as a vector itself that is only shaped. The rest reads the model's
+    parameters, then all that the first part says, side by side (B, ...). In a UNet that is the time embedding (Ho et
+    al. 2020), that of a class or of sizes beside it, and what each residual block makes of them: few numbers, the same
+    for all rows of a step, and in bfloat16 the phase of a level near 1000 would be off by whole radians.
     """
-    from openvino import opset13
+    from openvino import Type, opset13
 
     results = [each.input_value(0) for each in model.get_results()]
     reads: dict[str, set[str]] = {}  # by a node's name, what it follows from: a level, a picture, both or neither
@@ -86,6 +86,12 @@ def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]
     ]
     if not cuts:
         return None, Part.of(model, results, model.get_parameters())
+    is_known = [
+        all(size.is_static for size in list(each.get_partial_shape())[1:]) and each.get_element_type() == Type.f32
+        for each in cuts
+    ]
+    if not all(is_known):
+        return None, Part.of(model, results, model.get_parameters())
     shapes = [[size.get_length() for size in list(each.get_partial_shape())[1:]] for each in cuts]
     sizes = [math.prod(shape) for shape in shapes]
     given = opset13.parameter([-1, sum(sizes)], np.float32)
@@ -106,7 +112,8 @@ def drop_ones(model: Any) -> None:
             given = [node.input_value(place) for place in (0, 1)]
             for factor, other in (given, given[::-1]):
                 data = constant(factor)
-                if data is not None and data.size == 1 and data == 1 and constant(other) is None:
+                rank = other.get_partial_shape().rank.get_length()
+                if data is not None and data.size == 1 and data == 1 and data.ndim <= rank and constant(other) is None:
                     put(node.output(0), other)
 
 
@@ -191,7 +198,7 @@ def fold_norms(model: Any) -> None:
             product = opset13.matmul(node.output(0), opset13.constant(weight * scale), False, True)
             bias = (weight.astype(np.float64) @ shift).astype(np.float32)
             behind = constant_behind(reader.output(0), "Add")
-            has_bias = behind is not None and behind[1].size in (1, len(weight))
+            has_bias = behind is not None and is_bias(behind[1], reader.output(0), len(weight))
             whole, before = behind if behind is not None and has_bias else (reader.output(0), np.zeros(1))
             answer = opset13.add(product, opset13.constant(bias + np.ravel(before).astype(np.float32)))
             put(whole, answer.output(0))
@@ -222,6 +229,12 @@ def weight_of(node: Any, x: Any) -> np.ndarray | None:
         return None
     weight = constant(node.input_value(1))
     return weight if weight is not None and weight.ndim == 2 else None
+
+
+def is_bias(data: np.ndarray, product: Any, width: int) -> bool:
+    """Whether a constant is one number for each value of a layer's answer, or one for all of them, in every row."""
+    fits = data.size == 1 or data.shape[-1] == data.size == width
+    return bool(fits and data.ndim <= product.get_partial_shape().rank.get_length())
 
 
 def linear_of(node: Any) -> tuple[Any, np.ndarray, np.ndarray] | None:

@@ -71,6 +71,7 @@ class Answering:
     network: nn.Module
     precision: str  # in OpenVINO's words
     read: dict[Hashable, Converted] = field(default_factory=dict)  # by what tells calls apart but for their rows
+    workers: list[ThreadPoolExecutor] = field(default_factory=list)  # one thread each: a stream's, whatever is compiled
     _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +92,9 @@ class Answering:
             of = None if texts is None else texts.of
             sizes = SIZES if given[0][0].numel() <= SMALL else LARGE_SIZES
             pieces = list(pieces_of(rows, of, sizes, streams_of(rows, torch.get_num_threads())))
-            answers = converted.ask(given, texts, pieces)
+            while len(self.workers) < min(len(pieces), torch.get_num_threads()):
+                self.workers.append(ThreadPoolExecutor(1, f"unclip-openvino-{len(self.workers)}"))
+            answers = converted.ask(given, texts, pieces, self.workers)
         return tree_unflatten(answers, converted.answer)
 
 
@@ -187,8 +190,18 @@ class Converted:
     precision: str  # in OpenVINO's words
     requests: dict[tuple[int, bool, int], list[Any]] = field(default_factory=dict)  # openvino.InferRequest, by stream
 
-    def ask(self, given: Sequence[Tensor], texts: Texts | None, pieces: Sequence[Piece]) -> list[Tensor]:
-        """What it answers to rows that are cut into these pieces, several at a time (`streams_of`)."""
+    def ask(
+        self,
+        given: Sequence[Tensor],
+        texts: Texts | None,
+        pieces: Sequence[Piece],
+        workers: Sequence[ThreadPoolExecutor],
+    ) -> list[Tensor]:
+        """What it answers to rows that are cut into these pieces, several at a time (`streams_of`).
+
+        They wake sooner than OpenVINO's own threads, by a tenth of a small call. A stream of a compiled model belongs
+        to the thread that first asks in it, so `workers` are always the same, one for each stream at least.
+        """
         arrays = [tensor.contiguous().numpy() for tensor in given]
         levels = None if self.levels is None else self.levels(arrays)
         streams = streams_of(len(pieces), torch.get_num_threads())
@@ -203,11 +216,15 @@ class Converted:
             left = iter(list(zip(alike, inputs, strict=True)))  # each is taken by whoever is free
             running: list[Future[None]] = []
             try:
-                for place, request in enumerate(requests):
-                    running.append(worker(place).submit(fill, answers, request, left))
+                for request, worker in zip(requests, workers, strict=False):
+                    try:
+                        running.append(worker.submit(fill, answers, request, left))
+                    except RuntimeError:  # the interpreter is ending, and its threads take nothing any more
+                        fill(answers, request, left)
                 for each in running:
                     each.result()
             finally:  # also on Ctrl-C: what runs reads arrays of this call
+                list(left)  # and nothing else begins
                 wait(running)
         return [torch.from_numpy(each) for each in answers]
 
@@ -262,15 +279,6 @@ def compiled(
     return core().compile_model(model, "CPU", hints)
 
 
-@cache
-def worker(place: int) -> ThreadPoolExecutor:
-    """A thread that computes pieces, beside others; it wakes sooner than OpenVINO's own, by a tenth of a small call.
-
-    A stream of a compiled model belongs to the thread that first asks in it, so these are always the same.
-    """
-    return ThreadPoolExecutor(1, f"unclip-openvino-{place}")
-
-
 def fill(answers: Sequence[np.ndarray], request: Any, left: Iterator[tuple[slice, Sequence[Any]]]) -> None:
     """Compute pieces for as long as some are left: which rows of the answers, and what is given for them."""
     for at, given in left:
@@ -315,6 +323,7 @@ def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precisi
     flat = Flat(network, leaves, layout)
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     pairs = [leaf.of_rows(slice(1)) for leaf in leaves if isinstance(leaf, Texts)]
+    assert len(pairs) <= 1, "pictures seen beside the text are refused"
     example = [tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in given]  # 1 row would be traced as such
     model = read(flat, (*example, *pairs))
     assert flat.told.answer is not None, "tracing asks it"

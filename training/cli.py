@@ -32,7 +32,8 @@ def train(
     """Train a part from a recipe, going on from its newest checkpoint.
 
     Bundled recipes, in training/recipes: shapes64_clip, shapes64_vae, shapes64_vae_decoder, shapes64_prior,
-    shapes64_decoder, shapes64_draft, shapes64_bundle. Ctrl-C writes a checkpoint; the same command goes on from it.
+    shapes64_decoder, shapes64_draft, shapes64_draft_lora, shapes64_bundle. Ctrl-C writes a checkpoint; the same
+    command goes on from it.
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r} is unknown; choose from: {', '.join(PARTS)}")

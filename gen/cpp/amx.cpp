@@ -30,6 +30,7 @@ constexpr float CUT = 1.0028f;
 // to (16 x 16, float32) = sum over `count` of left (16 rows of 32) times right (16 pairs of rows, each 16 lanes wide).
 inline void product(float* to, const bfloat16* left, int64_t left_step, const bfloat16* right, int64_t right_step,
                     int count) {
+  all_is_written();
   _tile_zero(0);
   for (int i = 0; i < count; i++) {
     _tile_loadd(1, left + i * left_step, 64);

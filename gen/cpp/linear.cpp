@@ -94,6 +94,7 @@ class Panel {  // PANEL rows of a layer
  private:
   // products_: 32 rows times a pair of tiles of weights. Rows behind the last are what was there before.
   void multiply(const bfloat16* rows, int pair) {
+    all_is_written();
     const int depths = layer_.in / DEPTH, step = layer_.in * sizeof(bfloat16);
     const bfloat16* weight = layer_.weight + int64_t(pair) * depths * PAIR * TILE;
     _tile_zero(0);

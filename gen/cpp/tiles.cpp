@@ -23,8 +23,8 @@ struct alignas(64) TileConfig {
 class Tiles {
  public:
   Tiles() {
+    static const TileConfig config;
     _tile_storeconfig(&before_);
-    const TileConfig config;
     _tile_loadconfig(&config);
   }
   ~Tiles() { before_.palette ? _tile_loadconfig(&before_) : _tile_release(); }
@@ -32,6 +32,9 @@ class Tiles {
  private:
   TileConfig before_;
 };
+
+// Some compilers do not know what a tile is loaded from; before this all of it is written.
+inline void all_is_written() { __asm__ volatile("" ::: "memory"); }
 
 // Memory that a register or a tile is read from in one go.
 struct Free {

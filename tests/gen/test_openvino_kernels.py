@@ -54,6 +54,8 @@ def drawn(size: int, turned: bool) -> tuple[Tensor, ...]:
 
 def changed(layer: nn.Module, given: tuple[Tensor, ...], threads: int = 1) -> Any:
     model = read(layer, given)
+    for change in (drop_ones, cut_layers, fold_norms):
+        change(model)
     model.reshape({place: list(each.shape) for place, each in enumerate(given)})
     own_kernels(model, threads)
     return model
@@ -165,7 +167,6 @@ class Tokens(nn.Module):
 
     def __init__(self, width: int, answers: int, **options: bool) -> None:
         super().__init__()
-        self.options = options
         self.norm = nn.LayerNorm(width) if options.get("normed") else nn.Identity()
         plain = nn.Linear(width, answers, options.get("bias", True))
         active = nn.Sequential(plain, nn.GELU()) if options.get("active") else plain
@@ -201,12 +202,7 @@ def test_a_linear_layer_is_ours_with_what_stands_around_it(
     torch.manual_seed(0)
     layer = Tokens(width, answers, **options)
     given = (rounded(*rows, width), *([rounded(*rows, answers)] if has_beside else []))
-    model = read(layer, given)
-    drop_ones(model)
-    cut_layers(model)
-    fold_norms(model)
-    model.reshape({place: list(each.shape) for place, each in enumerate(given)})
-    own_kernels(model, threads=1)
+    model = changed(layer, given)
     kinds = types(model)
     assert kinds.count("AmxLinear") == 1 and not {"MatMul", "MVN", "Gelu", "Multiply", "Add"} & set(kinds)
     assert error(model, layer, given) < 6e-3
@@ -232,6 +228,60 @@ def test_a_layer_with_an_activation_behind_it_stays_and_one_that_two_read_is_our
     assert "AmxLinear" in types(model) and error(model, layer, given) < 6e-3
 
 
+class Odd(nn.Module):
+    """Layers beside what looks like their norm, bias, sum or activation, and is none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer, self.other = kind, nn.Linear(32, 32, bias=False), nn.Linear(32, 32)
+        self.both = nn.LayerNorm([32, 32], elementwise_affine=False)
+        self.rows = nn.Parameter(rounded(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "a number for each row":
+            return self.layer(x) + self.rows
+        if self.kind == "a norm over rows":
+            return self.layer(self.both(x))
+        if self.kind == "another GELU":
+            return F.gelu(self.other(x), approximate="tanh")
+        if self.kind == "a sum of one row":
+            return self.other(x) + x.mean(1, keepdim=True)
+        if self.kind == "another layer's answer":
+            return self.layer(x) + self.other(x)
+        if self.kind == "GELU that two read":
+            active = F.gelu(self.other(x))
+            return self.layer(active) * active
+        if self.kind == "OpenAI's GELU":
+            answer = self.other(x)
+            return answer * torch.sigmoid(1.702 * answer)
+        query, key, value = (
+            layer(x).view(2, 64, 2, 8).transpose(1, 2) for layer in (self.layer, self.other, self.layer)
+        )
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(2, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "kind, ours",
+    [
+        ("a number for each row", 1),
+        ("a norm over rows", 1),
+        ("another GELU", 0),
+        ("a sum of one row", 1),
+        ("another layer's answer", 2),
+        ("GELU that two read", 2),
+        ("OpenAI's GELU", 0),
+        ("heads across rows", 2),
+    ],
+)
+@torch.no_grad()
+def test_what_only_looks_like_a_part_of_a_layer_is_computed_as_it_is(kind: str, ours: int) -> None:
+    torch.manual_seed(0)
+    layer, x = Odd(kind), rounded(2, 32, 32)
+    model = changed(layer, (x,))
+    assert types(model).count("AmxLinear") == ours and "AmxFeedForward" not in types(model)
+    assert error(model, layer, (x,)) < 1e-2
+
+
 def test_gelu_far_from_zero_and_of_what_is_no_number() -> None:
     """Values of one, gates that are the input: GEGLU is GELU."""
     layer = GEGLU(32, 32)
@@ -241,11 +291,7 @@ def test_gelu_far_from_zero_and_of_what_is_no_number() -> None:
         layer.proj.bias[:32] = 1
         layer.proj.weight[32:] = torch.eye(32)
     x = torch.linspace(-12, 12, 64 * 32).reshape(64, 32).bfloat16().float()
-    model = read(layer, (x,))
-    drop_ones(model)
-    cut_layers(model)
-    model.reshape([64, 32])
-    own_kernels(model, threads=1)
+    model = changed(layer, (x,))
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     assert "AmxLinear" in types(model)
     (found,) = compiled([x.numpy()]).values()
@@ -267,12 +313,7 @@ def test_a_feed_forward_network_is_one(
     first = Tokens(width, between, normed=True, **{"gated" if gated else "active": True})
     layer = Two(first, nn.Linear(between, answers))
     given = (rounded(*rows, width), *([rounded(*rows, answers)] if has_beside else []))
-    model = read(layer, given)
-    drop_ones(model)
-    cut_layers(model)
-    fold_norms(model)
-    model.reshape({place: list(each.shape) for place, each in enumerate(given)})
-    own_kernels(model, threads=1)
+    model = changed(layer, given)
     kinds = types(model)
     assert "AmxFeedForward" in kinds and not {"AmxLinear", "MatMul", "MVN", "Gelu", "Multiply", "Add"} & set(kinds)
     assert error(model, layer, given) < 8e-3
@@ -304,12 +345,7 @@ class Block(nn.Module):
 def test_what_one_of_ours_answers_another_reads_as_it_is() -> None:
     torch.manual_seed(0)
     layer, x = Block(64, 4).eval(), rounded(3, 20, 64)
-    model = read(layer, (x,))
-    drop_ones(model)
-    cut_layers(model)
-    fold_norms(model)
-    model.reshape(list(x.shape))
-    own_kernels(model, threads=1)
+    model = changed(layer, (x,))
     kinds = types(model)
     assert kinds.count("AmxLinear") == 2, "queries, keys and values are one; their answer"
     assert kinds.count("AmxFeedForward") == 1, "GEGLU and what is behind it"

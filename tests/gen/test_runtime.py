@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,26 @@ def test_rows_that_read_one_text_share_its_keys_and_values() -> None:
     assert kinds([0] * 16 + [1] * 16) == [(16, True), (16, True)]
     assert kinds([0, 1]) == [(1, True), (1, True)]
     assert kinds([*range(32)]) == [(16, False), (16, False)]
+
+
+@torch.no_grad()
+def test_a_piece_that_fails_ends_the_call_and_the_next_one_is_right(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, x = nn.Linear(3, 5), torch.randn(160, 3, generator=torch.Generator().manual_seed(0))
+    wanted, taken = network(x), []
+    openvino_runtime.run_by_openvino(network, torch.float32)
+
+    def failing(answers: object, request: object, left: Iterator[object]) -> None:
+        taken.append(next(left))
+        raise ValueError("of one piece")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(openvino_runtime, "fill", failing)
+        with pytest.raises(ValueError, match="of one piece"):
+            network(x)
+    assert 1 <= len(taken) <= torch.get_num_threads(), "no other piece begins"
+    torch.testing.assert_close(network(x), wanted)
 
 
 @torch.no_grad()
@@ -255,7 +275,13 @@ engine.submit(request, callback=lambda step: begun.set())
 begun.wait()"""
 
 
-@pytest.mark.parametrize("code", [PAINTED, PAINTING], ids=["has painted", "paints"])
+PAINTS_ON = f"""
+import threading, time
+{PAINTED}
+threading.Thread(target=lambda: (time.sleep(1), {PAINTED})).start()"""
+
+
+@pytest.mark.parametrize("code", [PAINTED, PAINTING, PAINTS_ON], ids=["has painted", "paints", "paints on"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_process_ends_in_order(dtype: str, code: str, installed: None) -> None:
     """Also while threads compute, and whatever the order in which our kernels and what reads them are let go of."""
