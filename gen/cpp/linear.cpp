@@ -30,15 +30,17 @@ struct Layer {
 inline __m512 wide(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 inline __m512 wide(const bfloat16* at) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
 
-// x times the normal distribution's share below it: Hendrycks & Gimpel 2016, by the error function of Abramowitz & Stegun
-// 1964, 7.1.25, which is right to 2.5e-5.
+// x times the normal distribution's share below it (Hendrycks & Gimpel 2016), to 1e-4. The share is a half and an odd polynomial
+// of degree 15 up to 4.2 from zero, fitted by least squares to be all and nothing there, and the same beyond.
 inline __m512 gelu(__m512 x) {
-  const __m512 size = _mm512_abs_ps(x);
-  const __m512 t = _mm512_rcp14_ps(_mm512_fmadd_ps(size, _mm512_set1_ps(0.47047f * 0.70710678f), _mm512_set1_ps(1)));
-  const __m512 power = power_of_two(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * 1.44269504f)), 0.5f);
-  __m512 y = _mm512_fmadd_ps(t, _mm512_set1_ps(0.7478556f), _mm512_set1_ps(-0.0958798f));
-  y = _mm512_mul_ps(_mm512_fmadd_ps(y, t, _mm512_set1_ps(0.3480242f)), t);
-  return _mm512_fnmadd_ps(_mm512_mul_ps(size, y), power, _mm512_max_ps(x, _mm512_setzero_ps()));
+  constexpr float END = 4.2f;
+  constexpr float SHARES[] = {-8.71319628e-10f, 7.71800543e-08f,  -2.97145266e-06f, 6.58632489e-05f,
+                              -9.41908453e-04f, 9.25822463e-03f, -6.54408410e-02f, 3.98400307e-01f};
+  const __m512 near = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(END)), _mm512_set1_ps(-END));
+  const __m512 square = _mm512_mul_ps(near, near);
+  __m512 share = _mm512_set1_ps(SHARES[0]);
+  for (int i = 1; i < 8; i++) share = _mm512_fmadd_ps(share, square, _mm512_set1_ps(SHARES[i]));
+  return _mm512_mul_ps(x, _mm512_fmadd_ps(near, share, _mm512_set1_ps(0.5f)));
 }
 
 // A row without its mean, over its deviation.
