@@ -136,22 +136,41 @@ class GroupNormLast : public ov::op::Op {
   int64_t threads_ = 1;
 };
 
+const bfloat16* values_of(const ov::Tensor& tensor) { return static_cast<const bfloat16*>(tensor.data()); }
+
+// What answers bfloat16 (..., in) by (..., out), row by row.
+class RowByRow : public ov::op::Op {
+ public:
+  using Op::Op;
+
+  void validate_and_infer_types() override {
+    ov::PartialShape answer = get_input_partial_shape(0);
+    answer[answer.size() - 1] = out_;
+    set_output_type(0, get_input_element_type(0), answer);
+  }
+
+  bool has_evaluate() const override { return true; }
+
+ protected:
+  int64_t out_ = 1;
+};
+
 // Of bfloat16 (..., in) to (..., out); the second input are the weights as `linear::Layer` has them, the third, where there
 // is one, is added to the answer.
-class AmxLinear : public ov::op::Op {
+class AmxLinear : public RowByRow {
  public:
   OPENVINO_OP("AmxLinear", "unclip");
 
   AmxLinear() = default;
   AmxLinear(const ov::OutputVector& inputs, std::vector<float> bias, int64_t out, bool normed, float epsilon, bool active,
             bool gated)
-      : Op(inputs),
+      : RowByRow(inputs),
         bias_(std::move(bias)),
-        out_(out),
         normed_(normed),
         epsilon_(epsilon),
         active_(active),
         gated_(gated) {
+    out_ = out;
     constructor_validate_and_infer_types();
   }
 
@@ -169,26 +188,16 @@ class AmxLinear : public ov::op::Op {
     return true;
   }
 
-  void validate_and_infer_types() override {
-    ov::PartialShape answer = get_input_partial_shape(0);
-    answer[answer.size() - 1] = out_;
-    set_output_type(0, get_input_element_type(0), answer);
-  }
-
-  bool has_evaluate() const override { return true; }
-
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    const auto at = [](const ov::Tensor& tensor) { return static_cast<const bfloat16*>(tensor.data()); };
     const int in = inputs[0].get_shape().back();
-    const linear::Layer layer{in, int(out_), at(inputs[1]), bias_.data(), normed_, active_, gated_, epsilon_};
-    linear::compute(layer, at(inputs[0]), inputs.size() > 2 ? at(inputs[2]) : nullptr,
+    const linear::Layer layer{in, int(out_), values_of(inputs[1]), bias_.data(), normed_, active_, gated_, epsilon_};
+    linear::compute(layer, values_of(inputs[0]), inputs.size() > 2 ? values_of(inputs[2]) : nullptr,
                     static_cast<bfloat16*>(outputs[0].data()), inputs[0].get_size() / in);
     return true;
   }
 
  private:
   std::vector<float> bias_;
-  int64_t out_ = 1;
   bool normed_ = false;
   float epsilon_ = 0;
   bool active_ = false, gated_ = false;
@@ -196,21 +205,21 @@ class AmxLinear : public ov::op::Op {
 
 // Two of them, of which the first has GELU or GEGLU behind it and the second none and no norm: the feed-forward network of
 // a transformer. The second input are the weights of the first, the third those of the second, the fourth is added.
-class AmxFeedForward : public ov::op::Op {
+class AmxFeedForward : public RowByRow {
  public:
   OPENVINO_OP("AmxFeedForward", "unclip");
 
   AmxFeedForward() = default;
   AmxFeedForward(const ov::OutputVector& inputs, std::vector<float> first, std::vector<float> second, int64_t between,
                  int64_t out, bool normed, float epsilon, bool gated)
-      : Op(inputs),
+      : RowByRow(inputs),
         first_(std::move(first)),
         second_(std::move(second)),
         between_(between),
-        out_(out),
         normed_(normed),
         epsilon_(epsilon),
         gated_(gated) {
+    out_ = out;
     constructor_validate_and_infer_types();
   }
 
@@ -229,27 +238,18 @@ class AmxFeedForward : public ov::op::Op {
     return true;
   }
 
-  void validate_and_infer_types() override {
-    ov::PartialShape answer = get_input_partial_shape(0);
-    answer[answer.size() - 1] = out_;
-    set_output_type(0, get_input_element_type(0), answer);
-  }
-
-  bool has_evaluate() const override { return true; }
-
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    const auto at = [](const ov::Tensor& tensor) { return static_cast<const bfloat16*>(tensor.data()); };
     const int in = inputs[0].get_shape().back(), between = between_, out = out_;
-    const linear::Layer first{in, between, at(inputs[1]), first_.data(), normed_, !gated_, gated_, epsilon_};
-    const linear::Layer second{between, out, at(inputs[2]), second_.data(), false, false, false, 0};
-    linear::compute(first, second, at(inputs[0]), inputs.size() > 3 ? at(inputs[3]) : nullptr,
+    const linear::Layer first{in, between, values_of(inputs[1]), first_.data(), normed_, !gated_, gated_, epsilon_};
+    const linear::Layer second{between, out, values_of(inputs[2]), second_.data(), false, false, false, 0};
+    linear::compute(first, second, values_of(inputs[0]), inputs.size() > 3 ? values_of(inputs[3]) : nullptr,
                     static_cast<bfloat16*>(outputs[0].data()), inputs[0].get_size() / in);
     return true;
   }
 
  private:
   std::vector<float> first_, second_;  // biases
-  int64_t between_ = 1, out_ = 1;
+  int64_t between_ = 1;
   bool normed_ = false;
   float epsilon_ = 0;
   bool gated_ = false;
