@@ -29,9 +29,9 @@ from training.provenance import provenance
 ATTENTION = "scaled_dot_product_attention"
 LINEAR = "our linear layers"
 OURS = {
-    "AmxAttention": "our attention",
-    "AmxLinear": LINEAR,
-    "AmxFeedForward": LINEAR,
+    "TileAttention": "our attention",
+    "TileLinear": LINEAR,
+    "TileFeedForward": LINEAR,
     "GroupNormLast": "our group norm",
 }
 

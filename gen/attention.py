@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gen import amx
+from gen import avx512
 from gen.conditioning import Distinct
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,10 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     return memory_efficient_attention(query, key, value, attn_bias=mask, scale=scale).transpose(1, 2)
 
 
-def _amx(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _avx512(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is not None:
         raise ValueError("it takes no mask")
-    return amx.attention(query, key, value, scale)
+    return avx512.attention(query, key, value, scale)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -100,7 +100,7 @@ KERNELS: dict[str, Kernel] = {
     "efficient": partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
     "math": partial(_sdpa, backend=SDPBackend.MATH),
     "xformers": _xformers,
-    "amx": _amx,
+    "avx512": _avx512,
 }
 AUTO, TORCHS_CHOICE = "auto", "sdpa"
 CHOICES = (AUTO, *KERNELS)
@@ -108,7 +108,7 @@ ANYWHERE = ("sdpa", "math")  # these take every shape on every device
 
 # What `auto` tries against torch's own choice, by kind of device; elsewhere torch's own choice is taken unmeasured.
 # On CPUs that is flash, and `math`, torch's only other, took 1.5 to 10 times as long at every UNet shape measured.
-CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "cudnn", "efficient", "xformers"), "cpu": ("amx",)}
+CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "cudnn", "efficient", "xformers"), "cpu": ("avx512",)}
 CLEARLY = 0.85  # a challenger's slowest round must take less than this share of the holder's fastest
 ROUNDS, CALLS, ROWS = 3, 10, 2  # of a measurement; ROWS as guidance makes of one picture
 

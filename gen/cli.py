@@ -152,7 +152,7 @@ def generate(
     ] = None,
     dynamic_thresholding_ratio: Annotated[float | None, _advanced("P", "Share of values not clipped.")] = None,
     attention: Annotated[
-        str, _advanced("NAME", "Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, amx.")
+        str, _advanced("NAME", "Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, avx512.")
     ] = "auto",
     dtype: Annotated[
         str, _advanced("NAME", "What networks compute in: float32, bfloat16, float16; the lower two change pixels.")

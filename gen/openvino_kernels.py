@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gen import amx
+from gen import avx512
 from gen.compiled import built
 from gen.openvino_linear import Layer, layer_at, lowered, own_linear, own_linears
 from gen.openvino_model import constant, put
@@ -32,12 +32,12 @@ def operations() -> Any | None:
     from openvino.utils.node_factory import NodeFactory
 
     try:
-        amx.library()
+        avx512.library()
         there = Path(openvino.__file__).parent
         library = next(there.glob("libs/libopenvino.so.*"), None)
         if library is None:
             raise RuntimeError(f"{there} has no libopenvino.so")
-        extension = built("openvino.cpp", [*amx.FLAGS, f"-I{there / 'include'}", str(library)])
+        extension = built("openvino.cpp", [*avx512.flags(), f"-I{there / 'include'}", str(library)])
     except RuntimeError as error:
         logger.info("OpenVINO computes by its own kernels alone, not by ours: %s", error)
         return None
@@ -91,7 +91,7 @@ def own_attention(model: Any, factory: Any, threads: int) -> None:
         if threads == 1 and all(turned) and is_one(layers, heads * size):
             together = own_linear(factory, joined([each for each in layers if each is not None]))
             read = [opset13.reshape(together, np.array([rows, -1, 3, heads, size]), special_zero=False).output(0)]
-        attention = factory.create("AmxAttention", [lowered(each) for each in read], told)
+        attention = factory.create("TileAttention", [lowered(each) for each in read], told)
         answer = opset13.convert(attention, Type.f32)
         for reader in node.output(0).get_target_inputs():
             put(reader.get_node().output(0), answer.output(0))
@@ -174,7 +174,7 @@ def fits(node: Any) -> bool:
     query, key, value = (node.get_input_shape(place) for place in range(3))
     told = [number(node.input_value(place)) for place in range(3, node.get_input_size())]  # its mask, its scale
     plain = not node.get_attributes()["causal"] and told[:1] in ([], [0.0]) and None not in told[1:]
-    sizes = query[3] == value[3] <= amx.LARGEST and query[:2] == key[:2]
+    sizes = query[3] == value[3] <= avx512.LARGEST and query[:2] == key[:2]
     return plain and sizes and all(is_turn(reader.get_node()) for reader in node.output(0).get_target_inputs())
 
 

@@ -78,12 +78,12 @@ def own_linear(
     if before is None:
         told = {"bias": bias, "out": len(layer.bias), "active": active, "gated": gates is not None}
         told |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
-        answer = factory.create("AmxLinear", [lowered(x), weight, *more], told)
+        answer = factory.create("TileLinear", [lowered(x), weight, *more], told)
     else:
         first = before.get_attributes()
         told = {name: first[name] for name in ("normed", "epsilon", "gated")}
         told |= {"first": list(first["bias"]), "between": first["out"], "second": bias, "out": len(layer.bias)}
-        answer = factory.create("AmxFeedForward", [*before.input_values(), weight, *more], told)
+        answer = factory.create("TileFeedForward", [*before.input_values(), weight, *more], told)
     return opset13.convert(answer, Type.f32).output(0)
 
 
@@ -105,7 +105,7 @@ def packed(layer: Layer, gates: Layer | None) -> tuple[Any, list[float]]:
 def feeding(x: Any) -> Any | None:
     """Our layer with GELU or GEGLU behind it whose answer x is, where nothing else reads that; None: no such."""
     layer = x.get_node().input_value(0).get_node() if x.get_node().get_type_name() == "Convert" else None
-    if layer is None or layer.get_type_name() != "AmxLinear" or len(x.get_target_inputs()) > 1:
+    if layer is None or layer.get_type_name() != "TileLinear" or len(x.get_target_inputs()) > 1:
         return None
     told = layer.get_attributes()
     return layer if told["active"] or told["gated"] else None

@@ -108,7 +108,7 @@ class TextToImage:
         dtype: torch.dtype | str = torch.float32,  # of the networks, or its name; rows are always float32
         *,
         runtime: str = TORCH,  # who computes the networks: torch, or openvino on the CPU
-        attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, amx
+        attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, avx512
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
         draft_unet: str | Path | None = None,  # UNet or LoRA for search="draft"; None: the model's own, if any
         prior_model: str | Path | None = None,  # where it is apart: a folder or a hub id, of Karlo for Stable unCLIP

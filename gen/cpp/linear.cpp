@@ -1,4 +1,4 @@
-// Linear layers in bfloat16 by AMX's tiles, and what stands around one in a transformer: before it a layer norm (Ba et al.
+// Linear layers in bfloat16 by products of tiles, and what stands around one in a transformer: before it a layer norm (Ba et al.
 // 2016) whose scale and shift are in the weights, behind it GELU, GEGLU (Shazeer 2020) or what is added to it. Inputs are read
 // and answers written once; sums, norms and activations are float32.
 
@@ -14,7 +14,6 @@
 namespace linear {
 
 constexpr int PANEL = 64;  // rows whose input stays near while all weights go by
-constexpr int PAIR = 2;    // tiles of weights beside each other: 32 values of the answer, or 16 and their gates
 
 struct Layer {
   int in, out;             // values of a row, multiples of 32 and 16
@@ -23,6 +22,7 @@ struct Layer {
   bool normed, active, gated;  // what stands before it and behind it: a norm, GELU, GEGLU
   float epsilon;               // of the norm
 
+  // A pair of tiles is for 32 values of the answer, or for 16 and their gates.
   int per_pair() const { return gated ? LANES : PAIR * LANES; }
   int pairs() const { return (out + per_pair() - 1) / per_pair(); }
 };
@@ -66,7 +66,7 @@ inline void normalise(const bfloat16* from, bfloat16* to, int count, float epsil
 
 class Panel {  // PANEL rows of a layer
  public:
-  explicit Panel(const Layer& layer) : layer_(layer), held_(room<bfloat16>(PANEL * layer.in)) {}
+  Panel(const Tiles& tiles, const Layer& layer) : tiles_(tiles), layer_(layer), held_(room<bfloat16>(PANEL * layer.in)) {}
 
   // `count` rows from `from`; `beside`, where there is one, is added to what goes `to`.
   void compute(const bfloat16* from, const bfloat16* beside, bfloat16* to, int count) {
@@ -81,7 +81,7 @@ class Panel {  // PANEL rows of a layer
     }
     for (int pair = 0; pair < layer_.pairs(); pair++)
       for (int row = 0; row < count; row += 2 * LANES) {
-        multiply(rows + row * layer_.in, pair);
+        tiles_.multiply_pair(products_, rows + row * layer_.in, layer_.in, layer_.weight + int64_t(pair) * layer_.in * PAIR * LANES);
         const int64_t at = int64_t(row) * layer_.out + pair * layer_.per_pair();
         const int here = std::min(2 * LANES, count - row);
         if (layer_.gated)
@@ -94,32 +94,6 @@ class Panel {  // PANEL rows of a layer
   }
 
  private:
-  // products_: 32 rows times a pair of tiles of weights. Rows behind the last are what was there before.
-  void multiply(const bfloat16* rows, int pair) {
-    all_is_written();
-    const int depths = layer_.in / DEPTH, step = layer_.in * sizeof(bfloat16);
-    const bfloat16* weight = layer_.weight + int64_t(pair) * depths * PAIR * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int depth = 0; depth < depths; depth++) {
-      _tile_loadd(4, rows + depth * DEPTH, step);
-      _tile_loadd(5, rows + LANES * layer_.in + depth * DEPTH, step);
-      _tile_loadd(6, weight + depth * PAIR * TILE, 64);
-      _tile_loadd(7, weight + (depth * PAIR + 1) * TILE, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    constexpr int step_of_products = PAIR * LANES * sizeof(float);
-    _tile_stored(0, products_, step_of_products);
-    _tile_stored(1, products_ + LANES, step_of_products);
-    _tile_stored(2, products_ + LANES * PAIR * LANES, step_of_products);
-    _tile_stored(3, products_ + LANES * PAIR * LANES + LANES, step_of_products);
-  }
-
   template <bool ACTIVE>
   void write(const bfloat16* beside, bfloat16* to, int pair, int count) const {
     const __m512 first = _mm512_loadu_ps(layer_.bias + pair * PAIR * LANES);
@@ -153,6 +127,7 @@ class Panel {  // PANEL rows of a layer
     }
   }
 
+  const Tiles& tiles_;
   const Layer& layer_;
   Room<bfloat16> held_;
   alignas(64) float products_[2 * LANES * PAIR * LANES];
@@ -161,7 +136,7 @@ class Panel {  // PANEL rows of a layer
 // So many rows of `layer.in` to as many of `layer.out`, by one thread.
 inline void compute(const Layer& layer, const bfloat16* from, const bfloat16* beside, bfloat16* to, int64_t rows) {
   const Tiles tiles;
-  Panel panel(layer);
+  Panel panel(tiles, layer);
   for (int64_t row = 0; row < rows; row += PANEL) {
     const int count = std::min<int64_t>(PANEL, rows - row);
     panel.compute(from + row * layer.in, beside ? beside + row * layer.out : nullptr, to + row * layer.out, count);
@@ -172,7 +147,7 @@ inline void compute(const Layer& layer, const bfloat16* from, const bfloat16* be
 inline void compute(const Layer& first, const Layer& second, const bfloat16* from, const bfloat16* beside, bfloat16* to,
                     int64_t rows) {
   const Tiles tiles;
-  Panel one(first), other(second);
+  Panel one(tiles, first), other(tiles, second);
   const auto between = room<bfloat16>(PANEL * first.out);
   for (int64_t row = 0; row < rows; row += PANEL) {
     const int count = std::min<int64_t>(PANEL, rows - row);

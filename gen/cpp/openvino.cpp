@@ -1,10 +1,10 @@
-// The attention of amx.cpp, the group norm of norm.cpp and the layers of linear.cpp as operations of OpenVINO.
+// The attention of attention.cpp, the group norm of norm.cpp and the layers of linear.cpp as operations of OpenVINO.
 
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/op/op.hpp>
 
-#include "amx.cpp"
+#include "attention.cpp"
 #include "linear.cpp"
 #include "norm.cpp"
 
@@ -12,18 +12,18 @@ namespace {
 
 // Inputs are queries, keys and values, bfloat16 (B, length, heads, d) where `turned` says so, (B, heads, length, d) where
 // not, or all three in one (B, length, 3, heads, d); the answer is (B, queries, heads, d).
-class AmxAttention : public ov::op::Op {
+class TileAttention : public ov::op::Op {
  public:
-  OPENVINO_OP("AmxAttention", "unclip");
+  OPENVINO_OP("TileAttention", "unclip");
 
-  AmxAttention() = default;
-  AmxAttention(const ov::OutputVector& inputs, std::vector<int64_t> turned, float scale, int64_t threads)
+  TileAttention() = default;
+  TileAttention(const ov::OutputVector& inputs, std::vector<int64_t> turned, float scale, int64_t threads)
       : Op(inputs), turned_(std::move(turned)), scale_(scale), threads_(threads) {
     constructor_validate_and_infer_types();
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<AmxAttention>(inputs, turned_, scale_, threads_);
+    return std::make_shared<TileAttention>(inputs, turned_, scale_, threads_);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
@@ -157,12 +157,12 @@ class RowByRow : public ov::op::Op {
 
 // Of bfloat16 (..., in) to (..., out); the second input are the weights as `linear::Layer` has them, the third, where there
 // is one, is added to the answer.
-class AmxLinear : public RowByRow {
+class TileLinear : public RowByRow {
  public:
-  OPENVINO_OP("AmxLinear", "unclip");
+  OPENVINO_OP("TileLinear", "unclip");
 
-  AmxLinear() = default;
-  AmxLinear(const ov::OutputVector& inputs, std::vector<float> bias, int64_t out, bool normed, float epsilon, bool active,
+  TileLinear() = default;
+  TileLinear(const ov::OutputVector& inputs, std::vector<float> bias, int64_t out, bool normed, float epsilon, bool active,
             bool gated)
       : RowByRow(inputs),
         bias_(std::move(bias)),
@@ -175,7 +175,7 @@ class AmxLinear : public RowByRow {
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<AmxLinear>(inputs, bias_, out_, normed_, epsilon_, active_, gated_);
+    return std::make_shared<TileLinear>(inputs, bias_, out_, normed_, epsilon_, active_, gated_);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
@@ -205,12 +205,12 @@ class AmxLinear : public RowByRow {
 
 // Two of them, of which the first has GELU or GEGLU behind it and the second none and no norm: the feed-forward network of
 // a transformer. The second input are the weights of the first, the third those of the second, the fourth is added.
-class AmxFeedForward : public RowByRow {
+class TileFeedForward : public RowByRow {
  public:
-  OPENVINO_OP("AmxFeedForward", "unclip");
+  OPENVINO_OP("TileFeedForward", "unclip");
 
-  AmxFeedForward() = default;
-  AmxFeedForward(const ov::OutputVector& inputs, std::vector<float> first, std::vector<float> second, int64_t between,
+  TileFeedForward() = default;
+  TileFeedForward(const ov::OutputVector& inputs, std::vector<float> first, std::vector<float> second, int64_t between,
                  int64_t out, bool normed, float epsilon, bool gated)
       : RowByRow(inputs),
         first_(std::move(first)),
@@ -224,7 +224,7 @@ class AmxFeedForward : public RowByRow {
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<AmxFeedForward>(inputs, first_, second_, between_, out_, normed_, epsilon_, gated_);
+    return std::make_shared<TileFeedForward>(inputs, first_, second_, between_, out_, normed_, epsilon_, gated_);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
@@ -257,7 +257,7 @@ class AmxFeedForward : public RowByRow {
 
 }  // namespace
 
-OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<AmxAttention>>(),
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<TileAttention>>(),
                                                             std::make_shared<ov::OpExtension<GroupNormLast>>(),
-                                                            std::make_shared<ov::OpExtension<AmxLinear>>(),
-                                                            std::make_shared<ov::OpExtension<AmxFeedForward>>()}));
+                                                            std::make_shared<ov::OpExtension<TileLinear>>(),
+                                                            std::make_shared<ov::OpExtension<TileFeedForward>>()}));

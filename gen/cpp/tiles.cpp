@@ -1,17 +1,23 @@
-// AMX's tiles, as the kernels use them: 16 rows of 64 bytes each.
+// Products of tiles, 16 rows of 32 bfloat16 each, summed in float32: by AMX where it is compiled for, and by AVX512-BF16
+// elsewhere.
 
 #pragma once
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 #include "common.cpp"
 
 constexpr int DEPTH = 32;            // values that one product sums over: a row of bfloat16
 constexpr int TILE = LANES * DEPTH;  // bfloat16 in a tile
+constexpr int PAIR = 2;              // tiles of weights beside each other
+
+#ifdef __AMX_BF16__
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -29,12 +35,107 @@ class Tiles {
   }
   ~Tiles() { before_.palette ? _tile_loadconfig(&before_) : _tile_release(); }
 
+  // `to` (16 x 16) = sum over `depth` values of left (16 rows, of which `rows` are asked) times right (16 pairs of rows,
+  // each 16 lanes wide). Of both, tiles lie `..._step` values apart.
+  void multiply(float* to, const bfloat16* left, int64_t left_step, const bfloat16* right, int64_t right_step, int depth,
+                int /* rows: all come at once */) const {
+    all_is_written();
+    _tile_zero(0);
+    for (int i = 0; i * DEPTH < depth; i++) {
+      _tile_loadd(1, left + i * left_step, 64);
+      _tile_loadd(2, right + i * right_step, 64);
+      _tile_dpbf16ps(0, 1, 2);
+    }
+    _tile_stored(0, to, 64);
+  }
+
+  // `to` (32 x 32) = 32 rows of `in` values, side by side, times a pair of tiles of weights for every 32 of these.
+  void multiply_pair(float* to, const bfloat16* rows, int in, const bfloat16* weight) const {
+    all_is_written();
+    const int step = in * sizeof(bfloat16);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int from = 0; from < in; from += DEPTH) {
+      _tile_loadd(4, rows + from, step);
+      _tile_loadd(5, rows + LANES * in + from, step);
+      _tile_loadd(6, weight + from / DEPTH * PAIR * TILE, 64);
+      _tile_loadd(7, weight + (from / DEPTH * PAIR + 1) * TILE, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    constexpr int step_of_products = PAIR * LANES * sizeof(float);
+    _tile_stored(0, to, step_of_products);
+    _tile_stored(1, to + LANES, step_of_products);
+    _tile_stored(2, to + LANES * PAIR * LANES, step_of_products);
+    _tile_stored(3, to + LANES * PAIR * LANES + LANES, step_of_products);
+  }
+
  private:
+  // Some compilers do not know what a tile is loaded from; before this all of it is written.
+  static void all_is_written() { __asm__ volatile("" ::: "memory"); }
+
   TileConfig before_;
 };
 
-// Some compilers do not know what a tile is loaded from; before this all of it is written.
-inline void all_is_written() { __asm__ volatile("" ::: "memory"); }
+#else
+
+class Tiles {
+ public:
+  // As above.
+  void multiply(float* to, const bfloat16* left, int64_t left_step, const bfloat16* right, int64_t right_step, int depth,
+                int rows) const {
+    rows > LANES / 2 ? add_up<LANES>(to, left, left_step, right, right_step, depth)
+                     : add_up<LANES / 2>(to, left, left_step, right, right_step, depth);
+  }
+
+  void multiply_pair(float* to, const bfloat16* rows, int in, const bfloat16* weight) const {
+    constexpr int HERE = 8;  // rows whose sums are in registers
+    for (int row = 0; row < 2 * LANES; row += HERE) {
+      __m512 sums[HERE][PAIR];
+      for (auto& of_row : sums)
+        for (__m512& sum : of_row) sum = _mm512_setzero_ps();
+      for (int from = 0; from < in; from += DEPTH)
+        for (int i = 0; i < LANES; i++) {
+          const bfloat16* at = weight + from * PAIR * LANES + i * DEPTH;
+          const __m512bh low = (__m512bh)_mm512_load_si512(at), high = (__m512bh)_mm512_load_si512(at + TILE);
+          for (int place = 0; place < HERE; place++) {
+            const __m512bh both = everywhere(rows + (row + place) * int64_t(in) + from + 2 * i);
+            sums[place][0] = _mm512_dpbf16_ps(sums[place][0], both, low);
+            sums[place][1] = _mm512_dpbf16_ps(sums[place][1], both, high);
+          }
+        }
+      for (int place = 0; place < HERE; place++)
+        for (int i = 0; i < PAIR; i++) _mm512_store_ps(to + ((row + place) * PAIR + i) * LANES, sums[place][i]);
+    }
+  }
+
+ private:
+  template <int ROWS>
+  static void add_up(float* to, const bfloat16* left, int64_t left_step, const bfloat16* right, int64_t right_step,
+                     int depth) {
+    __m512 sums[ROWS];
+    for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    for (int from = 0; from < depth; from += DEPTH, left += left_step, right += right_step)
+      for (int at = 0; at < std::min(DEPTH, depth - from); at += 2) {
+        const auto lanes = (__m512bh)_mm512_load_si512(right + at * LANES);
+        for (int i = 0; i < ROWS; i++) sums[i] = _mm512_dpbf16_ps(sums[i], everywhere(left + i * DEPTH + at), lanes);
+      }
+    for (int i = 0; i < ROWS; i++) _mm512_store_ps(to + i * LANES, sums[i]);
+  }
+
+  // A pair of values in every lane.
+  static __m512bh everywhere(const bfloat16* pair) {
+    int both;
+    std::memcpy(&both, pair, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+  }
+};
+
+#endif
 
 // Memory that a register or a tile is read from in one go.
 struct Free {

@@ -17,7 +17,7 @@ from gen.openvino_kernels import operations, own_kernels
 from gen.openvino_model import cut_layers, drop_ones, fold_norms, read
 
 openvino = pytest.importorskip("openvino")
-OURS, THEIRS = "AmxAttention", "ScaledDotProductAttention"
+OURS, THEIRS = "TileAttention", "ScaledDotProductAttention"
 
 
 @pytest.fixture(autouse=True)
@@ -204,18 +204,18 @@ def test_a_linear_layer_is_ours_with_what_stands_around_it(
     given = (rounded(*rows, width), *([rounded(*rows, answers)] if has_beside else []))
     model = changed(layer, given)
     kinds = types(model)
-    assert kinds.count("AmxLinear") == 1 and not {"MatMul", "MVN", "Gelu", "Multiply", "Add"} & set(kinds)
+    assert kinds.count("TileLinear") == 1 and not {"MatMul", "MVN", "Gelu", "Multiply", "Add"} & set(kinds)
     assert error(model, layer, given) < 6e-3
 
 
 @pytest.mark.parametrize("width, answers, threads", [(40, 16, 1), (32, 24, 1), (32, 16, 2)])
 def test_other_linear_layers_stay(width: int, answers: int, threads: int) -> None:
-    assert "AmxLinear" not in types(changed(Tokens(width, answers), (rounded(2, 8, width),), threads))
+    assert "TileLinear" not in types(changed(Tokens(width, answers), (rounded(2, 8, width),), threads))
 
 
 def test_a_layer_with_an_activation_behind_it_stays_and_one_that_two_read_is_ours() -> None:
     active = changed(nn.Sequential(nn.Linear(32, 32), nn.SiLU()), (rounded(2, 8, 32),))
-    assert "AmxLinear" not in types(active)
+    assert "TileLinear" not in types(active)
 
     class Twice(Tokens):
         def forward(self, x: Tensor, *beside: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def test_a_layer_with_an_activation_behind_it_stays_and_one_that_two_read_is_our
     given = (rounded(2, 8, 32), rounded(2, 8, 32))
     layer = Twice(32, 32)
     model = changed(layer, given)
-    assert "AmxLinear" in types(model) and error(model, layer, given) < 6e-3
+    assert "TileLinear" in types(model) and error(model, layer, given) < 6e-3
 
 
 class Odd(nn.Module):
@@ -278,7 +278,7 @@ def test_what_only_looks_like_a_part_of_a_layer_is_computed_as_it_is(kind: str, 
     torch.manual_seed(0)
     layer, x = Odd(kind), rounded(2, 32, 32)
     model = changed(layer, (x,))
-    assert types(model).count("AmxLinear") == ours and "AmxFeedForward" not in types(model)
+    assert types(model).count("TileLinear") == ours and "TileFeedForward" not in types(model)
     assert error(model, layer, (x,)) < 1e-2
 
 
@@ -293,7 +293,7 @@ def test_gelu_far_from_zero_and_of_what_is_no_number() -> None:
     x = torch.linspace(-12, 12, 64 * 32).reshape(64, 32).bfloat16().float()
     model = changed(layer, (x,))
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
-    assert "AmxLinear" in types(model)
+    assert "TileLinear" in types(model)
     (found,) = compiled([x.numpy()]).values()
     torch.testing.assert_close(torch.from_numpy(found), F.gelu(x), atol=1e-3, rtol=4e-3)
     x[3, 5] = torch.nan
@@ -315,7 +315,7 @@ def test_a_feed_forward_network_is_one(
     given = (rounded(*rows, width), *([rounded(*rows, answers)] if has_beside else []))
     model = changed(layer, given)
     kinds = types(model)
-    assert "AmxFeedForward" in kinds and not {"AmxLinear", "MatMul", "MVN", "Gelu", "Multiply", "Add"} & set(kinds)
+    assert "TileFeedForward" in kinds and not {"TileLinear", "MatMul", "MVN", "Gelu", "Multiply", "Add"} & set(kinds)
     assert error(model, layer, given) < 8e-3
 
 
@@ -347,9 +347,9 @@ def test_what_one_of_ours_answers_another_reads_as_it_is() -> None:
     layer, x = Block(64, 4).eval(), rounded(3, 20, 64)
     model = changed(layer, (x,))
     kinds = types(model)
-    assert kinds.count("AmxLinear") == 2, "queries, keys and values are one; their answer"
-    assert kinds.count("AmxFeedForward") == 1, "GEGLU and what is behind it"
-    assert kinds.count("AmxAttention") == 1 and not {"MatMul", "MVN", "Add", "Transpose"} & set(kinds)
+    assert kinds.count("TileLinear") == 2, "queries, keys and values are one; their answer"
+    assert kinds.count("TileFeedForward") == 1, "GEGLU and what is behind it"
+    assert kinds.count("TileAttention") == 1 and not {"MatMul", "MVN", "Add", "Transpose"} & set(kinds)
     computed = [node for node in model.get_ops() if node.get_type_name() == "Convert"]
     assert len([node for node in computed if node.input_value(0).get_node().get_type_name() != "Constant"]) == 2
     assert error(model, layer, (x,)) < 6e-3

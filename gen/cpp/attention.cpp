@@ -2,7 +2,7 @@
 //
 // Flash attention (Dao et al. 2022) turned on its side: scores are computed as keys x queries, so that a register holds
 // one key's score for 16 queries, the largest and the sum of the weights run down the registers, and nothing is summed
-// across one. Products, of keys and queries and of values and weights, are of AMX's tiles. Scores and sums are float32;
+// across one. Products, of keys and queries and of values and weights, are of tiles. Scores and sums are float32;
 // weights and what is answered are bfloat16, as in torch's own kernel.
 
 #include <immintrin.h>
@@ -24,21 +24,6 @@ constexpr int BLOCK = 256;  // keys whose weights are computed at once
 constexpr int MOST = 160;   // values of a head
 // Weights are cut to bfloat16, not rounded: they are this much larger first, half of what is cut, and so is their sum.
 constexpr float CUT = 1.0028f;
-
-// --- products --------------------------------------------------------------------------------------------------
-
-// to (16 x 16, float32) = sum over `count` of left (16 rows of 32) times right (16 pairs of rows, each 16 lanes wide).
-inline void product(float* to, const bfloat16* left, int64_t left_step, const bfloat16* right, int64_t right_step,
-                    int count) {
-  all_is_written();
-  _tile_zero(0);
-  for (int i = 0; i < count; i++) {
-    _tile_loadd(1, left + i * left_step, 64);
-    _tile_loadd(2, right + i * right_step, 64);
-    _tile_dpbf16ps(0, 1, 2);
-  }
-  _tile_stored(0, to, 64);
-}
 
 // --- parts -----------------------------------------------------------------------------------------------------
 
@@ -84,8 +69,9 @@ struct Rows {  // of one head: `size` values side by side, rows `step` apart
 
 class Head {
  public:
-  Head(int keys, int size)
-      : keys_(keys),
+  Head(const Tiles& tiles, int keys, int size)
+      : tiles_(tiles),
+        keys_(keys),
         size_(size),
         depths_((size + DEPTH - 1) / DEPTH),
         parts_((size + LANES - 1) / LANES),
@@ -141,8 +127,9 @@ class Head {
       total = _mm512_fmadd_ps(total, kept, weigh(tiles, factor, top));
       for (int part = 0; part < parts_; part++) {
         const bfloat16* values = value_tiles_.get() + (start / DEPTH * parts_ + part) * TILE;
-        product(read_, values, parts_ * TILE, weights_, TILE, tiles);
-        for (int i = 0; i < LANES; i++) {
+        const int rows = std::min(LANES, size_ - part * LANES);
+        tiles_.multiply(read_, values, parts_ * TILE, weights_, TILE, tiles * DEPTH, rows);
+        for (int i = 0; i < rows; i++) {
           __m512& sum = sums_[part * LANES + i];
           sum = _mm512_fmadd_ps(sum, kept, _mm512_load_ps(read_ + i * LANES));
         }
@@ -165,7 +152,7 @@ class Head {
   void score(int start, int tiles) {
     for (int tile = 0; tile < 2 * tiles; tile++) {
       const bfloat16* keys = key_tiles_.get() + (start / LANES + tile) * depths_ * TILE;
-      product(reinterpret_cast<float*>(scores_ + tile * LANES), keys, TILE, queries_, TILE, depths_);
+      tiles_.multiply(reinterpret_cast<float*>(scores_ + tile * LANES), keys, TILE, queries_, TILE, size_, LANES);
     }
   }
 
@@ -192,6 +179,7 @@ class Head {
     return _mm512_add_ps(even, odd);
   }
 
+  const Tiles& tiles_;
   const int keys_, size_, depths_, parts_, blocks_;
   Room<bfloat16> key_tiles_, value_tiles_;
   alignas(64) bfloat16 queries_[MOST / DEPTH * TILE], weights_[BLOCK * LANES];
@@ -203,8 +191,14 @@ class Head {
 
 extern "C" {
 
-// Whether the operating system gives this process the tiles; asked once, before `attend`.
-int allowed() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+// Whether the operating system gives this process AMX's tiles, where it needs them; asked once, before `attend`.
+int allowed() {
+#ifdef __AMX_BF16__
+  return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+#else
+  return 1;
+#endif
+}
 
 // Queries, keys, values and what is answered are (rows, heads, count, size), size at most MOST, values side by side;
 // `steps` are those of a row, a head and a query or key, in values, for each of the four in turn.
@@ -213,7 +207,7 @@ void attend(const bfloat16* query, const bfloat16* key, const bfloat16* value, b
   std::atomic<int> next{0};
   const auto work = [&] {
     const Tiles tiles;
-    const auto head = std::make_unique<Head>(keys, size);
+    const auto head = std::make_unique<Head>(tiles, keys, size);
     for (int place; (place = next++) < rows * heads;) {
       const int row = place / heads, layer = place % heads;
       const auto at = [&](int which) { return row * steps[3 * which] + layer * steps[3 * which + 1]; };

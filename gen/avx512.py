@@ -1,6 +1,6 @@
-"""Attention in bfloat16 on processors with AMX, by a kernel of our own (`cpp/amx.cpp`).
+"""Attention in bfloat16 on processors with AVX512-BF16, by a kernel of our own (`cpp/attention.cpp`).
 
-It is for small heads, where the exponentials of the softmax take the time.
+Products are AMX's where the processor has them. It is for small heads, where the exponentials of the softmax take long.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from torch import Tensor
 from gen.compiled import built
 
 LARGEST = 160  # values of a head
-NEEDED = {"amx_bf16", "amx_tile", "avx512_bf16", "avx512bw", "avx512dq", "avx512f", "avx512vl"}  # as Linux names them
-FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+NEEDED = {"avx512_bf16", "avx512bw", "avx512dq", "avx512f", "avx512vl"}  # as Linux names them
+TILES = {"amx_bf16", "amx_tile"}
+FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+TILE_FLAGS = ("-mamx-tile", "-mamx-bf16")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -37,19 +39,30 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
 
 
 @cache
+def flags() -> tuple[str, ...]:
+    """What the compiler is told of this processor. RuntimeError that says why nothing of ours can run here."""
+    able = abilities()
+    if not able >= NEEDED:
+        raise RuntimeError("it needs Linux and a processor with AVX512-BF16")
+    return (*FLAGS, *TILE_FLAGS) if able >= TILES else FLAGS
+
+
+def abilities() -> set[str]:
+    """What the processor can do, as Linux names it, which alone gives AMX's tiles to who asks as the kernel does."""
+    told = Path("/proc/cpuinfo")
+    return set(told.read_text().partition("flags")[2].partition("\n")[0].split()) if told.exists() else set()
+
+
+@cache
 def library() -> ctypes.CDLL:
     """The kernel, ready to run. RuntimeError that says why it cannot run here."""
-    told = Path("/proc/cpuinfo")  # Linux alone has it, and gives AMX's tiles to who asks as the kernel does
-    able = told.read_text().partition("flags")[2].partition("\n")[0].split() if told.exists() else []
-    if not NEEDED.issubset(able):
-        raise RuntimeError("it needs Linux and a processor with AMX (amx_bf16)")
-    found = ctypes.CDLL(str(built("amx.cpp", FLAGS)))
+    found = ctypes.CDLL(str(built("attention.cpp", flags())))
     if not found.allowed():
         raise RuntimeError("the operating system does not give it AMX's tiles")
     return found
 
 
-@torch.library.custom_op("unclip::amx_attention", mutates_args=())  # torch.compile does not look into it
+@torch.library.custom_op("unclip::avx512_attention", mutates_args=())  # torch.compile does not look into it
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
     answer = _like(query)
