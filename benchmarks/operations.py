@@ -33,6 +33,7 @@ OURS = {
     "TileLinear": LINEAR,
     "TileFeedForward": LINEAR,
     "GroupNormLast": "our group norm",
+    "WinogradConvolution": "our convolutions",
 }
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from gen import avx512
 from gen.compiled import built
+from gen.openvino_convolution import own_convolutions
 from gen.openvino_linear import Layer, layer_at, lowered, own_linear, own_linears
 from gen.openvino_model import constant, put
 
@@ -47,11 +48,13 @@ def operations() -> Any | None:
     return factory
 
 
-def own_kernels(model: Any, threads: int) -> None:
+def own_kernels(model: Any, threads: int, precision: Any) -> None:
     """Let our kernels compute what they can of an openvino.Model of fixed sizes, by so many threads, in place.
 
-    Where they cannot run nothing changes.
+    `precision` is what they multiply in, bf16 or f32 of openvino.Type; in f32 they are faster than OpenVINO's in
+    convolutions alone. Where they cannot run nothing changes.
     """
+    from openvino import Type
     from openvino.passes import ConstantFolding, Manager
 
     factory = operations()
@@ -62,11 +65,13 @@ def own_kernels(model: Any, threads: int) -> None:
         for node in model.get_ops():
             if node.get_type_name() == "Reshape" and node.get_input_shape(0) == node.get_output_shape(0):
                 put(node.output(0), node.input_value(0))
-        own_attention(model, factory, threads)
-        if threads == 1:  # more would have to be woken for each layer
-            own_linears(model, factory)
-        own_norms(model, factory, threads)
-        no_detours(model)
+        own_convolutions(model, factory, threads, precision)
+        if precision == Type.bf16:
+            own_attention(model, factory, threads)
+            if threads == 1:  # more would have to be woken for each layer
+                own_linears(model, factory)
+            own_norms(model, factory, threads)
+            no_detours(model)
 
 
 def own_attention(model: Any, factory: Any, threads: int) -> None:

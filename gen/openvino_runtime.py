@@ -241,10 +241,13 @@ class Converted:
 
     def of_sizes(self, shapes: Sequence[Sequence[int]], threads: int) -> Any:
         """The rest as an openvino.Model for inputs of these sizes, that computes by so many threads."""
+        from openvino import Type
+
         model = self.rest.model.clone()
         model.reshape(dict(enumerate(map(list, shapes))))
-        if self.precision == PRECISIONS[torch.bfloat16]:
-            own_kernels(model, threads)
+        is_low = self.precision == PRECISIONS[torch.bfloat16]
+        own_kernels(model, threads, Type.bf16 if is_low else Type.f32)
+        if is_low:
             plain_norms(model)  # those that are left
         return model
 

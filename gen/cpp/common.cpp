@@ -12,6 +12,10 @@ using bfloat16 = uint16_t;
 
 constexpr int LANES = 16;  // values of 32 bits in a register
 
+// bfloat16 as float32.
+inline __m512 wide(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
+inline __m512 wide(const bfloat16* at) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+
 // 2^x times a factor, to a part in ten thousand: a polynomial of what is behind the point.
 inline __m512 power_of_two(__m512 x, float factor = 1) {
   const __m512 behind = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);

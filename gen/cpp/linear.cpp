@@ -27,9 +27,6 @@ struct Layer {
   int pairs() const { return (out + per_pair() - 1) / per_pair(); }
 };
 
-inline __m512 wide(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-inline __m512 wide(const bfloat16* at) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
-
 // x times the normal distribution's share below it (Hendrycks & Gimpel 2016), to 1e-4. The share is a half and an odd polynomial
 // of degree 15 up to 4.2 from zero, fitted by least squares to be all and nothing there, and the same beyond.
 inline __m512 gelu(__m512 x) {
@@ -81,9 +78,10 @@ class Panel {  // PANEL rows of a layer
     }
     for (int pair = 0; pair < layer_.pairs(); pair++)
       for (int row = 0; row < count; row += 2 * LANES) {
-        tiles_.multiply_pair(products_, rows + row * layer_.in, layer_.in, layer_.weight + int64_t(pair) * layer_.in * PAIR * LANES);
-        const int64_t at = int64_t(row) * layer_.out + pair * layer_.per_pair();
         const int here = std::min(2 * LANES, count - row);
+        const bfloat16* weight = layer_.weight + int64_t(pair) * layer_.in * PAIR * LANES;
+        tiles_.multiply_pair(products_, rows + row * layer_.in, layer_.in, weight, here);
+        const int64_t at = int64_t(row) * layer_.out + pair * layer_.per_pair();
         if (layer_.gated)
           gate(to + at, pair, here);
         else if (layer_.active)

@@ -23,8 +23,7 @@ struct Channels {  // `count` of them from `from` on, in a register
       : inside(count - from >= LANES ? 0xffff : count <= from ? 0 : (1u << (count - from)) - 1), from(from) {}
 
   __m512 load(const bfloat16* at) const {
-    const __m256i half = _mm256_maskz_loadu_epi16(inside, at + from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    return wide(_mm256_maskz_loadu_epi16(inside, at + from));
   }
   void store(bfloat16* at, __m512 value) const {
     _mm256_mask_storeu_epi16(at + from, inside, (__m256i)_mm512_cvtneps_pbh(value));

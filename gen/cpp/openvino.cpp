@@ -1,4 +1,5 @@
-// The attention of attention.cpp, the group norm of norm.cpp and the layers of linear.cpp as operations of OpenVINO.
+// The attention of attention.cpp, the group norm of norm.cpp, the layers of linear.cpp and the convolutions of winograd.cpp as
+// operations of OpenVINO.
 
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
@@ -7,6 +8,7 @@
 #include "attention.cpp"
 #include "linear.cpp"
 #include "norm.cpp"
+#include "winograd.cpp"
 
 namespace {
 
@@ -255,9 +257,65 @@ class TileFeedForward : public RowByRow {
   bool gated_ = false;
 };
 
+// Of (B, height, width, in), bfloat16 or float32. The second input are the transformed weights; where `is_told` says so the
+// third is added to every place of a row, float32 (B, out); what is left is added to the answer and like it.
+class WinogradConvolution : public ov::op::Op {
+ public:
+  OPENVINO_OP("WinogradConvolution", "unclip");
+
+  WinogradConvolution() = default;
+  WinogradConvolution(const ov::OutputVector& inputs, std::vector<float> bias, bool is_told, int64_t threads)
+      : Op(inputs), bias_(std::move(bias)), is_told_(is_told), threads_(threads) {
+    constructor_validate_and_infer_types();
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<WinogradConvolution>(inputs, bias_, is_told_, threads_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("bias", bias_);
+    visitor.on_attribute("is_told", is_told_);
+    visitor.on_attribute("threads", threads_);
+    return true;
+  }
+
+  void validate_and_infer_types() override {
+    ov::PartialShape answer = get_input_partial_shape(0);
+    answer[3] = bias_.size();
+    set_output_type(0, get_input_element_type(0), answer);
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    inputs[0].get_element_type() == ov::element::bf16 ? compute<bfloat16>(outputs, inputs) : compute<float>(outputs, inputs);
+    return true;
+  }
+
+ private:
+  template <class Value>
+  void compute(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    const ov::Shape& shape = inputs[0].get_shape();
+    const auto at = [&](size_t which) {
+      return which < inputs.size() ? static_cast<const Value*>(inputs[which].data()) : nullptr;
+    };
+    const winograd::Layer<Value> layer{int(shape[3]), int(bias_.size()), at(1), bias_.data()};
+    const auto* told = is_told_ ? static_cast<const float*>(inputs[2].data()) : nullptr;
+    const winograd::Pictures<Value> pictures{at(0),         told,          at(is_told_ ? 3 : 2), static_cast<Value*>(outputs[0].data()),
+                                             int(shape[0]), int(shape[1]), int(shape[2])};
+    winograd::compute(layer, pictures, threads_);
+  }
+
+  std::vector<float> bias_;
+  bool is_told_ = false;
+  int64_t threads_ = 1;
+};
+
 }  // namespace
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<TileAttention>>(),
                                                             std::make_shared<ov::OpExtension<GroupNormLast>>(),
                                                             std::make_shared<ov::OpExtension<TileLinear>>(),
-                                                            std::make_shared<ov::OpExtension<TileFeedForward>>()}));
+                                                            std::make_shared<ov::OpExtension<TileFeedForward>>(),
+                                                            std::make_shared<ov::OpExtension<WinogradConvolution>>()}));

@@ -17,6 +17,17 @@ constexpr int DEPTH = 32;            // values that one product sums over: a row
 constexpr int TILE = LANES * DEPTH;  // bfloat16 in a tile
 constexpr int PAIR = 2;              // tiles of weights beside each other
 
+constexpr int HERE = 8;  // rows whose sums are in registers
+
+struct Sums {
+  __m512 of[HERE][PAIR] = {};
+
+  void store(float* to) const {
+    for (int place = 0; place < HERE; place++)
+      for (int i = 0; i < PAIR; i++) _mm512_store_ps(to + (place * PAIR + i) * LANES, of[place][i]);
+  }
+};
+
 #ifdef __AMX_BF16__
 
 struct alignas(64) TileConfig {
@@ -49,8 +60,9 @@ class Tiles {
     _tile_stored(0, to, 64);
   }
 
-  // `to` (32 x 32) = 32 rows of `in` values, side by side, times a pair of tiles of weights for every 32 of these.
-  void multiply_pair(float* to, const bfloat16* rows, int in, const bfloat16* weight) const {
+  // `to` (32 x 32) = 32 rows of `in` values, side by side, of which `count` are asked, times a pair of tiles of weights
+  // for every 32 of these.
+  void multiply_pair(float* to, const bfloat16* rows, int in, const bfloat16* weight, int /* count: all come at once */) const {
     all_is_written();
     const int step = in * sizeof(bfloat16);
     _tile_zero(0);
@@ -92,24 +104,20 @@ class Tiles {
                      : add_up<LANES / 2>(to, left, left_step, right, right_step, depth);
   }
 
-  void multiply_pair(float* to, const bfloat16* rows, int in, const bfloat16* weight) const {
-    constexpr int HERE = 8;  // rows whose sums are in registers
-    for (int row = 0; row < 2 * LANES; row += HERE) {
-      __m512 sums[HERE][PAIR];
-      for (auto& of_row : sums)
-        for (__m512& sum : of_row) sum = _mm512_setzero_ps();
+  void multiply_pair(float* to, const bfloat16* rows, int in, const bfloat16* weight, int count) const {
+    for (int row = 0; row < count; row += HERE) {
+      Sums sums;
       for (int from = 0; from < in; from += DEPTH)
         for (int i = 0; i < LANES; i++) {
           const bfloat16* at = weight + from * PAIR * LANES + i * DEPTH;
           const __m512bh low = (__m512bh)_mm512_load_si512(at), high = (__m512bh)_mm512_load_si512(at + TILE);
           for (int place = 0; place < HERE; place++) {
             const __m512bh both = everywhere(rows + (row + place) * int64_t(in) + from + 2 * i);
-            sums[place][0] = _mm512_dpbf16_ps(sums[place][0], both, low);
-            sums[place][1] = _mm512_dpbf16_ps(sums[place][1], both, high);
+            sums.of[place][0] = _mm512_dpbf16_ps(sums.of[place][0], both, low);
+            sums.of[place][1] = _mm512_dpbf16_ps(sums.of[place][1], both, high);
           }
         }
-      for (int place = 0; place < HERE; place++)
-        for (int i = 0; i < PAIR; i++) _mm512_store_ps(to + ((row + place) * PAIR + i) * LANES, sums[place][i]);
+      sums.store(to + row * PAIR * LANES);
     }
   }
 
@@ -136,6 +144,22 @@ class Tiles {
 };
 
 #endif
+
+// The same of float32, which AMX does not multiply; weights are (in, 32).
+inline void multiply_pair(float* to, const float* rows, int in, const float* weight, int count) {
+  for (int row = 0; row < count; row += HERE) {
+    Sums sums;
+    for (int i = 0; i < in; i++) {
+      const __m512 low = _mm512_load_ps(weight + i * PAIR * LANES), high = _mm512_load_ps(weight + i * PAIR * LANES + LANES);
+      for (int place = 0; place < HERE; place++) {
+        const __m512 one = _mm512_set1_ps(rows[(row + place) * int64_t(in) + i]);
+        sums.of[place][0] = _mm512_fmadd_ps(one, low, sums.of[place][0]);
+        sums.of[place][1] = _mm512_fmadd_ps(one, high, sums.of[place][1]);
+      }
+    }
+    sums.store(to + row * PAIR * LANES);
+  }
+}
 
 // Memory that a register or a tile is read from in one go.
 struct Free {

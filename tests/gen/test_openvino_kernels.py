@@ -52,12 +52,12 @@ def drawn(size: int, turned: bool) -> tuple[Tensor, ...]:
     return query, *(each if turned else each.transpose(1, 2).contiguous() for each in pair)
 
 
-def changed(layer: nn.Module, given: tuple[Tensor, ...], threads: int = 1) -> Any:
+def changed(layer: nn.Module, given: tuple[Tensor, ...], threads: int = 1, precision: str = "bf16") -> Any:
     model = read(layer, given)
     for change in (drop_ones, cut_layers, fold_norms):
         change(model)
     model.reshape({place: list(each.shape) for place, each in enumerate(given)})
-    own_kernels(model, threads)
+    own_kernels(model, threads, getattr(openvino.Type, precision))
     return model
 
 
@@ -66,9 +66,9 @@ def types(model: Any) -> list[str]:
 
 
 @torch.no_grad()
-def error(model: Any, layer: nn.Module, given: tuple[Tensor, ...]) -> float:
+def error(model: Any, layer: nn.Module, given: tuple[Tensor, ...], precision: str = "bf16") -> float:
     """How far the model is from its layer in float64, relative."""
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     (found,) = compiled([each.numpy() for each in given]).values()
     exact = layer.double()(*(each.double() for each in given))
     return ((torch.from_numpy(found) - exact).norm() / exact.norm()).item()
@@ -353,3 +353,82 @@ def test_what_one_of_ours_answers_another_reads_as_it_is() -> None:
     computed = [node for node in model.get_ops() if node.get_type_name() == "Convert"]
     assert len([node for node in computed if node.input_value(0).get_node().get_type_name() != "Constant"]) == 2
     assert error(model, layer, (x,)) < 6e-3
+
+
+# --- convolutions ------------------------------------------------------------------------------------------------
+
+WINOGRAD = "WinogradConvolution"
+
+
+class Convolved(nn.Module):
+    """A convolution and what is added to its answer, in this order: one number for all places, or a picture."""
+
+    def __init__(self, inside: int, outside: int, added: str = "", **options: Any) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inside, outside, **({"kernel_size": 3, "padding": 1} | options))
+        self.added = added
+
+    def forward(self, x: Tensor, told: Tensor, beside: Tensor) -> Tensor:
+        answer: Tensor = self.convolution(x)
+        for each in self.added:
+            answer = {"t": told[:, :, None, None], "b": beside}[each] + answer
+        return answer
+
+
+def shown(inside: int, outside: int, rows: int, height: int, width: int) -> tuple[Tensor, ...]:
+    rng = torch.Generator().manual_seed(inside)
+    shapes = [(rows, inside, height, width), (rows, outside), (rows, outside, height, width)]
+    return tuple(torch.randn(shape, generator=rng).bfloat16().float() for shape in shapes)
+
+
+@pytest.mark.parametrize("precision, most", [("f32", 1e-6), ("bf16", 8e-3)])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("added", ["", "t", "b", "tb", "bt"])
+@pytest.mark.parametrize("shape", [(32, 64, 3, 8, 8), (96, 32, 2, 5, 7), (64, 64, 9, 4, 4), (32, 32, 1, 1, 1)])
+def test_a_convolution_is_ours_and_answers_the_same(
+    shape: tuple[int, ...], added: str, threads: int, precision: str, most: float
+) -> None:
+    """At the edges too, whose sizes may be odd."""
+    layer, given = Convolved(*shape[:2], added), shown(*shape)
+    model = changed(layer, given, threads, precision)
+    assert WINOGRAD in types(model) and not {"Convolution", "Add"} & set(types(model))
+    assert error(model, layer, given, precision) < most
+
+
+def test_what_is_added_twice_is_added_by_openvino() -> None:
+    layer, given = Convolved(32, 32, "bb"), shown(32, 32, 2, 4, 4)
+    model = changed(layer, given, precision="f32")
+    assert WINOGRAD in types(model) and types(model).count("Add") == 1
+    assert error(model, layer, given, "f32") < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1, "padding": 0},
+        {"padding": 0},
+        {"stride": 2},
+        {"dilation": 2, "padding": 2},
+        {"groups": 2},
+        {"padding": 2},
+    ],
+)
+def test_other_convolutions_stay(options: dict[str, Any]) -> None:
+    layer = Convolved(64, 64, **options)
+    assert WINOGRAD not in types(changed(layer, shown(64, 64, 2, 8, 8), precision="f32"))
+
+
+@pytest.mark.parametrize("inside, outside", [(4, 32), (32, 4), (48, 32)])
+def test_other_numbers_of_channels_stay(inside: int, outside: int) -> None:
+    assert WINOGRAD not in types(changed(Convolved(inside, outside), shown(inside, outside, 2, 8, 8)))
+
+
+def test_a_picture_is_alike_alone_and_beside_others() -> None:
+    layer, given = Convolved(32, 32, "b"), shown(32, 32, 9, 5, 5)
+    answers = []
+    for rows in (slice(None), slice(7, 8)):
+        some = tuple(each[rows] for each in given)
+        model = changed(layer, some)
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        answers.append(next(iter(compiled([each.numpy() for each in some]).values())))
+    assert (answers[0][7:8] == answers[1]).all()

@@ -1,0 +1,94 @@
+"""Convolutions of 3 x 3 of our own in a network that OpenVINO computes, by fewer multiplications.
+
+`own_convolutions` changes what OpenVINO has read and knows OpenVINO's models alone. The operation is that of
+`cpp/openvino.cpp`, which computes as `cpp/winograd.cpp` says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gen.openvino_model import constant, put
+
+WIDE = 32  # of whose multiples our kernel takes channels
+# What a filter (3, 3) is turned into (4, 4) by, from both sides: the values of a parabola through three numbers at 0, 1
+# and -1, and its leading number (Lavin & Gray 2016, section 4.1).
+TURN = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+LAST, FIRST = np.array([0, 2, 3, 1]), np.array([0, 3, 1, 2])  # where channels go
+
+
+def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> None:
+    """Every convolution of 3 x 3 that fits, with its bias and what is added to it, in place.
+
+    `factory` knows our operations; `precision` is what they multiply in, bf16 or f32 of openvino.Type.
+    """
+    from openvino import Type, opset13
+
+    for node in model.get_ordered_ops():
+        weight = weight_of(node)
+        if weight is None:
+            continue
+        answer, bias = node.output(0), np.zeros(len(weight), np.float32)
+        told = beside = None
+        while (more := added(answer)) is not None:
+            behind, other = more
+            rows, width = answer.get_shape()[:2]
+            data = constant(other)
+            if data is not None and data.shape == (1, width, 1, 1):
+                bias = bias + data.ravel()
+            elif data is None and list(other.get_shape()) == [rows, width, 1, 1] and told is None:
+                told = opset13.reshape(other, np.array([rows, width]), special_zero=False).output(0)
+            elif data is None and other.get_shape() == answer.get_shape() and beside is None:
+                beside = other
+            else:
+                break
+            answer = behind
+        given = [last(node.input_value(0), precision), packed(weight, precision)]
+        given += [] if told is None else [told]
+        given += [] if beside is None else [last(beside, precision)]
+        attributes = {"bias": bias.tolist(), "is_told": told is not None, "threads": threads}
+        own = opset13.convert(factory.create("WinogradConvolution", given, attributes), Type.f32)
+        put(answer, opset13.transpose(own, FIRST).output(0))
+
+
+def weight_of(node: Any) -> np.ndarray | None:
+    """The weight (out, in, 3, 3) of a convolution that our kernel computes; None: it is none."""
+    if node.get_type_name() != "Convolution":
+        return None
+    weight, told = constant(node.input_value(1)), node.get_attributes()
+    if weight is None or weight.ndim != 4 or any(width % WIDE for width in weight.shape[:2]):
+        return None
+    plain = all(told[name] == [1, 1] for name in ("strides", "dilations", "pads_begin", "pads_end"))
+    return weight if plain and weight.shape[2:] == (3, 3) and told["auto_pad"] == "explicit" else None
+
+
+def packed(weight: np.ndarray, precision: Any) -> Any:
+    """A weight transformed and laid out as our kernel reads it (an openvino.Output)."""
+    from openvino import Type, opset13
+
+    turned = np.einsum("ij,ocjk,lk->ilco", TURN, weight.astype(np.float64), TURN)  # (4, 4, in, out)
+    places, inside = 16, weight.shape[1]
+    panels = turned.reshape(places, inside, -1, WIDE).transpose(2, 0, 1, 3)  # (out / 32, 16, in, 32)
+    if precision == Type.bf16:  # tiles of pairs of inputs, each for 16 values of the answer
+        pairs = panels.reshape(-1, places, inside // 32, 16, 2, 2, 16)
+        panels = pairs.transpose(0, 1, 2, 5, 3, 6, 4)
+    return opset13.constant(np.ascontiguousarray(panels, np.float32), dtype=precision).output(0)
+
+
+def last(output: Any, precision: Any) -> Any:
+    """An output (B, channels, height, width) with channels last, in a precision."""
+    from openvino import opset13
+
+    return opset13.convert(opset13.transpose(output, LAST), precision).output(0)
+
+
+def added(answer: Any) -> tuple[Any, Any] | None:
+    """The sum that alone reads an answer, and what is added there; None: it is not so."""
+    readers = [reader.get_node() for reader in answer.get_target_inputs()]
+    if len(readers) != 1 or readers[0].get_type_name() != "Add":
+        return None
+    given = [each.get_source_output() for each in readers[0].inputs()]
+    other = given[1 - given.index(answer)]
+    return None if other == answer else (readers[0].output(0), other)
