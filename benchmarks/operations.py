@@ -15,13 +15,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from contest.tasks import PROMPT, WORKLOADS, task_of
 from gen import TextToImage
-from gen.attention import Texts
 from gen.openvino_runtime import PRECISIONS, compiled, convert
+from gen.traced import Call
 from options import DTYPES, chosen, known
 from report import RESULTS, markdown, save
 from training.provenance import provenance
@@ -49,12 +47,11 @@ def call_of(model: TextToImage, rows: int) -> tuple[tuple[Any, ...], dict[str, A
 @torch.no_grad()
 def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str, float]:
     """Milliseconds of each kind of operation, the median of so many calls."""
-    leaves, layout = tree_flatten(call_of(model, rows))
-    converted = convert(model.model.unet, leaves, layout, PRECISIONS[DTYPES[dtype]])
-    arrays = [leaf.contiguous().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+    call = Call.of(*call_of(model, rows))
+    converted = convert(model.model.unet, call, PRECISIONS[DTYPES[dtype]])
+    arrays = [tensor.contiguous().numpy() for tensor in call.given]
     levels = None if converted.levels is None else converted.levels(arrays)
-    texts = next(leaf for leaf in leaves if isinstance(leaf, Texts))
-    inputs = converted.inputs(arrays, levels, texts, slice(0, rows), is_shared=True)
+    inputs = converted.inputs(arrays, levels, call.texts, slice(0, rows), is_shared=True)
     fixed = converted.of_sizes([each.shape for each in inputs], threads=1)
     request = compiled(fixed, converted.precision, threads=1, counted=True).create_infer_request()
     told: list[Counter[str]] = []

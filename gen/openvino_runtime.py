@@ -14,28 +14,23 @@ from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate, groupby, pairwise
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from gen.attention import Handed, Texts
+from gen.attention import Texts
 from gen.openvino_kernels import own_kernels
 from gen.openvino_model import Part, cut_layers, cut_levels, drop_ones, fold_norms, plain_norms, read
+from gen.pieces import LARGE_SIZES, SIZES, SMALL, Piece, pieces_of
+from gen.traced import Call, Flat
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # that OpenVINO is asked for, in its words
-
-# Rows that OpenVINO is asked at a time, most first. A fixed number is faster than a free one, and each holds a copy of
-# the weights, so they are few. Where rows are large, more of them at a time are no faster and take more memory.
-SIZES = (16, 8, 4, 1)
-LARGE_SIZES = (4, 1)
-SMALL = 1024  # values of a row's first input, such as a latent of four channels and 16 x 16 cells
 
 KNOWN = 512  # different rows' levels and vectors whose embeddings are kept, of 10 to 100 KB each
 AT_A_TIME = 16  # of them that are computed, always: what is kept must not depend on who else was there
@@ -76,68 +71,22 @@ class Answering:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the network's own forward answers."""
-        leaves, layout = tree_flatten((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        call = Call.of(args, kwargs)
+        if call.takes_gradient:
             return type(self.network).forward(self.network, *args, **kwargs)
-        (rows,) = {len(tensor) for tensor in given}
-        key = (repr(layout), *(kind_of(leaf) for leaf in leaves))
         with self._one_at_a_time:
-            if key not in self.read:
+            if call.kind not in self.read:
                 # In a thread of its own, where no dispatch mode of the caller's (`gen.bucket` has one) is traced.
                 with ThreadPoolExecutor(1) as apart:
-                    self.read[key] = apart.submit(convert, self.network, leaves, layout, self.precision).result()
-            converted = self.read[key]
-            texts = next((leaf for leaf in leaves if isinstance(leaf, Texts)), None)
-            of = None if texts is None else texts.of
-            sizes = SIZES if given[0][0].numel() <= SMALL else LARGE_SIZES
-            pieces = list(pieces_of(rows, of, sizes, streams_of(rows, torch.get_num_threads())))
+                    self.read[call.kind] = apart.submit(convert, self.network, call, self.precision).result()
+            converted = self.read[call.kind]
+            of = None if call.texts is None else call.texts.of
+            sizes = SIZES if call.given[0][0].numel() <= SMALL else LARGE_SIZES
+            pieces = list(pieces_of(call.rows, of, sizes, streams_of(call.rows, torch.get_num_threads())))
             while len(self.workers) < min(len(pieces), torch.get_num_threads()):
                 self.workers.append(ThreadPoolExecutor(1, f"unclip-openvino-{len(self.workers)}"))
-            answers = converted.ask(given, texts, pieces, self.workers)
+            answers = converted.ask(call.given, call.texts, pieces, self.workers)
         return tree_unflatten(answers, converted.answer)
-
-
-def kind_of(leaf: object) -> Hashable:
-    """What the model that is read depends on, of an argument of a network."""
-    if isinstance(leaf, Tensor):
-        return leaf.dtype, leaf.shape[1:]
-    if isinstance(leaf, Texts):
-        return Texts, tuple(pair.shape for pair in leaf.pairs[0])
-    return leaf
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows that are asked together."""
-
-    size: int  # one of `SIZES`
-    at: slice
-    is_shared: bool  # whether all of them read one text
-
-
-def pieces_of(rows: int, of: Sequence[int] | None, sizes: Sequence[int], streams: int) -> Iterator[Piece]:
-    """So many rows in pieces of these sizes, of which the last is 1, small enough for each stream to have its share.
-
-    `of` is which text each row reads (None: no row can share its text). Pieces of one text each are cut unless rows
-    of one text are so few that it takes more than twice as many pieces.
-    """
-    fitting = [size for size in sizes if size == 1 or size * streams <= rows]
-    whole = [Piece(size, at, False) for size, at in cut(0, rows, fitting)]
-    if of is not None:
-        ends = accumulate(len(list(run)) for _, run in groupby(of))
-        shared = [Piece(*each, True) for start, end in pairwise([0, *ends]) for each in cut(start, end, fitting)]
-        if len(shared) <= 2 * len(whole):
-            return iter(shared)
-    return iter(whole)
-
-
-def cut(start: int, end: int, sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Rows in pieces of these sizes, largest first."""
-    for size in sizes:
-        while end - start >= size:
-            yield size, slice(start, start + size)
-            start += size
 
 
 def streams_of(pieces: int, threads: int) -> int:
@@ -290,50 +239,19 @@ def fill(answers: Sequence[np.ndarray], request: Any, left: Iterator[tuple[slice
             answer[at] = found[place]
 
 
-class Flat(nn.Module):
-    """A network as a tracer reads it: tensors in, tensors out."""
-
-    def __init__(self, network: nn.Module, leaves: Sequence[Any], layout: TreeSpec) -> None:
-        super().__init__()
-        self.network = network
-        self.told = Told([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], layout)
-
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """`given` are all tensors that the network is handed, in their order, then what the layers read of a text."""
-        tensors = iter(given)
-        leaves = [next(tensors) if one is None else one[0] for one in self.told.fixed]
-        for place, leaf in enumerate(leaves):
-            if isinstance(leaf, Texts):
-                leaves[place] = Handed.of(next(tensors), [pair.shape for pair in leaf.pairs[0]])
-        args, kwargs = tree_unflatten(leaves, self.told.layout)
-        answers, self.told.answer = tree_flatten(type(self.network).forward(self.network, *args, **kwargs))
-        return tuple(answers)
-
-
-@dataclass(eq=False)
-class Told:
-    """How a network is handed its tensors, and how it hands over its own."""
-
-    fixed: list[tuple[Any] | None]  # what stands beside the tensors; None: a tensor's place
-    layout: TreeSpec
-    answer: TreeSpec | None = None  # None: it has not been asked yet
-
-
 @torch.no_grad()
-def convert(network: nn.Module, leaves: Sequence[Any], layout: TreeSpec, precision: str) -> Converted:
+def convert(network: nn.Module, call: Call, precision: str) -> Converted:
     """Have OpenVINO read a network by tracing one call of it."""
     began, name = time.perf_counter(), type(network).__name__
-    flat = Flat(network, leaves, layout)
-    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    pairs = [leaf.of_rows(slice(1)) for leaf in leaves if isinstance(leaf, Texts)]
-    assert len(pairs) <= 1, "pictures seen beside the text are refused"
-    example = [tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in given]  # 1 row would be traced as such
+    flat = Flat(network, call)
+    example = [tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in call.given]  # 1 row would be traced as such
+    pairs = [] if call.texts is None else [call.texts.of_rows(slice(1))]
     model = read(flat, (*example, *pairs))
     assert flat.told.answer is not None, "tracing asks it"
     logger.info("OpenVINO read %s in %.1f s", name, time.perf_counter() - began)
     drop_ones(model)
     cut_layers(model)
     fold_norms(model)
-    vectors = [place for place, tensor in enumerate(given) if tensor.ndim <= 2]
+    vectors = [place for place, tensor in enumerate(call.given) if tensor.ndim <= 2]
     levels, rest = cut_levels(model, vectors)
     return Converted(name, None if levels is None else Levels.of(levels, vectors), rest, flat.told.answer, precision)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from gen import Request, TextToImage, openvino_runtime
 from gen.openvino_model import cut_levels, read
-from gen.openvino_runtime import SIZES, core, pieces_of, streams_of
+from gen.openvino_runtime import core, streams_of
+from gen.pieces import SIZES, pieces_of
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_kandinsky import make_tiny_kandinsky
 from tests.tiny_karlo import make_tiny_karlo
