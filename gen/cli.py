@@ -158,7 +158,8 @@ def generate(
         str, _advanced("NAME", "What networks compute in: float32, bfloat16, float16; the lower two change pixels.")
     ] = "float32",
     runtime: Annotated[
-        str, _advanced("NAME", "Who computes them: torch, or openvino on the CPU (pip install 'unclip[openvino]').")
+        str,
+        _advanced("NAME", "Who computes them: torch, compile, or openvino on CPUs (pip install 'unclip[openvino]')."),
     ] = "torch",
     prior_model: Annotated[
         str | None,
@@ -406,7 +407,7 @@ def reproduce(
         typer.Option(metavar="FILE", help="Where a picture or mask is now that it was painted from; repeatable."),
     ] = None,
     runtime: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Who computes: torch, openvino (default: as recorded).")
+        str | None, typer.Option(metavar="NAME", help="Who computes: torch, compile, openvino (default: as recorded).")
     ] = None,
     clip: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where the CLIP is now that painted it, if not the model's own.")

@@ -34,9 +34,8 @@ from gen.engine import Engine
 from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
-from gen.openvino_runtime import run_by_openvino
 from gen.request import Candidate, Job, Request, asks_clip, check_shown
-from gen.runtime import DTYPES, TORCH, check_runtime, dtype_of, name_of
+from gen.runtime import DTYPES, OPENVINO, TORCH, check_runtime, dtype_of, name_of, run
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
@@ -107,7 +106,7 @@ class TextToImage:
         device: torch.device | str | None = None,  # None: CUDA where there is one
         dtype: torch.dtype | str = torch.float32,  # of the networks, or its name; rows are always float32
         *,
-        runtime: str = TORCH,  # who computes the networks: torch, or openvino on the CPU
+        runtime: str = TORCH,  # who computes the networks: torch, compile, or openvino on the CPU
         attention: str = AUTO,  # the UNet's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, avx512
         weak_unet: str | Path | None = None,  # folder of a weaker UNet, for guidance_rule="autoguidance"
         draft_unet: str | Path | None = None,  # UNet or LoRA for search="draft"; None: the model's own, if any
@@ -121,16 +120,18 @@ class TextToImage:
         elsewhere; a kernel that does not take some shape leaves it to torch's own choice and logs why. See
         `gen.attention`. `clip` None: the whole CLIP in the model's `clip/`; a model that has none paints, and does not
         rank. Runtime 'openvino' computes UNet, decoder and CLIP's image tower, in float32 or bfloat16, on the CPU; all
-        else, and every gradient, is torch's in float32. See `gen.openvino_runtime`.
+        else, and every gradient, is torch's in float32. Runtime 'compile' compiles the same networks by torch.compile,
+        on CUDA as CUDA graphs, which takes a minute each; it is made for a GPU. See `gen.openvino_runtime` and
+        `gen.compile_runtime`.
         """
         dtype = dtype_of(dtype)
-        device = usable(device or ("cuda" if torch.cuda.is_available() and runtime == TORCH else "cpu"))
+        device = usable(device or ("cuda" if torch.cuda.is_available() and runtime != OPENVINO else "cpu"))
         check_runtime(runtime, device, dtype)
         check_attention(attention, device, dtype)
-        if runtime != TORCH and attention != AUTO:
+        if runtime == OPENVINO and attention != AUTO:
             raise ValueError(f"attention '{attention}' is torch's, and runtime '{runtime}' has its own; leave one out")
         computed_in = dtype
-        if runtime != TORCH:
+        if runtime == OPENVINO:
             dtype = torch.float32  # the weights that are read; a lower precision is the runtime's to make
         if single_file.is_single(name_or_path):
             if prior_model is not None:
@@ -154,13 +155,15 @@ class TextToImage:
         place = parts.folder / drafts.FOLDER if draft_unet is None else Path(draft_unet)
         if draft_unet is not None or place.exists():
             model = model.with_drafter(drafts.read(place, model.unet), str(place))
-        if runtime != TORCH and any(adds_keys(unet) for unet in model.unets):
+        if runtime == OPENVINO and any(adds_keys(unet) for unet in model.unets):
             told = (
                 f"runtime '{runtime}' cannot compute the UNet of a {model.saved_as}, whose layers see text and picture"
             )
             raise ValueError(f"{told} at once (OpenVINO crashes on them); give runtime 'torch'")
         for unet in model.unets:
-            set_attention(unet, attention if runtime == TORCH else TORCHS_CHOICE)  # which OpenVINO reads and replaces
+            set_attention(
+                unet, TORCHS_CHOICE if runtime == OPENVINO else attention
+            )  # which OpenVINO reads and replaces
         origins = {"weak_unet": weak_unet, "clip": clip, "config": config, "prior_model": prior_model}
         named = {name: str(origin or "") for name, origin in origins.items()}
         loaded = cls(
@@ -178,9 +181,8 @@ class TextToImage:
 
     def _hand_over(self) -> None:
         """Let the runtime read the networks, anew where their weights have changed."""
-        if self.runtime != TORCH:
-            for network in self.model.networks():
-                run_by_openvino(network, self.dtype)
+        for network in self.model.networks():
+            run(network, self.runtime, self.dtype)
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Merge a LoRA into the weights, `scale` times: a file, a folder or a hub id; see `gen.adapters.lora`.

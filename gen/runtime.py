@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from gen.openvino_runtime import PRECISIONS, core
+from gen.compile_runtime import check_compile, run_compiled
+from gen.openvino_runtime import PRECISIONS, core, run_by_openvino
 
-TORCH, OPENVINO = "torch", "openvino"
-RUNTIMES = (TORCH, OPENVINO)
+TORCH, COMPILE, OPENVINO = "torch", "compile", "openvino"
+RUNTIMES = (TORCH, COMPILE, OPENVINO)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # by the names in records
 
 
@@ -29,7 +31,9 @@ def check_runtime(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """ValueError for an unknown runtime, and for one that is not installed or does not run so on this device."""
     if name not in RUNTIMES:
         raise ValueError(f"runtime '{name}' is unknown; choose from: {', '.join(RUNTIMES)}")
-    if name == TORCH:
+    if name == COMPILE:
+        check_compile(device)
+    if name != OPENVINO:
         return
     if device.type != "cpu":
         raise ValueError(f"runtime '{name}' runs on the CPU, not on {device}; give device 'cpu', or runtime 'torch'")
@@ -38,3 +42,14 @@ def check_runtime(name: str, device: torch.device, dtype: torch.dtype) -> None:
     able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if dtype is torch.bfloat16 and "BF16" not in able:
         raise ValueError(f"runtime '{name}' has no {name_of(dtype)} on this processor; give dtype float32")
+
+
+def run(network: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Let a runtime compute a network in a precision, anew where its weights have changed.
+
+    Torch and what it compiles compute in that of the weights; OpenVINO reads float32 and lowers it.
+    """
+    if name == OPENVINO:
+        run_by_openvino(network, dtype)
+    elif name == COMPILE:
+        run_compiled(network)

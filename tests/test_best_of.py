@@ -99,7 +99,7 @@ def test_what_is_wrong_with_ours_is_told() -> None:
     for wrong, said in (
         (row("unclip", max_error=2e-4), "latents differ by 2.0e-04"),
         (row("unclip", max_error=float("nan")), "latents differ by nan"),
-        (row("unclip-compiled", same_kept={"transformers": True, "unclip": False}), "as unclip ranks"),
+        (row("unclip-compile", same_kept={"transformers": True, "unclip": False}), "as unclip ranks"),
         (row("unclip", same_kept={"transformers": False, "unclip": True}), "as transformers ranks"),
         (row("unclip", "bfloat16", error=0.031), "more than 1.5 times"),
     ):

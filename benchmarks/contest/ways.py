@@ -31,7 +31,7 @@ WAYS = {
     "unclip": Way("**unclip**", is_ours=True),
     "unclip-openvino": Way("**unclip**, runtime openvino", is_ours=True, runtime="openvino", devices=("cpu",)),
     "unclip-channels-last": Way("**unclip**, channels-last from outside", is_ours=True, is_tuned=True),
-    "unclip-compiled": Way("**unclip**, torch.compile from outside", is_ours=True, backend="inductor"),
+    "unclip-compile": Way("**unclip**, runtime compile", is_ours=True, runtime="compile"),
 }
 
 
@@ -50,7 +50,9 @@ def refusal(way: Way) -> str | None:
     if "openvino" in (way.backend, way.runtime) and importlib.util.find_spec("openvino") is None:
         return "openvino is not installed"
     compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    if way.backend == "inductor" and not any(name and shutil.which(name) for name in compilers):
+    if (way.backend == "inductor" or way.runtime == "compile") and not any(
+        name and shutil.which(name) for name in compilers
+    ):
         return "there is no C++ compiler"
     return None
 

@@ -58,7 +58,7 @@ def test_what_cannot_run_is_refused_in_one_line(tiny_folder: Path, monkeypatch: 
     core.cache_clear()
     monkeypatch.setitem(sys.modules, "openvino", None)  # as where it is not installed
     for asked, told in (
-        ({"runtime": "onnx"}, r"runtime 'onnx' is unknown; choose from: torch, openvino"),
+        ({"runtime": "onnx"}, r"runtime 'onnx' is unknown; choose from: torch, compile, openvino"),
         ({"runtime": "openvino"}, r"not installed .*; pip install 'unclip\[openvino\]'"),
         ({"runtime": "openvino", "device": "meta"}, r"runs on the CPU, not on meta"),
         ({"runtime": "openvino", "dtype": "float16"}, r"computes in float32 or bfloat16, not in float16"),

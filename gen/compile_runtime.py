@@ -1,0 +1,153 @@
+"""torch.compile answers for a loaded network, on a GPU as CUDA graphs.
+
+`run_compiled` lets it do so from outside, as `gen.openvino_runtime` does: the module, its weights and what it saves
+stay as they are. A network is traced when a shape is first asked (torch.export) and compiled for few fixed numbers of
+rows, without a guard that could compile it anew: whatever rows are in flight, the same programs answer. What all
+layers read of a text is handed over as one tensor. Nothing here knows rows, samplers, families or ranking.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from gen.attention import adds_keys
+from gen.compiled import COMPILERS
+from gen.pieces import Piece, pieces_of
+from gen.traced import Call, Flat
+
+logger = logging.getLogger(__name__)
+
+SIZES = (
+    32,
+    16,
+    8,
+    4,
+    2,
+    1,
+)  # rows at a time, most first; each takes its time to compile, and on a GPU memory of its own
+WARM = 3  # calls before a CUDA graph is captured: libraries choose and allocate in the first ones
+
+Program = Callable[..., Sequence[Tensor]]
+"""A network for so many rows: tensors in, tensors out"""
+
+
+def check_compile(device: torch.device) -> None:
+    """ValueError where nothing can be compiled for this device."""
+    if device.type == "cpu" and not any(map(shutil.which, filter(None, [os.environ.get("CXX"), *COMPILERS]))):
+        raise ValueError(f"runtime 'compile' needs a C++ compiler ({', '.join(COMPILERS)}, or what CXX names)")
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ValueError("runtime 'compile' needs triton on a GPU; pip install triton, or give runtime 'torch'")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"runtime 'compile' is for the CPU and for CUDA, not for {device}; give runtime 'torch'")
+
+
+def run_compiled(network: nn.Module) -> None:
+    """Let what torch compiles compute a network, in the precision of its weights.
+
+    All that the network is handed as a tensor has a row's axis first. Who takes a gradient still asks the network.
+    """
+    compiling = Compiling(network)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiling(*args, **kwargs)
+
+    network.forward = forward
+
+
+@dataclass(eq=False)
+class Compiling:
+    """Compiled programs in a network's place."""
+
+    network: nn.Module
+    known: dict[Hashable, Compiled] = field(default_factory=dict)  # by what calls have in common
+    _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network's own forward answers."""
+        call = Call.of(args, kwargs)
+        if call.takes_gradient:
+            return type(self.network).forward(self.network, *args, **kwargs)
+        # A dispatch mode of the caller's (`gen.bucket` has one) is neither traced nor in the way of what is compiled.
+        with self._one_at_a_time, torch.no_grad(), _disable_current_modes():
+            if call.kind not in self.known:
+                self.known[call.kind] = Compiled(self.network, call)
+            compiled = self.known[call.kind]
+            answers = [compiled.ask(call, piece) for piece in self._pieces(call)]
+            whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*answers, strict=True)]
+        assert compiled.answer is not None, "it has been asked"
+        return tree_unflatten(whole, compiled.answer)
+
+    def _pieces(self, call: Call) -> list[Piece]:
+        """Rows that are asked together; those whose layers see text and picture at once do not share the text."""
+        of = None if call.texts is None or adds_keys(self.network) else call.texts.of
+        return list(pieces_of(call.rows, of, SIZES))
+
+
+@dataclass(eq=False)
+class Compiled:
+    """A network for calls of one kind."""
+
+    network: nn.Module
+    call: Call  # the first of them
+    programs: dict[tuple[int, bool], Program] = field(default_factory=dict)  # by rows, and whether these share a text
+    answer: TreeSpec | None = None  # how the network hands over its tensors; None: it has not been asked yet
+
+    def ask(self, call: Call, piece: Piece) -> Sequence[Tensor]:
+        """What it answers to some rows."""
+        given = [tensor[piece.at].contiguous() for tensor in call.given]
+        if call.texts is not None:
+            at = slice(piece.at.start, piece.at.start + 1) if piece.is_shared else piece.at
+            given.append(call.texts.of_rows(at))
+        key = piece.size, piece.is_shared
+        if key not in self.programs:
+            self.programs[key] = self._program(given, piece.size)
+        return self.programs[key](*given)
+
+    def _program(self, given: Sequence[Tensor], rows: int) -> Program:
+        began = time.perf_counter()
+        flat = Flat(self.network, self.call)
+        traced = torch.export.export(flat, tuple(given), strict=False).module()
+        self.answer = flat.told.answer
+        program: Program = torch.compile(traced, fullgraph=True, dynamic=False)
+        program(*given)
+        if given[0].is_cuda:
+            program = Graph(program, given)
+        told = f"{type(self.network).__name__} for {rows} rows"
+        logger.info("torch compiled %s, in %.1f s", told, time.perf_counter() - began)
+        return program
+
+
+class Graph:
+    """A program as one CUDA graph: the host says a single thing where it said hundreds, and waits for nothing."""
+
+    def __init__(self, program: Program, given: Sequence[Tensor]) -> None:
+        self._given = [tensor.clone() for tensor in given]
+        self._graph = torch.cuda.CUDAGraph()
+        apart, now = torch.cuda.Stream(), torch.cuda.current_stream()
+        apart.wait_stream(now)
+        with torch.cuda.stream(apart):
+            for _ in range(WARM):
+                program(*self._given)
+        now.wait_stream(apart)
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may go on
+            self._answers = program(*self._given)
+
+    def __call__(self, *given: Tensor) -> list[Tensor]:
+        """What the program answers; the graph's own tensors are overwritten by the next call."""
+        for own, tensor in zip(self._given, given, strict=True):
+            own.copy_(tensor)
+        self._graph.replay()
+        return [answer.clone() for answer in self._answers]

@@ -1,0 +1,147 @@
+"""torch.compile in a network's place: what is compiled for few fixed numbers of rows paints what torch paints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gen import Request, TextToImage, compile_runtime
+from gen.compile_runtime import check_compile, run_compiled
+from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
+from tests.tiny_karlo import make_tiny_karlo
+
+CLOSE, LEVEL = 1e-4, 1 / 255  # of the largest; of pixels
+MIXED = [
+    Request(prompt="a star", num_images_per_prompt=5, seed=0, num_inference_steps=3, output_type="latent"),
+    Request(prompt="red", seed=7, num_inference_steps=2, guidance_scale=1.0, prior=False, output_type="latent"),
+]
+PLAIN: dict[str, Any] = {"seed": 0, "prior": False, "num_inference_steps": 3}
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "Stable Diffusion": make_tiny_stable_diffusion,
+    "Stable Diffusion XL": make_tiny_stable_diffusion_xl,
+    "Karlo": make_tiny_karlo,
+}
+
+
+@pytest.fixture
+def by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few sizes, and torch.compile without its code generator, which takes minutes for a model; the rest as it is."""
+    monkeypatch.setattr(compile_runtime, "SIZES", (4, 1))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def latents(results: list[Any]) -> Tensor:
+    return torch.cat([result.images for result in results])
+
+
+def told_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    ours = [record.getMessage() for record in caplog.records if record.name == "gen.compile_runtime"]
+    return [told.split(",")[0] for told in ours]
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+@pytest.mark.usefixtures("by_pieces")
+def test_rows_of_all_steps_and_texts_are_torchs(
+    tiny: TextToImage, tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is the dispatch mode traced by which a bucket measures."""
+    compiled = TextToImage.from_pretrained(tiny_folder, "cpu", runtime="compile")
+    with caplog.at_level(logging.INFO, "gen.compile_runtime"):
+        wanted, found = (latents(model.paint(MIXED)) for model in (tiny, compiled))
+    assert apart(found, wanted) < CLOSE
+    assert {f"torch compiled UNet2DConditionModel for {size} rows" for size in (1, 4)} <= set(told_of(caplog))
+    alone = latents([compiled.paint([each])[0] for each in MIXED])
+    assert apart(alone, found) < CLOSE
+
+
+@pytest.mark.usefixtures("by_pieces")
+def test_the_same_are_kept_and_guided_by_torchs_gradient(
+    tiny: TextToImage, tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = TextToImage.from_pretrained(tiny_folder, "cpu", runtime="compile")
+    asked = PLAIN | {"num_images_per_prompt": 5, "keep": 2, "clip_guidance_scale": 0.1, "output_type": "pt"}
+    with caplog.at_level(logging.INFO, "gen.compile_runtime"):
+        one, other = (model("a star", **asked) for model in (tiny, compiled))
+    assert one.seeds == other.seeds and one.scores == pytest.approx(other.scores, abs=1e-3)
+    assert (one.images - other.images).abs().max() <= LEVEL
+    assert {record["runtime"] for record in other.records} == {"compile"}
+    assert {f"torch compiled {kind} for 4 rows" for kind in ("Decoder", "CLIPVisionModel")} <= set(told_of(caplog))
+
+
+@pytest.mark.usefixtures("by_pieces")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_torchs(family: str, tmp_path: Path) -> None:
+    """Also those whose layers see text and picture at once, so that no two rows share a text's keys and values."""
+    folder = FAMILIES[family](tmp_path / "tiny")
+    asked = [
+        Request(prompt=prompt, num_images_per_prompt=number, seed=3, num_inference_steps=2, output_type="latent")
+        for prompt, number in (("a red star", 5), ("a blue circle", 1))
+    ]
+    models = [TextToImage.from_pretrained(folder, "cpu", runtime=runtime) for runtime in ("torch", "compile")]
+    wanted, found = (latents(model.paint(asked)) for model in models)
+    assert apart(found, wanted) < CLOSE
+
+
+class Twice(nn.Module):
+    """What has several answers, one for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x) * factor[:, None], x
+
+
+@torch.no_grad()
+def test_any_number_of_rows_is_asked_in_few_sizes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, rows = Twice(), 11
+    rng = torch.Generator().manual_seed(0)
+    x, factor = torch.randn(rows, 3, generator=rng), torch.randn(rows, generator=rng)
+    wanted = network(x, factor)
+    monkeypatch.setattr(compile_runtime, "SIZES", (4, 1))
+    run_compiled(network)
+    with caplog.at_level(logging.INFO, "gen.compile_runtime"):
+        for _ in range(2):
+            for found, expected in zip(network(x, factor), wanted, strict=True):
+                torch.testing.assert_close(found, expected)
+    assert told_of(caplog) == [f"torch compiled Twice for {size} rows" for size in (4, 1)], "each once"
+
+
+def test_merged_weights_are_compiled_anew(tiny_folder: Path, tmp_path: Path) -> None:
+    model = TextToImage.from_pretrained(tiny_folder, "cpu", runtime="compile")
+    layer, before = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", model.model.unet.forward
+    lora = {f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    model.load_lora(tmp_path / "lora.safetensors")
+    assert model.model.unet.forward is not before
+
+
+def test_where_nothing_can_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="is for the CPU and for CUDA, not for meta"):
+        TextToImage.from_pretrained(tiny_folder, "meta", runtime="compile")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"'compile' needs a C\+\+ compiler"):
+        check_compile(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_answer_as_torch(tiny_folder: Path) -> None:
+    models = [TextToImage.from_pretrained(tiny_folder, "cuda", runtime=runtime) for runtime in ("torch", "compile")]
+    for _ in range(2):
+        wanted, found = (latents(model.paint(MIXED)) for model in models)
+        assert apart(found, wanted) < 10 * CLOSE
