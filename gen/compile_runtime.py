@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from gen.attention import adds_keys
 from gen.compiled import COMPILERS
@@ -83,12 +83,13 @@ class Compiling:
         # A dispatch mode of the caller's (`gen.bucket` has one) is neither traced nor in the way of what is compiled.
         with self._one_at_a_time, torch.no_grad(), _disable_current_modes():
             if call.kind not in self.known:
-                self.known[call.kind] = Compiled(self.network, call)
+                self.known[call.kind] = Compiled(Flat(self.network, call))
             compiled = self.known[call.kind]
             answers = [compiled.ask(call, piece) for piece in self._pieces(call)]
             whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*answers, strict=True)]
-        assert compiled.answer is not None, "it has been asked"
-        return tree_unflatten(whole, compiled.answer)
+        answer = compiled.flat.told.answer
+        assert answer is not None, "it has been traced"
+        return tree_unflatten(whole, answer)
 
     def _pieces(self, call: Call) -> list[Piece]:
         """Rows that are asked together; those whose layers see text and picture at once do not share the text."""
@@ -100,10 +101,8 @@ class Compiling:
 class Compiled:
     """A network for calls of one kind."""
 
-    network: nn.Module
-    call: Call  # the first of them
+    flat: Flat
     programs: dict[tuple[int, bool], Program] = field(default_factory=dict)  # by rows, and whether these share a text
-    answer: TreeSpec | None = None  # how the network hands over its tensors; None: it has not been asked yet
 
     def ask(self, call: Call, piece: Piece) -> Sequence[Tensor]:
         """What it answers to some rows."""
@@ -118,14 +117,12 @@ class Compiled:
 
     def _program(self, given: Sequence[Tensor], rows: int) -> Program:
         began = time.perf_counter()
-        flat = Flat(self.network, self.call)
-        traced = torch.export.export(flat, tuple(given), strict=False).module()
-        self.answer = flat.told.answer
+        traced = torch.export.export(self.flat, tuple(given), strict=False).module()
         program: Program = torch.compile(traced, fullgraph=True, dynamic=False)
         program(*given)
         if given[0].is_cuda:
             program = Graph(program, given)
-        told = f"{type(self.network).__name__} for {rows} rows"
+        told = f"{type(self.flat.network).__name__} for {rows} rows"
         logger.info("torch compiled %s, in %.1f s", told, time.perf_counter() - began)
         return program
 

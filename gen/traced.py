@@ -62,9 +62,19 @@ def kind_of(leaf: object) -> Hashable:
     """What the network that is traced depends on, of one of its arguments."""
     if isinstance(leaf, Tensor):
         return leaf.dtype, leaf.shape[1:]
-    if isinstance(leaf, Texts):
-        return Texts, tuple(pair.shape for pair in leaf.pairs[0])
-    return leaf
+    return Shapes.of(leaf) if isinstance(leaf, Texts) else leaf
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What all texts of a network have in common; it keeps none of them."""
+
+    pairs: tuple[torch.Size, ...]  # of each layer's keys and values (2, heads, L, d)
+
+    @classmethod
+    def of(cls, texts: Texts) -> Shapes:
+        """Those of the first, as of any."""
+        return cls(tuple(pair.shape for pair in texts.pairs[0]))
 
 
 class Flat(nn.Module):
@@ -73,15 +83,16 @@ class Flat(nn.Module):
     def __init__(self, network: nn.Module, call: Call) -> None:
         super().__init__()
         self.network = network
-        self.told = Told([None if isinstance(leaf, Tensor) else (leaf,) for leaf in call.leaves], call.layout)
+        leaves = [Shapes.of(leaf) if isinstance(leaf, Texts) else leaf for leaf in call.leaves]
+        self.told = Told([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], call.layout)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """`given` are all tensors that the network is handed, in their order, then what the layers read of a text."""
         tensors = iter(given)
         leaves = [next(tensors) if one is None else one[0] for one in self.told.fixed]
         for place, leaf in enumerate(leaves):
-            if isinstance(leaf, Texts):
-                leaves[place] = Handed.of(next(tensors), [pair.shape for pair in leaf.pairs[0]])
+            if isinstance(leaf, Shapes):
+                leaves[place] = Handed.of(next(tensors), leaf.pairs)
         args, kwargs = tree_unflatten(leaves, self.told.layout)
         answers, self.told.answer = tree_flatten(type(self.network).forward(self.network, *args, **kwargs))
         return tuple(answers)
