@@ -37,6 +37,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gen import avx512
@@ -231,7 +232,8 @@ def kernel_for(
     mask: tuple[int, int] | None,
 ) -> str:
     """`chosen`, of the fields of a shape."""
-    return chosen(name, Shape(device, dtype, heads, size, queries, keys, mask))
+    with _disable_current_modes():  # torch.export traces what is computed in its modes
+        return chosen(name, Shape(device, dtype, heads, size, queries, keys, mask))
 
 
 # --- which text each evaluation reads ----------------------------------------------------------------------------

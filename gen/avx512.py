@@ -38,28 +38,33 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     return answer
 
 
-@cache
+def library() -> ctypes.CDLL:
+    """The kernel, ready to run. RuntimeError that says why it cannot run here."""
+    return ready()[0]
+
+
 def flags() -> tuple[str, ...]:
-    """What the compiler is told of this processor. RuntimeError that says why nothing of ours can run here."""
+    """What the compiler is told of this processor; the same RuntimeError."""
+    return ready()[1]
+
+
+@cache
+def ready() -> tuple[ctypes.CDLL, tuple[str, ...]]:
+    """The kernel and the flags that it was built by: AMX's where the processor and the operating system give it."""
     able = abilities()
     if not able >= NEEDED:
         raise RuntimeError("it needs Linux and a processor with AVX512-BF16")
-    return (*FLAGS, *TILE_FLAGS) if able >= TILES else FLAGS
+    if able >= TILES:
+        found = ctypes.CDLL(str(built("attention.cpp", (*FLAGS, *TILE_FLAGS))))
+        if found.allowed():
+            return found, (*FLAGS, *TILE_FLAGS)
+    return ctypes.CDLL(str(built("attention.cpp", FLAGS))), FLAGS
 
 
 def abilities() -> set[str]:
     """What the processor can do, as Linux names it, which alone gives AMX's tiles to who asks as the kernel does."""
     told = Path("/proc/cpuinfo")
     return set(told.read_text().partition("flags")[2].partition("\n")[0].split()) if told.exists() else set()
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The kernel, ready to run. RuntimeError that says why it cannot run here."""
-    found = ctypes.CDLL(str(built("attention.cpp", flags())))
-    if not found.allowed():
-        raise RuntimeError("the operating system does not give it AMX's tiles")
-    return found
 
 
 @torch.library.custom_op("unclip::avx512_attention", mutates_args=())  # torch.compile does not look into it

@@ -20,33 +20,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_unflatten
 
 from gen.attention import adds_keys
 from gen.compiled import COMPILERS
-from gen.pieces import Piece, pieces_of
+from gen.pieces import LARGE_SIZES, SIZES, SMALL, Piece, pieces_of
 from gen.traced import Call, Flat
 
 logger = logging.getLogger(__name__)
 
-SIZES = (
-    32,
-    16,
-    8,
-    4,
-    2,
-    1,
-)  # rows at a time, most first; each takes its time to compile, and on a GPU memory of its own
+CUDA_SIZES = (32, 16, 8, 4, 2, 1)  # rows at a time on a GPU, where large calls are the fast ones
+# Attention's kernels that a tracer keeps: operations of their own, and torch's choice. The others are torch's too, but
+# asked for by a switch that is not traced.
+KERNELS = ("auto", "sdpa", "avx512", "xformers")
 WARM = 3  # calls before a CUDA graph is captured: libraries choose and allocate in the first ones
+
+BUILDING = Lock()  # torch traces one network at a time, and captures one graph
 
 Program = Callable[..., Sequence[Tensor]]
 """A network for so many rows: tensors in, tensors out"""
 
 
-def check_compile(device: torch.device) -> None:
-    """ValueError where nothing can be compiled for this device."""
-    if device.type == "cpu" and not any(map(shutil.which, filter(None, [os.environ.get("CXX"), *COMPILERS]))):
+def check_compile(device: torch.device, attention: str) -> None:
+    """ValueError where nothing can be compiled for this device, or attention's kernel would be lost."""
+    if attention not in KERNELS:
+        told = f"runtime 'compile' compiles attention itself; attention '{attention}' is for runtime 'torch'"
+        raise ValueError(f"{told}; choose from: {', '.join(KERNELS)}")
+    if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), *COMPILERS]))):  # triton needs one too
         raise ValueError(f"runtime 'compile' needs a C++ compiler ({', '.join(COMPILERS)}, or what CXX names)")
     if device.type == "cuda" and find_spec("triton") is None:
         raise ValueError("runtime 'compile' needs triton on a GPU; pip install triton, or give runtime 'torch'")
@@ -74,16 +75,16 @@ class Compiling:
     network: nn.Module
     known: dict[Hashable, Compiled] = field(default_factory=dict)  # by what calls have in common
     _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
+    _pool: Any = None  # memory that this network's CUDA graphs share, since one runs at a time; None: none yet
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the network's own forward answers."""
         call = Call.of(args, kwargs)
-        if call.takes_gradient:
+        if call.takes_gradient or _get_current_dispatch_mode() is not None:  # `gen.bucket` measures by one
             return type(self.network).forward(self.network, *args, **kwargs)
-        # A dispatch mode of the caller's (`gen.bucket` has one) is neither traced nor in the way of what is compiled.
-        with self._one_at_a_time, torch.no_grad(), _disable_current_modes():
+        with self._one_at_a_time, torch.no_grad():
             if call.kind not in self.known:
-                self.known[call.kind] = Compiled(Flat(self.network, call))
+                self.known[call.kind] = Compiled(Flat(self.network, call), self._memory(call.given[0].device))
             compiled = self.known[call.kind]
             answers = [compiled.ask(call, piece) for piece in self._pieces(call)]
             whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*answers, strict=True)]
@@ -91,10 +92,17 @@ class Compiling:
         assert answer is not None, "it has been traced"
         return tree_unflatten(whole, answer)
 
+    def _memory(self, device: torch.device) -> Any:
+        if device.type == "cuda" and self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
     def _pieces(self, call: Call) -> list[Piece]:
         """Rows that are asked together; those whose layers see text and picture at once do not share the text."""
         of = None if call.texts is None or adds_keys(self.network) else call.texts.of
-        return list(pieces_of(call.rows, of, SIZES))
+        first = call.given[0]
+        sizes = CUDA_SIZES if first.is_cuda else SIZES if first[0].numel() <= SMALL else LARGE_SIZES
+        return list(pieces_of(call.rows, of, sizes))
 
 
 @dataclass(eq=False)
@@ -102,6 +110,7 @@ class Compiled:
     """A network for calls of one kind."""
 
     flat: Flat
+    pool: Any  # of CUDA graphs; None on the CPU
     programs: dict[tuple[int, bool], Program] = field(default_factory=dict)  # by rows, and whether these share a text
 
     def ask(self, call: Call, piece: Piece) -> Sequence[Tensor]:
@@ -117,11 +126,12 @@ class Compiled:
 
     def _program(self, given: Sequence[Tensor], rows: int) -> Program:
         began = time.perf_counter()
-        traced = torch.export.export(self.flat, tuple(given), strict=False).module()
-        program: Program = torch.compile(traced, fullgraph=True, dynamic=False)
-        program(*given)
-        if given[0].is_cuda:
-            program = Graph(program, given)
+        with BUILDING:
+            traced = torch.export.export(self.flat, tuple(given), strict=False).module()
+            program: Program = torch.compile(traced, fullgraph=True, dynamic=False)
+            program(*given)
+            if given[0].is_cuda:
+                program = Graph(program, given, self.pool)
         told = f"{type(self.flat.network).__name__} for {rows} rows"
         logger.info("torch compiled %s, in %.1f s", told, time.perf_counter() - began)
         return program
@@ -130,21 +140,25 @@ class Compiled:
 class Graph:
     """A program as one CUDA graph: the host says a single thing where it said hundreds, and waits for nothing."""
 
-    def __init__(self, program: Program, given: Sequence[Tensor]) -> None:
+    def __init__(self, program: Program, given: Sequence[Tensor], pool: Any) -> None:
         self._given = [tensor.clone() for tensor in given]
+        self._device = given[0].device
         self._graph = torch.cuda.CUDAGraph()
-        apart, now = torch.cuda.Stream(), torch.cuda.current_stream()
-        apart.wait_stream(now)
-        with torch.cuda.stream(apart):
-            for _ in range(WARM):
-                program(*self._given)
-        now.wait_stream(apart)
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may go on
-            self._answers = program(*self._given)
+        with torch.cuda.device(self._device):
+            now, apart = torch.cuda.current_stream(), torch.cuda.Stream()
+            apart.wait_stream(now)
+            with torch.cuda.stream(apart):
+                for _ in range(WARM):
+                    program(*self._given)
+            # Other threads may go on meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, stream=apart, capture_error_mode="thread_local"):
+                self._answers = program(*self._given)
+            now.wait_stream(apart)
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
         """What the program answers; the graph's own tensors are overwritten by the next call."""
-        for own, tensor in zip(self._given, given, strict=True):
-            own.copy_(tensor)
-        self._graph.replay()
-        return [answer.clone() for answer in self._answers]
+        with torch.cuda.device(self._device):
+            for own, tensor in zip(self._given, given, strict=True):
+                own.copy_(tensor)
+            self._graph.replay()
+            return [answer.clone() for answer in self._answers]

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import constant, put
+from gen.openvino_model import constant, put, stored
 
 WIDE = 32  # of whose multiples our kernel takes channels
+AT_A_TIME = 32  # patches of 2 x 2 answers that a thread computes together
 # What a filter (3, 3) is turned into (4, 4) by, from both sides: the values of a parabola through three numbers at 0, 1
 # and -1, and its leading number (Lavin & Gray 2016, section 4.1).
 TURN = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -22,13 +24,14 @@ LAST, FIRST = np.array([0, 2, 3, 1]), np.array([0, 3, 1, 2])  # where channels g
 def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> None:
     """Every convolution of 3 x 3 that fits, with its bias and what is added to it, in place.
 
+    Those with too few patches for so many threads are left to OpenVINO, whose threads share channels too.
     `factory` knows our operations; `precision` is what they multiply in, bf16 or f32 of openvino.Type.
     """
     from openvino import Type, opset13
 
     for node in model.get_ordered_ops():
         weight = weight_of(node)
-        if weight is None:
+        if weight is None or patches_of(node.get_output_shape(0)) < AT_A_TIME * threads:
             continue
         answer, bias = node.output(0), np.zeros(len(weight), np.float32)
         told = beside = None
@@ -53,6 +56,12 @@ def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> 
         put(answer, opset13.transpose(own, FIRST).output(0))
 
 
+def patches_of(shape: Sequence[int]) -> int:
+    """How many patches of 2 x 2 an answer (B, channels, height, width) has."""
+    rows, _, height, width = shape
+    return int(rows * -(-height // 2) * -(-width // 2))
+
+
 def weight_of(node: Any) -> np.ndarray | None:
     """The weight (out, in, 3, 3) of a convolution that our kernel computes; None: it is none."""
     if node.get_type_name() != "Convolution":
@@ -66,15 +75,15 @@ def weight_of(node: Any) -> np.ndarray | None:
 
 def packed(weight: np.ndarray, precision: Any) -> Any:
     """A weight transformed and laid out as our kernel reads it (an openvino.Output)."""
-    from openvino import Type, opset13
+    from openvino import Type
 
-    turned = np.einsum("ij,ocjk,lk->ilco", TURN, weight.astype(np.float64), TURN)  # (4, 4, in, out)
-    places, inside = 16, weight.shape[1]
-    panels = turned.reshape(places, inside, -1, WIDE).transpose(2, 0, 1, 3)  # (out / 32, 16, in, 32)
+    panels = weight.reshape(-1, WIDE, weight.shape[1], 3, 3)  # (out / 32, 32, in, 3, 3)
+    turned = np.einsum("ij,pocjk,lk->pilco", TURN, panels, TURN, optimize=True).astype(np.float32)
+    turned = turned.reshape(len(panels), 16, weight.shape[1], WIDE)
     if precision == Type.bf16:  # tiles of pairs of inputs, each for 16 values of the answer
-        pairs = panels.reshape(-1, places, inside // 32, 16, 2, 2, 16)
-        panels = pairs.transpose(0, 1, 2, 5, 3, 6, 4)
-    return opset13.constant(np.ascontiguousarray(panels, np.float32), dtype=precision).output(0)
+        pairs = turned.reshape(len(panels), 16, weight.shape[1] // 32, 16, 2, 2, 16)
+        turned = pairs.transpose(0, 1, 2, 5, 3, 6, 4)
+    return stored(turned, precision)
 
 
 def last(output: Any, precision: Any) -> Any:

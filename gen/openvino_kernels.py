@@ -1,4 +1,4 @@
-"""Kernels of our own in a network that OpenVINO computes in bfloat16: attention, linear layers and group norms.
+"""Kernels of our own in a network that OpenVINO computes: convolutions, and in bfloat16 attention, layers and norms.
 
 `own_kernels` changes what OpenVINO has read and knows OpenVINO's models alone: no rows, no calls, no text. The
 operations are those of `cpp/openvino.cpp`.

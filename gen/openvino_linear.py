@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import constant, is_bias, put, weight_of
+from gen.openvino_model import constant, is_bias, put, stored, weight_of
 
-ROW, BESIDE = 32, 16  # bfloat16 in a row of AMX's tiles, and what of an answer a tile of weights is for
+ROW, BESIDE = 32, 16  # bfloat16 in a row of a tile, and what of an answer a tile of weights is for
 FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer
 
 
@@ -89,7 +89,7 @@ def own_linear(
 
 def packed(layer: Layer, gates: Layer | None) -> tuple[Any, list[float]]:
     """A layer's weights as our kernel reads them (an openvino.Output), with those of its gates, and as many biases."""
-    from openvino import Type, opset13
+    from openvino import Type
 
     weight, bias = layer.weight, layer.bias
     if gates is not None:  # 16 values, then their gates
@@ -99,7 +99,7 @@ def packed(layer: Layer, gates: Layer | None) -> tuple[Any, list[float]]:
     missing = -len(weight) % (2 * BESIDE)  # two tiles are read beside each other
     weight, bias = np.pad(weight, ((0, missing), (0, 0))), np.pad(bias, (0, missing))
     tiles = weight.reshape(-1, 2, BESIDE, weight.shape[1] // ROW, ROW // 2, 2).transpose(0, 3, 1, 4, 2, 5)
-    return opset13.constant(np.ascontiguousarray(tiles), dtype=Type.bf16).output(0), bias.tolist()
+    return stored(tiles, Type.bf16), bias.tolist()
 
 
 def feeding(x: Any) -> Any | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from gen.checkpoint import quiet
@@ -202,6 +203,20 @@ def fold_norms(model: Any) -> None:
             whole, before = behind if behind is not None and has_bias else (reader.output(0), np.zeros(1))
             answer = opset13.add(product, opset13.constant(bias + np.ravel(before).astype(np.float32)))
             put(whole, answer.output(0))
+
+
+def stored(data: np.ndarray, precision: Any) -> Any:
+    """Float32 numbers as a constant of a precision, bf16 or f32 of openvino.Type (an openvino.Output)."""
+    import openvino
+    from openvino import Type, opset13
+
+    numbers = torch.from_numpy(np.ascontiguousarray(data, np.float32))
+    if precision == Type.bf16:
+        tensor = openvino.Tensor(Type.bf16, openvino.Shape(list(numbers.shape)))
+        tensor.data[:] = numbers.bfloat16().view(torch.float16).numpy()  # numpy has no bfloat16, and is shown these
+    else:
+        tensor = openvino.Tensor(numbers.numpy())
+    return opset13.constant(tensor).output(0)
 
 
 def constant_behind(output: Any, kind: str) -> tuple[Any, np.ndarray] | None:

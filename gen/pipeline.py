@@ -27,7 +27,7 @@ from torch import Tensor
 from gen import checkpoint, single_file
 from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
-from gen.attention import AUTO, TORCHS_CHOICE, adds_keys, check_attention, set_attention
+from gen.attention import AUTO, adds_keys, check_attention, set_attention
 from gen.bucket import Buckets
 from gen.edit import schedule_of
 from gen.engine import Engine
@@ -35,7 +35,7 @@ from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.request import Candidate, Job, Request, asks_clip, check_shown
-from gen.runtime import DTYPES, OPENVINO, TORCH, check_runtime, dtype_of, name_of, run
+from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
@@ -126,10 +126,8 @@ class TextToImage:
         """
         dtype = dtype_of(dtype)
         device = usable(device or ("cuda" if torch.cuda.is_available() and runtime != OPENVINO else "cpu"))
-        check_runtime(runtime, device, dtype)
+        check_runtime(runtime, device, dtype, attention)
         check_attention(attention, device, dtype)
-        if runtime == OPENVINO and attention != AUTO:
-            raise ValueError(f"attention '{attention}' is torch's, and runtime '{runtime}' has its own; leave one out")
         computed_in = dtype
         if runtime == OPENVINO:
             dtype = torch.float32  # the weights that are read; a lower precision is the runtime's to make
@@ -161,9 +159,7 @@ class TextToImage:
             )
             raise ValueError(f"{told} at once (OpenVINO crashes on them); give runtime 'torch'")
         for unet in model.unets:
-            set_attention(
-                unet, TORCHS_CHOICE if runtime == OPENVINO else attention
-            )  # which OpenVINO reads and replaces
+            set_attention(unet, attention_of(runtime, attention, device))
         origins = {"weak_unet": weak_unet, "clip": clip, "config": config, "prior_model": prior_model}
         named = {name: str(origin or "") for name, origin in origins.items()}
         loaded = cls(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gen.attention import AUTO, TORCHS_CHOICE
 from gen.compile_runtime import check_compile, run_compiled
 from gen.openvino_runtime import PRECISIONS, core, run_by_openvino
 
@@ -27,14 +28,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_runtime(name: str, device: torch.device, dtype: torch.dtype) -> None:
+def check_runtime(name: str, device: torch.device, dtype: torch.dtype, attention: str = AUTO) -> None:
     """ValueError for an unknown runtime, and for one that is not installed or does not run so on this device."""
     if name not in RUNTIMES:
         raise ValueError(f"runtime '{name}' is unknown; choose from: {', '.join(RUNTIMES)}")
     if name == COMPILE:
-        check_compile(device)
+        check_compile(device, attention)
     if name != OPENVINO:
         return
+    if attention != AUTO:
+        raise ValueError(f"attention '{attention}' is torch's, and runtime '{name}' has its own; leave one out")
     if device.type != "cpu":
         raise ValueError(f"runtime '{name}' runs on the CPU, not on {device}; give device 'cpu', or runtime 'torch'")
     if dtype not in PRECISIONS:
@@ -53,3 +56,13 @@ def run(network: nn.Module, name: str, dtype: torch.dtype) -> None:
         run_by_openvino(network, dtype)
     elif name == COMPILE:
         run_compiled(network)
+
+
+def attention_of(name: str, attention: str, device: torch.device) -> str:
+    """The kernel that a runtime is to find in a UNet, where this one was asked for.
+
+    OpenVINO reads torch's own and replaces it. What torch compiles on CUDA is left torch's own choice, since those that
+    `auto` would take are not traced.
+    """
+    is_left = name == OPENVINO or (name == COMPILE and attention == AUTO and device.type == "cuda")
+    return TORCHS_CHOICE if is_left else attention

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "common.cpp"
 
@@ -110,7 +111,7 @@ class Tiles {
       for (int from = 0; from < in; from += DEPTH)
         for (int i = 0; i < LANES; i++) {
           const bfloat16* at = weight + from * PAIR * LANES + i * DEPTH;
-          const __m512bh low = (__m512bh)_mm512_load_si512(at), high = (__m512bh)_mm512_load_si512(at + TILE);
+          const __m512bh low = (__m512bh)_mm512_loadu_si512(at), high = (__m512bh)_mm512_loadu_si512(at + TILE);
           for (int place = 0; place < HERE; place++) {
             const __m512bh both = everywhere(rows + (row + place) * int64_t(in) + from + 2 * i);
             sums.of[place][0] = _mm512_dpbf16_ps(sums.of[place][0], both, low);
@@ -150,7 +151,8 @@ inline void multiply_pair(float* to, const float* rows, int in, const float* wei
   for (int row = 0; row < count; row += HERE) {
     Sums sums;
     for (int i = 0; i < in; i++) {
-      const __m512 low = _mm512_load_ps(weight + i * PAIR * LANES), high = _mm512_load_ps(weight + i * PAIR * LANES + LANES);
+      const float* at = weight + i * PAIR * LANES;
+      const __m512 low = _mm512_loadu_ps(at), high = _mm512_loadu_ps(at + LANES);
       for (int place = 0; place < HERE; place++) {
         const __m512 one = _mm512_set1_ps(rows[(row + place) * int64_t(in) + i]);
         sums.of[place][0] = _mm512_fmadd_ps(one, low, sums.of[place][0]);
@@ -169,5 +171,7 @@ template <class T>
 using Room = std::unique_ptr<T[], Free>;
 template <class T>
 Room<T> room(size_t count) {
-  return Room<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+  void* const at = std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+  if (!at) throw std::bad_alloc();
+  return Room<T>(static_cast<T*>(at));
 }

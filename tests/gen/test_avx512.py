@@ -34,19 +34,14 @@ def able(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         pytest.skip("no AMX")
     if not request.param:
         monkeypatch.setattr(avx512, "TILES", {"no such ability"})
-    forget()
+    avx512.ready.cache_clear()
     try:
         avx512.library()
     except RuntimeError as reason:
         pytest.skip(str(reason))
     yield
     monkeypatch.undo()
-    forget()
-
-
-def forget() -> None:
-    avx512.flags.cache_clear()
-    avx512.library.cache_clear()
+    avx512.ready.cache_clear()
 
 
 @pytest.mark.usefixtures("able")
@@ -136,4 +131,4 @@ def test_what_it_does_not_compute_is_refused() -> None:
 def test_a_processor_without_it_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avx512, "NEEDED", {"avx512_bf16", "no_such_flag"})
     with pytest.raises(RuntimeError, match="needs Linux and a processor with AVX512-BF16"):
-        avx512.flags.__wrapped__()
+        avx512.ready.__wrapped__()

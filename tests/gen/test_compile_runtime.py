@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gen import Request, TextToImage, compile_runtime
+from gen import Request, TextToImage, attention, compile_runtime
 from gen.compile_runtime import check_compile, run_compiled
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_karlo import make_tiny_karlo
@@ -121,13 +121,43 @@ def test_any_number_of_rows_is_asked_in_few_sizes(
     assert told_of(caplog) == [f"torch compiled Twice for {size} rows" for size in (4, 1)], "each once"
 
 
+@pytest.mark.usefixtures("by_pieces")
 def test_merged_weights_are_compiled_anew(tiny_folder: Path, tmp_path: Path) -> None:
-    model = TextToImage.from_pretrained(tiny_folder, "cpu", runtime="compile")
-    layer, before = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", model.model.unet.forward
-    lora = {f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}
+    layer, rng = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v", torch.Generator().manual_seed(0)
+    lora = {
+        f"{layer}.lora_{side}.weight": torch.randn(size, generator=rng) for side, size in (("A", (2, 8)), ("B", (8, 2)))
+    }
     save_file(lora, tmp_path / "lora.safetensors")
-    model.load_lora(tmp_path / "lora.safetensors")
-    assert model.model.unet.forward is not before
+    models = [TextToImage.from_pretrained(tiny_folder, "cpu", runtime=runtime) for runtime in ("torch", "compile")]
+    painted = []
+    for model in models:
+        before = model("a star", **PLAIN, output_type="latent").images
+        model.load_lora(tmp_path / "lora.safetensors")
+        painted.append(model("a star", **PLAIN, output_type="latent").images)
+        assert apart(painted[-1], before) > 10 * CLOSE
+    assert apart(painted[1], painted[0]) < CLOSE
+
+
+def test_a_kernel_that_is_not_traced_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="attention 'math' is for runtime 'torch'; choose from: auto, sdpa, avx512"):
+        TextToImage.from_pretrained(tiny_folder, "cpu", runtime="compile", attention="math")
+
+
+@pytest.mark.usefixtures("by_pieces")
+def test_auto_measures_attention_itself_and_not_its_trace(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In bfloat16, where there may be a kernel of our own to measure."""
+    timed: list[Tensor] = []
+    measure = attention.seconds
+    monkeypatch.setattr(attention, "seconds", lambda *asked: timed.append(asked[1].example(1)[0]) or measure(*asked))
+    attention.fastest.cache_clear()
+    attention.chosen.cache_clear()
+    compiled = TextToImage.from_pretrained(tiny_folder, "cpu", "bfloat16", runtime="compile")
+    painted = compiled("a star", **PLAIN, output_type="latent").images
+    assert all(type(query) is Tensor for query in timed), "and not a tracer's"
+    usual = TextToImage.from_pretrained(tiny_folder, "cpu", "bfloat16")("a star", **PLAIN, output_type="latent").images
+    assert ((painted - usual).norm() / usual.norm()).item() < 0.1
 
 
 def test_where_nothing_can_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
@@ -136,7 +166,7 @@ def test_where_nothing_can_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ValueError, match=r"'compile' needs a C\+\+ compiler"):
-        check_compile(torch.device("cpu"))
+        check_compile(torch.device("cpu"), "auto")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -384,7 +384,7 @@ def shown(inside: int, outside: int, rows: int, height: int, width: int) -> tupl
 @pytest.mark.parametrize("precision, most", [("f32", 1e-6), ("bf16", 8e-3)])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("added", ["", "t", "b", "tb", "bt"])
-@pytest.mark.parametrize("shape", [(32, 64, 3, 8, 8), (96, 32, 2, 5, 7), (64, 64, 9, 4, 4), (32, 32, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(32, 64, 5, 8, 8), (96, 32, 6, 5, 7), (64, 64, 17, 4, 4), (32, 32, 70, 1, 1)])
 def test_a_convolution_is_ours_and_answers_the_same(
     shape: tuple[int, ...], added: str, threads: int, precision: str, most: float
 ) -> None:
@@ -396,7 +396,7 @@ def test_a_convolution_is_ours_and_answers_the_same(
 
 
 def test_what_is_added_twice_is_added_by_openvino() -> None:
-    layer, given = Convolved(32, 32, "bb"), shown(32, 32, 2, 4, 4)
+    layer, given = Convolved(32, 32, "bb"), shown(32, 32, 8, 4, 4)
     model = changed(layer, given, precision="f32")
     assert WINOGRAD in types(model) and types(model).count("Add") == 1
     assert error(model, layer, given, "f32") < 1e-6
@@ -415,16 +415,22 @@ def test_what_is_added_twice_is_added_by_openvino() -> None:
 )
 def test_other_convolutions_stay(options: dict[str, Any]) -> None:
     layer = Convolved(64, 64, **options)
-    assert WINOGRAD not in types(changed(layer, shown(64, 64, 2, 8, 8), precision="f32"))
+    assert WINOGRAD not in types(changed(layer, shown(64, 64, 4, 8, 8), precision="f32"))
+
+
+@pytest.mark.parametrize("threads, rows, is_ours", [(1, 1, False), (1, 2, True), (2, 3, False), (2, 4, True)])
+def test_pictures_that_are_too_few_for_the_threads_stay(threads: int, rows: int, is_ours: bool) -> None:
+    model = changed(Convolved(32, 32), shown(32, 32, rows, 8, 8), threads)
+    assert (WINOGRAD in types(model)) == is_ours
 
 
 @pytest.mark.parametrize("inside, outside", [(4, 32), (32, 4), (48, 32)])
 def test_other_numbers_of_channels_stay(inside: int, outside: int) -> None:
-    assert WINOGRAD not in types(changed(Convolved(inside, outside), shown(inside, outside, 2, 8, 8)))
+    assert WINOGRAD not in types(changed(Convolved(inside, outside), shown(inside, outside, 4, 8, 8)))
 
 
 def test_a_picture_is_alike_alone_and_beside_others() -> None:
-    layer, given = Convolved(32, 32, "b"), shown(32, 32, 9, 5, 5)
+    layer, given = Convolved(32, 32, "b"), shown(32, 32, 19, 12, 12)
     answers = []
     for rows in (slice(None), slice(7, 8)):
         some = tuple(each[rows] for each in given)
