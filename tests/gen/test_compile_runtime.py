@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from gen import Request, TextToImage, attention, compile_runtime
 from gen.compile_runtime import check_compile, run_compiled
+from gen.compiled import COMPILERS
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_karlo import make_tiny_karlo
 
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
 CLOSE, LEVEL = 1e-4, 1 / 255  # of the largest; of pixels
 MIXED = [
     Request(prompt="a star", num_images_per_prompt=5, seed=0, num_inference_steps=3, output_type="latent"),
