@@ -2,7 +2,7 @@
 
 `run_compiled` lets it do so from outside, as `gen.openvino_runtime` does: the module, its weights and what it saves
 stay as they are. A network is traced when a shape is first asked (torch.export) and compiled for few fixed numbers of
-rows, without a guard that could compile it anew: whatever rows are in flight, the same programs answer. What all
+rows: whatever rows are in flight, the same programs answer. What all
 layers read of a text is handed over as one tensor. Nothing here knows rows, samplers, families or ranking.
 """
 
