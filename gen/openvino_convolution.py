@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import constant, put, stored
+from gen.openvino_model import added, constant, put, stored
 
 WIDE = 32  # of whose multiples our kernel takes channels
 AT_A_TIME = 32  # patches of 2 x 2 answers that a thread computes together
@@ -91,13 +91,3 @@ def last(output: Any, precision: Any) -> Any:
     from openvino import opset13
 
     return opset13.convert(opset13.transpose(output, LAST), precision).output(0)
-
-
-def added(answer: Any) -> tuple[Any, Any] | None:
-    """The sum that alone reads an answer, and what is added there; None: it is not so."""
-    readers = [reader.get_node() for reader in answer.get_target_inputs()]
-    if len(readers) != 1 or readers[0].get_type_name() != "Add":
-        return None
-    given = [each.get_source_output() for each in readers[0].inputs()]
-    other = given[1 - given.index(answer)]
-    return None if other == answer else (readers[0].output(0), other)

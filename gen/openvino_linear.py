@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import constant, is_bias, put, stored, weight_of
+from gen.openvino_model import added, constant, is_bias, put, stored, weight_of
 
 ROW, BESIDE = 32, 16  # bfloat16 in a row of a tile, and what of an answer a tile of weights is for
 FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer
@@ -49,7 +49,7 @@ def own_linears(model: Any, factory: Any) -> None:
         if layer is None or not layer.fits:
             continue
         readers = [reader.get_node() for reader in answer.get_target_inputs()]
-        active, beside = len(readers) == 1 and is_gelu(readers[0]), added(answer)
+        active, beside = len(readers) == 1 and is_gelu(readers[0]), alike(answer)
         kinds = [reader.get_type_name() for reader in readers]
         if active or beside is not None:
             put(readers[0].output(0), own_linear(factory, layer, active=active, beside=beside))
@@ -164,15 +164,11 @@ def whole(product: Any) -> Any:
     return readers[0].output(0) if has_bias else product
 
 
-def added(answer: Any) -> Any | None:
+def alike(answer: Any) -> Any | None:
     """What is added to an answer, of its shape, where nothing else reads that; None: it is not so."""
-    readers = [reader.get_node() for reader in answer.get_target_inputs()]
-    if len(readers) != 1 or readers[0].get_type_name() != "Add":
-        return None
-    given = [each.get_source_output() for each in readers[0].inputs()]
-    other = given[1 - given.index(answer)]
-    is_alike = other.get_partial_shape() == answer.get_partial_shape() and constant(other) is None
-    return other if is_alike else None
+    more = added(answer)
+    is_alike = more is not None and more[1].get_partial_shape() == answer.get_partial_shape()
+    return more[1] if more is not None and is_alike and constant(more[1]) is None else None
 
 
 def is_last(norm: Any) -> bool:

@@ -235,6 +235,16 @@ def constant(output: Any) -> np.ndarray | None:
     return node.get_data() if node.get_type_name() == "Constant" else None
 
 
+def added(answer: Any) -> tuple[Any, Any] | None:
+    """The sum that alone reads an answer, and what is added there; None: it is not so."""
+    readers = [reader.get_node() for reader in answer.get_target_inputs()]
+    if len(readers) != 1 or readers[0].get_type_name() != "Add":
+        return None
+    given = [each.get_source_output() for each in readers[0].inputs()]
+    other = given[1 - given.index(answer)]
+    return None if other == answer else (readers[0].output(0), other)
+
+
 def weight_of(node: Any, x: Any) -> np.ndarray | None:
     """The weight (out, in) of a linear layer that reads x; None where a node is none."""
     if node.get_type_name() != "MatMul" or node.input_value(0) != x:
