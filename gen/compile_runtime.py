@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_unflatten
 from gen.attention import adds_keys
 from gen.compiled import COMPILERS
 from gen.pieces import LARGE_SIZES, SIZES, SMALL, Piece, pieces_of
-from gen.traced import Call, Flat
+from gen.traced import Call, Flat, stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,7 @@ def run_compiled(network: nn.Module) -> None:
 
     All that the network is handed as a tensor has a row's axis first. Who takes a gradient still asks the network.
     """
-    compiling = Compiling(network)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return compiling(*args, **kwargs)
-
-    network.forward = forward
+    stand_in(network, Compiling(network))
 
 
 @dataclass(eq=False)
@@ -77,10 +72,10 @@ class Compiling:
     _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
     _pool: Any = None  # memory that this network's CUDA graphs share, since one runs at a time; None: none yet
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, call: Call) -> Any:
         """What the network's own forward answers."""
-        call = Call.of(args, kwargs)
-        if call.takes_gradient or _get_current_dispatch_mode() is not None:  # `gen.bucket` measures by one
+        if _get_current_dispatch_mode() is not None:  # `gen.bucket` measures by one
+            args, kwargs = tree_unflatten(call.leaves, call.layout)
             return type(self.network).forward(self.network, *args, **kwargs)
         with self._one_at_a_time, torch.no_grad():
             if call.kind not in self.known:

@@ -26,7 +26,7 @@ from gen.attention import Texts
 from gen.openvino_kernels import own_kernels
 from gen.openvino_model import Part, cut_layers, cut_levels, drop_ones, fold_norms, plain_norms, read
 from gen.pieces import LARGE_SIZES, SIZES, SMALL, Piece, pieces_of
-from gen.traced import Call, Flat
+from gen.traced import Call, Flat, stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,7 @@ def run_by_openvino(network: nn.Module, dtype: torch.dtype) -> None:
 
     All that the network is handed as a tensor has a row's axis first. Who takes a gradient still asks torch.
     """
-    answering = Answering(network, PRECISIONS[dtype])
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return answering(*args, **kwargs)
-
-    network.forward = forward
+    stand_in(network, Answering(network, PRECISIONS[dtype]))
 
 
 @dataclass(eq=False)
@@ -69,11 +64,8 @@ class Answering:
     workers: list[ThreadPoolExecutor] = field(default_factory=list)  # one thread each: a stream's, whatever is compiled
     _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, call: Call) -> Any:
         """What the network's own forward answers."""
-        call = Call.of(args, kwargs)
-        if call.takes_gradient:
-            return type(self.network).forward(self.network, *args, **kwargs)
         with self._one_at_a_time:
             if call.kind not in self.read:
                 # In a thread of its own, where no dispatch mode of the caller's (`gen.bucket` has one) is traced.
