@@ -11,27 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import added, constant, put, stored
+from gen.openvino_model import added, constant, plain, put, stored, told_in
 
 WIDE = 32  # of whose multiples our kernel takes channels
-AT_A_TIME = 32  # patches of 2 x 2 answers that a thread computes together
-# What a filter (3, 3) is turned into (4, 4) by, from both sides: the values of a parabola through three numbers at 0, 1
-# and -1, and its leading number (Lavin & Gray 2016, section 4.1).
-TURN = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+LARGEST_SIDES = {"bf16": 2, "f32": 4}  # of a patch's answers, by what is multiplied: the larger, the more is rounded
+AT_A_TIME = {2: 32, 4: 16}  # patches that a thread computes together, by their side
+# What a filter (3, 3) is turned into by, from both sides: its polynomial's values at as many numbers, each over what
+# Lagrange's polynomial divides it by, and its leading number (Lavin & Gray 2016, section 4; `cpp/winograd.cpp`).
+NUMBERS: dict[int, list[float]] = {2: [0, 1, -1], 4: [0, 0.75, -0.75, 1.5, -1.5]}
 LAST, FIRST = np.array([0, 2, 3, 1]), np.array([0, 3, 1, 2])  # where channels go
 
 
 def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> None:
     """Every convolution of 3 x 3 that fits, with its bias and what is added to it, in place.
 
-    Those with too few patches for so many threads are left to OpenVINO, whose threads share channels too.
-    `factory` knows our operations; `precision` is what they multiply in, bf16 or f32 of openvino.Type.
+    Those with too few patches for so many threads are left to OpenVINO, whose threads share channels too. `factory`
+    knows our operations; `precision` is what they multiply in, bf16 or f32 of openvino.Type.
     """
-    from openvino import Type, opset13
+    from openvino import opset13
 
     for node in model.get_ordered_ops():
         weight = weight_of(node)
-        if weight is None or patches_of(node.get_output_shape(0)) < AT_A_TIME * threads:
+        side = None if weight is None else side_of(node.get_output_shape(0), threads, precision)
+        if weight is None or side is None:
             continue
         answer, bias = node.output(0), np.zeros(len(weight), np.float32)
         told = beside = None
@@ -48,18 +50,21 @@ def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> 
             else:
                 break
             answer = behind
-        given = [last(node.input_value(0), precision), packed(weight, precision)]
+        given = [last(node.input_value(0), precision), packed(weight, side, precision)]
         given += [] if told is None else [told]
         given += [] if beside is None else [last(beside, precision)]
         attributes = {"bias": bias.tolist(), "is_told": told is not None, "threads": threads}
-        own = opset13.convert(factory.create("WinogradConvolution", given, attributes), Type.f32)
+        own = plain(factory.create("WinogradConvolution", given, attributes))
         put(answer, opset13.transpose(own, FIRST).output(0))
 
 
-def patches_of(shape: Sequence[int]) -> int:
-    """How many patches of 2 x 2 an answer (B, channels, height, width) has."""
+def side_of(shape: Sequence[int], threads: int, precision: Any) -> int | None:
+    """The side of patches taking fewest products for an answer (B, channels, height, width); None: it has too few."""
     rows, _, height, width = shape
-    return int(rows * -(-height // 2) * -(-width // 2))
+    patches = {side: rows * -(-height // side) * -(-width // side) for side in NUMBERS}
+    fitting = [side for side, count in patches.items() if count >= AT_A_TIME[side] * threads]
+    fitting = [side for side in fitting if side <= LARGEST_SIDES[precision.get_type_name()]]
+    return min(fitting, key=lambda side: patches[side] * (side + 2) ** 2, default=None)
 
 
 def weight_of(node: Any) -> np.ndarray | None:
@@ -73,15 +78,24 @@ def weight_of(node: Any) -> np.ndarray | None:
     return weight if plain and weight.shape[2:] == (3, 3) and told["auto_pad"] == "explicit" else None
 
 
-def packed(weight: np.ndarray, precision: Any) -> Any:
+def turn_of(side: int) -> np.ndarray:
+    """What a filter is turned by for patches of a side (side + 2, 3)."""
+    numbers = NUMBERS[side]
+    shares = [np.prod([one - other for other in numbers if other != one]) for one in numbers]
+    values = [[one**power / share for power in range(3)] for one, share in zip(numbers, shares, strict=True)]
+    return np.array([*values, [0, 0, 1]])
+
+
+def packed(weight: np.ndarray, side: int, precision: Any) -> Any:
     """A weight transformed and laid out as our kernel reads it (an openvino.Output)."""
     from openvino import Type
 
     panels = weight.reshape(-1, WIDE, weight.shape[1], 3, 3)  # (out / 32, 32, in, 3, 3)
-    turned = np.einsum("ij,pocjk,lk->pilco", TURN, panels, TURN, optimize=True).astype(np.float32)
-    turned = turned.reshape(len(panels), 16, weight.shape[1], WIDE)
+    turn = turn_of(side)
+    turned = np.einsum("ij,pocjk,lk->pilco", turn, panels, turn, optimize=True).astype(np.float32)
+    turned = turned.reshape(len(panels), (side + 2) ** 2, weight.shape[1], WIDE)
     if precision == Type.bf16:  # tiles of pairs of inputs, each for 16 values of the answer
-        pairs = turned.reshape(len(panels), 16, weight.shape[1] // 32, 16, 2, 2, 16)
+        pairs = turned.reshape(len(panels), -1, weight.shape[1] // 32, 16, 2, 2, 16)
         turned = pairs.transpose(0, 1, 2, 5, 3, 6, 4)
     return stored(turned, precision)
 
@@ -90,4 +104,4 @@ def last(output: Any, precision: Any) -> Any:
     """An output (B, channels, height, width) with channels last, in a precision."""
     from openvino import opset13
 
-    return opset13.convert(opset13.transpose(output, LAST), precision).output(0)
+    return told_in(opset13.transpose(output, LAST).output(0), precision)

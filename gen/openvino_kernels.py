@@ -1,4 +1,4 @@
-"""Kernels of our own in a network that OpenVINO computes: convolutions, and in bfloat16 attention, layers and norms.
+"""Kernels of our own in a network that OpenVINO computes: convolutions, layers and norms, and attention in bfloat16.
 
 `own_kernels` changes what OpenVINO has read and knows OpenVINO's models alone: no rows, no calls, no text. The
 operations are those of `cpp/openvino.cpp`.
@@ -18,8 +18,8 @@ import numpy as np
 from gen import avx512
 from gen.compiled import built
 from gen.openvino_convolution import own_convolutions
-from gen.openvino_linear import Layer, layer_at, lowered, own_linear, own_linears
-from gen.openvino_model import constant, put
+from gen.openvino_linear import Layer, layer_at, own_linear, own_linears
+from gen.openvino_model import constant, plain, put, told_in
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ def operations() -> Any | None:
 def own_kernels(model: Any, threads: int, precision: Any) -> None:
     """Let our kernels compute what they can of an openvino.Model of fixed sizes, by so many threads, in place.
 
-    `precision` is what they multiply in, bf16 or f32 of openvino.Type; in f32 they are faster than OpenVINO's in
-    convolutions alone. Where they cannot run nothing changes.
+    `precision` is what they multiply in, bf16 or f32 of openvino.Type. Where they cannot run nothing changes.
     """
     from openvino import Type
     from openvino.passes import ConstantFolding, Manager
@@ -68,9 +67,10 @@ def own_kernels(model: Any, threads: int, precision: Any) -> None:
         own_convolutions(model, factory, threads, precision)
         if precision == Type.bf16:
             own_attention(model, factory, threads)
-            if threads == 1:  # more would have to be woken for each layer
-                own_linears(model, factory)
-            own_norms(model, factory, threads)
+        if threads == 1:  # more would have to be woken for each layer
+            own_linears(model, factory, precision)
+        own_norms(model, factory, threads, precision)
+        if precision == Type.bf16:
             no_detours(model)
 
 
@@ -94,12 +94,11 @@ def own_attention(model: Any, factory: Any, threads: int) -> None:
         told = {"turned": [int(each) for each in turned], "scale": scale, "threads": threads}
         rows, heads, _, size = node.get_input_shape(0)
         if threads == 1 and all(turned) and is_one(layers, heads * size):
-            together = own_linear(factory, joined([each for each in layers if each is not None]))
+            together = own_linear(factory, Type.bf16, joined([each for each in layers if each is not None]))
             read = [opset13.reshape(together, np.array([rows, -1, 3, heads, size]), special_zero=False).output(0)]
-        attention = factory.create("TileAttention", [lowered(each) for each in read], told)
-        answer = opset13.convert(attention, Type.f32)
+        answer = plain(factory.create("TileAttention", [told_in(each, Type.bf16) for each in read], told))
         for reader in node.output(0).get_target_inputs():
-            put(reader.get_node().output(0), answer.output(0))
+            put(reader.get_node().output(0), answer)
 
 
 def before(output: Any, *moves: str) -> Any:
@@ -121,13 +120,13 @@ def joined(layers: Sequence[Layer]) -> Layer:
     return Layer(layers[0].x, weight, bias)
 
 
-def own_norms(model: Any, factory: Any, threads: int) -> None:
+def own_norms(model: Any, factory: Any, threads: int, precision: Any) -> None:
     """Every group norm, and the SiLU that alone reads it.
 
     The kernel takes channels last, as OpenVINO's convolutions have them, and a row by one thread, so fewer rows than
     threads are left to OpenVINO.
     """
-    from openvino import Type, opset13
+    from openvino import opset13
 
     for node in model.get_ops():
         if node.get_type_name() != "GroupNormalization":
@@ -142,9 +141,9 @@ def own_norms(model: Any, factory: Any, threads: int) -> None:
         told = {name: node.get_attributes()[key] for name, key in (("groups", "num_groups"), ("epsilon", "epsilon"))}
         told |= {name: data.ravel().tolist() for name, data in zip(("scale", "shift"), weights, strict=True)}
         rank = len(x.get_shape())
-        turned = opset13.convert(opset13.transpose(x, np.array([0, *range(2, rank), 1])), Type.bf16)
+        turned = told_in(opset13.transpose(x, np.array([0, *range(2, rank), 1])).output(0), precision)
         told |= {"active": active, "threads": threads}
-        normed = opset13.convert(factory.create("GroupNormLast", [turned.output(0)], told), Type.f32)
+        normed = plain(factory.create("GroupNormLast", [turned], told))
         answer = opset13.transpose(normed, np.array([0, rank - 1, *range(1, rank - 1)]))
         put(last.output(0), answer.output(0))
 

@@ -1,4 +1,4 @@
-"""Linear layers of our own in a network that OpenVINO computes in bfloat16, with what stands around them.
+"""Linear layers of our own in a network that OpenVINO computes, with what stands around them.
 
 `own_linears` changes what OpenVINO has read and knows OpenVINO's models alone. The operation is that of
 `cpp/openvino.cpp`, which computes as `cpp/linear.cpp` says.
@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import added, constant, is_bias, put, stored, weight_of
+from gen.openvino_model import added, constant, is_bias, plain, put, stored, told_in, weight_of
 
-ROW, BESIDE = 32, 16  # bfloat16 in a row of a tile, and what of an answer a tile of weights is for
+ROW, BESIDE = (
+    32,
+    16,
+)  # of whose multiples our kernel takes inputs and answers: bfloat16 in a tile's row, and its columns
 FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer
 
 
@@ -31,16 +34,16 @@ class Layer:
         return self.weight.shape[1] % ROW == 0 and self.weight.shape[0] % BESIDE == 0
 
 
-def own_linears(model: Any, factory: Any) -> None:
+def own_linears(model: Any, factory: Any, precision: Any) -> None:
     """Every linear layer that fits, in place, with a layer norm before it and GELU, GEGLU or a sum behind it.
 
-    `factory` knows our operations. One with another activation behind it is left to OpenVINO, which computes both in
-    one.
+    `factory` knows our operations; `precision` is what they multiply in, bf16 or f32 of openvino.Type. One with
+    another activation behind it is left to OpenVINO, which computes both in one.
     """
     for node in model.get_ops():
         pair = gated(node)
         if pair is not None and all(layer.fits for layer in pair):
-            put(node.output(0), own_linear(factory, *pair))
+            put(node.output(0), own_linear(factory, precision, *pair))
     for node in model.get_ordered_ops():  # what a layer reads before the layer
         if node.get_type_name() != "MatMul":
             continue
@@ -52,42 +55,45 @@ def own_linears(model: Any, factory: Any) -> None:
         active, beside = len(readers) == 1 and is_gelu(readers[0]), alike(answer)
         kinds = [reader.get_type_name() for reader in readers]
         if active or beside is not None:
-            put(readers[0].output(0), own_linear(factory, layer, active=active, beside=beside))
+            put(readers[0].output(0), own_linear(factory, precision, layer, active=active, beside=beside))
         elif not FUSED & set(kinds) and kinds != ["Multiply", "Multiply"]:  # x and sigmoid(1.702 x), OpenAI's GELU
-            put(answer, own_linear(factory, layer))
+            put(answer, own_linear(factory, precision, layer))
 
 
 def own_linear(
-    factory: Any, layer: Layer, gates: Layer | None = None, beside: Any | None = None, active: bool = False
+    factory: Any,
+    precision: Any,
+    layer: Layer,
+    gates: Layer | None = None,
+    beside: Any | None = None,
+    active: bool = False,
 ) -> Any:
     """Our operation in the place of a layer and of the one that feeds it; its answer (an openvino.Output) is float32.
 
     `gates`, of the same input, is what GEGLU multiplies by; `beside` an output that is added to the answer; `active`
     says whether GELU is behind it.
     """
-    from openvino import Type, opset13
-
     x, epsilon = layer.x, None
     if x.get_node().get_type_name() == "MVN" and is_last(x.get_node()):
         epsilon = x.get_node().get_attributes()["eps"]
         x = x.get_node().input_value(0)
-    weight, bias = packed(layer, gates)
-    more = [] if beside is None else [lowered(beside)]
+    weight, bias = packed(layer, gates, precision)
+    more = [] if beside is None else [told_in(beside, precision)]
     is_plain = epsilon is None and gates is None and not active
     before = feeding(x) if is_plain else None
     if before is None:
         told = {"bias": bias, "out": len(layer.bias), "active": active, "gated": gates is not None}
         told |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
-        answer = factory.create("TileLinear", [lowered(x), weight, *more], told)
+        answer = factory.create("TileLinear", [told_in(x, precision), weight, *more], told)
     else:
         first = before.get_attributes()
         told = {name: first[name] for name in ("normed", "epsilon", "gated")}
         told |= {"first": list(first["bias"]), "between": first["out"], "second": bias, "out": len(layer.bias)}
         answer = factory.create("TileFeedForward", [*before.input_values(), weight, *more], told)
-    return opset13.convert(answer, Type.f32).output(0)
+    return plain(answer)
 
 
-def packed(layer: Layer, gates: Layer | None) -> tuple[Any, list[float]]:
+def packed(layer: Layer, gates: Layer | None, precision: Any) -> tuple[Any, list[float]]:
     """A layer's weights as our kernel reads them (an openvino.Output), with those of its gates, and as many biases."""
     from openvino import Type
 
@@ -96,30 +102,22 @@ def packed(layer: Layer, gates: Layer | None) -> tuple[Any, list[float]]:
         weight = np.stack([each.weight.reshape(-1, BESIDE, weight.shape[1]) for each in (layer, gates)], 1)
         weight = weight.reshape(-1, layer.weight.shape[1])
         bias = np.stack([each.bias.reshape(-1, BESIDE) for each in (layer, gates)], 1).ravel()
-    missing = -len(weight) % (2 * BESIDE)  # two tiles are read beside each other
+    missing = -len(weight) % (2 * BESIDE)  # so many are read beside each other
     weight, bias = np.pad(weight, ((0, missing), (0, 0))), np.pad(bias, (0, missing))
-    tiles = weight.reshape(-1, 2, BESIDE, weight.shape[1] // ROW, ROW // 2, 2).transpose(0, 3, 1, 4, 2, 5)
-    return stored(tiles, Type.bf16), bias.tolist()
+    if precision == Type.bf16:  # tiles of pairs of inputs
+        pairs = weight.reshape(-1, 2, BESIDE, weight.shape[1] // ROW, ROW // 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    else:
+        pairs = weight.reshape(-1, 2 * BESIDE, weight.shape[1]).transpose(0, 2, 1)
+    return stored(pairs, precision), bias.tolist()
 
 
 def feeding(x: Any) -> Any | None:
     """Our layer with GELU or GEGLU behind it whose answer x is, where nothing else reads that; None: no such."""
-    layer = x.get_node().input_value(0).get_node() if x.get_node().get_type_name() == "Convert" else None
-    if layer is None or layer.get_type_name() != "TileLinear" or len(x.get_target_inputs()) > 1:
+    layer = x.get_node().input_value(0).get_node() if x.get_node().get_type_name() == "Convert" else x.get_node()
+    if layer.get_type_name() != "TileLinear" or len(x.get_target_inputs()) > 1:
         return None
     told = layer.get_attributes()
     return layer if told["active"] or told["gated"] else None
-
-
-def lowered(output: Any) -> Any:
-    """An output in bfloat16, by one conversion for all that read it so."""
-    from openvino import Type, opset13
-
-    for reader in output.get_target_inputs():
-        node = reader.get_node()
-        if node.get_type_name() == "Convert" and node.get_output_element_type(0) == Type.bf16:
-            return node.output(0)
-    return opset13.convert(output, Type.bf16).output(0)
 
 
 def gated(node: Any) -> tuple[Layer, Layer] | None:

@@ -219,6 +219,26 @@ def stored(data: np.ndarray, precision: Any) -> Any:
     return opset13.constant(tensor).output(0)
 
 
+def told_in(output: Any, precision: Any) -> Any:
+    """An output in a precision (of openvino.Type), by one conversion for all that read it so."""
+    from openvino import opset13
+
+    if output.get_element_type() == precision:
+        return output
+    for reader in output.get_target_inputs():
+        node = reader.get_node()
+        if node.get_type_name() == "Convert" and node.get_output_element_type(0) == precision:
+            return node.output(0)
+    return opset13.convert(output, precision).output(0)
+
+
+def plain(operation: Any) -> Any:
+    """What one of our operations answers, in float32 (an openvino.Output)."""
+    from openvino import Type
+
+    return told_in(operation.output(0), Type.f32)
+
+
 def constant_behind(output: Any, kind: str) -> tuple[Any, np.ndarray] | None:
     """The one operation of a kind that reads an output, with a constant: what it says, and that; None: no such."""
     readers = [reader.get_node() for reader in output.get_target_inputs()]

@@ -1,4 +1,4 @@
-// Group norm (Wu & He 2018) in bfloat16 with channels side by side, and the SiLU behind it, in one reading and one
+// Group norm (Wu & He 2018) in bfloat16 or float32 with channels side by side, and the SiLU behind it, in one reading and one
 // writing. Sums are float32 of differences to a channel's first value, so that a large mean takes no digits.
 
 #include <immintrin.h>
@@ -22,20 +22,22 @@ struct Channels {  // `count` of them from `from` on, in a register
   Channels(int from, int count)
       : inside(count - from >= LANES ? 0xffff : count <= from ? 0 : (1u << (count - from)) - 1), from(from) {}
 
-  __m512 load(const bfloat16* at) const {
-    return wide(_mm256_maskz_loadu_epi16(inside, at + from));
+  template <class Value>
+  __m512 load(const Value* at) const {
+    return ::load(at + from, inside);
   }
-  void store(bfloat16* at, __m512 value) const {
-    _mm256_mask_storeu_epi16(at + from, inside, (__m256i)_mm512_cvtneps_pbh(value));
+  template <class Value>
+  void store(Value* at, __m512 value) const {
+    ::store(at + from, value, inside);
   }
-  __m512 load(const float* at) const { return _mm512_maskz_loadu_ps(inside, at + from); }
-  void store(float* at, __m512 value) const { _mm512_mask_storeu_ps(at + from, inside, value); }
 };
 
-// x / (1 + e^-x), to a part in ten thousand of the sigmoid.
-inline __m512 silu(__m512 x) {
-  const __m512 power = power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));  // of e, to -x
-  return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), power)));
+// x / (1 + e^-x), to a part in ten thousand of the sigmoid in bfloat16.
+template <class Value>
+__m512 silu(__m512 x) {
+  const __m512 turned = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), one = _mm512_set1_ps(1);  // powers are of two
+  if (sizeof(Value) == sizeof(float)) return _mm512_div_ps(x, _mm512_add_ps(one, exact_power_of_two(turned)));
+  return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(one, power_of_two(turned))));
 }
 
 class Row {  // of a picture: places (of `channels` values each) one behind the other
@@ -55,7 +57,8 @@ class Row {  // of a picture: places (of `channels` values each) one behind the 
     for (int i = 0; i < channels_; i++) shift_[i] = shift[i % channels];
   }
 
-  void compute(const bfloat16* from, bfloat16* to) {
+  template <class Value>
+  void compute(const Value* from, Value* to) {
     for (int first = 0; first < channels_; first += BESIDE * LANES) sum(from, first);
     for (int group = 0; group < groups_; group++) {
       float mean = 0, apart = 0;
@@ -89,7 +92,8 @@ class Row {  // of a picture: places (of `channels` values each) one behind the 
   }
 
   // Mean and variance of each of some channels.
-  void sum(const bfloat16* from, int first) {
+  template <class Value>
+  void sum(const Value* from, int first) {
     __m512 start[BESIDE], sums[BESIDE], squares[BESIDE];
     for (int i = 0; i < BESIDE; i++) {
       start[i] = here(first, i).load(from);
@@ -110,8 +114,8 @@ class Row {  // of a picture: places (of `channels` values each) one behind the 
     }
   }
 
-  template <bool ACTIVE>
-  void write(const bfloat16* from, bfloat16* to, int first) const {
+  template <bool ACTIVE, class Value>
+  void write(const Value* from, Value* to, int first) const {
     __m512 mean[BESIDE], factor[BESIDE], shift[BESIDE];
     for (int i = 0; i < BESIDE; i++) {
       mean[i] = here(first, i).load(mean_.data());
@@ -123,7 +127,7 @@ class Row {  // of a picture: places (of `channels` values each) one behind the 
         const int64_t at = int64_t(place) * channels_;
         const __m512 apart = _mm512_sub_ps(here(first, i).load(from + at), mean[i]);
         const __m512 normed = _mm512_fmadd_ps(apart, factor[i], shift[i]);
-        here(first, i).store(to + at, ACTIVE ? silu(normed) : normed);
+        here(first, i).store(to + at, ACTIVE ? silu<Value>(normed) : normed);
       }
   }
 
@@ -137,8 +141,9 @@ class Row {  // of a picture: places (of `channels` values each) one behind the 
 };
 
 // Rows of (places, channels), by so many threads.
-inline void compute(const bfloat16* from, bfloat16* to, int rows, int places, int channels, int groups,
-                    const float* scale, const float* shift, float epsilon, bool active, int threads) {
+template <class Value>
+void compute(const Value* from, Value* to, int rows, int places, int channels, int groups, const float* scale,
+             const float* shift, float epsilon, bool active, int threads) {
   std::atomic<int> next{0};
   const auto work = [&] {
     Row row(places, channels, groups, scale, shift, epsilon, active);

@@ -12,6 +12,14 @@
 
 namespace {
 
+// What an operation reads; null: it is not given that many inputs.
+template <class Value>
+const Value* values_of(const ov::TensorVector& inputs, size_t which) {
+  return which < inputs.size() ? static_cast<const Value*>(inputs[which].data()) : nullptr;
+}
+
+bool is_low(const ov::Tensor& tensor) { return tensor.get_element_type() == ov::element::bf16; }
+
 // Inputs are queries, keys and values, bfloat16 (B, length, heads, d) where `turned` says so, (B, heads, length, d) where
 // not, or all three in one (B, length, 3, heads, d); the answer is (B, queries, heads, d).
 class TileAttention : public ov::op::Op {
@@ -86,7 +94,7 @@ class TileAttention : public ov::op::Op {
   int64_t threads_ = 1;
 };
 
-// Of bfloat16 (B, places, channels) or (B, height, width, channels); `active`: and SiLU behind it.
+// Of bfloat16 or float32 (B, places, channels) or (B, height, width, channels); `active`: and SiLU behind it.
 class GroupNormLast : public ov::op::Op {
  public:
   OPENVINO_OP("GroupNormLast", "unclip");
@@ -123,14 +131,19 @@ class GroupNormLast : public ov::op::Op {
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    const ov::Shape& shape = inputs[0].get_shape();
-    const size_t channels = shape.back(), places = inputs[0].get_size() / shape[0] / channels;
-    norm::compute(static_cast<const bfloat16*>(inputs[0].data()), static_cast<bfloat16*>(outputs[0].data()), shape[0],
-                  places, channels, groups_, scale_.data(), shift_.data(), epsilon_, active_, threads_);
+    is_low(inputs[0]) ? compute<bfloat16>(outputs, inputs) : compute<float>(outputs, inputs);
     return true;
   }
 
  private:
+  template <class Value>
+  void compute(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    const ov::Shape& shape = inputs[0].get_shape();
+    const size_t channels = shape.back(), places = inputs[0].get_size() / shape[0] / channels;
+    norm::compute(values_of<Value>(inputs, 0), static_cast<Value*>(outputs[0].data()), shape[0], places, channels, groups_,
+                  scale_.data(), shift_.data(), epsilon_, active_, threads_);
+  }
+
   std::vector<float> scale_, shift_;  // of each channel
   int64_t groups_ = 1;
   float epsilon_ = 0;
@@ -138,9 +151,7 @@ class GroupNormLast : public ov::op::Op {
   int64_t threads_ = 1;
 };
 
-const bfloat16* values_of(const ov::Tensor& tensor) { return static_cast<const bfloat16*>(tensor.data()); }
-
-// What answers bfloat16 (..., in) by (..., out), row by row.
+// What answers (..., in), bfloat16 or float32, by (..., out), row by row.
 class RowByRow : public ov::op::Op {
  public:
   using Op::Op;
@@ -157,7 +168,7 @@ class RowByRow : public ov::op::Op {
   int64_t out_ = 1;
 };
 
-// Of bfloat16 (..., in) to (..., out); the second input are the weights as `linear::Layer` has them, the third, where there
+// Of (..., in) to (..., out); the second input are the weights as `linear::Layer` has them, the third, where there
 // is one, is added to the answer.
 class TileLinear : public RowByRow {
  public:
@@ -191,14 +202,19 @@ class TileLinear : public RowByRow {
   }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    const int in = inputs[0].get_shape().back();
-    const linear::Layer layer{in, int(out_), values_of(inputs[1]), bias_.data(), normed_, active_, gated_, epsilon_};
-    linear::compute(layer, values_of(inputs[0]), inputs.size() > 2 ? values_of(inputs[2]) : nullptr,
-                    static_cast<bfloat16*>(outputs[0].data()), inputs[0].get_size() / in);
+    is_low(inputs[0]) ? compute<bfloat16>(outputs, inputs) : compute<float>(outputs, inputs);
     return true;
   }
 
  private:
+  template <class Value>
+  void compute(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    const int in = inputs[0].get_shape().back(), out = out_;
+    const linear::Layer<Value> layer{in, out, values_of<Value>(inputs, 1), bias_.data(), normed_, active_, gated_, epsilon_};
+    linear::compute(layer, values_of<Value>(inputs, 0), values_of<Value>(inputs, 2),
+                    static_cast<Value*>(outputs[0].data()), inputs[0].get_size() / in);
+  }
+
   std::vector<float> bias_;
   bool normed_ = false;
   float epsilon_ = 0;
@@ -241,15 +257,20 @@ class TileFeedForward : public RowByRow {
   }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    const int in = inputs[0].get_shape().back(), between = between_, out = out_;
-    const linear::Layer first{in, between, values_of(inputs[1]), first_.data(), normed_, !gated_, gated_, epsilon_};
-    const linear::Layer second{between, out, values_of(inputs[2]), second_.data(), false, false, false, 0};
-    linear::compute(first, second, values_of(inputs[0]), inputs.size() > 3 ? values_of(inputs[3]) : nullptr,
-                    static_cast<bfloat16*>(outputs[0].data()), inputs[0].get_size() / in);
+    is_low(inputs[0]) ? compute<bfloat16>(outputs, inputs) : compute<float>(outputs, inputs);
     return true;
   }
 
  private:
+  template <class Value>
+  void compute(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    const int in = inputs[0].get_shape().back(), between = between_, out = out_;
+    const auto at = [&](size_t which) { return values_of<Value>(inputs, which); };
+    const linear::Layer<Value> first{in, between, at(1), first_.data(), normed_, !gated_, gated_, epsilon_};
+    const linear::Layer<Value> second{between, out, at(2), second_.data(), false, false, false, 0};
+    linear::compute(first, second, at(0), at(3), static_cast<Value*>(outputs[0].data()), inputs[0].get_size() / in);
+  }
+
   std::vector<float> first_, second_;  // biases
   int64_t between_ = 1;
   bool normed_ = false;
@@ -257,8 +278,9 @@ class TileFeedForward : public RowByRow {
   bool gated_ = false;
 };
 
-// Of (B, height, width, in), bfloat16 or float32. The second input are the transformed weights; where `is_told` says so the
-// third is added to every place of a row, float32 (B, out); what is left is added to the answer and like it.
+// Of (B, height, width, in), bfloat16 or float32. The second input are the transformed weights (out / 32, 16 or 36, ...), of
+// F(2x2, 3x3) or of F(4x4, 3x3), which is float32's alone. Where `is_told` says so the third is added to every place of a
+// row, float32 (B, out); what is left is added to the answer and like it.
 class WinogradConvolution : public ov::op::Op {
  public:
   OPENVINO_OP("WinogradConvolution", "unclip");
@@ -289,22 +311,26 @@ class WinogradConvolution : public ov::op::Op {
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    inputs[0].get_element_type() == ov::element::bf16 ? compute<bfloat16>(outputs, inputs) : compute<float>(outputs, inputs);
+    if (is_low(inputs[0]))
+      compute<2, bfloat16>(outputs, inputs);
+    else if (inputs[1].get_shape()[1] == winograd::Block<float, 2>::PLACES)
+      compute<2, float>(outputs, inputs);
+    else
+      compute<4, float>(outputs, inputs);
     return true;
   }
 
  private:
-  template <class Value>
+  template <int STEP, class Value>
   void compute(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     const ov::Shape& shape = inputs[0].get_shape();
-    const auto at = [&](size_t which) {
-      return which < inputs.size() ? static_cast<const Value*>(inputs[which].data()) : nullptr;
-    };
+    const auto at = [&](size_t which) { return values_of<Value>(inputs, which); };
     const winograd::Layer<Value> layer{int(shape[3]), int(bias_.size()), at(1), bias_.data()};
-    const auto* told = is_told_ ? static_cast<const float*>(inputs[2].data()) : nullptr;
-    const winograd::Pictures<Value> pictures{at(0),         told,          at(is_told_ ? 3 : 2), static_cast<Value*>(outputs[0].data()),
-                                             int(shape[0]), int(shape[1]), int(shape[2])};
-    winograd::compute(layer, pictures, threads_);
+    const auto* told = is_told_ ? values_of<float>(inputs, 2) : nullptr;
+    auto* to = static_cast<Value*>(outputs[0].data());
+    const int rows = shape[0], height = shape[1], width = shape[2];
+    const winograd::Pictures<Value> pictures{at(0), told, at(is_told_ ? 3 : 2), to, rows, height, width};
+    winograd::compute<STEP>(layer, pictures, threads_);
   }
 
   std::vector<float> bias_;

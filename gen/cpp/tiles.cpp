@@ -1,5 +1,5 @@
 // Products of tiles, 16 rows of 32 bfloat16 each, summed in float32: by AMX where it is compiled for, and by AVX512-BF16
-// elsewhere.
+// elsewhere. And products of float32.
 
 #pragma once
 
@@ -146,8 +146,13 @@ class Tiles {
 
 #endif
 
+// 32 rows of values by 32 values of the answer, as `Tiles::multiply_pair` says.
+inline void multiply_pair(const Tiles& tiles, float* to, const bfloat16* rows, int in, const bfloat16* weight, int count) {
+  tiles.multiply_pair(to, rows, in, weight, count);
+}
+
 // The same of float32, which AMX does not multiply; weights are (in, 32).
-inline void multiply_pair(float* to, const float* rows, int in, const float* weight, int count) {
+inline void multiply_pair(const Tiles&, float* to, const float* rows, int in, const float* weight, int count) {
   for (int row = 0; row < count; row += HERE) {
     Sums sums;
     for (int i = 0; i < in; i++) {

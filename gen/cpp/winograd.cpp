@@ -1,6 +1,6 @@
-// Convolutions of 3 x 3 by fewer multiplications: minimal filtering F(2x2, 3x3) (Winograd 1980, Lavin & Gray 2016), 16
-// products for four answers where 36 are plain. Channels stand side by side. Patches of 4 x 4 and their products are
-// transformed in float32; what is multiplied is float32 or bfloat16.
+// Convolutions of 3 x 3 by fewer multiplications: minimal filtering (Winograd 1980, Lavin & Gray 2016). F(2x2, 3x3) takes 16
+// products for four answers where 36 are plain, F(4x4, 3x3) takes 36 for sixteen where 144 are, and rounds more. Channels
+// stand side by side. Patches and their products are transformed in float32; what is multiplied is float32 or bfloat16.
 
 #include <immintrin.h>
 
@@ -14,16 +14,12 @@
 
 namespace winograd {
 
-constexpr int SIDE = 4, STEP = 2;    // of a patch, and what of the answer follows from it
-constexpr int PLACES = SIDE * SIDE;  // products for each
-constexpr int PATCHES = 2 * LANES;   // patches at a time
-constexpr int WIDE = PAIR * LANES;   // channels of the answer at a time
-constexpr int STEP_OF_PRODUCTS = PATCHES * WIDE + LANES;
+constexpr int WIDE = PAIR * LANES;  // channels of the answer at a time
 
 template <class Value>
 struct Layer {
   int in, out;          // channels, multiples of 32
-  const Value* weight;  // transformed: (out / 32, PLACES, in, 32), as `Tiles::multiply_pair` reads the last two
+  const Value* weight;  // transformed: (out / 32, products of a patch, in, 32), as `multiply_pair` reads the last two
   const float* bias;    // (out)
 };
 
@@ -34,52 +30,74 @@ struct Pictures {
   const Value* beside;  // added, like the answer; null: nothing
   Value* to;            // (rows, height, width, out)
   int rows, height, width;
-
-  int down() const { return (height + STEP - 1) / STEP; }
-  int across() const { return (width + STEP - 1) / STEP; }
-  int patches() const { return rows * down() * across(); }
 };
-
-struct Patch {  // its first answer
-  int row, top, left;
-
-  template <class Value>
-  Patch(const Pictures<Value>& pictures, int number)
-      : row(number / (pictures.down() * pictures.across())),
-        top(number / pictures.across() % pictures.down() * STEP),
-        left(number % pictures.across() * STEP) {}
-};
-
-// --- values ----------------------------------------------------------------------------------------------------
-
-inline __m512 load(const bfloat16* at) { return wide(at); }
-inline __m512 load(const float* at) { return _mm512_loadu_ps(at); }
-inline void store(bfloat16* at, __m512 value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(value));
-}
-inline void store(float* at, __m512 value) { _mm512_storeu_ps(at, value); }
 
 // --- transforms ------------------------------------------------------------------------------------------------
 
-// Four values of a patch, `step` apart, as what their filters are multiplied by.
-inline void turn_in(__m512* d, int step) {
-  const __m512 first = _mm512_sub_ps(d[0], d[2 * step]), last = _mm512_sub_ps(d[step], d[3 * step]);
-  const __m512 sum = _mm512_add_ps(d[step], d[2 * step]), apart = _mm512_sub_ps(d[2 * step], d[step]);
-  d[0] = first, d[step] = sum, d[2 * step] = apart, d[3 * step] = last;
-}
+// Values of a patch, `apart` from each other, as what their filters are multiplied by; products as answers. In place.
+template <int STEP>
+struct Filtering;
 
-// Four products, `step` apart, as two answers.
-inline void turn_out(__m512* m, int step) {
-  const __m512 first = _mm512_add_ps(_mm512_add_ps(m[0], m[step]), m[2 * step]);
-  m[step] = _mm512_sub_ps(_mm512_sub_ps(m[step], m[2 * step]), m[3 * step]);
-  m[0] = first;
-}
+// By the parabola through three numbers at 0, 1 and -1, and its leading number.
+template <>
+struct Filtering<2> {
+  static void turn_in(__m512* d, int apart) {
+    const __m512 first = _mm512_sub_ps(d[2 * apart], d[0]), last = _mm512_sub_ps(d[3 * apart], d[apart]);
+    const __m512 sum = _mm512_add_ps(d[apart], d[2 * apart]), difference = _mm512_sub_ps(d[2 * apart], d[apart]);
+    d[0] = first, d[apart] = sum, d[2 * apart] = difference, d[3 * apart] = last;
+  }
+
+  static void turn_out(__m512* m, int apart) {
+    const __m512 first = _mm512_add_ps(_mm512_add_ps(m[0], m[apart]), m[2 * apart]);
+    m[apart] = _mm512_add_ps(_mm512_sub_ps(m[apart], m[2 * apart]), m[3 * apart]);
+    m[0] = first;
+  }
+};
+
+// By a polynomial of degree 5 through numbers at 0, 3/4, -3/4, 3/2 and -3/2, and its leading number: a half of the rounding of
+// 0, 1, -1, 2 and -2, as Lavin & Gray have it.
+template <>
+struct Filtering<4> {
+  static constexpr float A = 0.75, B = 1.5, AA = A * A, BB = B * B;
+
+  static void turn_in(__m512* d, int apart) {
+    const auto at = [&](int i) -> __m512& { return d[i * apart]; };
+    const auto without = [](__m512 x, float share, __m512 y) { return _mm512_fnmadd_ps(_mm512_set1_ps(share), y, x); };
+    const auto with = [](__m512 x, float share, __m512 y) { return _mm512_fmadd_ps(_mm512_set1_ps(share), y, x); };
+    const __m512 first = with(without(at(4), AA + BB, at(2)), AA * BB, at(0));
+    const __m512 last = with(without(at(5), AA + BB, at(3)), AA * BB, at(1));
+    const __m512 even_a = without(at(4), BB, at(2)), odd_a = without(at(3), BB, at(1));
+    const __m512 even_b = without(at(4), AA, at(2)), odd_b = without(at(3), AA, at(1));
+    at(0) = first;
+    at(1) = with(even_a, A, odd_a), at(2) = without(even_a, A, odd_a);
+    at(3) = with(even_b, B, odd_b), at(4) = without(even_b, B, odd_b);
+    at(5) = last;
+  }
+
+  static void turn_out(__m512* m, int apart) {
+    const auto at = [&](int i) -> __m512& { return m[i * apart]; };
+    const auto share = [](float share, __m512 x) { return _mm512_mul_ps(_mm512_set1_ps(share), x); };
+    const auto with = [](__m512 x, float share, __m512 y) { return _mm512_fmadd_ps(_mm512_set1_ps(share), y, x); };
+    const __m512 sum_a = _mm512_add_ps(at(1), at(2)), difference_a = _mm512_sub_ps(at(1), at(2));
+    const __m512 sum_b = _mm512_add_ps(at(3), at(4)), difference_b = _mm512_sub_ps(at(3), at(4));
+    at(0) = _mm512_add_ps(at(0), _mm512_add_ps(sum_a, sum_b));
+    at(1) = with(share(A, difference_a), B, difference_b);
+    at(2) = with(share(AA, sum_a), BB, sum_b);
+    at(3) = with(with(at(5), AA * A, difference_a), BB * B, difference_b);
+  }
+};
 
 // --- a thread's work -------------------------------------------------------------------------------------------
 
-template <class Value>
-class Block {  // PATCHES of a layer
+template <class Value, int STEP>
+class Block {  // some patches of a layer, each for STEP x STEP answers
  public:
+  static constexpr int SIDE = STEP + 2;                        // of a patch
+  static constexpr int PLACES = SIDE * SIDE;                   // products of a patch
+  static constexpr int PATCHES = STEP == 2 ? 2 * LANES : LANES;  // at a time, so that they stay near
+
+  static int count(const Pictures<Value>& pictures) { return pictures.rows * down(pictures) * across(pictures); }
+
   Block(const Tiles& tiles, const Layer<Value>& layer, const Pictures<Value>& pictures)
       : tiles_(tiles),
         layer_(layer),
@@ -90,25 +108,32 @@ class Block {  // PATCHES of a layer
         products_(room<float>(PLACES * STEP_OF_PRODUCTS)) {}
 
   void compute(int first) {
-    const int count = std::min(PATCHES, pictures_.patches() - first);
-    for (int i = 0; i < count; i++) read(Patch(pictures_, first + i), i);
+    const int here = std::min(PATCHES, count(pictures_) - first);
+    for (int i = 0; i < here; i++) read(Patch(pictures_, first + i), i);
     const int64_t panel = int64_t(layer_.in) * WIDE;
     for (int out = 0; out < layer_.out; out += WIDE) {
       const Value* weight = layer_.weight + out / WIDE * PLACES * panel;
       for (int place = 0; place < PLACES; place++)
-        multiply(products_.get() + place * STEP_OF_PRODUCTS, turned_.get() + place * step_,
-                 weight + place * panel, count);
-      for (int i = 0; i < count; i++) write(Patch(pictures_, first + i), i, out);
+        multiply_pair(tiles_, products_.get() + place * STEP_OF_PRODUCTS, turned_.get() + place * step_, layer_.in,
+                      weight + place * panel, here);
+      for (int i = 0; i < here; i++) write(Patch(pictures_, first + i), i, out);
     }
   }
 
  private:
-  void multiply(float* to, const bfloat16* rows, const bfloat16* weight, int count) const {
-    tiles_.multiply_pair(to, rows, layer_.in, weight, count);
-  }
-  void multiply(float* to, const float* rows, const float* weight, int count) const {
-    multiply_pair(to, rows, layer_.in, weight, count);
-  }
+  static constexpr int STEP_OF_PRODUCTS = PATCHES * WIDE + LANES;
+
+  static int down(const Pictures<Value>& pictures) { return (pictures.height + STEP - 1) / STEP; }
+  static int across(const Pictures<Value>& pictures) { return (pictures.width + STEP - 1) / STEP; }
+
+  struct Patch {  // its first answer
+    int row, top, left;
+
+    Patch(const Pictures<Value>& pictures, int number)
+        : row(number / (down(pictures) * across(pictures))),
+          top(number / across(pictures) % down(pictures) * STEP),
+          left(number % across(pictures) * STEP) {}
+  };
 
   void read(const Patch& patch, int i) {
     const Value* at[PLACES];  // zeros beyond the edges
@@ -121,8 +146,8 @@ class Block {  // PATCHES of a layer
     for (int channel = 0; channel < layer_.in; channel += LANES) {
       __m512 d[PLACES];
       for (int place = 0; place < PLACES; place++) d[place] = load(at[place] + channel);
-      for (int line = 0; line < SIDE; line++) turn_in(d + line, SIDE);
-      for (int line = 0; line < SIDE; line++) turn_in(d + line * SIDE, 1);
+      for (int line = 0; line < SIDE; line++) Filtering<STEP>::turn_in(d + line, SIDE);
+      for (int line = 0; line < SIDE; line++) Filtering<STEP>::turn_in(d + line * SIDE, 1);
       Value* to = turned_.get() + int64_t(i) * layer_.in + channel;
       for (int place = 0; place < PLACES; place++) store(to + place * step_, d[place]);
     }
@@ -133,8 +158,8 @@ class Block {  // PATCHES of a layer
       __m512 m[PLACES];
       const float* from = products_.get() + i * WIDE + channel - out;
       for (int place = 0; place < PLACES; place++) m[place] = _mm512_load_ps(from + place * STEP_OF_PRODUCTS);
-      for (int line = 0; line < SIDE; line++) turn_out(m + line, SIDE);
-      for (int line = 0; line < STEP; line++) turn_out(m + line * SIDE, 1);
+      for (int line = 0; line < SIDE; line++) Filtering<STEP>::turn_out(m + line, SIDE);
+      for (int line = 0; line < STEP; line++) Filtering<STEP>::turn_out(m + line * SIDE, 1);
       __m512 shift = _mm512_loadu_ps(layer_.bias + channel);
       if (pictures_.told) {
         const float* told = pictures_.told + int64_t(patch.row) * layer_.out + channel;
@@ -160,15 +185,16 @@ class Block {  // PATCHES of a layer
   Room<float> products_;
 };
 
-// All pictures, by so many threads.
-template <class Value>
+// All pictures, by so many threads and patches for STEP x STEP answers.
+template <int STEP, class Value>
 void compute(const Layer<Value>& layer, const Pictures<Value>& pictures, int threads) {
+  using Work = Block<Value, STEP>;
   std::atomic<int> next{0};
-  const int blocks = (pictures.patches() + PATCHES - 1) / PATCHES;
+  const int blocks = (Work::count(pictures) + Work::PATCHES - 1) / Work::PATCHES;
   const auto work = [&] {
     const Tiles tiles;
-    Block<Value> block(tiles, layer, pictures);
-    for (int at; (at = next++) < blocks;) block.compute(at * PATCHES);
+    Work block(tiles, layer, pictures);
+    for (int at; (at = next++) < blocks;) block.compute(at * Work::PATCHES);
   };
   by_threads(std::min(threads, blocks), work);
 }
