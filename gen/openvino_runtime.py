@@ -38,7 +38,11 @@ AT_A_TIME = 16  # of them that are computed, always: what is kept must not depen
 
 @cache
 def core() -> Any:
-    """OpenVINO's own entry; ValueError that names the extra where it is not installed."""
+    """OpenVINO's own entry; ValueError that names the extra where it is not installed.
+
+    It is kept: its CPU plugin gives the thread that loads it a stack for signals and takes that back with the last
+    entry, in whichever thread it goes; the next signal would then end the process.
+    """
     try:
         import openvino
     except ImportError as error:

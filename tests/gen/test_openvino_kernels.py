@@ -16,6 +16,7 @@ from gen.attention import set_attention
 from gen.openvino_convolution import side_of
 from gen.openvino_kernels import operations, own_kernels
 from gen.openvino_model import cut_layers, drop_ones, fold_norms, read
+from gen.openvino_runtime import core
 
 openvino = pytest.importorskip("openvino")
 OURS, THEIRS = "TileAttention", "ScaledDotProductAttention"
@@ -69,7 +70,7 @@ def types(model: Any) -> list[str]:
 @torch.no_grad()
 def error(model: Any, layer: nn.Module, given: tuple[Tensor, ...], precision: str = "bf16") -> float:
     """How far the model is from its layer in float64, relative."""
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     (found,) = compiled([each.numpy() for each in given]).values()
     exact = layer.double()(*(each.double() for each in given))
     return ((torch.from_numpy(found) - exact).norm() / exact.norm()).item()
@@ -156,7 +157,7 @@ def test_silu_far_from_zero_and_of_what_is_no_number(precision: str, most: float
     model = changed(layer, (x,), precision=precision)
     assert error(model, layer, (x,), precision) < most
     x[1, 0, 0, 0] = torch.nan
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     found = torch.from_numpy(next(iter(compiled([x.numpy()]).values())))
     assert found[1, :8].isnan().all() and not found[1, 8:].isnan().any() and not found[[0, 2]].isnan().any()
 
@@ -165,7 +166,7 @@ def test_a_group_norm_of_one_value_a_group_is_its_shift() -> None:
     layer = Normed(8, 8)
     x = torch.full((2, 8, 1, 1), 1e4)
     model = changed(layer, (x,))
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     (found,) = compiled([x.numpy()]).values()
     assert torch.equal(torch.from_numpy(found)[0, :, 0, 0], layer.norm.bias.bfloat16().float())
 
@@ -308,7 +309,7 @@ def test_gelu_far_from_zero_and_of_what_is_no_number(precision: str, most: float
         layer.proj.weight[32:] = torch.eye(32)
     x = torch.linspace(-12, 12, 64 * 32).reshape(64, 32).bfloat16().float()
     model = changed(layer, (x,), precision=precision)
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     assert "TileLinear" in types(model)
     (found,) = compiled([x.numpy()]).values()
     torch.testing.assert_close(torch.from_numpy(found), F.gelu(x.double()).float(), atol=most / 4, rtol=most)
@@ -478,6 +479,6 @@ def test_a_picture_is_alike_alone_and_beside_others() -> None:
     for rows in (slice(None), slice(7, 8)):
         some = tuple(each[rows] for each in given)
         model = changed(layer, some)
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
         answers.append(next(iter(compiled([each.numpy() for each in some]).values())))
     assert (answers[0][7:8] == answers[1]).all()

@@ -12,14 +12,13 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
 from gen.openvino_model import cut_layers, cut_levels, fold_norms, plain_norms, read
+from gen.openvino_runtime import core
 
 pytest.importorskip("openvino")
 
 
 def answers(model: Any, *given: Tensor) -> list[Tensor]:
-    import openvino
-
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [torch.from_numpy(each) for each in compiled([each.numpy() for each in given]).values()]
 
 
