@@ -285,11 +285,11 @@ class Texts:
 
     def of_rows(self, at: slice) -> Tensor:
         """What some evaluations read, of all layers one behind the other (B, sum of 2 * heads * L * d)."""
-        read = [self._flat[text] for text in self.of[at]]
+        read = [self.flat[text] for text in self.of[at]]
         return read[0][None] if len(read) == 1 else torch.stack(read)
 
     @cached_property
-    def _flat(self) -> list[Tensor]:
+    def flat(self) -> list[Tensor]:
         """Of each text what all layers read, one behind the other."""
         return [torch.cat([pair.flatten() for pair in pairs]) for pairs in self.pairs]
 

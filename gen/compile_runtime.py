@@ -97,7 +97,7 @@ class Compiling:
         of = None if call.texts is None or adds_keys(self.network) else call.texts.of
         first = call.given[0]
         sizes = CUDA_SIZES if first.is_cuda else SIZES if first[0].numel() <= SMALL else LARGE_SIZES
-        return list(pieces_of(call.rows, of, sizes))
+        return pieces_of(call.rows, of, sizes)
 
 
 @dataclass(eq=False)

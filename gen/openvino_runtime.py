@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from threading import Lock
 from typing import Any
 
@@ -31,6 +31,9 @@ from gen.traced import Call, Flat, stand_in
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # that OpenVINO is asked for, in its words
+
+Telling = Callable[[slice, list[np.ndarray]], Sequence[Any]]
+"""told(rows, room) -> what a compiled network is given for them"""
 
 KNOWN = 512  # different rows' levels and vectors whose embeddings are kept, of 10 to 100 KB each
 AT_A_TIME = 16  # of them that are computed, always: what is kept must not depend on who else was there
@@ -78,7 +81,7 @@ class Answering:
             converted = self.read[call.kind]
             of = None if call.texts is None else call.texts.of
             sizes = SIZES if call.given[0][0].numel() <= SMALL else LARGE_SIZES
-            pieces = list(pieces_of(call.rows, of, sizes, streams_of(call.rows, torch.get_num_threads())))
+            pieces = pieces_of(call.rows, of, sizes, streams_of(call.rows, torch.get_num_threads()))
             while len(self.workers) < min(len(pieces), torch.get_num_threads()):
                 self.workers.append(ThreadPoolExecutor(1, f"unclip-openvino-{len(self.workers)}"))
             answers = converted.ask(call.given, call.texts, pieces, self.workers)
@@ -133,7 +136,7 @@ class Converted:
     rest: Part  # of what it is handed, what its layers read of a text, and what the levels say
     answer: TreeSpec  # how the network hands over its tensors
     precision: str  # in OpenVINO's words
-    requests: dict[tuple[int, bool, int], list[Any]] = field(default_factory=dict)  # openvino.InferRequest, by stream
+    requests: dict[tuple[int, bool, int], list[Stream]] = field(default_factory=dict)
 
     def ask(
         self,
@@ -153,19 +156,19 @@ class Converted:
         answers: list[np.ndarray] = []  # what other threads write into knows no mode of torch's
         for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
             alike = [piece.at for piece in pieces if (piece.size, piece.is_shared) == (size, is_shared)]
-            inputs = [self.inputs(arrays, levels, texts, at, is_shared) for at in alike]
-            requests = self._requests(size, is_shared, streams, inputs[0])
+            told = partial(self.inputs, arrays, levels, texts, is_shared)
+            asked = self._streams(size, is_shared, streams, partial(told, alike[0], []))
             if not answers:
-                shapes = [(len(arrays[0]), *each.get_shape()[1:]) for each in requests[0].model_outputs]
+                shapes = [(len(arrays[0]), *each.get_shape()[1:]) for each in asked[0].request.model_outputs]
                 answers = [np.empty(shape, np.float32) for shape in shapes]
-            left = iter(list(zip(alike, inputs, strict=True)))  # each is taken by whoever is free
+            left = iter(alike)  # each is taken by whoever is free
             running: list[Future[None]] = []
             try:
-                for request, worker in zip(requests, workers, strict=False):
+                for stream, worker in zip(asked, workers, strict=False):
                     try:
-                        running.append(worker.submit(fill, answers, request, left))
+                        running.append(worker.submit(stream.fill, answers, told, left))
                     except RuntimeError:  # the interpreter is ending, and its threads take nothing any more
-                        fill(answers, request, left)
+                        stream.fill(answers, told, left)
                 for each in running:
                     each.result()
             finally:  # also on Ctrl-C: what runs reads arrays of this call
@@ -174,12 +177,26 @@ class Converted:
         return [torch.from_numpy(each) for each in answers]
 
     def inputs(
-        self, arrays: Sequence[Any], levels: np.ndarray | None, texts: Texts | None, at: slice, is_shared: bool
+        self,
+        arrays: Sequence[Any],
+        levels: np.ndarray | None,
+        texts: Texts | None,
+        is_shared: bool,
+        at: slice,
+        room: list[np.ndarray],
     ) -> list[Any]:
-        """What the rest is given for some rows, all of which read one text where it is shared, as arrays."""
+        """What the rest is given for some rows, all of which read one text where it is shared, as arrays.
+
+        Texts of rows that have their own are put side by side in the array in `room`, which is made where it is empty.
+        """
         told = [each[at] for each in arrays]
-        if texts is not None:
-            told.append(texts.of_rows(slice(at.start, at.start + 1) if is_shared else at).numpy())
+        if texts is not None and is_shared:
+            told.append(texts.of_rows(slice(at.start, at.start + 1)).numpy())
+        elif texts is not None:
+            read = [texts.flat[text].numpy() for text in texts.of[at]]
+            if not room:
+                room.append(np.empty((len(read), *read[0].shape), read[0].dtype))
+            told.append(np.stack(read, out=room[0]))
         if levels is not None:
             told.append(levels[at])
         return [told[place] for place in self.rest.reads]
@@ -196,16 +213,31 @@ class Converted:
             plain_norms(model)  # those that are left
         return model
 
-    def _requests(self, size: int, is_shared: bool, streams: int, inputs: Sequence[Any]) -> list[Any]:
-        """What computes pieces of a kind, that many at a time."""
+    def _streams(self, size: int, is_shared: bool, streams: int, example: Callable[[], Sequence[Any]]) -> list[Stream]:
+        """What computes pieces of a kind, that many at a time; `example` tells what one of them is given."""
         if (size, is_shared, streams) not in self.requests:
-            began = time.perf_counter()
-            model = self.of_sizes([each.shape for each in inputs], threads_of(streams))
+            began, given = time.perf_counter(), example()
+            model = self.of_sizes([each.shape for each in given], threads_of(streams))
             ready = compiled(model, self.precision, streams)
-            self.requests[size, is_shared, streams] = [ready.create_infer_request() for _ in range(streams)]
+            self.requests[size, is_shared, streams] = [Stream(ready.create_infer_request()) for _ in range(streams)]
             told = f"{self.name} for {size} rows, {streams} at a time"
             logger.info("OpenVINO compiled %s, in %.1f s", told, time.perf_counter() - began)
         return self.requests[size, is_shared, streams]
+
+
+@dataclass(eq=False)
+class Stream:
+    """One of those that compute pieces of a kind at a time."""
+
+    request: Any  # an openvino.InferRequest
+    room: list[np.ndarray] = field(default_factory=list)  # where it is given texts of rows that have their own
+
+    def fill(self, answers: Sequence[np.ndarray], told: Telling, left: Iterator[slice]) -> None:
+        """Compute pieces for as long as some are left: which rows of the answers, for what is told of them."""
+        for at in left:
+            found = self.request.infer(told(at, self.room), share_inputs=True, share_outputs=True)
+            for place, answer in enumerate(answers):
+                answer[at] = found[place]
 
 
 def threads_of(streams: int) -> int:
@@ -225,14 +257,6 @@ def compiled(
     hints |= {"ENABLE_CPU_PINNING": "NO"}  # the cores are not ours alone
     hints |= {"INFERENCE_NUM_THREADS": str(threads or torch.get_num_threads()), "PERF_COUNT": ("NO", "YES")[counted]}
     return core().compile_model(model, "CPU", hints)
-
-
-def fill(answers: Sequence[np.ndarray], request: Any, left: Iterator[tuple[slice, Sequence[Any]]]) -> None:
-    """Compute pieces for as long as some are left: which rows of the answers, and what is given for them."""
-    for at, given in left:
-        found = request.infer(given, share_inputs=True, share_outputs=True)
-        for place, answer in enumerate(answers):
-            answer[at] = found[place]
 
 
 @torch.no_grad()

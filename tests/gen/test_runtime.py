@@ -83,7 +83,7 @@ def test_attention_is_torchs(tiny_folder: Path) -> None:
 @pytest.mark.parametrize("of", [None, [0] * 75, [0] * 5 + [1] * 70, [0, 1, 2] * 25])
 def test_pieces_are_every_row_once(rows: int, streams: int, of: list[int] | None) -> None:
     texts = of and of[:rows]
-    pieces = list(pieces_of(rows, texts, SIZES, streams))
+    pieces = pieces_of(rows, texts, SIZES, streams)
     assert [row for piece in pieces for row in range(rows)[piece.at]] == list(range(rows))
     assert all(piece.size in SIZES and piece.at.stop - piece.at.start == piece.size for piece in pieces)
     assert len(pieces) >= min(rows, streams)  # a share for each
@@ -100,13 +100,22 @@ def test_streams_are_few_kinds() -> None:
     ]
 
 
-def test_rows_that_read_one_text_share_its_keys_and_values() -> None:
-    def kinds(of: list[int]) -> list[tuple[int, bool]]:
-        return [(piece.size, piece.is_shared) for piece in pieces_of(len(of), of, SIZES, 2)]
+def kinds(of: list[int]) -> list[tuple[int, bool]]:
+    """Of the pieces for two streams."""
+    return [(piece.size, piece.is_shared) for piece in pieces_of(len(of), of, SIZES, 2)]
 
+
+def test_rows_that_read_one_text_share_its_keys_and_values() -> None:
     assert kinds([0] * 16 + [1] * 16) == [(16, True), (16, True)]
     assert kinds([0, 1]) == [(1, True), (1, True)]
-    assert kinds([*range(32)]) == [(16, False), (16, False)]
+    assert kinds([*range(32)]) == [(16, False), (16, False)], "single rows would each be a call"
+    assert kinds([row // 24 for row in range(96)]) == [(16, True), (8, True)] * 4
+    assert set(kinds([row // 5 for row in range(100)])) == {(16, False), (2, False)}
+
+
+def test_each_stream_has_as_much_to_do() -> None:
+    for rows, sizes in ((100, [16] * 6 + [2] * 2), (80, [16] * 4 + [8] * 2), (24, [8] * 2 + [4] * 2), (3, [1] * 3)):
+        assert [piece.size for piece in pieces_of(rows, None, SIZES, 2)] == sizes
 
 
 @torch.no_grad()
@@ -117,12 +126,12 @@ def test_a_piece_that_fails_ends_the_call_and_the_next_one_is_right(
     wanted, taken = network(x), []
     openvino_runtime.run_by_openvino(network, torch.float32)
 
-    def failing(answers: object, request: object, left: Iterator[object]) -> None:
+    def failing(stream: object, answers: object, told: object, left: Iterator[object]) -> None:
         taken.append(next(left))
         raise ValueError("of one piece")
 
     with monkeypatch.context() as patched:
-        patched.setattr(openvino_runtime, "fill", failing)
+        patched.setattr(openvino_runtime.Stream, "fill", failing)
         with pytest.raises(ValueError, match="of one piece"):
             network(x)
     assert 1 <= len(taken) <= torch.get_num_threads(), "no other piece begins"
