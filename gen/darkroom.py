@@ -7,6 +7,7 @@ too. It knows what requests have finished, and neither rows nor searches nor ans
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from gen.model import Family
 from gen.request import Candidate
 
 DECODE_CHUNK = 16  # pictures decoded and scored at once at most; the autoencoder is the largest user of memory
+SMALL_CHUNK = 1 << 14  # values of latents, of which as many pictures may be decoded at once: 64 of 64 x 64
 
 Member = tuple[Flight[Any], int]
 """A request and one of its candidates"""
@@ -75,7 +77,7 @@ class Darkroom:
                 ready.setdefault(tuple(latents.shape), []).append((flight, index))
         for shape, members in ready.items():
             here = [(flight, index) for flight, index in members if flight.number in flights]
-            if len(here) >= DECODE_CHUNK or any(flight.is_through for flight, _ in here):
+            if len(here) >= chunk_of(shape) or any(flight.is_through for flight, _ in here):
                 self._develop(shape, here, flights, fail)
 
     def look(self, flight: Flight[Any], candidates: Sequence[int]) -> list[float]:
@@ -88,7 +90,7 @@ class Darkroom:
         while waiting:
             shape = tuple(flight.estimates[waiting[0]].shape)
             bucket = self.buckets.of("decode" if small else "preview", shape, self.model.device)
-            chunk = [waiting.popleft() for _ in range(min(len(waiting), DECODE_CHUNK, bucket.size))]
+            chunk = [waiting.popleft() for _ in range(min(len(waiting), chunk_of(shape), bucket.size))]
             latents = torch.stack([flight.estimates[index] for index in chunk])
             try:
                 pixels = self.model.decode(latents) if small else self.model.preview(latents)
@@ -111,7 +113,7 @@ class Darkroom:
     ) -> None:
         bucket, waiting = self.buckets.of("decode", shape, self.model.device), deque(members)
         while waiting:
-            size = min(len(waiting), DECODE_CHUNK, bucket.size)
+            size = min(len(waiting), chunk_of(shape), bucket.size)
             chunk = [waiting.popleft() for _ in range(size)]
             try:
                 if bucket.wants_probe(size):
@@ -161,6 +163,11 @@ class Darkroom:
     def _seen(self, pixels: Tensor) -> Tensor:
         """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""
         return self.clip.image((pixels * 255).round() / 255)
+
+
+def chunk_of(shape: Sequence[int]) -> int:
+    """How many pictures with latents of a shape are decoded and scored at once at most."""
+    return max(DECODE_CHUNK, SMALL_CHUNK // math.prod(shape))
 
 
 def _said(candidate: Candidate) -> list[str]:

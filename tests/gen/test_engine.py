@@ -621,7 +621,7 @@ def test_a_request_that_is_done_is_held_by_nobody(tiny: TextToImage) -> None:
 
 
 def test_pixels_that_cannot_be_kept_are_let_go_of(tiny: TextToImage) -> None:
-    """Three of 24 are kept: when a second chunk is decoded, of the first one three are there."""
+    """Three of 72 are kept: when a second chunk is decoded, of the first one three are there."""
     held: list[int] = []
 
     def decode(latents: Tensor) -> Tensor:
@@ -632,11 +632,11 @@ def test_pixels_that_cannot_be_kept_are_let_go_of(tiny: TextToImage) -> None:
         return list(engine._flights.values())
 
     engine = altered(tiny, decode=decode).engine()
-    asked = Request(prompt="a star", seed=4, num_images_per_prompt=24, keep=3, output_type="pt", prior=False)
+    asked = Request(prompt="a star", seed=4, num_images_per_prompt=72, keep=3, output_type="pt", prior=False)
     future = engine.submit(replace(asked, num_inference_steps=1))
     run(engine)
     assert held == [0, 0, 3]  # the first is measured
-    result, whole = future.result(timeout=0), tiny.paint([replace(asked, num_inference_steps=1, keep=24)])[0]
+    result, whole = future.result(timeout=0), tiny.paint([replace(asked, num_inference_steps=1, keep=72)])[0]
     assert result.seeds == whole.seeds[:3] and (result.images - whole.images[:3]).abs().max() <= LEVEL
 
 
