@@ -18,7 +18,7 @@ import typer
 
 from contest.tasks import PROMPT, WORKLOADS, task_of
 from gen import TextToImage
-from gen.openvino_runtime import PRECISIONS, compiled, convert
+from gen.openvino_runtime import PRECISIONS, compiled, convert, read_of
 from gen.traced import Call
 from options import DTYPES, chosen, known
 from report import RESULTS, markdown, save
@@ -51,7 +51,7 @@ def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str
     converted = convert(model.model.unet, call, PRECISIONS[DTYPES[dtype]])
     arrays = [tensor.contiguous().numpy() for tensor in call.given]
     levels = None if converted.levels is None else converted.levels(arrays)
-    inputs = converted.inputs(arrays, levels, call.texts, True, slice(0, rows), [])
+    inputs = converted.inputs(arrays, levels, read_of(call.texts), True, slice(0, rows), [])
     fixed = converted.of_sizes([each.shape for each in inputs], threads=1)
     request = compiled(fixed, converted.precision, threads=1, counted=True).create_infer_request()
     told: list[Counter[str]] = []

@@ -26,7 +26,7 @@ from gen.model import Family
 from gen.request import Candidate
 
 DECODE_CHUNK = 16  # pictures decoded and scored at once at most; the autoencoder is the largest user of memory
-SMALL_CHUNK = 1 << 14  # values of latents, of which as many pictures may be decoded at once: 64 of 64 x 64
+SMALL_CHUNK, SMALL = 64, 256  # the same of pictures with so few values of latents at most, such as of 64 x 64
 
 Member = tuple[Flight[Any], int]
 """A request and one of its candidates"""
@@ -167,7 +167,7 @@ class Darkroom:
 
 def chunk_of(shape: Sequence[int]) -> int:
     """How many pictures with latents of a shape are decoded and scored at once at most."""
-    return max(DECODE_CHUNK, SMALL_CHUNK // math.prod(shape))
+    return SMALL_CHUNK if math.prod(shape) <= SMALL else DECODE_CHUNK
 
 
 def _said(candidate: Candidate) -> list[str]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import added, constant, plain, put, stored, told_in
+from gen.openvino_model import added, as_float32, constant, put, stored, told_in
 
 WIDE = 32  # of whose multiples our kernel takes channels
 LARGEST_SIDES = {"bf16": 2, "f32": 4}  # of a patch's answers, by what is multiplied: the larger, the more is rounded
+HEAVIEST = 1 << 24  # numbers of a layer's turned filters, four times the plain ones, that patches of 4 x 4 may take
 AT_A_TIME = {2: 32, 4: 16}  # patches that a thread computes together, by their side
 # What a filter (3, 3) is turned into by, from both sides: its polynomial's values at as many numbers, each over what
 # Lagrange's polynomial divides it by, and its leading number (Lavin & Gray 2016, section 4; `cpp/winograd.cpp`).
@@ -32,7 +33,7 @@ def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> 
 
     for node in model.get_ordered_ops():
         weight = weight_of(node)
-        side = None if weight is None else side_of(node.get_output_shape(0), threads, precision)
+        side = None if weight is None else side_of(node.get_output_shape(0), weight.shape[1], threads, precision)
         if weight is None or side is None:
             continue
         answer, bias = node.output(0), np.zeros(len(weight), np.float32)
@@ -54,16 +55,20 @@ def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> 
         given += [] if told is None else [told]
         given += [] if beside is None else [last(beside, precision)]
         attributes = {"bias": bias.tolist(), "is_told": told is not None, "threads": threads}
-        own = plain(factory.create("WinogradConvolution", given, attributes))
+        own = as_float32(factory.create("WinogradConvolution", given, attributes))
         put(answer, opset13.transpose(own, FIRST).output(0))
 
 
-def side_of(shape: Sequence[int], threads: int, precision: Any) -> int | None:
-    """The side of patches taking fewest products for an answer (B, channels, height, width); None: it has too few."""
-    rows, _, height, width = shape
+def side_of(shape: Sequence[int], inside: int, threads: int, precision: Any) -> int | None:
+    """The side of patches taking fewest products for an answer (B, channels, height, width), of so many channels.
+
+    None: it has too few. Filters of many channels are turned for small patches alone, or they would fill the memory.
+    """
+    rows, outside, height, width = shape
     patches = {side: rows * -(-height // side) * -(-width // side) for side in NUMBERS}
     fitting = [side for side, count in patches.items() if count >= AT_A_TIME[side] * threads]
     fitting = [side for side in fitting if side <= LARGEST_SIDES[precision.get_type_name()]]
+    fitting = [side for side in fitting if side == 2 or inside * outside * (side + 2) ** 2 <= HEAVIEST]
     return min(fitting, key=lambda side: patches[side] * (side + 2) ** 2, default=None)
 
 

@@ -19,7 +19,7 @@ from gen import avx512
 from gen.compiled import built
 from gen.openvino_convolution import own_convolutions
 from gen.openvino_linear import Layer, layer_at, own_linear, own_linears
-from gen.openvino_model import constant, plain, put, told_in
+from gen.openvino_model import as_float32, constant, put, told_in
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def own_attention(model: Any, factory: Any, threads: int) -> None:
         if threads == 1 and all(turned) and is_one(layers, heads * size):
             together = own_linear(factory, Type.bf16, joined([each for each in layers if each is not None]))
             read = [opset13.reshape(together, np.array([rows, -1, 3, heads, size]), special_zero=False).output(0)]
-        answer = plain(factory.create("TileAttention", [told_in(each, Type.bf16) for each in read], told))
+        answer = as_float32(factory.create("TileAttention", [told_in(each, Type.bf16) for each in read], told))
         for reader in node.output(0).get_target_inputs():
             put(reader.get_node().output(0), answer)
 
@@ -143,7 +143,7 @@ def own_norms(model: Any, factory: Any, threads: int, precision: Any) -> None:
         rank = len(x.get_shape())
         turned = told_in(opset13.transpose(x, np.array([0, *range(2, rank), 1])).output(0), precision)
         told |= {"active": active, "threads": threads}
-        normed = plain(factory.create("GroupNormLast", [turned], told))
+        normed = as_float32(factory.create("GroupNormLast", [turned], told))
         answer = opset13.transpose(normed, np.array([0, rank - 1, *range(1, rank - 1)]))
         put(last.output(0), answer.output(0))
 

@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import added, constant, is_bias, plain, put, stored, told_in, weight_of
+from gen.openvino_model import added, as_float32, constant, is_bias, put, stored, told_in, weight_of
 
-ROW, BESIDE = (
-    32,
-    16,
-)  # of whose multiples our kernel takes inputs and answers: bfloat16 in a tile's row, and its columns
+ROW, BESIDE = 32, 16  # of whose multiples our kernel takes inputs and answers: a row of a tile, and its columns
 FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer
 
 
@@ -90,7 +87,7 @@ def own_linear(
         told = {name: first[name] for name in ("normed", "epsilon", "gated")}
         told |= {"first": list(first["bias"]), "between": first["out"], "second": bias, "out": len(layer.bias)}
         answer = factory.create("TileFeedForward", [*before.input_values(), weight, *more], told)
-    return plain(answer)
+    return as_float32(answer)
 
 
 def packed(layer: Layer, gates: Layer | None, precision: Any) -> tuple[Any, list[float]]:

@@ -232,7 +232,7 @@ def told_in(output: Any, precision: Any) -> Any:
     return opset13.convert(output, precision).output(0)
 
 
-def plain(operation: Any) -> Any:
+def as_float32(operation: Any) -> Any:
     """What one of our operations answers, in float32 (an openvino.Output)."""
     from openvino import Type
 

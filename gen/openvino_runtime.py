@@ -152,11 +152,12 @@ class Converted:
         """
         arrays = [tensor.contiguous().numpy() for tensor in given]
         levels = None if self.levels is None else self.levels(arrays)
+        read = read_of(texts)
         streams = streams_of(len(pieces), torch.get_num_threads())
         answers: list[np.ndarray] = []  # what other threads write into knows no mode of torch's
         for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
             alike = [piece.at for piece in pieces if (piece.size, piece.is_shared) == (size, is_shared)]
-            told = partial(self.inputs, arrays, levels, texts, is_shared)
+            told = partial(self.inputs, arrays, levels, read, is_shared)
             asked = self._streams(size, is_shared, streams, partial(told, alike[0], []))
             if not answers:
                 shapes = [(len(arrays[0]), *each.get_shape()[1:]) for each in asked[0].request.model_outputs]
@@ -180,23 +181,23 @@ class Converted:
         self,
         arrays: Sequence[Any],
         levels: np.ndarray | None,
-        texts: Texts | None,
+        read: Sequence[np.ndarray] | None,
         is_shared: bool,
         at: slice,
         room: list[np.ndarray],
     ) -> list[Any]:
         """What the rest is given for some rows, all of which read one text where it is shared, as arrays.
 
-        Texts of rows that have their own are put side by side in the array in `room`, which is made where it is empty.
+        `read` is what layers read of each row's text (`read_of`). Rows' own texts are put side by side
+        in the array in `room`, which is made where it is empty.
         """
         told = [each[at] for each in arrays]
-        if texts is not None and is_shared:
-            told.append(texts.of_rows(slice(at.start, at.start + 1)).numpy())
-        elif texts is not None:
-            read = [texts.flat[text].numpy() for text in texts.of[at]]
+        if read is not None and is_shared:
+            told.append(read[at.start][None])
+        elif read is not None:
             if not room:
-                room.append(np.empty((len(read), *read[0].shape), read[0].dtype))
-            told.append(np.stack(read, out=room[0]))
+                room.append(np.empty((len(read[at]), *read[0].shape), read[0].dtype))
+            told.append(np.stack(read[at], out=room[0]))
         if levels is not None:
             told.append(levels[at])
         return [told[place] for place in self.rest.reads]
@@ -223,6 +224,14 @@ class Converted:
             told = f"{self.name} for {size} rows, {streams} at a time"
             logger.info("OpenVINO compiled %s, in %.1f s", told, time.perf_counter() - began)
         return self.requests[size, is_shared, streams]
+
+
+def read_of(texts: Texts | None) -> list[np.ndarray] | None:
+    """What all layers read of the text of each row, in one; None: no text is handed over so."""
+    if texts is None:
+        return None
+    flat = [each.numpy() for each in texts.flat]
+    return [flat[text] for text in texts.of]
 
 
 @dataclass(eq=False)

@@ -49,7 +49,7 @@ def time_of(pieces: Sequence[Piece], streams: int) -> float:
 
 
 def cut(start: int, end: int, sizes: Sequence[int], streams: int = 1) -> Iterator[tuple[int, slice]]:
-    """Rows in pieces of these sizes, largest first, one of each for every stream but for the last single rows."""
+    """Rows in pieces of these sizes, largest first, as many of each for every stream but for the last single rows."""
     for size in sizes:
         together = 1 if size == 1 else streams
         for _ in range((end - start) // (size * together) * together):

@@ -42,7 +42,7 @@ inline __m512 power_of_two(__m512 x, float factor = 1) {
 // 2^x as exactly as float32 says it (to 2e-7): the same of what is up to a half away from a whole number.
 inline __m512 exact_power_of_two(__m512 x) {
   constexpr float SHARES[] = {1.5337580e-4f, 1.3399866e-3f, 9.6185198e-3f, 5.5503290e-2f,
-                              2.4022646e-1f, 6.9314718e-1f, 1};;
+                              2.4022646e-1f, 6.9314718e-1f, 1};
   const __m512 behind = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT);
   __m512 y = _mm512_set1_ps(SHARES[0]);
   for (int i = 1; i < 7; i++) y = _mm512_fmadd_ps(y, behind, _mm512_set1_ps(SHARES[i]));

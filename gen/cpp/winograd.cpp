@@ -92,6 +92,7 @@ struct Filtering<4> {
 template <class Value, int STEP>
 class Block {  // some patches of a layer, each for STEP x STEP answers
  public:
+  static_assert(STEP == 2 || sizeof(Value) == sizeof(float), "tiles of bfloat16 come 32 rows at once");
   static constexpr int SIDE = STEP + 2;                        // of a patch
   static constexpr int PLACES = SIDE * SIDE;                   // products of a patch
   static constexpr int PATCHES = STEP == 2 ? 2 * LANES : LANES;  // at a time, so that they stay near

@@ -436,7 +436,12 @@ def test_a_convolution_is_ours_and_answers_the_same(
 def test_patches_are_as_large_as_takes_fewest_products(
     shape: tuple[int, ...], threads: int, precision: str, side: int | None
 ) -> None:
-    assert side_of(shape, threads, getattr(openvino.Type, precision)) == side
+    assert side_of(shape, 64, threads, getattr(openvino.Type, precision)) == side
+
+
+def test_filters_of_many_channels_take_less_room() -> None:
+    shape = (4, 1280, 16, 16)
+    assert [side_of(shape, inside, 1, openvino.Type.f32) for inside in (320, 1280)] == [4, 2]
 
 
 def test_what_is_added_twice_is_added_by_openvino() -> None:
