@@ -2,8 +2,8 @@
 
 `run_compiled` lets it do so from outside, as `gen.openvino_runtime` does: the module, its weights and what it saves
 stay as they are. A network is traced when a shape is first asked (torch.export) and compiled for few fixed numbers of
-rows: whatever rows are in flight, the same programs answer. What all
-layers read of a text is handed over as one tensor. Nothing here knows rows, samplers, families or ranking.
+rows: whatever rows are in flight, the same programs answer. What all layers read of a text is handed over as one
+tensor. Nothing here knows rows, samplers, families or ranking.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from gen.openvino_model import added, as_float32, constant, put, stored, told_in
 
 WIDE = 32  # of whose multiples our kernel takes channels
 LARGEST_SIDES = {"bf16": 2, "f32": 4}  # of a patch's answers, by what is multiplied: the larger, the more is rounded
-HEAVIEST = 1 << 24  # numbers of a layer's turned filters, four times the plain ones, that patches of 4 x 4 may take
+SMALLEST_SIDE = 2
+MOST_FILTERS = 1 << 19  # of a layer that larger patches are for, whose turned filters are four times the plain ones
 AT_A_TIME = {2: 32, 4: 16}  # patches that a thread computes together, by their side
 # What a filter (3, 3) is turned into by, from both sides: its polynomial's values at as many numbers, each over what
 # Lagrange's polynomial divides it by, and its leading number (Lavin & Gray 2016, section 4; `cpp/winograd.cpp`).
@@ -66,9 +67,8 @@ def side_of(shape: Sequence[int], inside: int, threads: int, precision: Any) -> 
     """
     rows, outside, height, width = shape
     patches = {side: rows * -(-height // side) * -(-width // side) for side in NUMBERS}
-    fitting = [side for side, count in patches.items() if count >= AT_A_TIME[side] * threads]
-    fitting = [side for side in fitting if side <= LARGEST_SIDES[precision.get_type_name()]]
-    fitting = [side for side in fitting if side == 2 or inside * outside * (side + 2) ** 2 <= HEAVIEST]
+    largest = LARGEST_SIDES[precision.get_type_name()] if inside * outside <= MOST_FILTERS else SMALLEST_SIDE
+    fitting = [side for side, count in patches.items() if side <= largest and count >= AT_A_TIME[side] * threads]
     return min(fitting, key=lambda side: patches[side] * (side + 2) ** 2, default=None)
 
 

@@ -147,6 +147,17 @@ def test_rows_of_all_steps_and_texts_are_torchs(tiny: TextToImage, fast: TextToI
     assert (found - alone).abs().max() < CLOSE * wanted.abs().max()
 
 
+@torch.no_grad()
+def test_rows_whose_texts_are_their_own_read_them_and_not_those_of_the_call_before(
+    tiny: TextToImage, fast: TextToImage
+) -> None:
+    plain: dict[str, Any] = {"guidance_scale": 1.0, "num_inference_steps": 2, "prior": False, "output_type": "latent"}
+    for words in (("red", "blue", "star", "moon"), ("green", "old", "cat", "sea")):
+        asked = [Request(prompt=f"a {word}", seed=seed, **plain) for seed in (1, 2) for word in words]
+        wanted, found = latents(tiny.paint(asked)), latents(fast.paint(asked))
+        assert (found - wanted).abs().max() < CLOSE * wanted.abs().max()
+
+
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion": make_tiny_stable_diffusion,
     "Stable Diffusion XL": make_tiny_stable_diffusion_xl,
