@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clip_core.device import sent
 from gen.conditioning import Asks, Conditions
-from gen.lane import sent
 from gen.rows import Network
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_core.device import sent
 from gen.bucket import Bucket, next_cut
 from gen.conditioning import Condition, Conditions
 from gen.row import Live, Row
@@ -248,10 +249,3 @@ def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:
         if any(value != default for value in values):
             told[name] = sent(torch.tensor(values), device)
     return told
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; to CUDA through pinned memory, so that nothing waits for the copy."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -20,9 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from clip_core.device import sent
 from gen.bucket import PROBE, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
-from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of, sent
+from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of
 from gen.row import Live, Row
 from samplers.guidance import combine, in_interval, rescale
 from samplers.inpaint import held

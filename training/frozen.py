@@ -12,6 +12,7 @@ from transformers import CLIPModel
 
 from clip_core.clip import CLIP
 from gen.checkpoint import load_part
+from gen.families.autoencoder import latent_moments, to_latents
 from training.data.cache import encoded, weights_digest
 from training.data.examples import DataError
 from training.data.pictures import Pictures
@@ -65,13 +66,9 @@ def image_patches(dataset: Pictures, clip: CLIP, folder: str | Path) -> Tensor:
 
 
 def latents(dataset: Pictures, vae: AutoencoderKL, folder: str | Path) -> Tensor:
-    """Latents of a data set at unit variance, (N, C, h, w): the posterior's mean times `scaling_factor`."""
-
-    def encode(pixels: Tensor) -> Tensor:
-        signed = pixels.to(vae.device).float() / 127.5 - 1
-        return vae.encode(signed).latent_dist.mean * vae.config.scaling_factor
-
-    return encoded(dataset, Path(folder), encode)
+    """Latents of a data set, (N, C, h, w), normed as the engine norms those that it decodes."""
+    moments = latent_moments(vae)
+    return encoded(dataset, Path(folder), lambda pixels: to_latents(vae, pixels.to(vae.device).float() / 255, moments))
 
 
 def reads(dataset: Pictures, *folders: str | Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
+from clip_core.device import sent
 from gen.edit import Beside, Posterior, Read
 from gen.families.painter import Painter
 from gen.preview import SMALL, Preview, fitted
@@ -130,9 +131,7 @@ class KLModel(LatentModel):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32: those in the posterior's middle."""
-        posterior = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist
-        mean, deviation = self._latent_moments
-        return (posterior.mode().float() - mean) / deviation
+        return to_latents(self.vae, pixels, self._latent_moments)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
@@ -143,11 +142,21 @@ class KLModel(LatentModel):
 
     @cached_property
     def _latent_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation (1, C, 1, 1) of what the autoencoder itself says, by which latents are normed."""
-        config, channels = self.vae.config, self.latent_channels
-        mean, deviation = config.latents_mean or [0.0] * channels, config.latents_std or [1.0] * channels
-        moments = torch.tensor([mean, deviation], device=self.device).reshape(2, 1, channels, 1, 1)
-        return moments[0], moments[1] / config.scaling_factor
+        return latent_moments(self.vae)
+
+
+def latent_moments(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (1, C, 1, 1) of what an autoencoder itself says, by which its latents are normed."""
+    config, channels = vae.config, vae.config.latent_channels
+    mean, deviation = config.latents_mean or [0.0] * channels, config.latents_std or [1.0] * channels
+    moments = sent(torch.tensor([mean, deviation]).reshape(2, 1, channels, 1, 1), vae.device)
+    return moments[0], moments[1] / config.scaling_factor
+
+
+def to_latents(vae: AutoencoderKL, pixels: Tensor, moments: tuple[Tensor, Tensor]) -> Tensor:
+    """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32: the middle of what is said, normed by moments."""
+    mean, deviation = moments
+    return (vae.encode((pixels * 2 - 1).to(vae.dtype)).latent_dist.mode().float() - mean) / deviation
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from torch.utils.data import default_collate
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from clip_core.clip import CLIP
+from gen import TextToImage
+from gen.families.autoencoder import KLModel
+from tests.tiny import make_tiny_stable_diffusion, tiny_vae
 from tests.training.tiny_recipes import WIDTH, recipes
 from training.alignment import misalignment
 from training.captioner import Captioner
 from training.clip_task import ClipRecipe, ClipTask
 from training.data.pictures import Pictures
 from training.decoder_task import DecoderRecipe, DecoderTask
-from training.frozen import load_clip, load_vae, transformers_model
+from training.frozen import latents, load_clip, load_vae, transformers_model
 from training.loop import train
 from training.parts import PART_TASKS
 from training.recipe import RecipeError, check
@@ -428,6 +432,20 @@ def test_the_decoder_reads_the_autoencoders_latents(few_shapes: Path, trained: P
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
     assert torch.allclose(torch.stack([task.dataset[index][0] for index in range(4)]), expected, atol=1e-4)
+
+
+def test_latents_are_those_that_the_engine_decodes(few_shapes: Path, tmp_path: Path) -> None:
+    """Also of an autoencoder that says a mean and a deviation of its own, as third parties' do."""
+    stated = {"latents_mean": [1.0, -2.0, 0.5, 3.0], "latents_std": [0.5, 2.0, 1.5, 3.0]}
+    tiny_vae(**stated).save_pretrained(tmp_path / "vae")
+    vae, pictures = load_vae(tmp_path / "vae"), Pictures(few_shapes, 64)
+    painter = TextToImage.from_pretrained(make_tiny_stable_diffusion(tmp_path / "model"), "cpu").model
+    assert isinstance(painter, KLModel)
+    pixels = pictures[0][0][None].float() / 255
+    with torch.no_grad():
+        read = latents(pictures, vae, tmp_path / "vae")[:1]
+        through = vae.decode(vae.encode(pixels * 2 - 1).latent_dist.mode())[0] / 2 + 0.5
+        assert torch.allclose(replace(painter, vae=vae).decode(read), through.clamp(0, 1), atol=1e-4)
 
 
 def test_a_decoder_aligned_with_clip_learns_what_clip_sees_and_is_saved_alone(
