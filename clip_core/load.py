@@ -33,6 +33,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPTokenizer, Si
 
 from clip_core.fit import check_asked, check_fit, check_sizes, misshaped
 from clip_core.preprocess import Preprocess
+from clip_core.wording import one_line
 
 OPEN_CLIP_PREFIX = "open_clip:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -95,7 +96,7 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
         with torch.device("meta"):  # shapes without memory, and no random numbers drawn
             model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe a CLIP: {_line(error)}") from error
+        raise ValueError(f"{folder / 'config.json'} does not describe a CLIP: {one_line(error)}") from error
     files = _weight_files(folder)
     weights, wanted = _read_weights(files), model.state_dict().keys()
     apart = misshaped(model, {name: tuple(tensor.shape) for name, tensor in weights.items()})
@@ -149,7 +150,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust reader raises plain Exception
-        raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {_line(error)}") from error
+        raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {one_line(error)}") from error
 
 
 def _load_siglip_tokenizer(folder: Path) -> Any:
@@ -164,7 +165,7 @@ def _load_siglip_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust reader raises plain Exception
-        raise ValueError(f"the tokenizer of {folder} cannot be read: {_line(error)}") from error
+        raise ValueError(f"the tokenizer of {folder} cannot be read: {one_line(error)}") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -194,7 +195,7 @@ def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
         check_asked(_unfilled(folder), held, f"CLIP '{folder}'")
         model = open_clip.create_model(f"local-dir:{folder}")
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, OSError) as error:
-        raise ValueError(f"{weights} and {path} do not make a CLIP: {_line(error)}") from error
+        raise ValueError(f"{weights} and {path} do not make a CLIP: {one_line(error)}") from error
     return Loaded(
         model.to(dtype),
         _open_clip_tokenizer(f"local-dir:{folder}"),
@@ -230,7 +231,7 @@ def _load_open_clip_name(name: str, dtype: torch.dtype) -> Loaded:
     try:
         weights = hf_hub_download(repository, file)
     except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise ValueError(f"{file} of {repository} cannot be had from the hub: {_line(error)}") from error
+        raise ValueError(f"{file} of {repository} cannot be had from the hub: {one_line(error)}") from error
     with _open_safetensors(Path(weights)):
         pass
     model = open_clip.create_model(
@@ -248,7 +249,7 @@ def _open_clip_tokenizer(name: str) -> Any:
     try:
         return open_clip.get_tokenizer(name)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ValueError(f"the tokenizer of {name} cannot be read: {_line(error)}") from error
+        raise ValueError(f"the tokenizer of {name} cannot be read: {one_line(error)}") from error
 
 
 def _download(repository: str) -> Path:
@@ -257,7 +258,7 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"CLIP {repository!r} is no folder and not on the hub: {_line(error)}") from error
+        raise ValueError(f"CLIP {repository!r} is no folder and not on the hub: {one_line(error)}") from error
 
 
 def _no_weights(folder: Path, wanted: str) -> ValueError:
@@ -273,20 +274,14 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {_line(error)}") from error
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {_line(error)}") from error
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
     return values
-
-
-def _line(error: Exception) -> str:
-    """An error's message on one line, cut where it is endless."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

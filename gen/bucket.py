@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -23,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gen.memory import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -155,39 +155,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         told in str(error) for told in ("DefaultCPUAllocator", "can't allocate memory")
     )
-
-
-# --- what is free ------------------------------------------------------------------------------------------------
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that could be had on the device now; None where nobody says."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    told = [amount for amount in (_system_memory(), _control_group_memory()) if amount is not None]
-    return min(told, default=None)
-
-
-def _system_memory() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (OSError, ValueError):
-        return None
-
-
-def _control_group_memory() -> int | None:
-    """What a container's limit leaves (cgroup v2); None where there is none."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        return max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
 
 
 # --- how long a call takes ---------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from clip_core.convert import to_transformers
 from clip_core.fit import check_asked, check_fit, check_sizes, misshaped
 from clip_core.load import load_tokenizer
 from clip_core.text import with_projection, without_projection
+from clip_core.wording import one_line
 from gen.hub import HUB_ERRORS, download
 from gen.room import check_room
 from gen.settings import JSON
@@ -190,9 +191,8 @@ def fetched(repo: str, parts: Collection[str] | None) -> Path:
     try:
         return download(repo, INDEX, [CARD, *LICENCES], lambda path: [*(parts or (*listed(read_json(path)), "clip"))])
     except HUB_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model '{repo}' is no folder here and cannot be fetched from the hub ({reason}); "
+            f"model '{repo}' is no folder here and cannot be fetched from the hub ({one_line(error)}); "
             f"check the name, or use a bundled one ({', '.join(bundled())})"
         ) from error
 

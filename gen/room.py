@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+
+from gen.memory import free_memory
 
 
 def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype, what: str) -> None:
@@ -15,17 +15,3 @@ def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype,
             f"model '{what}' needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, and "
             f"{free / 1e9:.1f} GB are free on {device}; take a smaller dtype, another device or a smaller model"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where it does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()  # Linux
-    except OSError:
-        return None
-    told = dict(line.split(":", 1) for line in lines)
-    return int(told["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in told else None

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from clip_core.fit import check_fit, misshaped
+from clip_core.wording import one_line
 
 ADAPTER = "adapter_config.json"  # for which transformers looks by itself where peft is installed
 
@@ -153,8 +154,7 @@ def damaged(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"model part '{folder}' cannot be loaded: {reason}") from error
+        raise ValueError(f"model part '{folder}' cannot be loaded: {one_line(error)}") from error
 
 
 @contextmanager

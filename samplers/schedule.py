@@ -111,10 +111,15 @@ def spaced_timesteps(
 ) -> Tensor:
     """Training timesteps to visit, (N,) float64, descending: Lin et al. 2024, Table 2.
 
-    Raises ValueError for an unknown spacing and for steps outside 1 .. T.
+    Raises ValueError for an unknown spacing and for steps that do not all have a timestep of their own.
     """
-    if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(f"{num_steps} steps cannot be taken; give 1 to {num_train_timesteps}")
+    most = num_train_timesteps
+    if spacing != "trailing":
+        most -= beyond_last
+    if spacing == "leading":
+        most -= steps_offset
+    if not 1 <= num_steps <= most:
+        raise ValueError(f"{num_steps} steps cannot be taken by {spacing} timesteps; give 1 to {most}")
     points = num_steps + beyond_last
     if spacing == "linspace":
         # multiplied as numpy does: torch.linspace counts from both ends and rounds ties to other integers

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clip_core.wording import one_line
+
 _PREFIX = "step-"
 _PARTIAL = ".partial"
 _RETIRED = ".old"
@@ -119,8 +121,7 @@ def load_checkpoint(
         _join_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
         _set_random_state(load_file(checkpoint / "random.safetensors"))
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{checkpoint} cannot be resumed ({reason}); remove it") from None
+        raise CheckpointError(f"{checkpoint} cannot be resumed ({one_line(error)}); remove it") from None
     return state
 
 
@@ -135,8 +136,7 @@ def load_weights(network: nn.Module, folder: Path) -> None:
     try:
         network.load_state_dict({name: value for file in files for name, value in load_file(file).items()})
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder} cannot be started from: {reason}") from None
+        raise CheckpointError(f"{folder} cannot be started from: {one_line(error)}") from None
 
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

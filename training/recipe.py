@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from clip_core.wording import one_line
+
 
 class RecipeError(ValueError):
     """A recipe is wrong; the message names the key and what it allows."""
@@ -153,8 +155,8 @@ def built(network: Callable[..., N], key: str, options: dict[str, Any]) -> N:
     try:
         return network(**options)
     except Exception as error:  # libraries raise all kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RecipeError(f"recipe key {key!r} makes no {getattr(network, '__name__', 'network')}: {reason}") from error
+        name = getattr(network, "__name__", "network")
+        raise RecipeError(f"recipe key {key!r} makes no {name}: {one_line(error)}") from error
 
 
 def _keys(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from clip_core.wording import one_line
 from gen.checks import is_number
 from gen.hub import HUB_ERRORS, fetch
 from gen.settings import JSON
@@ -115,8 +116,8 @@ def fetched(kind: str, name: str | Path, repository: str, wanted: Callable[[Sequ
     try:
         return fetch(repository, wanted)
     except HUB_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{kind} '{name}' is no file here and cannot be fetched from the hub ({reason})") from error
+        told = f"{kind} '{name}' is no file here and cannot be fetched from the hub ({one_line(error)})"
+        raise ValueError(told) from error
 
 
 def tops(folder: Path) -> list[str]:

@@ -23,6 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from clip_core.fit import named
 from clip_core.preprocess import CONFIG_NAME, Preprocess
+from clip_core.wording import one_line
 from gen.adapters.file import Adapter, Found, content_hash, fetched, found, read
 from gen.attention import per_head, text_layers
 from gen.checkpoint import load_part
@@ -185,8 +186,8 @@ def projection_of(name: str, unet: UNet2DConditionModel, tensors: Mapping[str, T
     try:
         projection = unet._convert_ip_adapter_image_proj_to_diffusers(given, low_cpu_mem_usage=False)
     except (KeyError, IndexError, RuntimeError) as error:  # what is missing, no matrix, too much or of another shape
-        told = " ".join(str(error).split())  # of diffusers or torch, on one line
-        raise ValueError(f"IP-Adapter '{name}' is damaged: its {PROJECTION}* do not fit each other ({told})") from error
+        told = f"its {PROJECTION}* do not fit each other ({one_line(error)})"
+        raise ValueError(f"IP-Adapter '{name}' is damaged: {told}") from error
     norm = projection.norm_out if isinstance(projection, IPAdapterPlusImageProjection) else projection.norm
     (wide,), reads = norm.normalized_shape, unet.config.cross_attention_dim
     if wide != reads:

@@ -78,9 +78,3 @@ def test_a_prior_of_its_own_folder_needs_room_too(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(room, "free_memory", lambda device: 4 * (decoder + prior) - 1)
     with pytest.raises(ValueError, match="are free on cpu"):
         TextToImage.from_pretrained(of["decoder"], device="cpu", prior_model=of["prior"])
-
-
-def test_what_is_free_is_known_on_linux() -> None:
-    free = room.free_memory(torch.device("cpu"))
-    assert free is None or 10**6 < free < 10**14
-    assert room.free_memory(torch.device("meta")) is None

@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from gen.scheduler import CLASSES, STOCK, NoiseLevels
 from samplers.sample import SAMPLERS
-from samplers.schedule import lcm_timesteps, training_sigmas
+from samplers.schedule import Spacing, lcm_timesteps, spaced_timesteps, training_sigmas
 from tests.samplers.test_stock import SPACINGS, stock_of
 
 TWICE = ("dpm_2", "dpm_2_ancestral", "heun")  # stock lists the levels between, or each level twice
@@ -36,6 +36,19 @@ def visited(stock: SchedulerMixin, sampler: str) -> torch.Tensor:
         return torch.cat([table[stock.timesteps.long()], torch.tensor([last])])
     sigmas = stock.sigmas.double()
     return torch.cat([sigmas[:1], sigmas[1::2]])[: stock.num_inference_steps + 1] if sampler in TWICE else sigmas
+
+
+@pytest.mark.parametrize("beyond_last", [False, True])
+@pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("linspace", 0), ("trailing", 0)])
+def test_every_step_has_a_timestep_of_its_own(spacing: Spacing, offset: int, beyond_last: bool) -> None:
+    """Two levels alike divide by zero in samplers of several steps."""
+    told: dict[str, Any] = {"spacing": spacing, "steps_offset": offset, "beyond_last": beyond_last}
+    most = 20 - offset - (beyond_last and spacing != "trailing")
+    for steps in range(1, most + 1):
+        timesteps = spaced_timesteps(steps, 20, **told)
+        assert len(timesteps) == steps and (timesteps.diff() < 0).all() and 0 <= timesteps.min() <= timesteps.max() < 20
+    with pytest.raises(ValueError, match=f"{most + 1} steps cannot be taken by {spacing} timesteps; give 1 to {most}$"):
+        spaced_timesteps(most + 1, 20, **told)
 
 
 @pytest.mark.parametrize("sampler", STOCK)

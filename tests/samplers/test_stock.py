@@ -358,6 +358,8 @@ def test_timesteps(steps: int, spacing: str, offset: int) -> None:
         (HeunDiscreteScheduler, {"whole": False}),
         (DPMSolverMultistepScheduler, {"beyond_last": True}),
     ]:
+        if steps == 999 and offset and stock is DPMSolverMultistepScheduler:
+            continue  # stock goes beyond the last timestep, where two levels are one (`test_levels`)
         scheduler = stock(**BETAS, **told)
         scheduler.set_timesteps(steps)
         expected = scheduler.timesteps.double()

@@ -1,0 +1,41 @@
+"""What memory is free, by the machine's own word and by a container's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gen import memory
+
+GIB = 2**30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says")
+def test_what_is_free_is_known_on_linux() -> None:
+    free = memory.free_memory(torch.device("cpu"))
+    assert free is not None and 10**6 < free < 10**14
+    assert memory.free_memory(torch.device("meta")) is None
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has read of files and may forget is no memory taken."""
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path / "group")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:  {64 * 2**20} kB\n")
+    cpu = torch.device("cpu")
+    assert memory.free_memory(cpu) == 64 * GIB
+    (tmp_path / "group").mkdir()
+    for name, text in (
+        ("memory.max", f"{8 * GIB}\n"),
+        ("memory.current", f"{7 * GIB}\n"),
+        ("memory.stat", f"anon {3 * GIB}\nfile {4 * GIB}\ninactive_file {3 * GIB}\n"),
+    ):
+        (tmp_path / "group" / name).write_text(text)
+    assert memory.free_memory(cpu) == 4 * GIB
+    (tmp_path / "group" / "memory.current").write_text(f"{12 * GIB}")
+    assert memory.free_memory(cpu) == 0
+    (tmp_path / "group" / "memory.max").write_text("max\n")
+    assert memory.free_memory(cpu) == 64 * GIB
