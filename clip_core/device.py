@@ -1,4 +1,4 @@
-"""How small tensors reach a device."""
+"""How small tensors reach a device, and come from it, without anybody waiting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; to CUDA through pinned memory, so that nothing waits for the copy."""
-    if device.type != "cuda":
+    """A tensor on the device; from the CPU to CUDA through pinned memory, so that nothing waits for the copy."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def fetched(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A tensor on the CPU, and what its reader waits for first (`Event.synchronize`); None: it is there."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), None
+    here = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(tensor.device))
+    return here, there

@@ -8,7 +8,7 @@ scores as its saved file will, and gradients still flow. Knows no model, only th
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_core.device import sent
 from clip_core.fit import check_sizes
 
 CONFIG_NAME = "preprocessor_config.json"
@@ -37,6 +38,7 @@ RESAMPLE = {
     "box": 4,
 }  # Pillow's numbers, as config files hold them
 SUPPORT = {"lanczos": 3.0, "bilinear": 1.0, "bicubic": 2.0, "box": 0.5}  # half width of each filter in pixels
+ROUND_CROP = "round_crop"  # our key beside transformers', which always cut; it reads past it
 FIXED_POINT = 2**22  # Pillow's PRECISION_BITS: weights are rounded to 22 binary places
 
 
@@ -104,7 +106,8 @@ class Preprocess:
         names = [name for name, value in RESAMPLE.items() if value == number]
         if not names:
             raise ValueError(f"resample {number!r} is not supported; give one of {RESAMPLE}")
-        return cls(resize=resize, crop=crop, mean=mean, std=std, resample=names[0])
+        round_crop = config.get(ROUND_CROP, False) is True
+        return cls(resize=resize, crop=crop, mean=mean, std=std, resample=names[0], round_crop=round_crop)
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> "Preprocess":
@@ -124,7 +127,7 @@ class Preprocess:
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The keys of transformers' CLIPImageProcessor, for preprocessor_config.json."""
+        """The keys of transformers' CLIPImageProcessor, for preprocessor_config.json, and ours where it has none."""
         size: dict[str, int] = {}
         if isinstance(self.resize, int):
             size = {"shortest_edge": self.resize}
@@ -146,6 +149,8 @@ class Preprocess:
             config["size"] = size
         if self.crop is not None:
             config["crop_size"] = {"height": self.crop[0], "width": self.crop[1]}
+        if self.round_crop:
+            config[ROUND_CROP] = True
         return config
 
     @property
@@ -219,8 +224,18 @@ class Preprocess:
 
     def _normalised(self, levels: Tensor) -> Tensor:
         levels = levels.float()
-        mean, std = (levels.new_tensor(value).reshape(3, 1, 1) for value in (self.mean, self.std))
+        mean, std = _moments(self.mean, self.std, levels.device)
         return (levels / 255 - mean) / std
+
+
+@cache
+@torch.inference_mode(False)  # a gradient may go through them later
+def _moments(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (3, 1, 1) each, on the device."""
+    both = sent(torch.tensor([mean, std]).reshape(2, 3, 1, 1), device)
+    return both[0], both[1]
 
 
 def _channels(value: float | Sequence[float]) -> tuple[float, float, float]:

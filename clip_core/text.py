@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
+from clip_core.device import sent
+
 logger = logging.getLogger(__name__)
 
 
@@ -101,9 +103,9 @@ class TextTower:
         """
         assert normed or clip_skip is not None, "the last layer's states come normed"
         device = self.encoder.device
-        mask = tokens.attention_mask.to(device)
+        mask = sent(tokens.attention_mask, device)
         out = self.encoder(
-            input_ids=tokens.input_ids.to(device),
+            input_ids=sent(tokens.input_ids, device),
             attention_mask=mask if getattr(self.encoder.config, "use_attention_mask", False) else None,
             output_hidden_states=clip_skip is not None,
         )

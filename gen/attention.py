@@ -109,7 +109,8 @@ ANYWHERE = ("sdpa", "math")  # these take every shape on every device
 
 # What `auto` tries against torch's own choice, by kind of device; elsewhere torch's own choice is taken unmeasured.
 # On CPUs that is flash, and `math`, torch's only other, took 1.5 to 10 times as long at every UNet shape measured.
-CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "cudnn", "efficient", "xformers"), "cpu": ("avx512",)}
+# Not cuDNN's, which plans anew for every number of rows: rows come and go all the time.
+CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "efficient", "xformers"), "cpu": ("avx512",)}
 CLEARLY = 0.85  # a challenger's slowest round must take less than this share of the holder's fastest
 ROUNDS, CALLS, ROWS = 3, 10, 2  # of a measurement; ROWS as guidance makes of one picture
 

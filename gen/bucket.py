@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, TypeVar
@@ -35,6 +36,11 @@ HARDLY = 0.9  # of the seconds for an evaluation: what twice as many must fall b
 SURE = 5  # calls of a size that were timed before it is compared; a busy machine makes some of them slow
 
 T = TypeVar("T")
+# What allocators say that have no exception of their own: the CPU's, cuBLAS's and cuDNN's, and the driver's.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+_MEASURING: ContextVar[bool] = ContextVar("measuring", default=False)
+
 Mark = float | torch.cuda.Event
 """A moment: of the host's clock, or on CUDA one that the device reaches later"""
 
@@ -98,7 +104,11 @@ class Bucket:
         Its answer is thrown away: measuring may change the last bits, and the first pictures of a process are to be
         computed as all later ones are.
         """
-        self.cost = MEASURES[self.device.type](call, self.device) / PROBE
+        token = _MEASURING.set(True)
+        try:
+            self.cost = MEASURES[self.device.type](call, self.device) / PROBE
+        finally:
+            _MEASURING.reset(token)
         self.refresh()
 
     def refresh(self) -> None:
@@ -136,6 +146,11 @@ class Buckets:
         return self.known.setdefault((stage, shape, device), Bucket(f"{stage} {shape}", device))
 
 
+def is_measured() -> bool:
+    """Whether what is computed now is a bucket's probe, whose answer nobody reads."""
+    return _MEASURING.get()
+
+
 def next_cut(ends: Sequence[int], start: int, size: int) -> int:
     """Where a chunk that begins at `start` ends: `size` further at most, between two groups where that costs no call.
 
@@ -149,12 +164,10 @@ def next_cut(ends: Sequence[int], start: int, size: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator had no more to give; the CPU's says so in a plain RuntimeError."""
+    """Whether an allocator had no more to give; all but torch's for CUDA say so in a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        told in str(error) for told in ("DefaultCPUAllocator", "can't allocate memory")
-    )
+    return isinstance(error, RuntimeError) and any(told in str(error) for told in OUT_OF_MEMORY)
 
 
 # --- how long a call takes ---------------------------------------------------------------------------------------

@@ -547,6 +547,7 @@ def _scores(model: str, pictures: list[Image.Image], texts: list[str]) -> list[l
     import torch
 
     from clip_core.clip import CLIP
+    from clip_core.score import cosine
     from gen.checkpoint import ASSETS, INDEX, find
 
     if (ASSETS / model / INDEX).exists() or (Path(model) / INDEX).exists():
@@ -556,8 +557,8 @@ def _scores(model: str, pictures: list[Image.Image], texts: list[str]) -> list[l
         model = str(source)
     clip = CLIP.from_pretrained(model, "cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        embeddings = clip.image(pictures)  # (B, E)
-        scores = torch.stack([clip.score(one.expand(len(texts), -1), texts) for one in embeddings])  # (B, T)
+        said = clip.text(texts).embedding  # (T, E)
+        scores = torch.stack([cosine(one.expand(len(texts), -1), said) for one in clip.image(pictures)])  # (B, T)
         likely = clip.probability(scores)
     if likely is None:
         return [[{"score": value} for value in row] for row in scores.tolist()]

@@ -16,15 +16,16 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_unflatten
 
 from gen.attention import adds_keys
+from gen.bucket import is_measured
 from gen.compiled import COMPILERS
+from gen.memory import set_apart
 from gen.pieces import LARGE_SIZES, SIZES, SMALL, Piece, pieces_of
 from gen.traced import Call, Flat, stand_in
 
@@ -63,6 +64,13 @@ def run_compiled(network: nn.Module) -> None:
     stand_in(network, Compiling(network))
 
 
+class Common(NamedTuple):
+    """What all CUDA graphs of a network share, since one runs at a time: memory is a stream's, also within a pool."""
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+
 @dataclass(eq=False)
 class Compiling:
     """Compiled programs in a network's place."""
@@ -70,16 +78,16 @@ class Compiling:
     network: nn.Module
     known: dict[Hashable, Compiled] = field(default_factory=dict)  # by what calls have in common
     _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
-    _pool: Any = None  # memory that this network's CUDA graphs share, since one runs at a time; None: none yet
+    _common: Common | None = None  # None: none yet, or it computes on the CPU
 
     def __call__(self, call: Call) -> Any:
         """What the network's own forward answers."""
-        if _get_current_dispatch_mode() is not None:  # `gen.bucket` measures by one
+        if is_measured():  # two rows, of which nothing has to be compiled
             args, kwargs = tree_unflatten(call.leaves, call.layout)
             return type(self.network).forward(self.network, *args, **kwargs)
         with self._one_at_a_time, torch.no_grad():
             if call.kind not in self.known:
-                self.known[call.kind] = Compiled(Flat(self.network, call), self._memory(call.given[0].device))
+                self.known[call.kind] = Compiled(Flat(self.network, call), self._shared(call.given[0].device))
             compiled = self.known[call.kind]
             answers = [compiled.ask(call, piece) for piece in self._pieces(call)]
             whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*answers, strict=True)]
@@ -87,10 +95,10 @@ class Compiling:
         assert answer is not None, "it has been traced"
         return tree_unflatten(whole, answer)
 
-    def _memory(self, device: torch.device) -> Any:
-        if device.type == "cuda" and self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
+    def _shared(self, device: torch.device) -> Common | None:
+        if device.type == "cuda" and self._common is None:
+            self._common = Common(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+        return self._common
 
     def _pieces(self, call: Call) -> list[Piece]:
         """Rows that are asked together; those whose layers see text and picture at once do not share the text."""
@@ -105,7 +113,7 @@ class Compiled:
     """A network for calls of one kind."""
 
     flat: Flat
-    pool: Any  # of CUDA graphs; None on the CPU
+    common: Common | None  # of CUDA graphs; None on the CPU
     programs: dict[tuple[int, bool], Program] = field(default_factory=dict)  # by rows, and whether these share a text
 
     def ask(self, call: Call, piece: Piece) -> Sequence[Tensor]:
@@ -125,8 +133,8 @@ class Compiled:
             traced = torch.export.export(self.flat, tuple(given), strict=False).module()
             program: Program = torch.compile(traced, fullgraph=True, dynamic=False)
             program(*given)
-            if given[0].is_cuda:
-                program = Graph(program, given, self.pool)
+            if self.common is not None:
+                program = Graph(program, given, self.common)
         told = f"{type(self.flat.network).__name__} for {rows} rows"
         logger.info("torch compiled %s, in %.1f s", told, time.perf_counter() - began)
         return program
@@ -135,20 +143,22 @@ class Compiled:
 class Graph:
     """A program as one CUDA graph: the host says a single thing where it said hundreds, and waits for nothing."""
 
-    def __init__(self, program: Program, given: Sequence[Tensor], pool: Any) -> None:
+    def __init__(self, program: Program, given: Sequence[Tensor], common: Common) -> None:
         self._given = [tensor.clone() for tensor in given]
         self._device = given[0].device
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
-            now, apart = torch.cuda.current_stream(), torch.cuda.Stream()
+            now, apart = torch.cuda.current_stream(), common.stream
             apart.wait_stream(now)
             with torch.cuda.stream(apart):
                 for _ in range(WARM):
                     program(*self._given)
             # Other threads may go on meanwhile.
-            with torch.cuda.graph(self._graph, pool=pool, stream=apart, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved(self._device)
+            with torch.cuda.graph(self._graph, pool=common.pool, stream=apart, capture_error_mode="thread_local"):
                 self._answers = program(*self._given)
             now.wait_stream(apart)
+            set_apart(self._device, max(0, torch.cuda.memory_reserved(self._device) - before))
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
         """What the program answers; the graph's own tensors are overwritten by the next call."""

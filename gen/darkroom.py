@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clip_core.clip import CLIP
+from clip_core.device import fetched
 from clip_core.score import cosine
 from gen.bucket import PROBE, Buckets, is_out_of_memory
 from gen.embeds import slerp
@@ -112,6 +113,7 @@ class Darkroom:
         self, shape: tuple[int, ...], members: Sequence[Member], flights: Mapping[int, Flight[Any]], fail: Fail
     ) -> None:
         bucket, waiting = self.buckets.of("decode", shape, self.model.device), deque(members)
+        bucket.refresh()
         while waiting:
             size = min(len(waiting), chunk_of(shape), bucket.size)
             chunk = [waiting.popleft() for _ in range(size)]
@@ -149,6 +151,7 @@ class Darkroom:
         latents = [flight.latents[index] for flight, index in chunk]
         pixels = self.model.decode(torch.stack(latents))
         scores: dict[int, Tensor] = {}
+        scored: torch.cuda.Event | None = None
         embeddings: dict[int, Tensor] = {}
         ranked = [place for place, (flight, _) in enumerate(chunk) if flight.job.rank]
         if ranked:
@@ -156,9 +159,12 @@ class Darkroom:
             texts = torch.stack([self.text(*chunk[place]) for place in ranked])
             seen = self._seen(torch.stack([pixels[place] for place in ranked]))
             embeddings = dict(zip(ranked, seen.unbind(0), strict=True))
-            scores = dict(zip(ranked, cosine(seen, texts).unbind(0), strict=True))
+            found, scored = fetched(cosine(seen, texts))
+            scores = dict(zip(ranked, found.unbind(0), strict=True))
         for place, (flight, index) in enumerate(chunk):
-            flight.paint(index, Painted(latents[place], pixels[place], scores.get(place), embeddings.get(place)))
+            alone = pixels[place].clone() if flight.lets_go else pixels[place]  # a view would keep its whole chunk
+            seen_as = embeddings.get(place)
+            flight.paint(index, Painted(latents[place], alone, scores.get(place), scored, seen_as))
 
     def _seen(self, pixels: Tensor) -> Tensor:
         """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""

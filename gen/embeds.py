@@ -156,5 +156,5 @@ def decided(candidate: Candidate, answers: Sequence[Tensor], texts: Sequence[Ten
             continue
         group = torch.stack(list(answers[first : first + number]))
         scores = cosine(group, torch.stack(list(texts[first : first + number])).to(group.device))
-        best.append(group[scores.argmax()])
+        best.append(group.index_select(0, scores.argmax()[None])[0])  # an index that nobody waits for
     return best[0] if len(best) == 1 else slerp(best[0], best[1], candidate.settings.interpolation)

@@ -75,7 +75,8 @@ class Painted:
 
     latents: Tensor  # (C, h, w)
     pixels: Tensor | None = None  # (3, H, W) in [0, 1]; None: nobody asked for them, or others are kept
-    score: Tensor | None = None  # (); None: not ranked
+    score: Tensor | None = None  # (), on the CPU once `scored` is; None: not ranked
+    scored: torch.cuda.Event | None = None  # None: it has been, or never is
     embedding: Tensor | None = None  # (E,) CLIP's of the picture; None: not ranked
 
 
@@ -163,6 +164,11 @@ class Flight(Generic[R]):
         """Whether anybody looks at its pictures."""
         return self.job.rank or self.job.output_type != "latent"
 
+    @property
+    def lets_go(self) -> bool:
+        """Whether the best alone keep their pixels while others are still painted."""
+        return self.job.keep < self.job.num_images_per_prompt and not self.job.diverse
+
     def places(self, candidates: Iterable[int]) -> set[Hashable]:
         """The keys of these candidates' rows."""
         settings = {index: self.job.candidates[index].settings for index in candidates}
@@ -214,11 +220,11 @@ class Flight(Generic[R]):
     def thin(self) -> None:
         """Let go of the pixels that cannot be kept any more, where the best alone are.
 
-        The scores were asked for with the pictures before those that come now, so the device hardly has to be waited
-        for. Where near-copies are left out any of them may be kept.
+        Their scores were asked for with the pictures before those that come now, so the device is hardly waited for.
+        Where near-copies are left out any of them may be kept.
         """
         n, keep = self.job.num_images_per_prompt, self.job.keep
-        if keep == n or self.job.diverse or len(self.painted) <= keep:
+        if not self.lets_go or len(self.painted) <= keep:
             return
         scores = scores_of(self.painted)
         found = [scores.get(index, math.nan) for index in range(len(self.candidates))]
@@ -257,6 +263,11 @@ def row_of(waiting: Row | Lane) -> Row:
 
 
 def scores_of(painted: Mapping[int, Painted]) -> dict[int, float]:
-    """The score of each candidate; here the device is waited for, once."""
-    scored = {index: each.score for index, each in painted.items() if each.score is not None}
-    return dict(zip(scored, torch.stack(list(scored.values())).tolist(), strict=True)) if scored else {}
+    """The score of each candidate; the device is waited for until these are known, and no longer."""
+    found: dict[int, float] = {}
+    for index, each in painted.items():
+        if each.scored is not None:
+            each.scored.synchronize()
+        if each.score is not None:
+            found[index] = each.score.item()
+    return found

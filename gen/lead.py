@@ -101,8 +101,8 @@ class Lead:
 
     def _set_going(self, flight: Flight[Any], trail: Trail, move: Move) -> None:
         """Give candidates a goal; those that are in no batch wait to be let in."""
-        goal = Goal(until=move.until) if isinstance(move, Go) else self._draft(flight, move)
         check_named(move.candidates, trail.candidates)
+        goal = Goal(until=move.until) if isinstance(move, Go) else self._draft(flight, move)
         num_steps = self.num_steps(flight.job)
         if goal.until is not None and goal.until >= num_steps:
             told = f"the search takes candidates to step {goal.until} of {num_steps}"
@@ -250,6 +250,7 @@ class PromptField:
         """Of the budget."""
         if self.flight.job.budget is None:
             return math.inf
+        _ = self.scores  # what was painted has taken its time once the device is through with it
         return 0.0 if self.flight.deadline is None else self.flight.deadline - self.lead.clock()
 
     def among(self, candidates: Sequence[int]) -> PromptField:

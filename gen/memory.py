@@ -9,17 +9,29 @@ import torch
 
 MEMINFO = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+_APART: dict[torch.device, int] = {}
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that could be had on the device now; None where nobody says."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + in_store(device)
     if device.type != "cpu":
         return None
     told = [amount for amount in (of_system(), of_control_group()) if amount is not None]
     return min(told, default=None)
+
+
+def in_store(device: torch.device) -> int:
+    """What torch holds of a GPU and can give out."""
+    store = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, store - _APART.get(device, 0))
+
+
+def set_apart(device: torch.device, num_bytes: int) -> None:
+    """So much of what torch holds of a GPU is for CUDA graphs alone from now on."""
+    _APART[device] = _APART.get(device, 0) + num_bytes
 
 
 def of_system() -> int | None:

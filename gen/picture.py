@@ -155,8 +155,9 @@ def contact_sheet(
 def _tile_size(size: tuple[int, int]) -> tuple[int, int]:
     """A picture's size on the sheet: enlarged by a whole factor, or made smaller to fit."""
     width, height = size
-    if width < TILE:
-        return width * round(TILE / width), height * round(TILE / width)
+    if max(width, height) < TILE:
+        factor = round(TILE / max(width, height))
+        return width * factor, height * factor
     scale = min(1.0, 2 * TILE / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 

@@ -20,6 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clip_core.device import sent
 from gen.attention import STOCK, Processor
 from gen.conditioning import Condition, Conditions, stacked
 
@@ -134,8 +135,8 @@ class CachedPrior:
             self._kept |= {unique[place]: prefix.one(at) for at, place in enumerate(places)}
             folds.append(Fold(prefix, slice(len(order), len(order) + len(evaluations))))
             order += evaluations
-        ordered = torch.tensor(order, device=self.network.device)
-        return Plan(folds, ordered, ordered.argsort())
+        ordered, device = torch.tensor(order), self.network.device
+        return Plan(folds, sent(ordered, device), sent(ordered.argsort(), device))
 
 
 def why_whole(network: PriorTransformer) -> str | None:

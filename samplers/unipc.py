@@ -25,9 +25,11 @@ def step(
     bh1 = options["bh1"].bool()
 
     # UniC-p of the step before goes from the level before, through its estimates and the one made here
-    order = [1, 0, *range(2, sigmas.shape[1])]
+    def swapped(known: Tensor) -> Tensor:
+        return torch.cat([known[:, 1:2], known[:, :1], known[:, 2:]], dim=1)
+
     points = 1 + _order(count - 1, now.steps_left + 1, options)
-    correct = _carry(state.memory["x"], estimates[:, order], sigmas[:, order], now.sigma, points, bh1)
+    correct = _carry(state.memory["x"], swapped(estimates), swapped(sigmas), now.sigma, points, bh1)
     x = torch.where(per_row(count > 1, x0), correct, state.x)
 
     points = torch.where(next.sigma == 0, 1, _order(count, now.steps_left, options))

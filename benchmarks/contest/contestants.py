@@ -108,7 +108,9 @@ class Peer:
     @torch.no_grad()
     def pictures(self) -> np.ndarray:
         vae = self.pipeline.vae
-        pixels = [vae.decode(batch / vae.config.scaling_factor, return_dict=False)[0] for batch in self._final()]
+        pixels = [
+            vae.decode(batch / vae.config.scaling_factor, return_dict=False)[0].clone() for batch in self._final()
+        ]
         found = self.pipeline.image_processor.postprocess(torch.cat(pixels), output_type="pil")
         return np.stack([np.asarray(picture) for picture in found])
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from gen.adapters.file import Adapter, content_hash, found, read
 from gen.families.painter import Painter
@@ -46,6 +47,10 @@ def learn(model: Painter, name: str | Path, token: str | None = None) -> Adapter
         told = ", ".join(f"{len(each)} for {tower}" for tower, each in vectors.items()) or "no text tower"
         raise ValueError(f"embedding '{name}' does not fit this model: its vectors are {told}")
     for tower, (tokenizer, encoder) in towers.items():
+        if not isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
+            raise ValueError(
+                f"embedding '{name}' is a word of CLIP's; this model's {tower} is {type(encoder).__name__}"
+            )
         given, width = vectors[tower].shape[1], encoder.config.hidden_size
         if given != width:
             raise ValueError(f"embedding '{name}' is of another base model: it is {given} wide, {tower} {width}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import XLMRobertaTokenizer
 
 from clip_core.clip import TextFeatures
+from clip_core.device import sent
 from clip_core.text import tokenize, warn_cut
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions
@@ -38,8 +39,8 @@ class MultilingualTower:
         tokens, lengths = tokenize(self.tokenizer, texts, LENGTH)
         warn_cut(texts, lengths, LENGTH)
         device = self.encoder.device
-        mask = tokens.attention_mask.to(device)
-        embedding, states = self.encoder(input_ids=tokens.input_ids.to(device), attention_mask=mask.long())
+        mask = sent(tokens.attention_mask, device)
+        embedding, states = self.encoder(input_ids=sent(tokens.input_ids, device), attention_mask=mask.long())
         return TextFeatures(states, embedding, mask)
 
 

@@ -16,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from clip_core.device import sent
 from clip_core.text import Piece, TextTower
 from gen.adapters.ip_adapter import IPAdapter
 from gen.attention import reading, seeing
@@ -207,7 +208,7 @@ class Reader(Painter):
         moved = []
         for piece, each in zip(pieces, states, strict=True):
             assert each is not None and empty is not None, "these families read tokens"
-            weights = piece.weights(self.text.tokenizer, len(empty)).to(empty.device)[:, None]  # (L, 1)
+            weights = sent(piece.weights(self.text.tokenizer, len(empty)), empty.device)[:, None]  # (L, 1)
             difference = each.float() - empty.float()
             moved.append(torch.where(weights == 1, each.float(), empty.float() + weights * difference))
         return torch.cat(moved)
@@ -215,7 +216,7 @@ class Reader(Painter):
     def _sized(self, condition: Condition, sizes: tuple[float, ...]) -> Condition:
         if not sizes:
             return condition
-        return replace(condition, sizes=torch.tensor(sizes, dtype=self.unet.dtype, device=self.device))
+        return replace(condition, sizes=sent(torch.tensor(sizes, dtype=self.unet.dtype), self.device))
 
     @cached_property
     @torch.no_grad()

@@ -39,3 +39,16 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert memory.free_memory(cpu) == 0
     (tmp_path / "group" / "memory.max").write_text("max\n")
     assert memory.free_memory(cpu) == 64 * GIB
+
+
+def test_what_cuda_graphs_keep_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(memory, "_APART", {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * GIB)
+    assert memory.free_memory(gpu) == 50 * GIB
+    memory.set_apart(gpu, 15 * GIB)
+    memory.set_apart(gpu, 5 * GIB)
+    assert memory.free_memory(gpu) == 30 * GIB
+    assert memory.free_memory(torch.device("cuda", 1)) == 50 * GIB

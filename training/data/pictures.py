@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -80,6 +80,7 @@ class Pictures(Dataset[tuple[Tensor, str]]):
             content = example.content()
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         except FileNotFoundError:
             self.skipped.add("missing file", example.name)
             return False
@@ -87,12 +88,14 @@ class Pictures(Dataset[tuple[Tensor, str]]):
             self.skipped.add("damaged picture", example.name)
             return False
         digest.update(hashlib.sha256(content).digest())
+        if is_turned:  # a picture as its bytes have it is another
+            digest.update(b"upright")
         digest.update(text)
         return True
 
 
 def _pixels(image: Image.Image, resolution: int) -> Tensor:
-    image = image.convert("RGB")
+    image = ImageOps.exif_transpose(image).convert("RGB")  # as a camera held it
     if image.size != (resolution, resolution):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
