@@ -415,7 +415,10 @@ def save(
     dtype: torch.dtype | None = None,  # of the weights on disk; None: as they are
     options: Mapping[str, JSON] | None = None,  # what else model_index.json says; None: nothing
 ) -> Path:
-    """Write a diffusers folder that stock diffusers loads, with the CLIP in clip/ and the card beside it."""
+    """Write a diffusers folder that stock diffusers loads, with the CLIP in clip/ and the card beside it.
+
+    The folder is to be new or empty, for nothing of what lies there is removed; see `TextToImage.save`.
+    """
     clip = None if clip is None else to_transformers(clip)  # refused, where it cannot be, before anything is written
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from gen.engine import Engine
 from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
+from gen.output_folder import whole_folder
 from gen.request import Candidate, Job, Request, asks_clip, check_shown
 from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
@@ -487,14 +488,16 @@ class TextToImage:
             raise ValueError(f"the picture was painted by {told}, and this is {here}; load the one it was painted by")
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write a stock diffusers folder with CLIP, card and network for drafts beside; see `checkpoint.save`."""
-        parts = self.model.parts()
-        written = checkpoint.save(
-            folder, self.model.saved_as, parts, self.model.clip_beside, self.card, dtype, self.model.index
-        )
-        if self.model.drafter is not None:
-            drafts.save(self.model.drafter, written / drafts.FOLDER, dtype)
-        return written
+        """Write a stock diffusers folder with CLIP, card and network for drafts beside; see `checkpoint.save`.
+
+        It is there whole or not at all. ValueError for a folder that holds something, or cannot be written.
+        """
+        model, folder = self.model, Path(folder)
+        with whole_folder(folder) as fresh:
+            checkpoint.save(fresh, model.saved_as, model.parts(), model.clip_beside, self.card, dtype, model.index)
+            if model.drafter is not None:
+                drafts.save(model.drafter, fresh / drafts.FOLDER, dtype)
+        return folder
 
     def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""

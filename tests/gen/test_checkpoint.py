@@ -209,6 +209,63 @@ def test_save_writes_what_stock_loads_and_paints_the_same(tiny: TextToImage, tmp
     assert torch.equal(before.images, after.images) and before.scores == after.scores
 
 
+@pytest.mark.parametrize("is_file", [True, False])
+def test_save_takes_a_new_folder_or_an_empty_one(tiny: TextToImage, tmp_path: Path, is_file: bool) -> None:
+    there = tmp_path / "there"
+    if is_file:
+        there.write_text("mine")
+    else:
+        (there / "unet").mkdir(parents=True)
+    with pytest.raises(ValueError, match="there is there already and not empty; give a new folder") as caught:
+        tiny.save(there)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == [there]
+    assert there.read_text() == "mine" if is_file else [*there.rglob("*")] == [there / "unet"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    saved = tiny.save(tmp_path / "link")
+    assert saved == tmp_path / "link"
+    assert TextToImage.from_pretrained(tmp_path / "empty", device="cpu").card == tiny.card
+    names = {path.name for path in saved.iterdir()}
+    assert names == {path.name for path in tiny.save(tmp_path / "new" / "one").iterdir()}  # nothing else is left
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "empty", "link", "new"}
+
+
+def test_save_where_nothing_can_be_made(tiny: TextToImage, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (Path("/proc/x"), tmp_path / "file" / "x"):
+        with pytest.raises(ValueError, match=rf"folder '{folder}' cannot be written \(.*\); choose another") as caught:
+            tiny.save(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize(
+    ("error", "told"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "full"), ValueError)]
+)
+def test_a_save_that_fails_leaves_nothing(
+    tiny: TextToImage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_there: bool,
+    error: BaseException,
+    told: type[BaseException],
+) -> None:
+    folder = tmp_path / "outer" / "saved"
+    if is_there:
+        folder.mkdir(parents=True)
+    written = checkpoint.save_part
+
+    def some(part: object, folder: Path, dtype: torch.dtype | None) -> None:
+        written(part, folder, dtype)
+        if folder.name == "unet":
+            raise error
+
+    monkeypatch.setattr(checkpoint, "save_part", some)
+    with pytest.raises(told):
+        tiny.save(folder)
+    assert list(tmp_path.rglob("*")) == ([folder.parent, folder] if is_there else [])
+
+
 def test_the_hash_is_of_what_pictures_depend_on(folder: Path) -> None:
     before = checkpoint.load(folder).hash
     edited(folder / "unclip.json", knows="something else")
