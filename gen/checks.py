@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
+import sys
 from collections.abc import Sequence
+from types import UnionType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+LARGEST = sys.float_info.max  # beyond it a whole number is no float
+SHOWN = 60  # letters of a wrong value in an error
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
@@ -18,26 +27,58 @@ def texts(name: str, value: object) -> tuple[str, ...]:
     return given
 
 
-def whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` if it is a whole number of [low, high] (None: no end), else ValueError."""
-    allowed = f"a whole number from {low} to {high}" if high is not None else f"a whole number of {low} or more"
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name}={value!r} is out of range; give {allowed}")
-    return value
+def as_number(value: object) -> Any:
+    """A number as Python's own, of whatever library it was, for records are JSON; anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool | Tensor | np.ndarray):  # the last two hold several, or one in a list
+        return value
+    if hasattr(type(value), "__index__"):
+        return operator.index(value)  # type: ignore[arg-type]
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def is_of(value: object, kinds: type | UnionType) -> bool:
+    """Whether it is of these kinds of numbers, and no bool."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def refusal(name: str, value: object, allowed: str, kinds: type | UnionType = int | float) -> ValueError:
+    """What is said of a number that is not as it should be: that it is none of these kinds, or not in range."""
+    if isinstance(value, Tensor | np.ndarray):
+        return ValueError(f"{name} is of type {type(value).__name__} and shape {tuple(value.shape)}; give {allowed}")
+    wrong = "out of range" if is_of(value, kinds) else f"of type {type(value).__name__}"
+    return ValueError(f"{name}={shortened(value)} is {wrong}; give {allowed}")
+
+
+def shortened(value: object) -> str:
+    """How Python writes it, in one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def whole(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> int:
+    """`value` as Python's own if it is a whole number of [low, high] (None: no end), else ValueError."""
+    number = as_number(value)
+    if not is_of(number, int) or number < low or (high is not None and number > high):
+        allowed = f"a whole number from {low} to {high}" if high is not None else f"a whole number of {low} or more"
+        raise refusal(name, number, allowed + (f" ({hint})" if hint else ""), int)
+    return int(number)
 
 
 def is_number(value: object, low: float, high: float = math.inf) -> bool:
     """Whether it is a finite number of [low, high]."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    return good and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type, operator]
+    number = as_number(value)
+    return is_of(number, int | float) and -LARGEST <= number <= LARGEST and low <= number <= high
 
 
 def real(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> float:
-    """`value` if it is a finite number of [low, high], else ValueError."""
-    if not is_number(value, low, high):
+    """`value` as Python's own if it is a finite number of [low, high], else ValueError."""
+    number = as_number(value)
+    if not is_number(number, low, high):
         allowed = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of {low:g} or more"
-        raise ValueError(f"{name}={value!r} is out of range; give {allowed}" + (f" ({hint})" if hint else ""))
-    return float(value)  # type: ignore[arg-type]
+        raise refusal(name, number, allowed + (f" ({hint})" if hint else ""))
+    return float(number)
 
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:

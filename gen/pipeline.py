@@ -29,6 +29,7 @@ from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.attention import AUTO, adds_keys, check_attention, set_attention
 from gen.bucket import Buckets
+from gen.checks import whole
 from gen.edit import schedule_of
 from gen.engine import Engine
 from gen.families import FAMILIES, Painter
@@ -432,8 +433,8 @@ class TextToImage:
 
         The callback sees each request's pictures by themselves; when it cancels one, the whole call is over.
         """
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is out of range; give 1 or more, or None: as memory allows")
+        if batch_size is not None:
+            batch_size = whole("batch_size", batch_size, 1, hint="None: as memory allows")
         jobs = [request.resolve(self.model.abilities) for request in requests]
         with ExitStack() as stack:
             moved = self._moving(jobs, stack.enter_context(bar())) if progress else None
@@ -444,6 +445,8 @@ class TextToImage:
 
         `max_rows` is how many pictures are in flight at most; None: as memory allows.
         """
+        if max_rows is not None:
+            max_rows = whole("max_rows", max_rows, 1, hint="None: as memory allows")
         return Engine(self.model, self._result, max_rows=max_rows, buckets=self._buckets)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen.checks import is_number, one_of, real, shape_of, texts, whole
+from gen.checks import as_number, is_number, one_of, real, refusal, shape_of, texts, whole
 from gen.prompts import parse
 from gen.search import BestOf, Search, by_name
 from gen.settings import JSON, OPTIONS, SCORES, SECOND, SIZES, Abilities, Settings, check_settings
@@ -56,6 +56,7 @@ PICTURES = {  # their channels
     "interpolate_image": RGB,
     SHOWN_PICTURE: RGB,
 }
+NUMBERS = ("int | None", "float | None")  # what the words of a call that are numbers are annotated with
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
 MOST_IN_BUDGET = 4096  # candidates of a prompt, where only a budget says how many
@@ -277,9 +278,20 @@ class Request:
 
         Raises ValueError with one line: what was given, what is allowed, what to do.
         """
+        return self._with_numbers()._resolve(able)
+
+    def _with_numbers(self) -> Request:
+        """The same with numbers as Python's own."""
+        numbers = {item.name: as_number(getattr(self, item.name)) for item in fields(self) if item.type in NUMBERS}
+        for name, value in numbers.items():
+            if isinstance(value, Tensor | np.ndarray):
+                raise refusal(name, value, "a number")
+        return replace(self, **numbers)
+
+    def _resolve(self, able: Abilities) -> Job:
         prompts = self._prompts()
         if self.budget is not None and (not is_number(self.budget, 0.0) or self.budget == 0):
-            raise ValueError(f"budget={self.budget!r} is out of range; give a number of seconds above 0")
+            raise refusal("budget", self.budget, "a number of seconds above 0")
         n = 1 if self.budget is None else MOST_IN_BUDGET
         if self.num_images_per_prompt is not None:
             n = whole("num_images_per_prompt", self.num_images_per_prompt, 1)
@@ -304,7 +316,7 @@ class Request:
         settings = self._settings(able, pictures, latents)
         ignored = self._ignored(settings, able)
         for name, reason in ignored:
-            warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=2)
+            warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=3)
         self._check_pictures(settings, able, pictures)
         self._check_embedding(settings, able)
         negatives = self._negatives(len(prompts))

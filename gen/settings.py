@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeAlias
 
 from clip_core.fit import MOST_PIXELS
-from gen.checks import one_of, real, texts, whole
+from gen.checks import as_number, one_of, real, texts, whole
 from gen.prompts import plain
 from samplers.guidance import RULES, Guide
 from samplers.sample import SAMPLERS
@@ -160,12 +160,16 @@ class Settings:
         return values | {name: list(values[name]) for name in PAIRS if values[name] is not None}
 
     def updated(self, values: Mapping[str, Any], origin: str) -> Settings:
-        """These settings with `values` in place; an unknown name is a ValueError that names its `origin`."""
+        """These settings with `values` in place; an unknown name is a ValueError that names its `origin`.
+
+        Numbers become Python's own, for a record is JSON; pairs become tuples.
+        """
         known = [item.name for item in fields(self)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"{origin}: setting '{unknown[0]}' is unknown; choose from: {', '.join(known)}")
-        listed = {name: tuple(values[name]) for name in PAIRS if isinstance(values.get(name), list)}  # as JSON has it
-        return replace(self, **{**values, **listed})
+        pairs = {name: values[name] for name in PAIRS if isinstance(values.get(name), list | tuple)}  # a list in JSON
+        told = {name: as_number(value) for name, value in values.items()}
+        return replace(self, **told | {name: tuple(map(as_number, pair)) for name, pair in pairs.items()})
 
 
 def check_settings(settings: Settings, able: Abilities) -> None:

@@ -234,7 +234,7 @@ def test_a_photograph_is_turned_as_the_camera_was_held_and_resized_as_stock_does
         ({"image": picture(), "strength": 0}, "strength=0 leaves none of 5 steps; give 0.2 or more, up to 1"),
         ({"image": picture(), "strength": 0.19}, "strength=0.19 leaves none of 5 steps; give 0.2 or more"),
         ({"image": picture(), "strength": 1.5}, "strength=1.5 is out of range; give a number from 0 to 1"),
-        ({"image": picture(), "strength": "high"}, "strength='high' is out of range"),
+        ({"image": picture(), "strength": "high"}, "strength='high' is of type str; give a number"),
         ({"image": "nowhere.png"}, "picture nowhere.png does not exist"),
         ({"image": __file__}, "picture .* cannot be read"),
         ({"image": 3}, "image is a int; give a file's path, a Pillow picture, an array or a tensor"),

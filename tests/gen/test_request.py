@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -40,8 +42,19 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"rerank": True, "prompt": None, "image_embeds": torch.zeros(1, WIDTH)}, "needs the prompt as text"),
     ({"num_inference_steps": 0}, "num_inference_steps=0 .* from 1 to 1000"),
     ({"num_inference_steps": 1001}, "from 1 to 1000"),
-    ({"num_inference_steps": 2.5}, "whole number"),
-    ({"num_inference_steps": True}, "whole number"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is of type float; give a whole number from 1 to 1000"),
+    ({"num_inference_steps": 2.0}, "num_inference_steps=2.0 is of type float; give a whole number"),
+    ({"num_inference_steps": np.float32(2)}, "num_inference_steps=2.0 is of type float"),
+    ({"num_inference_steps": True}, "num_inference_steps=True is of type bool; give a whole number"),
+    ({"num_inference_steps": torch.tensor(True)}, "num_inference_steps=True is of type bool"),
+    ({"num_inference_steps": "3"}, "num_inference_steps='3' is of type str; give a whole number"),
+    ({"num_inference_steps": [9] * 999}, r"num_inference_steps=\[9, .*\.\.\. is of type list; give a whole number"),
+    ({"keep": torch.tensor([1])}, r"keep is of type Tensor and shape \(1,\); give a number"),
+    ({"denoising_end": torch.ones(2)}, r"denoising_end is of type Tensor and shape \(2,\); give a number"),
+    ({"seed": np.arange(2)}, r"seed is of type ndarray and shape \(2,\); give a whole number"),
+    ({"guidance_scale": np.float32(0.5)}, "guidance_scale=0.5 is out of range"),
+    ({"guidance_scale": 10**400}, "guidance_scale=1000.* is out of range"),
+    ({"guidance_scale": "2"}, "guidance_scale='2' is of type str; give a number of 1 or more"),
     ({"prior_num_inference_steps": 0}, "prior_num_inference_steps=0 .* from 1 to 1000"),
     ({"height": 60}, "height=60 cannot be halved .* multiple of 8, such as 56"),
     ({"width": 0}, "width=0 .* from 1 to 16384"),
@@ -134,6 +147,28 @@ def test_mistakes(tiny: TextToImage, no_network_runs: None, words: dict[str, Any
     with pytest.raises(ValueError, match=message) as caught:
         tiny(**(GOOD | words))
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_other_libraries_are_numbers(tiny: TextToImage) -> None:
+    words = {
+        "seed": [np.int64(3)],
+        "num_images_per_prompt": np.int32(2),
+        "keep": torch.tensor(1),
+        "height": np.array(64),
+        "num_inference_steps": torch.tensor(4),
+        "guidance_scale": np.float32(2.5),
+        "guidance_interval": (np.float64(0.5), Fraction(5, 2)),
+        "budget": torch.tensor(60.0),
+        "prior": np.True_,
+    }
+    job = Request(**GOOD | words).resolve(tiny.model.abilities)
+    assert [each.seed for each in job.candidates] == [3, 4] and job.keep == 1 and job.budget == 60.0
+    told = json.loads(json.dumps(job.candidates[0].to_json()))  # a record is JSON
+    here = {"height": 64, "num_inference_steps": 4, "guidance_scale": 2.5, "guidance_interval": [0.5, 2.5]}
+    assert told["seed"] == 3 and here.items() <= told["settings"].items()
+    settings = job.candidates[0].settings
+    assert {type(settings.height), type(settings.num_inference_steps), type(job.keep)} == {int}
+    assert {type(settings.guidance_scale), type(job.budget)} == {float} and settings.prior is True
 
 
 def test_batch_size_below_one(tiny: TextToImage, no_network_runs: None) -> None:

@@ -566,7 +566,7 @@ def test_diverse_keeps_other_pictures_and_the_best(tiny: TextToImage) -> None:
         ({"search": "best"}, "search 'best' is unknown; choose from: best_of, draft, feynman_kac, halving"),
         ({"budget": 0}, "budget=0 is out of range; give a number of seconds above 0"),
         ({"budget": -1.5}, "budget=-1.5 is out of range; give a number of seconds above 0"),
-        ({"budget": True}, "budget=True is out of range"),
+        ({"budget": True}, "budget=True is of type bool; give a number of seconds above 0"),
         ({"budget": math.inf}, "budget=inf is out of range"),
         ({"search": "halving", "keep": None, "rerank": False}, "search 'halving' goes by CLIP's scores"),
         ({"search": "halving", "keep": 8}, "search 'halving' gives candidates up, but keep=8 of 8 keeps them all"),

@@ -109,7 +109,7 @@ def test_requests_of_different_scores_share_a_batch(refiner: TextToImage) -> Non
     [
         ({}, "this model refines a picture and paints none from words alone; give image"),
         ({"image": IMAGE, "aesthetic_score": -1}, "aesthetic_score=-1 is out of range"),
-        ({"image": IMAGE, "negative_aesthetic_score": "high"}, "negative_aesthetic_score='high' is out of range"),
+        ({"image": IMAGE, "negative_aesthetic_score": "high"}, "negative_aesthetic_score='high' is of type str"),
         (
             {"image": IMAGE, "prompt_2": "a"},
             "prompt_2 was given, but this model has no second text tower; leave it out",
