@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import os
 import sys
 from collections.abc import Sequence
 from types import UnionType
@@ -25,6 +26,24 @@ def texts(name: str, value: object) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise ValueError(f"{name} is {text!r}; give a text or a list of texts")
     return given
+
+
+def check_name(name: str, value: object) -> None:
+    """ValueError unless `value` can be a name or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={shortened(value)} is of type {type(value).__name__}; give a name or a path")
+
+
+def check_callback(callback: object) -> None:
+    """ValueError unless it is None or can be called."""
+    if callback is not None and not callable(callback):
+        told = f"callback={shortened(callback)} is of type {type(callback).__name__}"
+        raise ValueError(f"{told}; give a function, which is called with each step")
+
+
+def count_of(number: int, what: str) -> str:
+    """So many of them, in words."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def as_number(value: object) -> Any:

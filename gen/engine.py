@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 import torch
 
 from gen.bucket import Buckets
+from gen.checks import check_callback
 from gen.conditioning import Condition
 from gen.darkroom import Darkroom
 from gen.edit import schedule_of
@@ -86,8 +87,12 @@ class Engine(Generic[R]):
         """Ask for pictures, from any thread; they begin at the next tick.
 
         The future counts as pending until its pictures are there, so `cancel()` works to the last; it takes the rows
-        out at the next tick. Raises ValueError for what this model cannot paint and RuntimeError once closed.
+        out at the next tick. Raises ValueError for what this model cannot paint, TypeError for what is no request and
+        RuntimeError once closed.
         """
+        if not isinstance(request, Request | Job):
+            raise TypeError(f"request is of type {type(request).__name__}; give a Request")
+        check_callback(callback)
         job = request.resolve(self.model.abilities) if isinstance(request, Request) else request
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             schedule_of(self.model.levels, settings)  # may refuse the sampler

@@ -240,7 +240,7 @@ class PromptField:
         origin = flight.candidates[source]
         if origin.latents is not None:
             raise ValueError("the search turns noise that was handed in; leave latents out")
-        path = (*origin.noise_path, Before(origin.seed, 0, share))
+        path = (*origin.noise_path, Before(origin.seed, 0, float(share)))
         for index in targets:
             flight.candidates[index] = replace(flight.candidates[index], noise_path=path)
             flight.told[index] = flight.told[source]

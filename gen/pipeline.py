@@ -29,7 +29,7 @@ from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.attention import AUTO, adds_keys, check_attention, set_attention
 from gen.bucket import Buckets
-from gen.checks import whole
+from gen.checks import check_callback, check_name, whole
 from gen.edit import schedule_of
 from gen.engine import Engine
 from gen.families import FAMILIES, Painter
@@ -105,7 +105,7 @@ class TextToImage:
     def from_pretrained(
         cls,
         name_or_path: str | Path,  # a bundled name, a diffusers folder, a single .safetensors file or a hub id
-        device: torch.device | str | None = None,  # None: CUDA where there is one
+        device: torch.device | str | int | None = None,  # None: CUDA where there is one
         dtype: torch.dtype | str = torch.float32,  # of the networks, or its name; rows are always float32
         *,
         runtime: str = TORCH,  # who computes the networks: torch, compile, or openvino on the CPU
@@ -126,8 +126,15 @@ class TextToImage:
         on CUDA as CUDA graphs, which takes a minute each; it is made for a GPU. See `gen.openvino_runtime` and
         `gen.compile_runtime`.
         """
+        origins = {"weak_unet": weak_unet, "clip": clip, "config": config, "prior_model": prior_model}
+        check_name("name_or_path", name_or_path)
+        for name, origin in {**origins, "draft_unet": draft_unet}.items():
+            if origin is not None:
+                check_name(name, origin)
         dtype = dtype_of(dtype)
-        device = usable(device or ("cuda" if torch.cuda.is_available() and runtime != OPENVINO else "cpu"))
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() and runtime != OPENVINO else "cpu"
+        device = usable(device)
         check_runtime(runtime, device, dtype, attention)
         check_attention(attention, device, dtype)
         computed_in = dtype
@@ -162,7 +169,6 @@ class TextToImage:
             raise ValueError(f"{told} at once (OpenVINO crashes on them); give runtime 'torch'")
         for unet in model.unets:
             set_attention(unet, attention_of(runtime, attention, device))
-        origins = {"weak_unet": weak_unet, "clip": clip, "config": config, "prior_model": prior_model}
         named = {name: str(origin or "") for name, origin in origins.items()}
         loaded = cls(
             model,
@@ -435,6 +441,10 @@ class TextToImage:
         """
         if batch_size is not None:
             batch_size = whole("batch_size", batch_size, 1, hint="None: as memory allows")
+        check_callback(callback)
+        for request in requests:
+            if not isinstance(request, Request):
+                raise TypeError(f"request is of type {type(request).__name__}; give a Request")
         jobs = [request.resolve(self.model.abilities) for request in requests]
         with ExitStack() as stack:
             moved = self._moving(jobs, stack.enter_context(bar())) if progress else None
@@ -625,11 +635,11 @@ def both(first: Callback | None, second: Callback | None) -> Callback | None:
     return call
 
 
-def usable(device: torch.device | str) -> torch.device:
+def usable(device: torch.device | str | int) -> torch.device:
     """The device; ValueError where torch does not know it or cannot reach it."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"device '{device}' cannot be used ({reason}); give cpu, cuda, ..., or leave it out") from None
 

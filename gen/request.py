@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen.checks import as_number, is_number, one_of, real, refusal, shape_of, texts, whole
+from gen.checks import as_number, count_of, is_number, one_of, real, refusal, shape_of, texts, whole
 from gen.prompts import parse
 from gen.search import BestOf, Search, by_name
 from gen.settings import JSON, OPTIONS, SCORES, SECOND, SIZES, Abilities, Settings, check_settings
@@ -420,7 +420,7 @@ class Request:
                 raise ValueError(f"{name} and image as latents were both given; leave {name} out")
         repeats = {1: num_prompts * n, num_prompts: n, num_prompts * n: 1}
         if len(each) not in repeats:
-            told = f"image has {len(each)} latents for {num_prompts} prompts of {n} pictures"
+            told = f"image has {len(each)} latents for {count_of(num_prompts, 'prompt')} of {count_of(n, 'picture')}"
             raise ValueError(f"{told}; give one, one for each prompt, or one for each picture")
         return [one for one in each for _ in range(repeats[len(each)])]
 
@@ -641,7 +641,8 @@ def each_of(name: str, value: str | Sequence[str] | None, num_prompts: int) -> t
     if isinstance(value, str):
         given *= num_prompts
     if len(given) != num_prompts:
-        raise ValueError(f"{name} has {len(given)} texts for {num_prompts} prompts; give one or as many")
+        told = f"{name} has {count_of(len(given), 'text')} for {count_of(num_prompts, 'prompt')}"
+        raise ValueError(f"{told}; give one or as many")
     return given
 
 
@@ -673,7 +674,8 @@ def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) 
     else:
         starts = [whole("seed", value, 0, last) for value in seed]
         if len(starts) != num_prompts:
-            raise ValueError(f"seed has {len(starts)} numbers for {num_prompts} prompts; give one, or one for each")
+            told = f"seed has {count_of(len(starts), 'number')} for {count_of(num_prompts, 'prompt')}"
+            raise ValueError(f"{told}; give one, or one for each")
     return tuple(start + k for start in starts for k in range(n))
 
 

@@ -16,9 +16,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
     """A precision by its name, or itself; ValueError for an unknown one."""
-    if isinstance(name, torch.dtype):
+    if isinstance(name, torch.dtype) and name in (*DTYPES.values(), torch.float64):
         return name
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
+        name = name_of(name) if isinstance(name, torch.dtype) else name
         raise ValueError(f"dtype '{name}' is unknown; choose from: {', '.join(DTYPES)}")
     return DTYPES[name]
 

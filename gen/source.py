@@ -19,14 +19,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from gen.checks import count_of
 from gen.picture import read_picture
 from gen.settings import JSON
 
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
 """A file's path, a Pillow picture, an array (H, W, 3) or a tensor (3, H, W), of 8 bits or floats in [0, 1].
 
+Whole numbers of other types are taken for 8 bits, and where none is above 1, for black and white.
+
 A mask is (H, W) or has one channel, and is white where the picture is to be painted anew."""
 
+WHITE = 255  # of 8 bits
 HALF = 0.5  # a mask is white from here on
 RGB, GREY = 3, 1  # channels of a picture, and of a mask
 
@@ -104,7 +108,8 @@ def sources(name: str, given: object, number: int, channels: int = RGB) -> tuple
     if is_batch(given):
         each = list(given)  # type: ignore[call-overload]
         if len(each) != number:
-            raise ValueError(f"{name} has {len(each)} pictures for {number} prompts; give one, or one for each")
+            told = f"{name} has {count_of(len(each), 'picture')} for {count_of(number, 'prompt')}"
+            raise ValueError(f"{told}; give one, or one for each")
         return tuple(source(name, one, channels) for one in each)
     return (source(name, given, channels),) * number
 
@@ -140,13 +145,22 @@ def source(name: str, given: object, channels: int = RGB) -> Source:
     if not isinstance(given, Tensor | np.ndarray):
         told = "a file's path, a Pillow picture, an array or a tensor"
         raise ValueError(f"{name} is a {type(given).__name__}; give {told}")
-    pixels = as_tensor(given) if isinstance(given, np.ndarray) else given.detach().clone().cpu()
+    try:
+        pixels = as_tensor(given) if isinstance(given, np.ndarray) else given.detach().clone().cpu()
+    except (TypeError, ValueError):  # torch's: numbers of kinds or byte orders that it does not have
+        raise ValueError(f"{name} is an array of {given.dtype}; give 8 bits, or floats in [0, 1]") from None
     pixels = pixels[None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[0] != channels or not pixels.numel():
         wanted = "(H, W, 3) of an array, (3, H, W) of a tensor" if channels == RGB else "(H, W)"
         raise ValueError(f"{name} has shape {tuple(given.shape)}; a {kind} has {wanted}")
     if pixels.dtype == torch.uint8:
         return Source(pixels)
+    if not (pixels.is_floating_point() or pixels.is_complex()):
+        levels = pixels.long()
+        if not bool(((levels >= 0) & (levels <= WHITE)).all()):
+            raise ValueError(f"{name} has whole numbers outside [0, {WHITE}]; give 8 bits, or floats in [0, 1]")
+        if bool((levels > 1).any()):
+            return Source(levels.to(torch.uint8))
     pixels = pixels.float()
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
         raise ValueError(f"{name} has numbers outside [0, 1]; give floats in [0, 1], or 8 bits")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from clip_core.wording import one_line
-from gen.checks import is_number
+from gen.checks import check_name, is_number
 from gen.hub import HUB_ERRORS, fetch
 from gen.settings import JSON
 from gen.weights import opened
@@ -85,6 +85,7 @@ def found(kind: str, name: str | Path, usual: str, beside: Sequence[str] = ()) -
     else is fetched of a repository. Where the hub cannot be reached, what the cache has will do. ValueError where there
     is no such file.
     """
+    check_name(kind, name)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != SUFFIX:

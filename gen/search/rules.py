@@ -323,8 +323,13 @@ SEARCHES: dict[str, Search] = {search.name: search for search in _ALL}
 
 
 def by_name(search: str | Search) -> Search:
-    """The search of this name as it comes, or one that was made; ValueError for an unknown name."""
+    """The search of this name as it comes, or one that was made; ValueError for an unknown name, or what is none."""
     if not isinstance(search, str):
+        is_made = callable(search) and hasattr(search, "check") and hasattr(search, "name")
+        if isinstance(search, type) or not is_made:
+            kind = search.__name__ if isinstance(search, type) else type(search).__name__
+            known = ", ".join(sorted(SEARCHES))
+            raise ValueError(f"search is {kind}, which is none that was made; give one, or a name: {known}")
         return search
     if search not in SEARCHES:
         raise ValueError(f"search '{search}' is unknown; choose from: {', '.join(sorted(SEARCHES))}")

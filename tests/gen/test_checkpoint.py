@@ -178,6 +178,25 @@ def test_a_device_that_cannot_be_used(tiny_folder: Path, device: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_device_0_is_a_gpu_and_not_the_default(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def usable(device: object) -> torch.device:
+        asked.append(device)
+        return torch.device("cpu")
+
+    monkeypatch.setattr("gen.pipeline.usable", usable)
+    TextToImage.from_pretrained(tiny_folder, 0)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("name", ["name_or_path", "prior_model", "clip", "config", "weak_unet", "draft_unet"])
+def test_what_can_be_no_name(tiny_folder: Path, name: str) -> None:
+    for given in (3, *([None] if name == "name_or_path" else [])):
+        with pytest.raises(ValueError, match=f"{name}={given} is of type .*; give a name or a path"):
+            TextToImage.from_pretrained(**{"name_or_path": tiny_folder, name: given})  # type: ignore[arg-type]
+
+
 def test_a_tower_with_other_settings_is_not_shared(folder: Path) -> None:
     """Equal weights, and an activation that one config says and the other leaves to the default."""
     path = folder / "clip" / "config.json"

@@ -17,6 +17,7 @@ from PIL import Image
 
 from gen import Request, TextToImage
 from gen.picture import largest_difference
+from gen.request import Candidate
 from gen.scheduler import STOCK
 from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
@@ -240,7 +241,10 @@ def test_a_photograph_is_turned_as_the_camera_was_held_and_resized_as_stock_does
         ({"image": 3}, "image is a int; give a file's path, a Pillow picture, an array or a tensor"),
         ({"image": torch.rand(4, 6, 10)}, re.escape("image has shape (4, 6, 10); a picture has (H, W, 3) of an array")),
         ({"image": torch.rand(3, 64, 64) * 2}, "image has numbers outside"),
-        ({"image": [picture(), picture()]}, "image has 2 pictures for 1 prompts; give one, or one for each"),
+        ({"image": np.full((64, 64, 3), 256)}, r"image has whole numbers outside \[0, 255\]; give 8 bits, or floats"),
+        ({"image": torch.full((3, 64, 64), -1)}, r"image has whole numbers outside \[0, 255\]"),
+        ({"image": np.full((64, 64, 3), "a")}, "image is an array of <U1; give 8 bits, or floats"),
+        ({"image": [picture(), picture()]}, "image has 2 pictures for 1 prompt; give one, or one for each"),
         (
             {"image": picture(size=(50, 70))},
             "image is 70 x 50 pixels, .* give height=48 and width=64 to have it resized",
@@ -260,6 +264,21 @@ def test_what_cannot_be_painted_is_refused_in_one_line(tiny: TextToImage, asked:
     with pytest.raises(ValueError, match=message) as caught:
         Request(**({"prompt": SHORT, "num_inference_steps": 5} | asked)).resolve(tiny.model.abilities)
     assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_of_any_type_are_8_bits_or_black_and_white(tiny: TextToImage) -> None:
+    def read(image: Any, mask: Any = None) -> Candidate:
+        return Request(prompt=SHORT, image=image, mask_image=mask).resolve(tiny.model.abilities).candidates[0]
+
+    pixels = np.asarray(picture(size=(64, 64)))
+    wanted, tensor = read(pixels).image, torch.from_numpy(pixels.astype(np.int32)).movedim(-1, 0)
+    for given in (pixels.astype(np.int64), pixels.astype(np.uint16), tensor):
+        image = read(given).image
+        assert image is not None and wanted is not None and image.sha256 == wanted.sha256
+    white = np.zeros((64, 64), np.int64)
+    white[:32] = 1
+    mask = read(pixels, white).mask_image
+    assert mask is not None and mask.pixels.max() == 1.0 and mask.pixels.dtype == torch.float32
 
 
 def test_what_is_handed_in_is_copied(tiny: TextToImage) -> None:

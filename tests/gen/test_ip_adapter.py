@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_said(root: Path, model: TextToImage, tmp_path: Pat
     fresh.load_ip_adapter(path, image_encoder=root / "ip" / "image_encoder")
     with pytest.raises(ValueError, match=r"picture cat\.png does not exist"):
         fresh(SHORT, ip_adapter_image="cat.png")
-    with pytest.raises(ValueError, match="ip_adapter_image has 0 pictures for 1 prompts"):
+    with pytest.raises(ValueError, match="ip_adapter_image has 0 pictures for 1 prompt;"):
         fresh(SHORT, ip_adapter_image=[])
     with pytest.raises(ValueError, match="ip_adapter_image is empty; give at least one picture"):
         fresh.embed_ip_adapter_image([])

@@ -97,7 +97,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed=-1 .* from 0 to 4294967295"),
     ({"seed": 2**32}, "seed=4294967296"),
     ({"seed": MAX_SEED, "num_images_per_prompt": 2}, "from 0 to 4294967294"),
-    ({"seed": [1, 2]}, "seed has 2 numbers for 1 prompts"),
+    ({"seed": [1, 2]}, "seed has 2 numbers for 1 prompt; give one"),
     ({"seed": 1.5}, "seed=1.5 .* whole number"),
     ({"seed": "x"}, "seed='x' .* whole number"),
     ({"output_type": "jpg"}, "output_type 'jpg' is unknown; choose from: pil, pt, np, latent"),
@@ -112,7 +112,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"prompt_embeds": torch.zeros(1, 32, 3)}, "prompt_embeds has shape"),
     ({"prompt_embeds": torch.zeros(1, 20, WIDTH)}, "prompt_embeds has shape"),
     ({"prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS[:, 1:]}, "negative_prompt_embeds has shape"),
-    ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
+    ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompt; give one"),
     ({"negative_prompt": [1]}, "negative_prompt is 1"),
     ({"negative_prompt": 1}, "negative_prompt is 1"),
     ({"prompt_embeds": [1], "negative_prompt_embeds": EMBEDS}, "prompt_embeds is a list"),
@@ -169,6 +169,19 @@ def test_numbers_of_other_libraries_are_numbers(tiny: TextToImage) -> None:
     settings = job.candidates[0].settings
     assert {type(settings.height), type(settings.num_inference_steps), type(job.keep)} == {int}
     assert {type(settings.guidance_scale), type(job.budget)} == {float} and settings.prior is True
+
+
+def test_what_is_no_callback_and_no_request(tiny: TextToImage, no_network_runs: None) -> None:
+    message = "callback=3 is of type int; give a function"
+    with pytest.raises(ValueError, match=message):
+        tiny("a star", callback=3, progress=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="request is of type str; give a Request"):
+        tiny.paint(["a star"])  # type: ignore[list-item]
+    with tiny.engine() as engine:
+        with pytest.raises(ValueError, match=message):
+            engine.submit(Request(**GOOD), callback=3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="request is of type str; give a Request"):
+            engine.submit("a star")  # type: ignore[arg-type]
 
 
 def test_batch_size_below_one(tiny: TextToImage, no_network_runs: None) -> None:

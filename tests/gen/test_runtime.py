@@ -62,6 +62,8 @@ def test_what_cannot_run_is_refused_in_one_line(tiny_folder: Path, monkeypatch: 
         ({"runtime": "openvino"}, r"not installed .*; pip install 'unclip\[openvino\]'"),
         ({"runtime": "openvino", "device": "meta"}, r"runs on the CPU, not on meta"),
         ({"runtime": "openvino", "dtype": "float16"}, r"computes in float32 or bfloat16, not in float16"),
+        ({"dtype": torch.int8}, r"dtype 'int8' is unknown; choose from: float32, bfloat16, float16"),
+        ({"dtype": 3}, r"dtype '3' is unknown"),
         ({"dtype": "float8"}, r"dtype 'float8' is unknown; choose from: float32, bfloat16, float16"),
     ):
         with pytest.raises(ValueError, match=told) as refused:

@@ -563,6 +563,8 @@ def test_diverse_keeps_other_pictures_and_the_best(tiny: TextToImage) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ({"search": object()}, "search is object, which is none that was made; give one, or a name: best_of, draft"),
+        ({"search": Halving}, "search is Halving, which is none that was made"),
         ({"search": "best"}, "search 'best' is unknown; choose from: best_of, draft, feynman_kac, halving"),
         ({"budget": 0}, "budget=0 is out of range; give a number of seconds above 0"),
         ({"budget": -1.5}, "budget=-1.5 is out of range; give a number of seconds above 0"),
