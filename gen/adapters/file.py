@@ -138,9 +138,13 @@ def chosen(kind: str, name: str, files: list[str], usual: str) -> str:
 
 
 def read(path: Path) -> Weights:
-    """All tensors of a file and what it says of itself; ValueError for a damaged one."""
+    """All tensors of a file and what it says of itself; ValueError for a damaged one, and for numbers that are none."""
     with opened(path, "file") as file:
-        return Weights({key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
+        weights = Weights({key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
+    for key, tensor in weights.tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise ValueError(f"file '{path}' is damaged: its {key} has numbers that are not finite")
+    return weights
 
 
 def content_hash(*paths: Path) -> str:

@@ -125,7 +125,7 @@ def of_part(name: str, weights: Weights, beside: Path, layers: Mapping[Layer, nn
         """How many of its layers a part has, as wide as here."""
         found = {stem: known.get(flat(stem.replace(PEFT, f"{part}.", 1))) for stem in downs}
         return sum(
-            layer is not None and downs[stem][0].numel() == layers[layer].weight[0].numel()
+            layer is not None and downs[stem].shape[1:].numel() == layers[layer].weight[0].numel()
             for stem, layer in found.items()
         )
 
@@ -166,7 +166,17 @@ def factors_of(name: str, weights: Weights, layers: Mapping[Layer, nn.Module]) -
         raise ValueError(f"LoRA '{name}' is damaged: {named(lonely)} without up or down")
     if not told:
         raise ValueError(f"LoRA '{name}' holds nothing")
+    for layer, each in told.items():
+        if wrong := next((role for role, tensor in each.items() if not is_shaped(role, tensor)), None):
+            wanted = "number" if wrong == "alpha" else "matrix"
+            what = f"{wrong} of {' '.join(layer)} has shape {tuple(each[wrong].shape)}, which is no {wanted}"
+            raise ValueError(f"LoRA '{name}' is damaged: {what}")
     return {layer: Factors(each["down"], each["up"], weight_of(layer, each, said)) for layer, each in told.items()}
+
+
+def is_shaped(role: str, tensor: Tensor) -> bool:
+    """Whether it can be what it is called: a matrix of some rank, or one number."""
+    return tensor.numel() == 1 if role == "alpha" else tensor.ndim >= 2 and tensor.numel() > 0
 
 
 def split(key: str) -> tuple[str, str]:

@@ -274,6 +274,21 @@ def test_files_that_do_not_fit_change_nothing(folders: dict[str, Path], tmp_path
     refused(
         "is damaged: weight unet mid_block.attentions.0.proj_in is without up or down", {f"{key}.lora_up.weight": None}
     )
+    for wrong, tensor in (
+        ("lora_up.weight", torch.full_like(weights[f"{key}.lora_up.weight"], torch.nan)),
+        ("alpha", torch.tensor(torch.inf)),
+    ):
+        told = rf"^file '.*a\.safetensors' is damaged: its {key}.{wrong} has numbers that are not finite"
+        refused(told, {f"{key}.{wrong}": tensor})
+    inner, outer = weights[f"{key}.lora_down.weight"].shape[1], weights[f"{key}.lora_up.weight"].shape[0]
+    nothing = {"lora_down": torch.zeros(0, inner, 1, 1), "lora_up": torch.zeros(outer, 0, 1, 1)}
+    layer = "unet mid_block.attentions.0.proj_in"
+    for tensors, wrong in (
+        ({f"{key}.{name}.weight": tensor for name, tensor in nothing.items()}, "(down|up) of .* is no matrix"),
+        ({f"{key}.lora_down.weight": torch.zeros(RANK)}, rf"down of {layer} has shape \({RANK},\), which is no matrix"),
+        ({f"{key}.alpha": torch.ones(2)}, rf"alpha of {layer} has shape \(2,\), which is no number"),
+    ):
+        refused(f"^LoRA '.*' is damaged: {wrong}", tensors)
     refused("cannot be read: weight .*hada_w1_a is neither up, down nor alpha", {f"{key}.hada_w1_a": torch.zeros(2)})
     refused("is a DoRA", {}, {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
     refused("lora_adapter_metadata is no JSON", {}, {"lora_adapter_metadata": "{"})

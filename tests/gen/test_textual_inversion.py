@@ -161,6 +161,19 @@ def test_files_that_do_not_fit_change_nothing(folders: dict[str, Path], tmp_path
     refused("1", {}, "holds nothing")
     refused("1", {"<cat>": vectors(1)}, "token 'a cat' is no word", "a cat")
     refused("1", {"<cat>": vectors(1)}, "knows '!' already; give another token", "!")
+    refused("1", {"<cat>": vectors(1) / 0}, r"^file '.*a\.safetensors' is damaged: its <cat> has numbers that are not")
     path.unlink()
     with pytest.raises(ValueError, match=r"^embedding '.*' is no file"):
         loaded(folders["1"]).load_textual_inversion(path)
+
+
+def test_a_tower_of_another_kind_learns_nothing(kandinskys: dict[str, TextToImage], tmp_path: Path) -> None:
+    """Kandinsky 2.1's is XLM-RoBERTa's with a projection of its own."""
+    model = kandinskys["2.1"]
+    parts, adapters = model.model.parts(), model.adapters
+    width, known = parts["text_encoder"].transformer.config.hidden_size, len(parts["tokenizer"])
+    save_file({"<cat>": vectors(1, width)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="is a word of CLIP's; this model's text_encoder is MultilingualCLIP") as error:
+        model.load_textual_inversion(tmp_path / "a.safetensors")
+    assert "\n" not in str(error.value)
+    assert len(model.model.parts()["tokenizer"]) == known and model.adapters == adapters == ()
