@@ -35,13 +35,13 @@ from gen.engine import Engine
 from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
-from gen.output_folder import whole_folder
 from gen.request import Candidate, Job, Request, asks_clip, check_shown
 from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
 from gen.weights import files_hash, folder_hash
+from gen.whole_folder import whole_folder
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
