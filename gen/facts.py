@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from gen import single_file
 from gen.adapters.drafts import FOLDER as DRAFTS
 from gen.adapters.drafts import TOLD, is_low_rank
-from gen.checkpoint import INDEX, LICENCES, Card, find, listed
-from gen.weights import check_weights, files_hash, folder_hash, numbers, read_json, shapes, weight_files
+from gen.checkpoint import INDEX, LICENCES, Card, find, listed, part_class
+from gen.weights import check_weights, files_hash, folder_hash, numbers, read_json, shapes, sizes, weight_files
 
 TEXTS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}
 PICTURES = {"image_encoder", "prior_image_encoder"}
@@ -46,11 +48,13 @@ def _of_folder(name: str) -> dict[str, Any]:
         classes["clip"] = (read_json(folder / "clip" / "config.json").get("architectures") or ["CLIPModel"])[0]
     if (folder / DRAFTS).is_dir():
         classes[DRAFTS] = "LoRA" if is_low_rank(folder / DRAFTS) else "UNet2DConditionModel"
+    networks = {part for part, (library, name) in listed(index).items() if is_network(library, name, folder / INDEX)}
+    networks |= classes.keys() & {"clip", DRAFTS}
     parts = {}
     for part, kind in classes.items():
         if not (folder / part).is_dir():
             raise ValueError(f"model part '{folder / part}' is missing; the folder is not complete")
-        if weight_files(folder / part):
+        if part in networks or weight_files(folder / part):
             check_weights(folder / part)
         size = sum(path.stat().st_size for path in (folder / part).rglob("*") if path.is_file())
         parts[part] = {"class": kind, "parameters": numbers(folder / part), "bytes": size}
@@ -69,16 +73,28 @@ def _of_file(path: Path, config: str | None) -> dict[str, Any]:
     layout, folder = single_file.opened(path, config)
     index = read_json(folder / INDEX)
     held = single_file.parameters(shapes(path), layout)
+    taken = single_file.by_part(sizes(path), layout)
     classes = {part: class_name for part, (_, class_name) in listed(index).items()}
     return {
         "folder": str(path),
         "family": layout.pipeline,
         "hash": files_hash(single_file.files(path, folder)),
-        "parts": {part: {"class": kind, "parameters": held.get(part, 0), "bytes": 0} for part, kind in classes.items()},
+        "parts": {
+            part: {"class": kind, "parameters": held.get(part, 0), "bytes": taken.get(part, 0)}
+            for part, kind in classes.items()
+        },
         "bytes": path.stat().st_size,
         "told": {"configurations": str(folder), **told_of(folder, classes)},
         "card": Card().to_json(),
     }
+
+
+def is_network(library: str, name: str, where: Path) -> bool:
+    """Whether a part is to have weights; not where its class is none that is known here."""
+    try:
+        return issubclass(part_class(library, name, where), nn.Module)
+    except ValueError:
+        return False
 
 
 def told_of(folder: Path, classes: Mapping[str, str]) -> dict[str, Any]:

@@ -240,8 +240,13 @@ def tokenizer_of(folder: Path) -> CLIPTokenizer:
 
 def parameters(held: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, int]:
     """How many numbers each part of a file holds."""
+    return by_part({name: prod(shape) for name, shape in held.items()}, layout)
+
+
+def by_part(amounts: Mapping[str, int], layout: Layout) -> dict[str, int]:
+    """How much each part of a file holds, by how much each of its tensors does."""
     return {
-        part: sum(prod(shape) for name, shape in held.items() if name.startswith(prefix))
+        part: sum(amount for name, amount in amounts.items() if name.startswith(prefix))
         for part, prefix in layout.prefixes.items()
     }
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from clip_core.fit import check_fit, misshaped
 from clip_core.wording import one_line
 
+SAID = "__metadata__"  # what a header of safetensors says beside its tensors
 ADAPTER = "adapter_config.json"  # for which transformers looks by itself where peft is installed
 
 
@@ -33,8 +34,10 @@ def check_weights(folder: Path) -> None:
         raise ValueError(f"model part '{folder}' has an {ADAPTER}, by which peft changes weights; load it by load_lora")
     if not (paths := weight_files(folder)):
         pickled = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        told = f"only {pickled[0]}, which is pickle and is never read" if pickled else "no .safetensors file"
-        raise ValueError(f"model part '{folder}' has {told}; save the model with safe_serialization=True")
+        told = "no .safetensors file; fetch it again"
+        if pickled:
+            told = f"only {pickled[0]}, which is pickle and is never read; save the model with safe_serialization=True"
+        raise ValueError(f"model part '{folder}' has {told}")
     for path in paths:
         shapes(path)
 
@@ -69,6 +72,13 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """What a file holds, by its header alone; ValueError that names a missing or damaged one."""
     with opened(path) as weights:
         return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+
+def sizes(path: Path) -> dict[str, int]:
+    """The bytes of each tensor of a file, by its header alone; ValueError that names a missing or damaged one."""
+    with opened(path), path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: told["data_offsets"][1] - told["data_offsets"][0] for name, told in header.items() if name != SAID}
 
 
 def held(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -76,9 +76,9 @@ def without_conv_in(path: Path) -> None:
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
-    (UNET, Path.unlink, "unet' has no .safetensors file"),
+    (UNET, Path.unlink, "unet' has no .safetensors file; fetch it again"),
     (UNET, cut, "unet/diffusion_pytorch_model.safetensors' is damaged"),
-    (UNET, pickled, "is pickle and is never read"),
+    (UNET, pickled, "is pickle and is never read; save the model with safe_serialization=True"),
     (UNET, without_conv_in, "unet' is damaged: weight conv_in.weight is missing"),
     ("unet/config.json", Path.unlink, "unet/config.json' is missing"),
     ("vae/config.json", no_text, "vae/config.json' is damaged"),

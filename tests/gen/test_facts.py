@@ -64,3 +64,12 @@ def test_no_weight_is_read(tiny_folder: Path, tmp_path: Path) -> None:
     path.write_bytes(blob)
     facts = facts_of(str(folder))
     assert facts["parts"] == whole["parts"] and facts["hash"] != whole["hash"]
+
+
+@pytest.mark.parametrize("part", ["vae", "clip", "text_encoder"])
+def test_weights_that_are_missing_are_told(tiny_folder: Path, tmp_path: Path, part: str) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (path,) = (folder / part).glob("*.safetensors")
+    path.unlink()
+    with pytest.raises(ValueError, match=f"model part '.*{part}' has no .safetensors file; fetch it again"):
+        facts_of(str(folder))

@@ -110,6 +110,7 @@ def test_info_reads_headers_alone(files: dict[str, Path], folders: dict[str, Pat
     assert file["family"] == folder["family"]
     for part in ("unet", "vae"):
         assert file["parts"][part]["parameters"] == folder["parts"][part]["parameters"] > 0
+        assert file["parts"][part]["bytes"] == 4 * file["parts"][part]["parameters"]  # without the header's
     assert file["told"]["scheduler"] == folder["told"]["scheduler"]
 
 
