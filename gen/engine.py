@@ -60,8 +60,10 @@ class Engine(Generic[R]):
         max_rows: int | None = None,  # rows in flight at most; None: as memory allows
         buckets: Buckets | None = None,  # what is known of the memory that calls take; None: nothing yet
         clock: Callable[[], float] = monotonic,  # seconds, by which budgets are spent
+        check: Callable[[Job], None] | None = None,  # refuses what would not fit, asked while nothing is in flight
     ) -> None:
         self.model = model
+        self._check = check
         self._conclude = conclude
         self._max_rows = max_rows
         self._clock = clock
@@ -97,6 +99,8 @@ class Engine(Generic[R]):
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             schedule_of(self.model.levels, settings)  # may refuse the sampler
         job.search.check(self._lead.asked(job))
+        if self._check is not None and not self._unsettled:  # or what is free now says little
+            self._check(job)
         deadline = None if job.budget is None else self._clock() + job.budget
         with self._changed:
             if self._is_closed:

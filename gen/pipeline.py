@@ -36,6 +36,7 @@ from gen.families import FAMILIES, Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.request import Candidate, Job, Request, asks_clip, check_shown
+from gen.room import check_picture
 from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
@@ -457,7 +458,15 @@ class TextToImage:
         """
         if max_rows is not None:
             max_rows = whole("max_rows", max_rows, 1, hint="None: as memory allows")
-        return Engine(self.model, self._result, max_rows=max_rows, buckets=self._buckets)
+        return Engine(self.model, self._result, max_rows=max_rows, buckets=self._buckets, check=self._check_room)
+
+    def _check_room(self, job: Job) -> None:
+        """ValueError for pictures of which a single one cannot be held in memory."""
+        is_decoded = job.rank or job.output_type != "latent"
+        for settings in {id(each.settings): each.settings for each in job.candidates}.values():
+            numbers = self.model.held_at_once(settings, is_decoded)
+            width = min(self.dtype.itemsize, self.model.unet.dtype.itemsize)
+            check_picture(numbers * width, self.model.device, settings)
 
     @torch.no_grad()
     def repaint(self, record: Mapping[str, Any], images: Sequence[Picture] = ()) -> Tensor:
@@ -514,6 +523,8 @@ class TextToImage:
 
     def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""
+        for job in jobs:
+            self._check_room(job)
         engine = self.engine(max_rows=max_rows)
         try:
             futures = [engine.submit(job, callback=callback) for job in jobs]

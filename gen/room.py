@@ -1,10 +1,11 @@
-"""Whether a machine has room for a model, asked before any memory is taken for it; in one line that says how much."""
+"""Whether a machine has room for a model or a picture, asked before any memory is taken; in one line of how much."""
 
 from __future__ import annotations
 
 import torch
 
-from gen.memory import free_memory
+from gen.memory import MEMINFO, free_memory
+from gen.settings import Settings
 
 
 def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype, what: str) -> None:
@@ -15,3 +16,22 @@ def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype,
             f"model '{what}' needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, and "
             f"{free / 1e9:.1f} GB are free on {device}; take a smaller dtype, another device or a smaller model"
         )
+
+
+def check_picture(num_bytes: int, device: torch.device, settings: Settings) -> None:
+    """ValueError for a picture of which a network holds so many bytes at once, where a device cannot have them."""
+    free = free_memory(device)
+    if free is not None and num_bytes > free + (free_swap() if device.type == "cpu" else 0):
+        raise ValueError(
+            f"a picture of height {settings.height} and width {settings.width} needs {num_bytes / 1e9:.1f} GB at the "
+            f"very least, and {free / 1e9:.1f} GB are free on {device}; give a smaller one"
+        )
+
+
+def free_swap() -> int:
+    """Bytes that the machine can still put on a disk; 0 where nobody says."""
+    try:
+        told = [line.split()[1] for line in MEMINFO.read_text().splitlines() if line.startswith("SwapFree:")]
+        return sum(map(int, told)) * 1024
+    except (OSError, ValueError):
+        return 0

@@ -78,6 +78,16 @@ class LatentModel(Painter):
             return self.read_masked(pixels, white, image, is_painted)
         return Read(image, is_painted, is_held=True)
 
+    @property
+    @abstractmethod
+    def pixel_channels(self) -> int:
+        """Channels of the decoder's layers that are as large as the picture."""
+
+    def held_at_once(self, settings: Settings, is_decoded: bool) -> int:
+        """As of every family, or what the decoder's last layers read and answer, where that is more."""
+        decoded = 2 * self.pixel_channels * settings.height * settings.width if is_decoded else 0
+        return max(decoded, super().held_at_once(settings, is_decoded))
+
     def preview(self, latents: Tensor) -> Tensor:
         """The same as `decode`, cheaply and roughly; see `gen.preview`."""
         return self._look(latents)
@@ -109,6 +119,11 @@ class KLModel(LatentModel):
     def latent_channels(self) -> int:
         """C of the latents."""
         return self.vae.config.latent_channels
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of the decoder's layers that are as large as the picture; none where it goes tile by tile."""
+        return 0 if self.vae.use_tiling else self.vae.config.block_out_channels[0]
 
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""
@@ -174,6 +189,11 @@ class MoVQModel(LatentModel):
     def latent_channels(self) -> int:
         """C of the latents."""
         return self.movq.config.latent_channels
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of the decoder's layers that are as large as the picture."""
+        return self.movq.config.block_out_channels[0]
 
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""

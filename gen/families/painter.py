@@ -179,6 +179,14 @@ class Painter(ABC):
         """What the UNet is told between two texts."""
         return between(start, end, share)
 
+    def held_at_once(self, settings: Settings, is_decoded: bool) -> int:
+        """How many numbers a network holds at once for a picture, at the least: what its first layers read and answer.
+
+        Of one row, whatever computes it. `is_decoded`: whether pixels are made of it.
+        """
+        _, height, width = self.latent_shape(settings)
+        return 2 * self.unet.config.block_out_channels[0] * height * width
+
     def with_own_texts(self) -> Self:
         """The same, with text towers that neither CLIP nor a prior shares, so that they alone can be changed.
 

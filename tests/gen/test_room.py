@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from gen import TextToImage, room
+from gen import Request, TextToImage, room
 from gen.weights import numbers
 from tests.stock import edited
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_unclip
@@ -78,3 +79,40 @@ def test_a_prior_of_its_own_folder_needs_room_too(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(room, "free_memory", lambda device: 4 * (decoder + prior) - 1)
     with pytest.raises(ValueError, match="are free on cpu"):
         TextToImage.from_pretrained(of["decoder"], device="cpu", prior_model=of["prior"])
+
+
+def test_a_picture_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TextToImage.from_pretrained(folder, device="cpu")
+    vae, unet = model.model.parts()["vae"].config.block_out_channels[0], model.model.unet.config.block_out_channels[0]
+    least, latent = 4 * 2 * vae * 96 * 128, 4 * 2 * unet * (96 // 2) * (128 // 2)
+    asked = {"height": 96, "width": 128, "num_inference_steps": 1}
+    free = [least - 1]
+    monkeypatch.setattr(room, "free_memory", lambda device: free[0])
+    monkeypatch.setattr(room, "free_swap", lambda: 0)
+    told = r"a picture of height 96 and width 128 needs 0\.\d GB at the very least, and 0\.\d GB are free on cpu; give"
+    with pytest.raises(ValueError, match=told):
+        model("a star", **asked)
+    with model.engine() as engine, pytest.raises(ValueError, match=told):
+        engine.submit(Request(prompt="a star", **asked))
+    monkeypatch.setattr(room, "free_swap", lambda: 1)
+    assert model("a star", **asked).seeds
+    free[0] = latent
+    monkeypatch.setattr(room, "free_swap", lambda: 0)
+    assert model("a star", output_type="latent", **asked).seeds
+
+
+def test_less_is_asked_than_is_held_at_once_in_fact(folder: Path) -> None:
+    model = TextToImage.from_pretrained(folder, device="cpu").model
+    largest = 0
+
+    def note(module: torch.nn.Module, given: tuple[object, ...], answer: object) -> None:
+        nonlocal largest
+        if given and isinstance(given[0], torch.Tensor) and isinstance(answer, torch.Tensor):
+            largest = max(largest, given[0].numel() + answer.numel())
+
+    for module in (*model.unet.modules(), *model.parts()["vae"].modules()):
+        module.register_forward_hook(note)
+    TextToImage(model)("a star", height=96, width=128, num_inference_steps=1, guidance_scale=1.0)
+    settings = replace(model.abilities.defaults, height=96, width=128)
+    latent, decoded = (model.held_at_once(settings, is_decoded) for is_decoded in (False, True))
+    assert 0 < latent <= decoded <= largest
