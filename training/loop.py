@@ -38,10 +38,12 @@ from training.checkpoints import (
 )
 from training.optimizer import make_optimizer
 from training.order import Order
-from training.recipe import Recipe, TrainSection
+from training.recipe import Recipe, TrainSection, changes
 from training.task import Task
 
 logger = logging.getLogger(__name__)
+
+MOST_CHANGES = 5  # of a recipe that are named
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,11 @@ def check_place(recipe: Recipe) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"out {recipe.out!r} cannot be written: {nearest} is no folder that lets us; choose another")
     checkpoint = latest(out / "checkpoints")
-    if checkpoint is not None and read_state(checkpoint).get("recipe") != recipe.digest():
+    if checkpoint is not None and (state := read_state(checkpoint)).get("recipe") != recipe.digest():
+        told = changes(state.get("recipe_keys") or recipe.counted(), recipe.counted())  # older ones do not say theirs
+        what = f" ({', '.join(told[:MOST_CHANGES])}{', ...' if len(told) > MOST_CHANGES else ''})" if told else ""
         raise CheckpointError(
-            f"{checkpoint} was made by another recipe; choose another `out` or remove {out / 'checkpoints'}"
+            f"{checkpoint} was made by another recipe{what}; choose another `out` or remove {out / 'checkpoints'}"
         )
 
 
@@ -144,7 +148,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
             # the model first: a kill between the two must not leave the last checkpoint beside an older model
             with _evaluating(kept):
                 replace_folder(out / "model", lambda folder: task.save(kept, folder))
-            extra: dict[str, Any] = {"recipe": recipe.digest(), "reads": task.reads}
+            extra: dict[str, Any] = {"recipe": recipe.digest(), "recipe_keys": recipe.counted(), "reads": task.reads}
             extra["seconds"] = time.monotonic() - started
             extra["processes"] = accelerator.num_processes
             if accelerator.scaler is not None:

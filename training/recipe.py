@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -63,13 +63,18 @@ class Recipe(Section):
     init: str | None = None  # the folder of a trained network of the same shape to start from; None: random
     train: TrainSection
 
-    def digest(self) -> str:
-        """Names the recipe on checkpoints. Where and how often it writes, and reads, and how fast, do not count."""
+    def counted(self) -> dict[str, Any]:
+        """The keys that a training run depends on: not where and how often it writes, and reads, and how fast."""
         fields = self.model_dump(mode="json")
         for key in ("data", "out"):
             fields.pop(key)
         for key in ("compile", "workers", "log_every", "save_every", "sheet_every", "keep_checkpoints"):
             fields["train"].pop(key)
+        return fields
+
+    def digest(self) -> str:
+        """Names the recipe on checkpoints, by the keys that count."""
+        fields = self.counted()
         for section, key, before in ((fields, "init", None), (fields["train"], "optimizer", "adamw")):
             if section[key] == before:  # checkpoints from before the key was there keep their name
                 section.pop(key)
@@ -78,6 +83,24 @@ class Recipe(Section):
 
 S = TypeVar("S", bound=Section)
 N = TypeVar("N")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys in which two recipes differ, `train.steps was 2 and is 3`; one that is not there is null."""
+    first, second = flat(before), flat(now)
+    return [
+        f"{key} was {json.dumps(first.get(key))} and is {json.dumps(second.get(key))}"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key)
+    ]
+
+
+def flat(fields: Mapping[str, Any], outer: str = "") -> dict[str, Any]:
+    """A recipe's values by their keys, as overrides write them."""
+    found: dict[str, Any] = {}
+    for key, value in fields.items():
+        found |= flat(value, f"{outer}{key}.") if isinstance(value, dict) else {f"{outer}{key}": value}
+    return found
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -310,10 +310,18 @@ def test_how_often_it_writes_may_change_on_resume(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     train(Line(), recipe(tmp_path, steps=2), progress=False)
     before = sorted(tmp_path.rglob("*"))
+    what = r"train\.schedule was .* and is \"constant\", train\.steps was 2 and is 3"
     for check_it in (check_place, lambda asked: train(Line(), asked, progress=False)):
-        with pytest.raises(CheckpointError, match=r"step-00000002 was made by another recipe; choose another `out`"):
-            check_it(recipe(tmp_path, steps=3))
+        told = rf"step-00000002 was made by another recipe \({what}\); choose another `out`"
+        with pytest.raises(CheckpointError, match=told):
+            check_it(recipe(tmp_path, steps=3, schedule="constant"))
     assert sorted(tmp_path.rglob("*")) == before
+    path = checkpoint(tmp_path) / "state.json"
+    said = json.loads(path.read_text())
+    del said["recipe_keys"]  # as checkpoints were before
+    path.write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=r"step-00000002 was made by another recipe; choose another `out`"):
+        check_place(recipe(tmp_path, steps=3))
 
 
 def test_other_data_under_the_same_path_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
