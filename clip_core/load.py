@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -127,6 +127,8 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{index} is damaged: it has no weight_map")
+    if away := [name for name in shards.values() if not isinstance(name, str)]:
+        raise ValueError(f"{index} is damaged: it names {away[0]!r}, which is no file")
     files = [folder / Path(name).name for name in sorted(set(shards.values()))]
     for path in files:
         if not path.is_file():
@@ -253,12 +255,28 @@ def _open_clip_tokenizer(name: str) -> Any:
 
 
 def _download(repository: str) -> Path:
-    """The repository's top folder from the hub, or from the cache when offline."""
-    patterns = [*(f"*{suffix}" for suffix in SAID), "*.safetensors"]
+    """The repository's top folder from the hub, as far as it is read, or from the cache when offline."""
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        try:
+            names = list_repo_files(repository)
+        except HfHubHTTPError:  # the hub has answered, and there is nothing to be had
+            raise
+        except Exception:  # it cannot be reached, whatever the client's own library calls that, or must not be
+            # no patterns: the copy may lack what was never asked for, which the client would refuse
+            return Path(snapshot_download(repository, local_files_only=True, allow_patterns=[]))
+        return Path(snapshot_download(repository, allow_patterns=_needed(names)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"CLIP {repository!r} is no folder and not on the hub: {one_line(error)}") from error
+
+
+def _needed(names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that a CLIP is loaded from: what is said at the top, and one library's weights."""
+    tops = [name for name in names if "/" not in name]
+    known = (WEIGHTS,) if "config.json" in tops else OPEN_CLIP_WEIGHTS
+    weights = [name for name in known if name in tops][:1]
+    if not weights:  # shards, whose names an index says
+        weights = [name for name in tops if name.endswith(".safetensors") and name not in OPEN_CLIP_WEIGHTS]
+    return [*(name for name in tops if name.endswith(SAID)), *weights]
 
 
 def _no_weights(folder: Path, wanted: str) -> ValueError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,8 +25,10 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from clip_core import load
 from clip_core.clip import CLIP, Tokens
 from clip_core.preprocess import Preprocess
+from tests.hub import cached
 from tests.tiny import (
     LENGTH,
     WIDTH,
@@ -284,6 +287,54 @@ def test_sharded_weights(folder: Path, tmp_path: Path, clip: CLIP, stock: CLIPMo
     shards[0].unlink()
     with pytest.raises(ValueError, match=f"{shards[0].name} is missing"):
         CLIP.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"logit_scale": 3}}))
+    with pytest.raises(ValueError, match=r"index\.json is damaged: it names 3, which is no file"):
+        CLIP.from_pretrained(tmp_path)
+
+
+SAID = ["config.json", "tokenizer.json", "preprocessor_config.json"]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+OTHERS = ["README.md", "pytorch_model.bin", "open_clip_pytorch_model.bin", "sub/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("there", "fetched"),
+    [
+        (["model.safetensors", "open_clip_model.safetensors"], ["model.safetensors"]),
+        (["open_clip_config.json", "open_clip_model.safetensors", "model.safetensors"], None),
+        (["model.safetensors.index.json", *SHARDS, "open_clip_model.safetensors"], [*SHARDS]),
+    ],
+)
+def test_of_a_hub_repository_only_what_is_read_is_fetched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, there: list[str], fetched: list[str] | None
+) -> None:
+    """As LAION's hold a CLIP for both libraries."""
+    asked: list[str] = []
+
+    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    said = SAID if fetched is not None else SAID[1:]  # without config.json it is open_clip's
+    monkeypatch.setattr(load, "list_repo_files", lambda repository: [*said, *there, *OTHERS])
+    monkeypatch.setattr(load, "snapshot_download", snapshot)
+    CLIP.from_pretrained("someone/clip")
+    beside = [name for name in there if name.endswith(".json")]
+    assert set(asked) == {*said, *beside, *(fetched or ["open_clip_model.safetensors"])}
+
+
+def test_without_network_the_cache_has_the_clip(
+    folder: Path, tmp_path: Path, clip: CLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(repository: str) -> list[str]:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    shutil.copytree(folder, cached(tmp_path, "someone", "clip"))
+    monkeypatch.setattr(load, "list_repo_files", unreachable)
+    assert torch.equal(CLIP.from_pretrained("someone/clip").text(TEXTS).tokens, clip.text(TEXTS).tokens)
+    with pytest.raises(ValueError, match="CLIP 'someone/else' is no folder and not on the hub"):
+        CLIP.from_pretrained("someone/else")
 
 
 def one_line(error: pytest.ExceptionInfo[ValueError], *words: str) -> None:
