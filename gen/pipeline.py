@@ -514,6 +514,7 @@ class TextToImage:
 
         It is there whole or not at all. ValueError for a folder that holds something, or cannot be written.
         """
+        check_name("folder", folder)
         model, folder = self.model, Path(folder)
         with whole_folder(folder) as fresh:
             checkpoint.save(fresh, model.saved_as, model.parts(), model.clip_beside, self.card, dtype, model.index)

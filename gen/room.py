@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from gen.memory import MEMINFO, free_memory
+from gen.memory import CONTROL_GROUP, MEMINFO, free_memory
 from gen.settings import Settings
 
 
@@ -21,17 +23,22 @@ def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype,
 def check_picture(num_bytes: int, device: torch.device, settings: Settings) -> None:
     """ValueError for a picture of which a network holds so many bytes at once, where a device cannot have them."""
     free = free_memory(device)
-    if free is not None and num_bytes > free + (free_swap() if device.type == "cpu" else 0):
+    if free is not None and num_bytes > free + (reserve() if device.type == "cpu" else 0):
         raise ValueError(
             f"a picture of height {settings.height} and width {settings.width} needs {num_bytes / 1e9:.1f} GB at the "
             f"very least, and {free / 1e9:.1f} GB are free on {device}; give a smaller one"
         )
 
 
-def free_swap() -> int:
-    """Bytes that the machine can still put on a disk; 0 where nobody says."""
+def reserve() -> int:
+    """Bytes that a machine may find beyond what is free: on a disk, and in files that a container has read of late."""
+    return of_lines(MEMINFO, "SwapFree:") * 1024 + of_lines(CONTROL_GROUP / "memory.stat", "active_file")
+
+
+def of_lines(path: Path, name: str) -> int:
+    """The number behind a name in a file of lines; 0 where there is none."""
     try:
-        told = [line.split()[1] for line in MEMINFO.read_text().splitlines() if line.startswith("SwapFree:")]
-        return sum(map(int, told)) * 1024
+        lines = (line.split() for line in path.read_text().splitlines())
+        return next((int(words[1]) for words in lines if words[:1] == [name]), 0)
     except (OSError, ValueError):
         return 0

@@ -250,6 +250,8 @@ def test_save_takes_a_new_folder_or_an_empty_one(tiny: TextToImage, tmp_path: Pa
 
 
 def test_save_where_nothing_can_be_made(tiny: TextToImage, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="folder=None is of type NoneType; give a name or a path"):
+        tiny.save(None)  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     for folder in (Path("/proc/x"), tmp_path / "file" / "x"):
         with pytest.raises(ValueError, match=rf"folder '{folder}' cannot be written \(.*\); choose another") as caught:

@@ -88,16 +88,16 @@ def test_a_picture_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     asked = {"height": 96, "width": 128, "num_inference_steps": 1}
     free = [least - 1]
     monkeypatch.setattr(room, "free_memory", lambda device: free[0])
-    monkeypatch.setattr(room, "free_swap", lambda: 0)
+    monkeypatch.setattr(room, "reserve", lambda: 0)
     told = r"a picture of height 96 and width 128 needs 0\.\d GB at the very least, and 0\.\d GB are free on cpu; give"
     with pytest.raises(ValueError, match=told):
         model("a star", **asked)
     with model.engine() as engine, pytest.raises(ValueError, match=told):
         engine.submit(Request(prompt="a star", **asked))
-    monkeypatch.setattr(room, "free_swap", lambda: 1)
+    monkeypatch.setattr(room, "reserve", lambda: 1)
     assert model("a star", **asked).seeds
     free[0] = latent
-    monkeypatch.setattr(room, "free_swap", lambda: 0)
+    monkeypatch.setattr(room, "reserve", lambda: 0)
     assert model("a star", output_type="latent", **asked).seeds
 
 
@@ -116,3 +116,14 @@ def test_less_is_asked_than_is_held_at_once_in_fact(folder: Path) -> None:
     settings = replace(model.abilities.defaults, height=96, width=128)
     latent, decoded = (model.held_at_once(settings, is_decoded) for is_decoded in (False, True))
     assert 0 < latent <= decoded <= largest
+
+
+def test_what_a_machine_may_find_beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 5 kB\nSwapFree:        3 kB\n")
+    monkeypatch.setattr(room, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(room, "CONTROL_GROUP", tmp_path)
+    assert room.reserve() == 3 * 1024
+    (tmp_path / "memory.stat").write_text("inactive_file 9\nactive_file 7\n")
+    assert room.reserve() == 3 * 1024 + 7
+    (tmp_path / "meminfo").unlink()
+    assert room.reserve() == 7
