@@ -10,6 +10,8 @@ import re
 import sys
 import time
 from dataclasses import replace
+from itertools import dropwhile
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -331,8 +333,10 @@ def generate(
 
 
 def score(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="What it may show.")],
+    given: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE... TEXT", help="Picture files, and behind them what they may show."),
+    ],
     more: Annotated[
         list[Path] | None,
         typer.Option("--image", "-i", metavar="IMAGE", help="A further picture; repeatable."),
@@ -345,15 +349,13 @@ def score(
     ] = DEFAULT_MODEL,
     as_json: AsJson = False,
 ) -> None:
-    """Say how well IMAGE fits each TEXT: the cosine of their CLIP embeddings, from -1 to 1.
+    """Say how well each IMAGE fits each TEXT: the cosine of their CLIP embeddings, from -1 to 1.
 
-    A SigLIP says beside it how likely they belong together, in percent.
+    All files that come first are pictures, the rest are texts. A SigLIP says beside it how likely they belong together,
+    in percent.
     """
     with speaking("score"):
-        check_text(*texts)
-        if any(not text.strip() for text in texts):
-            raise ValueError("a text is empty; say in words what the picture may show")
-        paths = [image, *(more or [])]
+        paths, texts = _pictures_and_texts(given, more or [])
         pictures = [read_picture(path) for path in paths]
         rows = _scores(model, pictures, texts)
     scores = [
@@ -540,6 +542,28 @@ def _summary(answer: dict[str, Any]) -> list[str]:
         f"({seconds['load']:.1f} s to load), peak memory {_size(answer['peak_memory_bytes']['host'])}"
     )
     return lines
+
+
+def _pictures_and_texts(given: list[str], more: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files at the head of what was given, with more, and the texts behind them; ValueError where one is missing.
+
+    What stands among the texts and is a file, or has a picture's ending, was hardly meant as words, so it is refused.
+    """
+    texts = list(dropwhile(isfile, given))  # not Path.is_file, which raises where a text is too long for a name
+    paths = [*map(Path, given[: len(given) - len(texts)]), *more]
+    check_text(*texts)
+    if any(not text.strip() for text in texts):
+        raise ValueError("a text is empty; say in words what the picture may show")
+    for text in texts:
+        if isfile(text):
+            raise ValueError(f"picture '{text}' stands behind a text; give all pictures first, then TEXT...")
+        if Path(text).suffix.lower() in Image.registered_extensions():
+            raise ValueError(f"picture '{text}' does not exist; give image files, then TEXT...")
+    if not paths:
+        raise ValueError(f"no picture is given, for '{texts[0]}' is no file; give IMAGE... before TEXT...")
+    if not texts:
+        raise ValueError("no text is given; say in words what the pictures may show: IMAGE... TEXT...")
+    return paths, texts
 
 
 def _scores(model: str, pictures: list[Image.Image], texts: list[str]) -> list[list[dict[str, float]]]:

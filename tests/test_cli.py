@@ -600,6 +600,21 @@ def test_score_is_what_ranked_the_picture(painted: Path, tiny: Path, capsys: pyt
     assert PROMPT in capsys.readouterr().out
 
 
+def test_all_files_that_come_first_are_pictures(painted: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted(painted.glob("0*.png"))
+    words = "a text far too long for the name of a file " * 9
+    told = answer(capsys, "score", *files, PROMPT, words, "--model", tiny)["scores"]
+    assert [(Path(one["image"]), one["text"]) for one in told] == [(path, t) for path in files for t in (PROMPT, words)]
+    (alone,) = answer(capsys, "score", "-i", files[0], PROMPT, "--model", tiny)["scores"]
+    assert alone["score"] == pytest.approx(told[0]["score"], abs=1e-6)
+    asked = ("--model", tiny)
+    assert "no text is given" in refused(capsys, "score", *files, *asked)
+    assert "no picture is given, for 'a star' is no file" in refused(capsys, "score", "a star", PROMPT, *asked)
+    assert "stands behind a text" in refused(capsys, "score", files[0], PROMPT, files[1], *asked)
+    gone = painted / "gone.png"
+    assert f"'{gone}' does not exist" in refused(capsys, "score", files[0], gone, PROMPT, *asked)
+
+
 def test_score_refuses_what_it_cannot_read(
     painted: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
