@@ -560,6 +560,9 @@ class TextToImage:
         """The pictures of one request: the best of those painted, as it wants them."""
         candidates, n = job.candidates, job.num_images_per_prompt
         scores = scores_of(painted) if job.rank else None
+        for index, score in (scores or {}).items():  # whether these are numbers says whether the pictures are
+            if not math.isfinite(score):
+                raise self._not_finite(candidates[index])
         if scores is None:
             order = drawing_order(len(candidates), n)
         else:
@@ -569,9 +572,14 @@ class TextToImage:
             order = [diverse(painted, group, job.keep) for group in order]
         kept = [index for group in order for index in group if index in painted]
         among = set(kept)
-        pictures = [painted[i].latents if job.output_type == "latent" else painted[i].pixels for i in kept]
+        found_of = {i: painted[i].latents if job.output_type == "latent" else painted[i].pixels for i in kept}
+        pictures = {i: each for i, each in found_of.items() if each is not None}
+        whole = torch.stack([each.isfinite().all() for each in pictures.values()]).tolist()  # waited for once
+        for index, is_finite in zip(pictures, whole, strict=True):
+            if not is_finite:
+                raise self._not_finite(candidates[index])
         return Result(
-            images=as_output([each for each in pictures if each is not None], job.output_type),
+            images=as_output([*pictures.values()], job.output_type),
             scores=None if scores is None else [scores[i] for i in kept],
             seeds=[candidates[i].seed for i in kept],
             prompts=[candidates[i].prompt for i in kept],
@@ -582,6 +590,19 @@ class TextToImage:
             ],
             account=account,
         )
+
+    def _not_finite(self, candidate: Candidate) -> ValueError:
+        """What is said of a picture in which numbers are NaN or infinite: what may have made them so."""
+        settings = candidate.settings
+        names = ["guidance_scale", "clip_guidance_scale", "s_churn", "s_noise"]
+        names += ["prior_guidance_scale"] * settings.prior
+        factors = {f"{name}={value:g}": value for name in names if (value := getattr(settings, name)) is not None}
+        factors |= {f"the scale of {each}": abs(each.scale) for each in self.adapters if each.scale is not None}
+        largest = max(factors, key=lambda told: factors[told])
+        ways = [f"lower {largest}"] if factors[largest] > 1 else []
+        ways += [f"compute in float32, not {name_of(self.dtype)}"] if self.dtype != torch.float32 else []
+        told = f"the picture of seed {candidate.seed} came out as numbers that are not finite"
+        return ValueError(f"{told}; {', or '.join(ways) or 'the weights of its model may be damaged'}")
 
     @cached_property
     def _computed(self) -> dict[str, str]:

@@ -310,6 +310,7 @@ MISTAKES = {
     "too large a seed": ("--seed 4294967296", "--seed 4294967296 is out of range"),
     "guidance below one": ("--guidance 0.5", "--guidance 0.5 is out of range"),
     "guidance not a number": ("--guidance nan", "--guidance nan is"),
+    "guidance beyond all numbers": ("-n 2 --guidance 1e38", "numbers that are not finite; lower --guidance 1e+38"),
     "eta above one": ("--eta 2", "--eta 2.0 is out of range; give a number from 0 to 1"),
     "unknown attention": ("--attention flsh", "attention 'flsh' is unknown; choose from: auto, sdpa, flash, cudnn"),
     "attention of another device": ("--attention cudnn", "attention 'cudnn' does not run in float32 on cpu"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gen import Cancelled, Step, TextToImage
+from gen import Cancelled, Request, Step, TextToImage
 from gen.checkpoint import Card
 from gen.pipeline import computed
 from gen.search import best_first, drawing_order
@@ -57,6 +57,30 @@ def test_without_ranking_drawing_order(tiny: TextToImage) -> None:
     result = tiny(PROMPTS, num_images_per_prompt=3, seed=[10, 20], rerank=False)
     assert result.scores is None and result.seeds == [10, 11, 12, 20, 21, 22]
     assert all(record["score"] is None for record in result.records)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "pt", "np", "latent"])
+@pytest.mark.parametrize("rerank", [True, False])
+def test_numbers_that_are_not_finite_are_an_error_of_their_request(
+    tiny: TextToImage, output_type: str, rerank: bool
+) -> None:
+    asked = {"num_inference_steps": 2, "seed": 3, "output_type": output_type, "rerank": rerank}
+    with warnings.catch_warnings(), tiny.engine() as engine:
+        warnings.simplefilter("error")
+        bad = engine.submit(Request(prompt=PROMPTS[0], guidance_scale=1e38, **asked))
+        good = engine.submit(Request(prompt=PROMPTS[1], num_images_per_prompt=2, **asked))
+        message = r"the picture of seed 3 came out as numbers that are not finite; lower guidance_scale=1e\+38$"
+        with pytest.raises(ValueError, match=message):
+            bad.result()
+        assert good.result().seeds in ([3, 4], [4, 3])
+
+
+def test_one_candidate_that_is_not_finite_is_told_though_others_are_kept(tiny: TextToImage) -> None:
+    latents = torch.randn(2, 4, 8, 8)
+    latents[1, 0, 0, 0] = 1e38
+    asked = {"num_images_per_prompt": 2, "latents": latents, "num_inference_steps": 2, "guidance_scale": 1.0}
+    with pytest.raises(ValueError, match=r"picture of seed 8 .*; the weights of its model may be damaged"):
+        tiny(PROMPTS[0], keep=1, seed=7, prior=False, **asked)
 
 
 def test_no_seed_draws_one_and_reports_it(tiny: TextToImage) -> None:
