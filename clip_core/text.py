@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from clip_core.device import sent
+from clip_core.wording import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def warn_cut(texts: Sequence[str], lengths: Sequence[int], length: int) -> None:
     """Say in the log which texts are longer than a tower reads."""
     for text, given in zip(texts, lengths, strict=True):
         if given > length:
-            logger.warning("a text of %d tokens is cut to %d: %r", given, length, text)
+            logger.warning("a text of %d tokens is cut to %d: %s", given, length, quoted(text))
 
 
 def skip(states: Sequence[Tensor], clip_skip: int) -> Tensor:

@@ -6,6 +6,7 @@ Pillow and JSON alone; what a record says is the pipeline's, and this module mus
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -164,9 +165,10 @@ def _tile_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Text in one line, cut with an ellipsis where it is wider than the room it has."""
-    text = " ".join(text.split())
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"
+    line = " ".join(text.split())
+    most = min(len(line), width)  # letters, which are a pixel wide at least
+    if len(line) == most and draw.textlength(line, font) <= width:
+        return line
+    too_wide = range(1, most + 1)  # by how many letters
+    fitting = bisect_left(too_wide, True, key=lambda number: draw.textlength(line[:number] + "…", font) > width)
+    return line[:fitting] + "…"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clip_core.device import sent
 from clip_core.text import Piece, TextTower
+from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
 from gen.attention import reading, seeing
 from gen.conditioning import Condition, Conditions, Table, Told
@@ -200,7 +201,8 @@ class Reader(Painter):
         What is told of it pooled is told of its first piece.
         """
         if (needed := self.text.num_pieces(pieces[0].parts)) > len(pieces):
-            logger.warning("a text of %d pieces is cut to %d: %r", needed, len(pieces), pieces[0].parts)
+            text = "".join(said for said, _ in pieces[0].parts)
+            logger.warning("a text of %d pieces is cut to %d: %s", needed, len(pieces), quoted(text))
         return self.joined(pieces, self.read(pieces, clip_skip))
 
     def weighed(self, pieces: Sequence[Piece], states: Sequence[Tensor | None], empty: Tensor | None) -> Tensor:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from gen.picture import TILE, Writer, contact_sheet, largest_difference, read_picture, read_png, write_png
+from gen.picture import TILE, Writer, _fit, contact_sheet, largest_difference, read_picture, read_png, write_png
 
 RECORD = {
     "prompt": "ein großer Kreis, 赤い円 🙂",
@@ -151,3 +151,16 @@ def test_sheet_takes_any_size_and_long_captions() -> None:
         assert sheet.width < 1500 and sheet.height < 800
     with pytest.raises(ValueError, match="one caption per picture"):
         contact_sheet([noise(0)], [])
+
+
+def test_a_line_is_cut_where_it_would_be_too_wide_and_in_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(size=12)
+    for text, width in (("a red star above a blue circle", 90), ("a star", 90), ("", 90), ("wide", 3), ("i" * 99, 400)):
+        cut = _fit(draw, text, font, width)
+        fitting = [k for k in range(len(text) + 1) if draw.textlength(text[:k] + "…", font) <= width]
+        assert cut == (text if draw.textlength(text, font) <= width else text[: max(fitting, default=0)] + "…")
+    measured = []
+    length = draw.textlength
+    monkeypatch.setattr(draw, "textlength", lambda text, font: measured.append(len(text)) or length(text, font))
+    assert _fit(draw, "w " * 100_000, font, 500).endswith("…")
+    assert len(measured) < 20 and max(measured) <= 501
