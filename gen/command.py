@@ -16,6 +16,7 @@ verb's own packages raised: by the rule of this code base that is what a user ca
 1 anything else.
 """
 
+import inspect
 import os
 import sys
 import traceback
@@ -100,7 +101,7 @@ def _run(verb: Verb, arguments: list[str]) -> int:
             target = app
         try:
             # Not typer's standalone mode, whose usage errors fill a box; here Exit comes back as a number.
-            status = typer.main.get_command(target).main(arguments, prog_name=who, standalone_mode=False)
+            status = _as_written(typer.main.get_command(target)).main(arguments, prog_name=who, standalone_mode=False)
         except typer.TyperException as error:
             return _tell(who, f"{error.format_message()} (see {who} --help)", error.exit_code)
         except typer.Abort:
@@ -122,6 +123,25 @@ def _run(verb: Verb, arguments: list[str]) -> int:
             return _tell(who, str(error), FAILED)
         traceback.print_exc()
         return _tell(who, f"failed with {type(error).__name__}: {error}", FAILED)
+
+
+def _as_written(command: Any) -> Any:
+    """A typer command whose help is shown as its source has it: square brackets are themselves, lines are joined.
+
+    typer has rich read them as markup, which leaves `[word]` out, and keeps the line breaks of a docstring.
+    """
+    import typer
+
+    if typer.core.HAS_RICH:
+        from rich.markup import escape
+
+        for each in (command, *command.params):
+            if written := getattr(each, "help", None):
+                paragraphs = (" ".join(paragraph.split()) for paragraph in inspect.cleandoc(written).split("\n\n"))
+                each.help = escape("\n\n".join(paragraphs))
+        for each in getattr(command, "commands", {}).values():
+            _as_written(each)
+    return command
 
 
 def _package(entry: EntryPoint) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 
@@ -96,6 +98,31 @@ def test_what_few_need_has_a_panel_of_its_own(capsys: pytest.CaptureFixture[str]
     for name in ("attention", "s_churn", "guidance_rule", "weak_unet", "apg_eta", "clip_guidance_scale"):
         option = f"--{name.replace('_', '-')}"
         assert option in panel and option not in common
+
+
+def written_help(words: list[str], shown: Any) -> Iterator[tuple[list[str], str]]:
+    """What to type, and every paragraph of help that the command, its options and its commands have in the source."""
+    for each in (shown, *shown.params):
+        yield from ((words, paragraph) for paragraph in (getattr(each, "help", None) or "").split("\n\n"))
+    for name, below in getattr(shown, "commands", {}).items():
+        yield from written_help([*words, name], below)
+
+
+@pytest.mark.parametrize("verb", list(command.verbs()))
+def test_help_has_every_word_of_its_source(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # so that nothing is wrapped
+    target = command.verbs()[verb].entry.load()
+    if not isinstance(target, typer.Typer):
+        target, function = typer.Typer(add_completion=False), target
+        target.command()(function)
+    told: dict[str, str] = {}
+    for words, paragraph in written_help([verb], typer.main.get_command(target)):
+        if (typed := " ".join(words)) not in told:
+            assert command.main([*words, "--help"]) == 0
+            told[typed] = " ".join(capsys.readouterr().out.split())
+        assert " ".join(paragraph.split()) in told[typed]
 
 
 def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
