@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,10 @@ def test_the_command_line_section_runs_as_typed(tmp_path: Path) -> None:
 
 def test_the_python_section_runs(tmp_path: Path) -> None:
     names: dict[str, object] = {}
-    for block in blocks("From Python", "python"):
-        exec(block, names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".* is ignored: ")  # no example gives what counts for nothing
+        for block in blocks("From Python", "python"):
+            exec(block, names)
     result = names["result"]
     assert len(result.images) == len(result.scores) == len(result.seeds) == 4  # type: ignore[attr-defined]
     assert result.scores == sorted(result.scores, reverse=True)  # type: ignore[attr-defined]
