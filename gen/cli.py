@@ -197,7 +197,8 @@ def generate(
 ) -> None:
     """Paint N candidates of PROMPT, let CLIP rank them and keep the best K.
 
-    Writes the kept pictures, best first, and sheet.png with every candidate. Other defaults are the model's.
+    Writes the kept pictures, best first, and sheet.png: with every candidate, or with the kept ones alone where
+    --budget, --diverse or a --search other than best_of was given. Other defaults are the model's.
     """
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 PARTS = ("clip", "vae", "prior", "decoder", "draft", "bundle")
+RECIPES = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))  # that come with it
 
 data = typer.Typer(no_args_is_help=True)
 
@@ -25,15 +26,16 @@ def train(
     part: Annotated[str, typer.Argument(metavar="|".join(PARTS), help="What to train; `bundle` joins the parts.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys, as in train.steps=2000."),
+        typer.Argument(metavar="KEY=VALUE", help="Recipe keys, as in train.steps=2000."),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; the bundled ones are named below.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"A YAML recipe; in training/recipes are {', '.join(RECIPES)}."),
+    ] = None,
 ) -> None:
-    """Train a part from a recipe, going on from its newest checkpoint.
+    """Train a part from a recipe, going on from its newest checkpoint; or bundle trained parts as one model.
 
-    Bundled recipes, in training/recipes: shapes64_clip, shapes64_vae, shapes64_vae_decoder, shapes64_prior,
-    shapes64_decoder, shapes64_draft, shapes64_draft_lora, shapes64_bundle. Ctrl-C writes a checkpoint; the same
-    command goes on from it.
+    Ctrl-C writes a checkpoint; the same command goes on from it.
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r} is unknown; choose from: {', '.join(PARTS)}")

@@ -1,6 +1,7 @@
 """`unclip train` and `unclip data` as people type them."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -48,8 +49,10 @@ def test_the_parts_that_help_names_are_those_there_are(capsys: pytest.CaptureFix
     told = capsys.readouterr().out
     for part in PARTS:
         assert part in told
-        if f"shapes64_{part}" in told:
-            assert (ROOT / "training" / "recipes" / f"shapes64_{part}.yaml").is_file()
+    for recipe in (ROOT / "training" / "recipes").glob("*.yaml"):
+        assert re.search(rf"\b{recipe.stem}\b", told)
+    (line,) = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith('"train: ')]
+    assert all(part in line for part in PARTS)
 
 
 def test_mistakes_are_one_line(few_shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
