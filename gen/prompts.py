@@ -1,8 +1,13 @@
-"""Prompts in which some words count more than others: `(word:1.3)`, `(word)`, `[word]`.
+r"""Prompts in which some words count more than others: `(word:1.3)`, `(word)`, `[word]`.
 
 The grammar that most users of Stable Diffusion know: round brackets multiply by the number behind the colon, or by 1.1;
 square ones divide by 1.1; they nest; a backslash before a bracket or a backslash means that character. Nothing here
 knows models or tokens.
+
+A number between a colon and a closing round bracket is always a weight, whatever the words before: `(a ratio 3:4)` says
+"a ratio 3" with weight 4, as in other programs, and `(a ratio 3:4:1.1)` or `\(a ratio 3:4\)` says the ratio. What looks
+like a weight and is none, such as `(red:1,3)` or `[red:1.3]`, is refused: as words nobody would see that it counts for
+nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +18,12 @@ from dataclasses import dataclass
 STEP = 1.1  # what a pair of brackets without a number multiplies by, or divides by
 MOST = 10.0  # a weight is from 0 to this
 
-TOKEN = re.compile(r"\\[\\()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
+TOKEN = re.compile(
+    r"\\[\\()\[\]]"
+    r"|:\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\)"  # a weight
+    r"|:\s*([+-]*[.,]?\d[\d.,eE+%_\s-]*)([)\]])"  # what looks like one
+    r"|[()\[\]]|[^\\()\[\]:]+|[:\\]"
+)
 CLOSES = {")": "(", "]": "["}
 
 
@@ -26,7 +36,7 @@ class Part:
 
 
 def parse(name: str, text: str) -> tuple[Part, ...]:
-    """The parts of a text in their order; ValueError for brackets that do not pair and weights out of range."""
+    """The parts of a text in their order; ValueError for brackets that do not pair and weights that are none."""
     found: list[Part] = []
     open_: list[tuple[str, int]] = []  # brackets, and how many parts were found before each
 
@@ -44,6 +54,11 @@ def parse(name: str, text: str) -> tuple[Part, ...]:
             open_.append((token, len(found)))
         elif match[1] is not None:
             close("(", float(match[1]))
+        elif match[2] is not None:
+            close(CLOSES[match[3]], 1.0)
+            told = f"'{match[2].strip()}', which is no weight" if match[3] == ")" else "a number in square brackets"
+            way = f"write it as in (word:1.3), or \\{CLOSES[match[3]]} and \\{match[3]} for the brackets themselves"
+            raise ValueError(f"{name} {text!r} has {told}; {way}")
         elif token in CLOSES:
             close(CLOSES[token], STEP if token == ")" else 1 / STEP)
         else:
