@@ -9,6 +9,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,15 @@ SOFTWARE = "unclip"  # PNG's standard keyword `Software`; `Description` holds th
 TILE = 192  # px; small pictures are brought near this width: room for a score and the longest seed
 GAP, LINE = 8, 18  # px; between tiles, and one line of caption
 INK, PAPER, FRAME = (30, 30, 30), (255, 255, 255), (40, 140, 80)
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+LETTERS = 12  # px; their height
+# Fonts of many scripts that Linux, macOS and Windows have, by the names of their files; Pillow's own is of English.
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc"),
+    *("Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc"),
+    *("arial.ttf", "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "Nirmala.ttf"),
+)
 
 
 def write_png(picture: Image.Image, path: Path, record: dict[str, Any] | None = None) -> None:
@@ -129,7 +139,7 @@ def contact_sheet(
     columns = columns or max(4, round(len(pictures) ** 0.5))
     columns = min(columns, len(pictures))
     width, height = _tile_size(pictures[0].size)
-    font = ImageFont.load_default(size=12)
+    font = ImageFont.load_default(size=LETTERS)
     top = GAP + (LINE + GAP if title else 0)
     rows = -(-len(pictures) // columns)
     sheet = Image.new(
@@ -139,7 +149,8 @@ def contact_sheet(
     )
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((GAP, GAP), _fit(draw, title, font, sheet.width - 2 * GAP), INK, font)
+        heading = _font_for(title[: sheet.width])  # more do not fit
+        draw.text((GAP, GAP), _fit(draw, title, heading, sheet.width - 2 * GAP), INK, heading)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = GAP + index % columns * (width + GAP), top + index // columns * (height + LINE + GAP)
         larger = width >= picture.width
@@ -163,7 +174,32 @@ def _tile_size(size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _font_for(text: str) -> Font:
+    """Pillow's own font where it has every letter of a text, else the font of this machine that lacks the fewest."""
+    best: Font = ImageFont.load_default(size=LETTERS)
+    fewest = _num_lacking(best, text)
+    for name in FONTS:
+        if not fewest:
+            break
+        with suppress(OSError):  # it is not here
+            font = ImageFont.truetype(name, LETTERS)
+            if (lacking := _num_lacking(font, text)) < fewest:
+                best, fewest = font, lacking
+    return best
+
+
+def _num_lacking(font: Font, text: str) -> int:
+    """How many letters of a text a font has no picture of, so that it draws the box that stands for any such."""
+    box = _drawn(font, "\uffff")  # which is no letter and never will be
+    return sum(_drawn(font, letter) == box for letter in set(text) if letter.isprintable() and not letter.isspace())
+
+
+def _drawn(font: Font, letter: str) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
     """Text in one line, cut with an ellipsis where it is wider than the room it has."""
     line = " ".join(text.split())
     most = min(len(line), width)  # letters, which are a pixel wide at least

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from gen.picture import TILE, Writer, _fit, contact_sheet, largest_difference, read_picture, read_png, write_png
+from gen.picture import (
+    TILE,
+    Writer,
+    _fit,
+    _font_for,
+    _num_lacking,
+    contact_sheet,
+    largest_difference,
+    read_picture,
+    read_png,
+    write_png,
+)
 
 RECORD = {
     "prompt": "ein großer Kreis, 赤い円 🙂",
@@ -151,6 +162,23 @@ def test_sheet_takes_any_size_and_long_captions() -> None:
         assert sheet.width < 1500 and sheet.height < 800
     with pytest.raises(ValueError, match="one caption per picture"):
         contact_sheet([noise(0)], [])
+
+
+def test_a_title_in_another_script_is_drawn_where_a_font_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ImageFont.load_default(size=12).getname()
+    assert _font_for("a red star, 3 of 4 (50 %)").getname() == own  # type: ignore[union-attr]
+    monkeypatch.setattr("gen.picture.FONTS", ("no font.ttf",))
+    assert _font_for("красная звезда").getname() == own  # type: ignore[union-attr]
+    contact_sheet([noise(0)], ["a caption"], title="красная звезда\u0301 \ud800 🙂\n")
+    monkeypatch.undo()
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", 12)
+    except OSError:
+        pytest.skip("needs DejaVu Sans")
+    found = _font_for("grüne, красная звезда")
+    assert _num_lacking(found, "grüne, красная звезда") == 0
+    boxes, letters = (np.asarray(contact_sheet([noise(0)], ["c"], title=each)) for each in ("\uffff" * 7, "красная"))
+    assert not np.array_equal(boxes, letters)
 
 
 def test_a_line_is_cut_where_it_would_be_too_wide_and_in_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
