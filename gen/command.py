@@ -101,7 +101,9 @@ def _run(verb: Verb, arguments: list[str]) -> int:
             target = app
         try:
             # Not typer's standalone mode, whose usage errors fill a box; here Exit comes back as a number.
-            status = _as_written(typer.main.get_command(target)).main(arguments, prog_name=who, standalone_mode=False)
+            shown = _as_written(typer.main.get_command(target))
+            program, who = who, " ".join([who, *_chosen(shown, arguments)])
+            status = shown.main(arguments, prog_name=program, standalone_mode=False)
         except typer.TyperException as error:
             return _tell(who, f"{error.format_message()} (see {who} --help)", error.exit_code)
         except typer.Abort:
@@ -123,6 +125,14 @@ def _run(verb: Verb, arguments: list[str]) -> int:
             return _tell(who, str(error), FAILED)
         traceback.print_exc()
         return _tell(who, f"failed with {type(error).__name__}: {error}", FAILED)
+
+
+def _chosen(command: Any, arguments: Sequence[str]) -> list[str]:
+    """The names of a group's commands that were typed: `shapes` of `unclip data shapes`."""
+    below = getattr(command, "commands", {})
+    if not arguments or arguments[0] not in below:
+        return []
+    return [arguments[0], *_chosen(below[arguments[0]], arguments[1:])]
 
 
 def _as_written(command: Any) -> Any:

@@ -43,6 +43,24 @@ ALIKE = [  # by Python's own name
     *("thresholding", "dynamic_thresholding_ratio"),
 ]
 OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}
+# Names that are English words too: they are options where a sentence speaks of what was given.
+BARE = {name: option for name, option in OPTIONS.items() if "_" not in name} | {
+    "rerank": "--rerank",
+    "prior": "--prior",
+}
+SPOKEN = (
+    r"^{name}(?= (?:was|is|has|holds|and) )",
+    r"(?<=\bwithout ){name}(?=;)",
+    r"(?<=\bleave ){name}(?= out)",
+    r"(?<=\bgive ){name}(?= and |$)",
+    r"(?<=\bsmaller ){name}$",
+    r"(?<=\bwith ){name}$",
+    r"(?<=\bone of ){name}(?= and )",
+    r"(?<= and ){name}(?= (?:were both|was) given| to have )",
+)
+QUOTED = re.compile(
+    r"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)"
+)  # what a user gave, in an error's words; not the ' of a genitive
 
 
 @contextmanager
@@ -73,13 +91,18 @@ def say(verb: str, message: str) -> None:
 
 def in_options(message: str) -> str:
     """A message in the command line's words: `--steps` where Python says `num_inference_steps`."""
+    quoted = QUOTED.findall(message)
+    message = QUOTED.sub("\0", message)
     for word, flag in FLAGS.items():
         message = message.replace(word, flag)
     for name, option in OPTIONS.items():
         message = re.sub(rf"\b{name}=", f"{option} ", message)
-        if "_" in name:  # the others are English words too, and mean themselves without a value
-            message = re.sub(rf"\b{name}\b", option, message)
-    return message
+        if "_" in name:
+            message = re.sub(rf"(?<![\w/\\.-]){name}(?![\w/\\-]|\.\w)", option, message)  # and not in a path
+    for name, option in BARE.items():
+        message = re.sub("|".join(SPOKEN).format(name=name), option, message)
+    parts = message.split("\0")
+    return "".join(part + said for part, said in zip(parts, [*quoted, ""], strict=True))
 
 
 def check_text(*texts: str) -> None:

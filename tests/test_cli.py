@@ -351,6 +351,10 @@ MISTAKES = {
     "weaker network that is not there": ("--weak-unet nowhere", "model part 'nowhere' is missing"),
     "rule's number": ("--guidance-rule apg --apg-eta 2", "--apg-eta 2.0 is out of range; give a number from 0 to 1"),
     "interval upside down": ("--guidance-interval 3 1", "--guidance-interval (3.0, 1.0) is upside down"),
+    "strength alone": (
+        "--strength 0.5",
+        "--strength was given without --image; give the picture as well",
+    ),
     "steps in words": ("--steps many", "--steps"),
     "unknown option": ("--stpes 3", "--stpes"),
 }

@@ -17,12 +17,12 @@ from training.parts import PART_TASKS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
-    """Run `unclip train` with a mistake and return the one line it says."""
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path, of: str = "train") -> str:
+    """Run `unclip train`, or another command, with a mistake and return the one line it says."""
     capsys.readouterr()
-    assert command.main(["train", *map(str, words)]) == 2
+    assert command.main([*of.split(), *map(str, words)]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("unclip train: ")
+    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith(f"unclip {of}: ")
     return printed.err
 
 
@@ -77,6 +77,16 @@ def test_mistakes_are_one_line(few_shapes: Path, tmp_path: Path, capsys: pytest.
     words = ("--recipe", path, "network.block_out_channels=8")
     assert "network.block_out_channels is 8; give a list" in refused(capsys, "vae", *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_of_data_shapes_are_signed_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ((tmp_path / "out", "--num", "0"), (tmp_path / "out", "--number", "3"), ()):
+        assert "(see unclip data shapes --help)" in refused(capsys, *words, of="data shapes")
+    assert "exists already" in refused(capsys, tmp_path, "--num", "1", of="data shapes")
+    assert "(see unclip data --help)" in refused(capsys, "squares", of="data")
+    assert command.main(["data", "shapes", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--num" in told and "Usage: unclip data shapes " in told
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_before_the_data_is_read(
