@@ -203,17 +203,19 @@ def generate(
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
         check_text(prompt, *(text or "" for text in (negative, prompt_2, negative_2, interpolate_prompt, edit_from)))
+        scaled = [_scaled("--lora", given) for given in lora or []]
+        shown = None if ip_adapter is None else _scaled("--ip-adapter", ip_adapter)
+        if (ip_adapter is None) != (ip_image is None):
+            raise ValueError("--ip-adapter and --ip-image go together; give both or none")
         painter = _load(model, attention, weak_unet, clip, dtype, runtime, config, prior_model, draft_unet)
         if runtime != "torch" and not quiet:
             say("generate", f"{runtime} reads and compiles each network when it is first asked, which takes a while")
-        for file, scale in map(_scaled, lora or []):
+        for file, scale in scaled:
             painter.load_lora(file, scale)
         for file, token in map(_called, embedding or []):
             painter.load_textual_inversion(file, token)
-        if (ip_adapter is None) != (ip_image is None):
-            raise ValueError("--ip-adapter and --ip-image go together; give both or none")
-        if ip_adapter is not None:
-            painter.load_ip_adapter(*_scaled(ip_adapter), ip_encoder)
+        if shown is not None:
+            painter.load_ip_adapter(*shown, ip_encoder)
         loaded = time.perf_counter()
         from gen.request import Request
 
@@ -494,13 +496,16 @@ def _load(
     )
 
 
-def _scaled(given: str) -> tuple[str, float]:
-    """FILE[:SCALE] as file and scale, which is 1 where it is left out."""
+def _scaled(option: str, given: str) -> tuple[str, float]:
+    """FILE[:SCALE] as file and scale, which is 1 where it is left out; ValueError where that is no number."""
     path, _, scale = given.rpartition(":")
     try:
         return (path, float(scale)) if path else (given, 1.0)
-    except ValueError:  # a colon of the path's own
-        return given, 1.0
+    except ValueError:
+        if Path(given).exists() or len(path) < 2 or "/" in scale:  # a colon of the path's own, or a drive's
+            return given, 1.0
+        told = f"{option} '{given}': {scale!r} is no scale; give a number, as in {path}:0.8, or leave it out"
+        raise ValueError(told) from None
 
 
 def _called(given: str) -> tuple[str, str | None]:

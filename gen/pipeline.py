@@ -41,7 +41,7 @@ from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dt
 from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
-from gen.weights import files_hash, folder_hash
+from gen.weights import files_hash, folder_hash, named_folder
 from gen.whole_folder import whole_folder
 
 Images = list[Image.Image] | Tensor | np.ndarray
@@ -138,6 +138,8 @@ class TextToImage:
         device = usable(device)
         check_runtime(runtime, device, dtype, attention)
         check_attention(attention, device, dtype)
+        weak_folder = None if weak_unet is None else named_folder("weak_unet", weak_unet)
+        draft_folder = None if draft_unet is None else named_folder("draft_unet", draft_unet)
         computed_in = dtype
         if runtime == OPENVINO:
             dtype = torch.float32  # the weights that are read; a lower precision is the runtime's to make
@@ -157,11 +159,11 @@ class TextToImage:
             told = ", ".join(sorted(FAMILIES))
             raise ValueError(f"model '{name_or_path}' is a {parts.family or 'folder of no class'}; ours are: {told}")
         model = FAMILIES[parts.family].of(parts)
-        if weak_unet is not None:
-            weak = checkpoint.load_part(UNet2DConditionModel, Path(weak_unet), device, dtype)
+        if weak_folder is not None:
+            weak = checkpoint.load_part(UNet2DConditionModel, weak_folder, device, dtype)
             model = model.with_weak(weak, str(weak_unet))
-        place = parts.folder / drafts.FOLDER if draft_unet is None else Path(draft_unet)
-        if draft_unet is not None or place.exists():
+        place = draft_folder or parts.folder / drafts.FOLDER
+        if draft_folder is not None or place.exists():
             model = model.with_drafter(drafts.read(place, model.unet), str(place))
         if runtime == OPENVINO and any(adds_keys(unet) for unet in model.unets):
             told = (
@@ -258,7 +260,7 @@ class TextToImage:
     @cached_property
     def weak_hash(self) -> str:
         """SHA-256 of the weaker UNet's files; empty where there is none."""
-        return folder_hash(Path(self.weak_unet), [""]) if self.weak_unet else ""
+        return folder_hash(Path(self.weak_unet).expanduser(), [""]) if self.weak_unet else ""
 
     @cached_property
     def clip_hash(self) -> str:

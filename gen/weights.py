@@ -28,6 +28,14 @@ SAID = "__metadata__"  # what a header of safetensors says beside its tensors
 ADAPTER = "adapter_config.json"  # for which transformers looks by itself where peft is installed
 
 
+def named_folder(name: str, given: str | Path) -> Path:
+    """The folder that a user gave as `name`; ValueError where there is none."""
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{name}: folder '{given}' does not exist; give one that diffusers saved")
+    return folder
+
+
 def check_weights(folder: Path) -> None:
     """ValueError that names a missing, damaged or pickled weight file of a part."""
     if (folder / ADAPTER).exists():

@@ -348,7 +348,12 @@ MISTAKES = {
         "--guidance-rule autoguidance",
         "needs a weaker UNet; load the model with --weak-unet FOLDER",
     ),
-    "weaker network that is not there": ("--weak-unet nowhere", "model part 'nowhere' is missing"),
+    "weaker network that is not there": ("--weak-unet nowhere", "--weak-unet: folder 'nowhere' does not exist"),
+    "network for drafts that is not there": ("--draft-unet nowhere", "--draft-unet: folder 'nowhere' does not exist"),
+    "a scale that is none": ("--lora bad.safetensors:x", "--lora 'bad.safetensors:x': 'x' is no scale; give a number"),
+    "an adapter's scale that is none": ("--ip-adapter a.safetensors:2,5 --ip-image a.png", "'2,5' is no scale"),
+    "an adapter without a picture": ("--ip-adapter a.safetensors", "--ip-adapter and --ip-image go together"),
+    "a colon of the path's own": ("--lora bad:folder/a.safetensors", "LoRA 'bad:folder/a.safetensors' "),
     "rule's number": ("--guidance-rule apg --apg-eta 2", "--apg-eta 2.0 is out of range; give a number from 0 to 1"),
     "interval upside down": ("--guidance-interval 3 1", "--guidance-interval (3.0, 1.0) is upside down"),
     "strength alone": (

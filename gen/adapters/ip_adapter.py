@@ -29,7 +29,7 @@ from gen.attention import per_head, text_layers
 from gen.checkpoint import load_part
 from gen.checks import real
 from gen.hub import needed
-from gen.weights import damaged, read_json, weight_files
+from gen.weights import damaged, named_folder, read_json, weight_files
 
 USUAL = "ip-adapter_sd15.safetensors"
 ENCODER = "image_encoder"  # the folder beside the file, as it is published
@@ -135,7 +135,10 @@ def load(
     kind = kind_of(str(name), tensors)
     layers = layers_of(str(name), unet, tensors)
     projection = projection_of(str(name), unet, tensors)
-    folder = encoder_folder(str(name), place, projection) if image_encoder is None else Path(image_encoder).expanduser()
+    if image_encoder is None:
+        folder = encoder_folder(str(name), place, projection)
+    else:
+        folder = named_folder("image_encoder", image_encoder)
     if folder is not None:
         check_encoder(str(name), folder, projection)
     elif reads_states(projection):
