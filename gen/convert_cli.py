@@ -26,8 +26,10 @@ def convert(
     """
     with speaking("convert"):
         from clip_core.convert import convert as converted
+        from gen.weights import quiet
 
-        library, difference = converted(source, out)
+        with quiet():
+            library, difference = converted(source, out)
     exact = difference <= EXACT
     if as_json:
         # JSON has no infinity, which stands for other token ids

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from gen.weights import quiet
 from training.checkpoints import (
     CheckpointError,
     latest,
@@ -146,7 +147,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
         saved = step
         if accelerator.is_main_process:
             # the model first: a kill between the two must not leave the last checkpoint beside an older model
-            with _evaluating(kept):
+            with _evaluating(kept), quiet():
                 replace_folder(out / "model", lambda folder: task.save(kept, folder))
             extra: dict[str, Any] = {"recipe": recipe.digest(), "recipe_keys": recipe.counted(), "reads": task.reads}
             extra["seconds"] = time.monotonic() - started

@@ -97,6 +97,17 @@ def test_a_checkpoint_of_another_recipe_is_refused_before_the_data_is_read(
     assert "step-00000002 was made by another recipe" in said
 
 
+def test_reading_and_writing_models_draw_no_bars(
+    few_shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = recipes(few_shapes, tmp_path / "out")
+    for part in fields:
+        path = written(fields[part], tmp_path)
+        assert command.main(["train", part, "--recipe", str(path)]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.startswith("wrote ") and "shards" not in printed.err and "weights" not in printed.err, part
+
+
 def test_what_training_leaves_out_is_told_at_the_end(
     few_shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
