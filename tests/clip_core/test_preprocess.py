@@ -1,6 +1,7 @@
 """Preprocessing: both paths agree, and each equals the stock processor of transformers and of open_clip."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,26 @@ def test_config_goes_round(config: dict) -> None:
     assert again == preprocess
     expected = CLIPImageProcessorPil(**preprocess.to_config())(picture(70, 60), return_tensors="pt").pixel_values
     torch.testing.assert_close(preprocess.from_images([picture(70, 60)]), expected, atol=1e-5, rtol=0)
+
+
+def test_what_open_clip_rounds_is_kept_in_a_folder() -> None:
+    """Where a picture's margin is odd its crop is another one than transformers', by a pixel."""
+    rounds = Preprocess.from_open_clip({"size": 16})
+    again = Preprocess.from_config(json.loads(json.dumps(rounds.to_config())))
+    assert again == rounds and again.round_crop
+    wide = picture(23, 16)
+    assert torch.equal(again.from_images([wide]), rounds.from_images([wide]))
+    assert not torch.equal(replace(rounds, round_crop=False).from_images([wide]), rounds.from_images([wide]))
+    assert "round_crop" not in Preprocess().to_config()
+
+
+def test_gradients_go_through_numbers_made_while_painting() -> None:
+    own = Preprocess(resize=8, crop=(8, 8), mean=(0.1, 0.2, 0.3))
+    with torch.inference_mode():
+        own.from_pixels(torch.rand(1, 3, 8, 8))
+    pixels = torch.rand(1, 3, 8, 8, requires_grad=True)
+    own.from_pixels(pixels).square().sum().backward()
+    assert pixels.grad is not None and pixels.grad.abs().sum() > 0
 
 
 def test_bad_input(tmp_path: Path) -> None:

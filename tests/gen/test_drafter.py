@@ -18,7 +18,7 @@ from gen import Request, TextToImage
 from gen.adapters import drafts, lora
 from gen.drafter import Drafter
 from gen.facts import facts_of
-from gen.search import Draft, Scout
+from gen.search import Draft, Field, Moves, Scout
 from tests.tiny import tiny_unet
 
 STEPS, DRAFTED, SCALE = 6, 2, 3.0
@@ -184,3 +184,20 @@ def test_a_lora_of_another_model_is_refused(drafting: TextToImage, tiny_folder: 
     drafts.save_low_rank(Drafter(copy.deepcopy(other), DRAFTED, SCALE), other, 2, tmp_path)
     with pytest.raises(ValueError, match="is of another base model"):
         TextToImage.from_pretrained(tiny_folder, device="cpu", draft_unet=tmp_path)
+
+
+class Stranger:
+    """A search that scouts a candidate that is not its own."""
+
+    name = "stranger"
+
+    def check(self, asked: Any) -> None:
+        pass
+
+    def __call__(self, field: Field) -> Moves:
+        yield Scout([100])
+
+
+def test_a_draft_of_nobody_is_refused(drafting: TextToImage) -> None:
+    with pytest.raises(ValueError, match=r"names candidates \[100\]; give each once, of its own"):
+        painted(drafting, search=Stranger())

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from gen import command
+from gen.picture import read_picture
 from training.data.cache import encoded
 from training.data.examples import DataError
 from training.data.folder import Captioned, write_folder
@@ -108,6 +109,25 @@ def test_pictures_of_any_size_and_mode_become_the_middle_square(tmp_path: Path) 
         assert pixels.shape == (3, 10, 10) and pixels.dtype == torch.uint8
         assert (pixels.float() - value).abs().max() <= 2
     assert data.groups() == [[0], [1], [2]]  # each without a group stands alone
+
+
+def test_a_picture_is_read_as_the_camera_held_it(tmp_path: Path) -> None:
+    """As generation reads one that is handed in; and it is other data than the same bytes unturned."""
+    lying = Image.new("RGB", (32, 32), "white")
+    lying.paste("black", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter to the right brings it upright
+    digests = set()
+    for name, extra in (("turned", {"exif": exif}), ("plain", {})):
+        folder = tmp_path / name
+        folder.mkdir()
+        lying.save(folder / "a.png", **extra)
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a corner"}) + "\n")
+        pictures = Pictures(folder, 32)
+        expected = torch.from_numpy(np.array(read_picture(folder / "a.png"))).permute(2, 0, 1)
+        assert torch.equal(pictures[0][0], expected)
+        digests.add(pictures.digest)
+    assert pictures[0][0][0, 4, 4] == 0 and len(digests) == 2
 
 
 def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
