@@ -73,7 +73,8 @@ class Engine(Generic[R]):
         self._lead = Lead(model, self._stages, self._darkroom, clock)
         self._flights: dict[int, Flight[R]] = {}  # those that have begun; the ticking thread's alone
         self._changed = threading.Condition()  # guards what follows
-        self._queue: deque[Flight[R]] = deque()  # those that have not
+        # Those that have not, by their pictures' shape, each no sooner than those before it; no shape has none.
+        self._queue: dict[tuple[int, ...], deque[Flight[R]]] = {}
         self._unsettled: dict[int, Flight[R]] = {}  # both
         self._numbers = count()
         self._is_closed = self._is_stopped = False
@@ -108,7 +109,7 @@ class Engine(Generic[R]):
             flight: Flight[R] = Flight(next(self._numbers), job, callback, deadline)
             # holds the queue and not the engine, which a future that is kept would keep
             flight.future.add_done_callback(partial(_note_cancelled, self._cancelled, flight.number))
-            self._queue.append(flight)
+            self._queue.setdefault(self._stages.shape_of(flight), deque()).append(flight)
             self._unsettled[flight.number] = flight
             self._changed.notify_all()
         return flight.future
@@ -216,21 +217,30 @@ class Engine(Generic[R]):
 
     def _next(self) -> list[Flight[R]]:
         """The requests at the front of the queue that there is room for, begun."""
-        chosen, full = list[Flight[R]](), set[tuple[int, ...]]()
+        chosen = list[Flight[R]]()
         with self._changed:
-            for flight in self._queue:
-                shape = self._stages.shape_of(flight)
-                if shape not in full and self._stages.room(flight, chosen, self._max_rows) > 0:
+            shapes = set(self._queue)  # those that there may be room for
+            while shapes:
+                shape = min(shapes, key=lambda each: self._queue[each][0].number)
+                flight = self._queue[shape][0]
+                if self._stages.room(flight, chosen, self._max_rows) > 0:
                     chosen.append(flight)
+                    self._unqueue(flight)
+                    shapes &= self._queue.keys()
                 else:
-                    full.add(shape)
-            for flight in chosen:
-                self._queue.remove(flight)
-                self._flights[flight.number] = flight
+                    shapes.remove(shape)
+            self._flights |= {flight.number: flight for flight in chosen}
         for flight in chosen:
             flight.candidates = list(flight.job.candidates)
             flight.unspoken = {index for index, each in enumerate(flight.candidates) if each.settings.prior}
         return chosen
+
+    def _unqueue(self, flight: Flight[R]) -> None:
+        """Take a request out of the queue."""
+        shape = self._stages.shape_of(flight)
+        self._queue[shape].remove(flight)  # at once, where it is the first
+        if not self._queue[shape]:
+            del self._queue[shape]
 
     def _tell(self, flights: Sequence[Flight[R]]) -> list[Condition]:
         """Encode the texts of requests together, or where that fails one by one, to find whom it fails for."""
@@ -250,11 +260,11 @@ class Engine(Generic[R]):
 
     def _settle(self, flight: Flight[R], resolve: Callable[[], object]) -> None:
         """Take a request out, and resolve its future unless it was cancelled."""
-        self._flights.pop(flight.number, None)
+        has_begun = self._flights.pop(flight.number, None) is not None
         with self._changed:
             del self._unsettled[flight.number]
-            if flight in self._queue:
-                self._queue.remove(flight)
+            if not has_begun:
+                self._unqueue(flight)
         self._stages.drop(flight.places(range(len(flight.candidates))))
         flight.end()
         if flight.future.set_running_or_notify_cancel():

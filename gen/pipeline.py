@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -531,10 +532,17 @@ class TextToImage:
         engine = self.engine(max_rows=max_rows)
         try:
             futures = [engine.submit(job, callback=callback) for job in jobs]
+            failed: list[Future[Result]] = []
+
+            def note(future: Future[Result]) -> None:
+                if not future.cancelled() and future.exception() is not None:
+                    failed.append(future)
+
+            for future in futures:
+                future.add_done_callback(note)
             while engine.tick():
-                for future in futures:
-                    if future.done():
-                        future.result()
+                for future in failed:
+                    future.result()
             return [future.result() for future in futures]
         finally:
             engine.close(cancel=True)

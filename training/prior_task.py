@@ -91,6 +91,7 @@ class PriorTask(Task[PriorTransformer]):
         self.network.clip_mean.requires_grad_(False).copy_(embeddings.mean(dim=0, keepdim=True))
         self.network.clip_std.requires_grad_(False).copy_(embeddings.std(dim=0, keepdim=True).clamp(min=1e-6))
         self.levels = NoiseLevels.of(built(DDIMScheduler, "scheduler", recipe.scheduler), "recipe key 'scheduler'")
+        self.reader = self.prior(self.network)  # which keeps the empty prompt once it has read it
 
     def prior(self, network: PriorTransformer) -> Prior:
         """The prior as generation uses it."""
@@ -107,9 +108,8 @@ class PriorTask(Task[PriorTransformer]):
         x0 = (embeddings - self.network.clip_mean) / self.network.clip_std  # (B, E)
         dropped = torch.rand(rows, generator=rng, device=device) < self.recipe.drop_text
         words = ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
-        prior = self.prior(self.network)
         with torch.no_grad():
-            told = prior.conditions(words)
+            told = self.reader.conditions(words)
         scaling = self.levels.scaling
         timestep = torch.randint(self.levels.num_train_timesteps, (rows,), generator=rng, device=device)
         sigma = scaling.sigma(timestep)

@@ -337,7 +337,7 @@ def test_the_prior_drops_its_text_as_often_as_asked(few_shapes: Path, trained: P
             return super().conditions(texts)
 
     stock = task.prior(task.network)
-    task.prior = lambda network: Listening(network, stock.tokenizer, stock.text_encoder, stock.levels)
+    task.reader = Listening(task.network, stock.tokenizer, stock.text_encoder, stock.levels)
     for seed in range(60):
         losses(task, seed)
     assert told.count("") / len(told) == pytest.approx(0.3, abs=0.07)
