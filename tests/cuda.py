@@ -151,6 +151,8 @@ class Words(TorchFunctionMode):
     """What torch's Python side would ask of the driver before any operation is dispatched."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         given: tuple[Any, ...] = tuple(map(full, args))
         named = {name: full(value) for name, value in (kwargs or {}).items()}
         first = given[0] if given else None

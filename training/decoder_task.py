@@ -27,7 +27,16 @@ from gen.scheduler import NoiseLevels
 from training.alignment import Aligned, misalignment
 from training.checkpoints import load_weights
 from training.data.pictures import Pictures
-from training.frozen import image_embeddings, image_patches, latents, load_clip, load_vae, reads, transformers_model
+from training.frozen import (
+    image_embeddings,
+    image_patches,
+    latents,
+    load_clip,
+    load_vae,
+    place,
+    reads,
+    transformers_model,
+)
 from training.recipe import Recipe, RecipeError, Section, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
@@ -97,7 +106,7 @@ class DecoderTask(Task[Aligned]):
     def __init__(self, recipe: DecoderRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        clip, self.vae = load_clip(recipe.clip), load_vae(recipe.vae)
+        clip, self.vae = load_clip(recipe.clip, place()), load_vae(recipe.vae, place())
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if recipe.resolution % factor:
             raise RecipeError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPModel
@@ -18,12 +20,19 @@ from training.data.examples import DataError
 from training.data.pictures import Pictures
 
 
-def load_clip(folder: str | Path) -> CLIP:
-    """A trained CLIP, frozen.
+def place() -> torch.device:
+    """Where this process reads its data set before it trains there: its GPU, or the CPU where accelerate is told to."""
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> CLIP:
+    """A trained CLIP, frozen, on a device.
 
     Raises ValueError when the folder holds none; the message names it.
     """
-    clip = CLIP.from_pretrained(str(trained(folder)))
+    clip = CLIP.from_pretrained(str(trained(folder)), device)
     transformers_model(clip)
     return clip
 
@@ -38,9 +47,9 @@ def transformers_model(clip: CLIP) -> CLIPModel:
     return clip.model
 
 
-def load_vae(folder: str | Path) -> AutoencoderKL:
-    """A trained autoencoder, frozen; raises as `load_clip` does."""
-    vae = load_part(AutoencoderKL, trained(folder), "cpu", torch.float32)
+def load_vae(folder: str | Path, device: torch.device | str = "cpu") -> AutoencoderKL:
+    """A trained autoencoder, frozen, on a device; raises as `load_clip` does."""
+    vae = load_part(AutoencoderKL, trained(folder), device, torch.float32)
     assert isinstance(vae, AutoencoderKL)
     return vae
 

@@ -27,7 +27,7 @@ from gen.request import Candidate
 from gen.scheduler import NoiseLevels
 from gen.settings import Settings
 from training.data.pictures import Pictures
-from training.frozen import image_embeddings, load_clip, reads, transformers_model
+from training.frozen import image_embeddings, load_clip, place, reads, transformers_model
 from training.recipe import Recipe, built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
@@ -67,7 +67,7 @@ class PriorTask(Task[PriorTransformer]):
     def __init__(self, recipe: PriorRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        clip = load_clip(recipe.clip)
+        clip = load_clip(recipe.clip, place())
         network = transformers_model(clip)
         network.set_attn_implementation(recipe.attention)
         self.text_encoder, self.tokenizer = with_projection(network), clip.tokenizer

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -49,11 +50,16 @@ inline __m512 exact_power_of_two(__m512 x) {
   return _mm512_scalef_ps(y, _mm512_sub_ps(x, behind));
 }
 
-// Does the same work in so many threads at once, of which the caller's is one.
+// Does the same work in so many threads at once, of which the caller's is one; in fewer where the system gives no more,
+// since each takes what is next of it.
 template <class Work>
 void by_threads(int threads, const Work& work) {
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; i++) others.emplace_back(work);
+  others.reserve(threads);
+  try {
+    for (int i = 1; i < threads; i++) others.emplace_back(work);
+  } catch (const std::system_error&) {
+  }
   work();
   for (auto& other : others) other.join();
 }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPToken
 from clip_core.clip import CLIP
 from gen import TextToImage
 from gen.families.autoencoder import KLModel
+from tests.cuda import pretended
 from tests.tiny import make_tiny_stable_diffusion, tiny_vae
 from tests.training.tiny_recipes import WIDTH, recipes
 from training.alignment import misalignment
@@ -503,3 +505,18 @@ def test_a_size_that_the_autoencoder_cannot_halve(few_shapes: Path, trained: Pat
 def test_a_part_that_is_not_there_is_named(few_shapes: Path, trained: Path, part: str, missing: str) -> None:
     with pytest.raises(ValueError, match="nowhere holds no trained part"):
         make(part, few_shapes, trained, **{missing: "nowhere"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a GPU, and there is one")
+@pytest.mark.parametrize("part", ["prior", "decoder"])
+def test_a_data_set_is_read_by_the_gpu(
+    few_shapes: Path, trained: Path, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make(part, few_shapes, trained).dataset
+    data = shutil.copytree(few_shapes, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    with pretended() as watch:
+        task = make(part, data, trained)
+        assert task.dataset.embeddings.device.type == "cpu"
+        assert any("training/data/cache.py" in wait for wait in watch.waits), "what was encoded comes back"
+    assert torch.allclose(task.dataset.embeddings, expected.embeddings, atol=1e-4)
