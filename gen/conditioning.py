@@ -117,6 +117,16 @@ class Distinct(Generic[T]):
         return cls(tuple(known.values()), tuple(place[id(thing)] for thing in things))
 
 
+def each_read(
+    texts: Sequence[str], empty: Callable[[], Condition], read: Callable[[list[str]], Sequence[Condition]]
+) -> list[Condition]:
+    """A condition of its own for each text, each text read once; the empty one, which most ask for, was read before."""
+    known = {"": empty()} if "" in texts else {}
+    unknown = [text for text in dict.fromkeys(texts) if text not in known]
+    known |= dict(zip(unknown, read(unknown), strict=True)) if unknown else {}
+    return [known[text].twin() for text in texts]
+
+
 class Table:
     """The conditions in flight by what they say, so that requests that say the same are told one and the same.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.text import TextTower
-from gen.conditioning import Condition, Table
+from gen.conditioning import Condition, Table, each_read
 from gen.prior_prefix import CachedPrior
 from gen.request import Candidate
 from gen.row import Row
@@ -56,6 +56,14 @@ class Prior:
     def shape(self) -> tuple[int]:
         """Of a row's x."""
         return (self.network.config.embedding_dim,)
+
+    def fits(self, width: int, name: str) -> dict[str, tuple[object, object]]:
+        """What is given, and what a UNet that reads embeddings of this width needs, by its name."""
+        config = self.network.config
+        return {
+            f"{name} embedding_dim": (config.embedding_dim, width),
+            f"{name} num_embeddings": (config.num_embeddings, self.text.shape[0]),
+        }
 
     def asked(self) -> CachedPrior:
         """The network as rows ask it."""
@@ -126,10 +134,7 @@ class Prior:
 
     def conditions(self, texts: Sequence[str]) -> list[Condition]:
         """What the prior is told of each text: token states, text embedding and mask."""
-        known = {"": self._empty} if "" in texts else {}
-        unknown = [text for text in dict.fromkeys(texts) if text not in known]
-        known |= dict(zip(unknown, self._encoded(unknown), strict=True)) if unknown else {}
-        return [known[text].twin() for text in texts]
+        return each_read(texts, lambda: self._empty, self._encoded)
 
     @cached_property
     @torch.no_grad()

@@ -153,10 +153,6 @@ class DecoderTask(Task[Aligned]):
         """The weights of a UNet; what aligns it always starts anew."""
         load_weights(self.network.unet, folder)
 
-    def groups(self) -> list[list[int]]:
-        """All but the examples kept for `measure`."""
-        return [[index] for index in range(len(self.dataset) - self.held)]
-
     def forward(self, batch: tuple[Tensor, Tensor, Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """The loss at random timesteps and conditions; `error` is the same unweighted."""
         x0, embeddings, patches, captions = batch  # (B, C, h, w), (B, E), (B, P, D), B
@@ -187,15 +183,14 @@ class DecoderTask(Task[Aligned]):
     def measure(self, network: Aligned) -> dict[str, float]:
         """The unweighted error over held-back pictures with fixed noise."""
         first = len(self.dataset) - self.held
-        trained, self.network = self.network, network
         losses = []
-        for start in range(first, len(self.dataset), 64):
-            items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
-            *tensors, captions = zip(*items, strict=True)
-            x0, embeddings, patches = (torch.stack(part).to(self.vae.device) for part in tensors)
-            rng = torch.Generator(self.vae.device).manual_seed(start)
-            losses.append(self((x0, embeddings, patches, list(captions)), rng)["error"])
-        self.network = trained
+        with self.asking(network):
+            for start in range(first, len(self.dataset), 64):
+                items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
+                *tensors, captions = zip(*items, strict=True)
+                x0, embeddings, patches = (torch.stack(part).to(self.vae.device) for part in tensors)
+                rng = torch.Generator(self.vae.device).manual_seed(start)
+                losses.append(self((x0, embeddings, patches, list(captions)), rng)["error"])
         return {"held_back_error": torch.stack(losses).mean().item()}
 
     @torch.no_grad()

@@ -126,10 +126,6 @@ class DraftTask(Task[UNet2DConditionModel]):
         self.held = held_back(len(captions)) * recipe.num_images_per_prompt
         self.told: dict[str, Condition] = {}  # what the UNet is told of each caption, worked out when first asked
 
-    def groups(self) -> list[list[int]]:
-        """All but the examples kept for `measure`."""
-        return [[index] for index in range(len(self.dataset) - self.held)]
-
     def start_from(self, folder: Path) -> None:
         """From a network for drafts of the same model; a LoRA from the nearest to it."""
         if self.recipe.rank is None:
@@ -157,16 +153,13 @@ class DraftTask(Task[UNet2DConditionModel]):
     def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
         """The same over held-back captions, at fixed places, of what is saved."""
         first = len(self.dataset) - self.held
-        trained, self.network = self.network, self._saved(network)
         losses = []
-        try:
+        with self.asking(self._saved(network)):
             for start in range(first, len(self.dataset), 64):
                 items = [self.dataset[index] for index in range(start, min(start + 64, len(self.dataset)))]
                 points, captions = zip(*items, strict=True)
                 rng = torch.Generator(self.painter.device).manual_seed(start)
                 losses.append(self((torch.stack(points).to(self.painter.device), list(captions)), rng)["loss"])
-        finally:
-            self.network = trained
         return {"held_back_error": torch.stack(losses).mean().item()}
 
     @torch.no_grad()

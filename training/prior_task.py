@@ -97,10 +97,6 @@ class PriorTask(Task[PriorTransformer]):
         """The prior as generation uses it."""
         return Prior(network, self.tokenizer, self.text_encoder, self.levels)
 
-    def groups(self) -> list[list[int]]:
-        """All but the examples kept for `measure`."""
-        return [[index] for index in range(len(self.dataset) - self.held)]
-
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """The loss at random timesteps."""
         embeddings, captions = batch

@@ -7,6 +7,8 @@ it needs, a sheet that shows progress to a person, and how the result is saved i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +34,7 @@ class Task(nn.Module, ABC, Generic[Network]):
     dataset: Dataset[Any]
     skipped: Skipped  # what was left out of the data, told when training ends
     reads: str  # a digest of all it reads: pictures, captions, frozen networks
+    held: int = 0  # how many of the last examples are kept for `measure`
     progress: float = 0.0  # share of the steps done, in [0, 1); the loop says it before every step
 
     @abstractmethod
@@ -39,8 +42,17 @@ class Task(nn.Module, ABC, Generic[Network]):
         """Scalar losses by name; `loss` is minimised, the others are logged. All noise comes from `rng`."""
 
     def groups(self) -> list[list[int]]:
-        """Indices of examples that must share a batch; by default each stands alone."""
-        return [[index] for index in range(len(self.dataset))]  # type: ignore[arg-type]
+        """Indices of examples that must share a batch, but for those that are held; by default each stands alone."""
+        return [[index] for index in range(len(self.dataset) - self.held)]  # type: ignore[arg-type]
+
+    @contextmanager
+    def asking(self, network: Network) -> Iterator[None]:
+        """Within it `forward` asks this network for the trained one."""
+        trained, self.network = self.network, network
+        try:
+            yield
+        finally:
+            self.network = trained
 
     def start_from(self, folder: Path) -> None:
         """Start the network from the trained one in `folder`; CheckpointError when it does not fit."""

@@ -71,10 +71,6 @@ class VaeTask(Task[AutoencoderKL]):
             self.network.register_to_config(scaling_factor=load_vae(recipe.init).config.scaling_factor)
         self.held = held_back(len(self.dataset))
 
-    def groups(self) -> list[list[int]]:
-        """All but the examples kept for `measure`."""
-        return [[index] for index in range(len(self.dataset) - self.held)]
-
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """Reconstruction error, and the KL divergence of one latent value."""
         pixels = to_signed(batch[0])  # (B, 3, H, W)

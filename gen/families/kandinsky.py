@@ -66,10 +66,7 @@ class ImagePrior:
 
     def fits(self, width: int) -> dict[str, tuple[object, object]]:
         """What is given, and what a UNet that reads embeddings of this width needs, by its name."""
-        config = self.prior.network.config
-        return {
-            "prior_prior embedding_dim": (config.embedding_dim, width),
-            "prior_prior num_embeddings": (config.num_embeddings, self.prior.text.shape[0]),
+        return self.prior.fits(width, "prior_prior") | {
             "prior_text_encoder projection_dim": (self.prior.text_encoder.config.projection_dim, width),
             "prior_image_encoder projection_dim": (self.image_encoder.config.projection_dim, width),
         }
@@ -186,17 +183,12 @@ class Kandinsky(MoVQModel):
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        able, prior = super().able(), self.prior
-        asks = able.defaults.prior if "prior" in self.card.defaults else prior is not None
         return replace(
-            able,
-            embedding_width=self.embedding_width,
-            prior_max_steps=0 if prior is None else prior.levels.num_train_timesteps,
+            super().able(),
             needs_image=True,
             takes_null_image=True,
-            has_null_image=prior is not None,
+            has_null_image=self.prior is not None,
             prior_reads_negative=True,
-            defaults=replace(able.defaults, prior=asks),
         )
 
     def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> Read:

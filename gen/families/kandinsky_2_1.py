@@ -20,7 +20,7 @@ from clip_core.clip import TextFeatures
 from clip_core.device import sent
 from clip_core.text import tokenize, warn_cut
 from gen.checkpoint import Parts
-from gen.conditioning import Condition, Conditions
+from gen.conditioning import Condition, Conditions, each_read
 from gen.families.kandinsky import Kandinsky
 from gen.families.painter import listed, own
 
@@ -79,10 +79,7 @@ class Kandinsky21(Kandinsky):
 
     def words(self, texts: Sequence[str]) -> list[Condition]:
         """Token states (L, D) and the text's embedding (E,); the empty text is read once."""
-        found = {"": self._nothing} if "" in texts else {}
-        unknown = [text for text in dict.fromkeys(texts) if text not in found]
-        found |= dict(zip(unknown, self._read(unknown), strict=True)) if unknown else {}
-        return [found[text].twin() for text in texts]
+        return each_read(texts, lambda: self._nothing, self._read)
 
     def pictured(self, words: Condition, image_embeds: Tensor) -> Condition:
         """The same with an image embedding behind the text's, (2E,)."""

@@ -148,11 +148,7 @@ class Karlo(Reader):
             told[f"{name} in_channels"] = (config.in_channels, 2 * channels)  # x, and the small picture enlarged
             told[f"{name} out_channels"] = (config.out_channels, channels * (1 + learned))
             told[f"{name} sample_size"] = (config.sample_size, max(self.factor, 1) * decoder.sample_size)
-        if self.prior is not None:
-            config = self.prior.network.config
-            told["prior embedding_dim"] = (config.embedding_dim, width)
-            told["prior num_embeddings"] = (config.num_embeddings, self.text.shape[0])
-        return told
+        return told if self.prior is None else told | self.prior.fits(width, "prior")
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
@@ -160,15 +156,11 @@ class Karlo(Reader):
         # both UNets halve a picture that often, and double it again
         halved = [network.config.block_out_channels for network in (self.unet, self.upscaler.first)]
         small, large = (2 ** (len(blocks) - 1) for blocks in halved)
-        prior = able.defaults.prior if "prior" in self.card.defaults else self.prior is not None
         return replace(
             able,
             size_multiple=lcm(self.factor * small, large),
             text_shape=None,
-            embedding_width=self.embedding_width,
-            prior_max_steps=0 if self.prior is None else self.prior.levels.num_train_timesteps,
             needs_image=self.prior is None,
-            defaults=replace(able.defaults, prior=prior),
         )
 
     @property

@@ -133,21 +133,26 @@ class Painter(ABC):
         """What a request may ask for, and what it gets when it does not say."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        sized = Settings(height=height * self.factor, width=width * self.factor, sampler=self.levels.sampler)
+        own = Settings(
+            height=height * self.factor,
+            width=width * self.factor,
+            sampler=self.levels.sampler,
+            prior=self.prior is not None,
+        )
         return Abilities(
             size_multiple=self.factor,
             cell_size=self.factor,
             latent_channels=self.latent_channels,
-            embedding_width=None,
+            embedding_width=self.embedding_width,
             num_noise_levels=0,
             max_steps=self.levels.num_train_timesteps,
-            prior_max_steps=0,
+            prior_max_steps=0 if self.prior is None else self.prior.levels.num_train_timesteps,
             super_res_max_steps=0 if self.upscaler is None else self.upscaler.levels.num_train_timesteps,
             can_see=self.embeds_by_clip or bool(self.image_parts),
             can_compare=self.embeds_by_clip,
             can_rank=self.clip is not None,
             can_autoguide=self.weak is not None,
-            defaults=sized.updated({**self.stock_defaults, **self.card.defaults}, CARD),
+            defaults=own.updated({**self.stock_defaults, **self.card.defaults}, CARD),
         )
 
     @property

@@ -88,11 +88,7 @@ class StableUnCLIP(KLModel, Reader):
         width = self.embedding_width
         told = super().fits()
         told["unet class input"] = (self.unet.config.projection_class_embeddings_input_dim, 2 * width)
-        if self.prior is not None:
-            config = self.prior.network.config
-            told["prior embedding_dim"] = (config.embedding_dim, width)
-            told["prior num_embeddings"] = (config.num_embeddings, self.prior.text.shape[0])
-        return told
+        return told if self.prior is None else told | self.prior.fits(width, "prior")
 
     @property
     def embedding_width(self) -> int:
@@ -101,16 +97,8 @@ class StableUnCLIP(KLModel, Reader):
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        able = super().able()
-        prior = able.defaults.prior if "prior" in self.card.defaults else self.prior is not None
-        return replace(
-            able,
-            embedding_width=self.embedding_width,
-            num_noise_levels=self.image_noising.config.num_train_timesteps,
-            prior_max_steps=0 if self.prior is None else self.prior.levels.num_train_timesteps,
-            needs_image=self.needs_image,
-            defaults=replace(able.defaults, prior=prior),
-        )
+        num_noise_levels = self.image_noising.config.num_train_timesteps
+        return replace(super().able(), num_noise_levels=num_noise_levels, needs_image=self.needs_image)
 
     @property
     def saved_as(self) -> str:
