@@ -33,7 +33,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Piece:
-    """As much of a text as a tower reads at once, both ends around it; a text has as many as its tokens need."""
+    """A window of a long text: what a tower reads at once, up to L - 2 tokens between begin and end of text."""
 
     parts: tuple[tuple[str, float], ...]  # of the whole text, and what each counts; tokens never span two
     number: int = 0  # which of its pieces; one behind the last is empty

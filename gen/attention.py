@@ -309,7 +309,7 @@ class Handed:
         return cls([part.unflatten(1, tuple(shape)) for part, shape in zip(parts, shapes, strict=True)])
 
     def of_layer(self, place: int, block: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, heads, L, d), for the own block; for 1 where B is M."""
+        """Keys and values (B, heads, L, d); there is one entry for each block already, whichever block is asked for."""
         key, value = self.pairs[place].unbind(1)
         return key, value
 

@@ -62,7 +62,7 @@ def ready() -> tuple[ctypes.CDLL, tuple[str, ...]]:
 
 
 def abilities() -> set[str]:
-    """What the processor can do, as Linux names it, which alone gives AMX's tiles to who asks as the kernel does."""
+    """The processor's flags in /proc/cpuinfo; none off Linux, whose system call the kernel needs for AMX's tiles."""
     told = Path("/proc/cpuinfo")
     return set(told.read_text().partition("flags")[2].partition("\n")[0].split()) if told.exists() else set()
 

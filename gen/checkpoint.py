@@ -289,7 +289,7 @@ def family_of(index: Mapping[str, Any]) -> str:
 def listed(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The parts that model_index.json lists and that are used here, each as (library, class).
 
-    Those that see pictures are used together alone.
+    Those that see pictures are used where all of them are listed.
     """
     family = family_of(index)
     sees = family in SEEING and all(isinstance(index.get(name), list) for name in IMAGE_PARTS)

@@ -19,7 +19,7 @@ SAID = (".json", ".txt", ".model")  # of what is beside weights: configurations,
 
 
 def download(repo: str, index: str, beside: Sequence[str], parts_of: Callable[[Path], Sequence[str]]) -> Path:
-    """The local copy of a model's repository, fetched as far as it is not there; without network, what the cache has.
+    """The local copy of a model's repository: fetches what the cache lacks; without network, uses what the cache has.
 
     `index` is the file that lists the parts, `beside` what else is taken from the top. Raises one of `HUB_ERRORS`.
     """

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gen.checkpoint import quiet
+from gen.weights import quiet
 
 
 def read(network: nn.Module, example: tuple[Tensor, ...]) -> Any:
     """What OpenVINO's torch front end makes of a network by tracing one call, as an openvino.Model of free sizes.
 
-    Its parameters are the tensors of the example, in their order. `openvino.convert_model` does the same, and tells its
-    maker over the network that it was called.
+    Its parameters are the tensors of the example, in their order. `openvino.convert_model` does the same, and sends
+    telemetry.
     """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder

@@ -147,7 +147,7 @@ class Converted:
     ) -> list[Tensor]:
         """What it answers to rows that are cut into these pieces, several at a time (`streams_of`).
 
-        They wake sooner than OpenVINO's own threads, by a tenth of a small call. A stream of a compiled model belongs
+        Threads of ours wake sooner than OpenVINO's own, which saves a tenth of a small call. A stream of a compiled model belongs
         to the thread that first asks in it, so `workers` are always the same, one for each stream at least.
         """
         arrays = [tensor.contiguous().numpy() for tensor in given]

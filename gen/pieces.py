@@ -27,7 +27,7 @@ class Piece:
 
 
 def pieces_of(rows: int, of: Sequence[int] | None, sizes: Sequence[int], streams: int = 1) -> list[Piece]:
-    """So many rows in pieces of these sizes, most first and the last of them 1, for so many streams.
+    """Cut so many rows into pieces of these sizes (descending, the last of them 1) for so many streams.
 
     `of` is which text each row reads (None: no row can share its text). Pieces of one text each or of any texts are
     cut, whichever takes less time.

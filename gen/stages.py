@@ -69,9 +69,10 @@ class Stages:
         return max(0, max_rows - in_flight - sum(len(each.job.candidates) for each in coming))
 
     def tell(self, flights: Sequence[Flight[Any]]) -> list[Condition]:
-        """Encode the texts of requests that begin, together; what of it their first rows are to find in the table.
+        """Encode the texts of requests that begin, together.
 
-        That is forgotten with the list, except where a row refers to it.
+        Returns what their first rows are to find in the table: hold it until they are admitted, since the table itself
+        holds it weakly.
         """
         for flight in flights:
             flight.candidates = with_embeds(self.model, flight.candidates)

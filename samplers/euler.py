@@ -52,7 +52,7 @@ def ddim(
 def split(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
     """The level that a step goes down to, and the deviation of fresh noise that raises it again to sigma_next, (B,).
 
-    down^2 + up^2 = sigma_next^2, and their `up` is eta sigma_next sqrt(1 - sigma_next^2 / sigma^2).
+    down^2 + up^2 = sigma_next^2; up is k-diffusion's ancestral noise, eta sigma_next sqrt(1 - sigma_next^2 / sigma^2).
     """
     ratio = sigma_next / sigma
     fresh = (eta * (1 - ratio**2).clamp(min=0).sqrt()).clamp(max=1)

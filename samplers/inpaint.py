@@ -22,7 +22,7 @@ class Held:
     known: Tensor  # (B, ...) clean
     noise: Tensor  # (B, ...) unit noise that it is shown under
     is_painted: Tensor  # (B, ...) bool, False where it is held
-    below: Tensor  # (B,) held at levels below this, where the row begins as it was made, with noise alone or not
+    below: Tensor  # (B,) the row's first level: there x is shown as it started; below it what is known replaces x
 
 
 def held(denoise: Denoise, rows: Held) -> Denoise:

@@ -17,8 +17,9 @@ from samplers import adams, dpm, dpmpp, euler, few_step, heun, unclip, unipc
 from samplers.state import Denoise, Level, State, per_row
 
 Step = Callable[[Denoise, State, Level, Level, Tensor | None, dict[str, Tensor]], State]
+"""step(denoise, state, now, next, noise (B, ...) or None, options (B,) each) -> the state at the next level"""
 Again = Callable[[float, float, Mapping[str, float]], float]
-"""Where a step asks a second time, of the level it begins at, the one it goes to and its options."""
+"""again(sigma, sigma_next, options) -> the level at which a step asks the network a second time"""
 
 
 @dataclass(frozen=True)

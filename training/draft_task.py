@@ -182,7 +182,7 @@ class DraftTask(Task[UNet2DConditionModel]):
             drafts.save_low_rank(drafter, self.painter.unet, self.recipe.rank, folder)
 
     def _saved(self, network: UNet2DConditionModel) -> UNet2DConditionModel:
-        """What who loads it has."""
+        """The network as its users load it: a LoRA is written, and read again, in fewer bits."""
         if self.recipe.rank is None:
             return network
         with tempfile.TemporaryDirectory() as folder:

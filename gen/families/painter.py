@@ -1,9 +1,8 @@
 """What the families share: a UNet, and what may be asked of a model.
 
 `Painter` is the wall to that network. It says what a request may ask for and asks the UNet (or one beside it); what
-the UNet is told and what becomes of what it paints are others' to say. Here a base class is shorter than wrapping: a
-family is the same model that says a little more, and each of the few methods it says that in is marked as a family's
-own. It knows no rows and no ranking.
+the UNet is told and what becomes of what it paints are others' to say. A family overrides a few of its methods, which
+stand together as a family's own. It knows no rows and no ranking.
 """
 
 from __future__ import annotations
