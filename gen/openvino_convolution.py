@@ -16,9 +16,7 @@ from gen.openvino_model import added, as_float32, constant, put, stored, told_in
 WIDE = 32  # of whose multiples our kernel takes channels
 LARGEST_SIDES = {"bf16": 2, "f32": 4}  # of a patch's answers, by what is multiplied: the larger, the more is rounded
 SMALLEST_SIDE = 2
-MOST_FILTERS = (
-    1 << 19
-)  # in * out of the largest layer with patches of 4, whose turned filters take 36/9 of the plain ones
+MOST_FILTERS = 1 << 19  # in * out of the largest layer with patches of 4, whose filters become 36/9 of the plain ones
 AT_A_TIME = {2: 32, 4: 16}  # patches that a thread computes together, by their side
 # What a filter (3, 3) is turned into by, from both sides: its polynomial's values at as many numbers, each over what
 # Lagrange's polynomial divides it by, and its leading number (Lavin & Gray 2016, section 4; `cpp/winograd.cpp`).

@@ -147,8 +147,8 @@ class Converted:
     ) -> list[Tensor]:
         """What it answers to rows that are cut into these pieces, several at a time (`streams_of`).
 
-        Threads of ours wake sooner than OpenVINO's own, which saves a tenth of a small call. A stream of a compiled model belongs
-        to the thread that first asks in it, so `workers` are always the same, one for each stream at least.
+        Threads of ours wake sooner than OpenVINO's own, which saves a tenth of a small call. A compiled model's stream
+        belongs to the thread that first asks in it, so `workers` are always the same, one for each stream at least.
         """
         arrays = [tensor.contiguous().numpy() for tensor in given]
         levels = None if self.levels is None else self.levels(arrays)
