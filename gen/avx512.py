@@ -17,9 +17,9 @@ from torch import Tensor
 from gen.compiled import built
 
 LARGEST = 160  # values of a head
-NEEDED = {"avx512_bf16", "avx512bw", "avx512dq", "avx512f", "avx512vl"}  # as Linux names them
+NEEDED = {"avx512_bf16", "avx512_vnni", "avx512bw", "avx512dq", "avx512f", "avx512vl"}  # as Linux names them
 TILES = {"amx_bf16", "amx_tile"}
-FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni")
 TILE_FLAGS = ("-mamx-tile", "-mamx-bf16")
 
 

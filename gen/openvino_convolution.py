@@ -7,15 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gen.openvino_model import added, as_float32, constant, put, stored, told_in
+from gen import avx512
+from gen.openvino_model import added, as_float32, constant, put, stored, stored_as_low, told_in
 
 WIDE = 32  # of whose multiples our kernel takes channels
-LARGEST_SIDES = {"bf16": 2, "f32": 4}  # of a patch's answers, by what is multiplied: the larger, the more is rounded
-SMALLEST_SIDE = 2
+SMALLEST_SIDE, LARGEST_SIDE = 2, 4  # of a patch's answers; the larger, the more is rounded
+MOST_OF_FILTER = 32700.0  # norm of a turned filter in whole numbers of 16 bits (`cpp/winograd.cpp`)
 MOST_FILTERS = 1 << 19  # in * out of the largest layer with patches of 4, whose filters become 36/9 of the plain ones
 AT_A_TIME = {2: 32, 4: 16}  # patches that a thread computes together, by their side
 # What a filter (3, 3) is turned into by, from both sides: its polynomial's values at as many numbers, each over what
@@ -52,10 +53,16 @@ def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> 
             else:
                 break
             answer = behind
-        given = [last(node.input_value(0), precision), packed(weight, side, precision)]
+        filters = packed(weight, side, precision)
+        given = [last(node.input_value(0), precision), filters.numbers]
         given += [] if told is None else [told]
         given += [] if beside is None else [last(beside, precision)]
-        attributes = {"bias": bias.tolist(), "is_told": told is not None, "threads": threads}
+        attributes = {
+            "bias": bias.tolist(),
+            "scales": filters.scales.ravel().tolist(),
+            "is_told": told is not None,
+            "threads": threads,
+        }
         own = as_float32(factory.create("WinogradConvolution", given, attributes))
         put(answer, opset13.transpose(own, FIRST).output(0))
 
@@ -67,7 +74,7 @@ def side_of(shape: Sequence[int], inside: int, threads: int, precision: Any) -> 
     """
     rows, outside, height, width = shape
     patches = {side: rows * -(-height // side) * -(-width // side) for side in NUMBERS}
-    largest = LARGEST_SIDES[precision.get_type_name()] if inside * outside <= MOST_FILTERS else SMALLEST_SIDE
+    largest = LARGEST_SIDE if inside * outside <= MOST_FILTERS and not by_tiles(precision) else SMALLEST_SIDE
     fitting = [side for side, count in patches.items() if side <= largest and count >= AT_A_TIME[side] * threads]
     return min(fitting, key=lambda side: patches[side] * (side + 2) ** 2, default=None)
 
@@ -91,18 +98,39 @@ def turn_of(side: int) -> np.ndarray:
     return np.array([*values, [0, 0, 1]])
 
 
-def packed(weight: np.ndarray, side: int, precision: Any) -> Any:
-    """A weight transformed and laid out as our kernel reads it (an openvino.Output)."""
+def by_tiles(precision: Any) -> bool:
+    """Whether AMX multiplies: much faster than all else, but bfloat16, which large patches would round too much."""
+    from openvino import Type
+
+    return precision == Type.bf16 and set(avx512.TILE_FLAGS) <= set(avx512.flags())
+
+
+class Filters(NamedTuple):
+    """Transformed weights, laid out as our kernel reads them."""
+
+    numbers: Any  # (out / 32, places of a patch, ...), an openvino.Output
+    scales: (
+        np.ndarray
+    )  # what one is of each filter, (out / 32, places of a patch, 32); none where they are no whole numbers
+
+
+def packed(weight: np.ndarray, side: int, precision: Any) -> Filters:
+    """A weight (out, in, 3, 3) for patches of a side."""
     from openvino import Type
 
     panels = weight.reshape(-1, WIDE, weight.shape[1], 3, 3)  # (out / 32, 32, in, 3, 3)
     turn = turn_of(side)
     turned = np.einsum("ij,pocjk,lk->pilco", turn, panels, turn, optimize=True).astype(np.float32)
     turned = turned.reshape(len(panels), (side + 2) ** 2, weight.shape[1], WIDE)
+    if precision == Type.bf16 and side == LARGEST_SIDE:  # whole numbers, in pairs of inputs
+        scales = np.maximum(np.linalg.norm(turned, axis=2) / MOST_OF_FILTER, np.finfo(np.float32).tiny)
+        whole = np.rint(turned / scales[:, :, None]).astype(np.int16)
+        pairs = whole.reshape(*whole.shape[:2], -1, 2, WIDE).swapaxes(3, 4)
+        return Filters(stored_as_low(pairs), scales)
     if precision == Type.bf16:  # tiles of pairs of inputs, each for 16 values of the answer
         pairs = turned.reshape(len(panels), -1, weight.shape[1] // 32, 16, 2, 2, 16)
         turned = pairs.transpose(0, 1, 2, 5, 3, 6, 4)
-    return stored(turned, precision)
+    return Filters(stored(turned, precision), np.empty(0, np.float32))
 
 
 def last(output: Any, precision: Any) -> Any:

@@ -212,10 +212,17 @@ def stored(data: np.ndarray, precision: Any) -> Any:
 
     numbers = torch.from_numpy(np.ascontiguousarray(data, np.float32))
     if precision == Type.bf16:
-        tensor = openvino.Tensor(Type.bf16, openvino.Shape(list(numbers.shape)))
-        tensor.data[:] = numbers.bfloat16().view(torch.float16).numpy()  # numpy has no bfloat16, and is shown these
-    else:
-        tensor = openvino.Tensor(numbers.numpy())
+        return stored_as_low(numbers.bfloat16().view(torch.int16).numpy())
+    return opset13.constant(openvino.Tensor(numbers.numpy())).output(0)
+
+
+def stored_as_low(data: np.ndarray) -> Any:
+    """Numbers of 16 bits as a constant that OpenVINO takes for bfloat16 and keeps as it is (an openvino.Output)."""
+    import openvino
+    from openvino import Type, opset13
+
+    tensor = openvino.Tensor(Type.bf16, openvino.Shape(list(data.shape)))
+    tensor.data[:] = np.ascontiguousarray(data).view(np.float16)  # numpy has no bfloat16, and is shown these
     return opset13.constant(tensor).output(0)
 
 

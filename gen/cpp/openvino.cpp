@@ -279,24 +279,27 @@ class TileFeedForward : public RowByRow {
 };
 
 // Of (B, height, width, in), bfloat16 or float32. The second input are the transformed weights (out / 32, 16 or 36, ...), of
-// F(2x2, 3x3) or of F(4x4, 3x3), which is float32's alone. Where `is_told` says so the third is added to every place of a
-// row, float32 (B, out); what is left is added to the answer and like it.
+// F(2x2, 3x3) or of F(4x4, 3x3), whose whole numbers for bfloat16 come as if they were bfloat16, with their `scales`. Where
+// `is_told` says so the third is added to every place of a row, float32 (B, out); what is left is added to the answer and
+// like it.
 class WinogradConvolution : public ov::op::Op {
  public:
   OPENVINO_OP("WinogradConvolution", "unclip");
 
   WinogradConvolution() = default;
-  WinogradConvolution(const ov::OutputVector& inputs, std::vector<float> bias, bool is_told, int64_t threads)
-      : Op(inputs), bias_(std::move(bias)), is_told_(is_told), threads_(threads) {
+  WinogradConvolution(const ov::OutputVector& inputs, std::vector<float> bias, std::vector<float> scales, bool is_told,
+                      int64_t threads)
+      : Op(inputs), bias_(std::move(bias)), scales_(std::move(scales)), is_told_(is_told), threads_(threads) {
     constructor_validate_and_infer_types();
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<WinogradConvolution>(inputs, bias_, is_told_, threads_);
+    return std::make_shared<WinogradConvolution>(inputs, bias_, scales_, is_told_, threads_);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
     visitor.on_attribute("bias", bias_);
+    visitor.on_attribute("scales", scales_);
     visitor.on_attribute("is_told", is_told_);
     visitor.on_attribute("threads", threads_);
     return true;
@@ -311,29 +314,30 @@ class WinogradConvolution : public ov::op::Op {
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const bool is_small = inputs[1].get_shape()[1] == winograd::Block<float, 2>::PLACES;
     if (is_low(inputs[0]))
-      compute<2, bfloat16>(outputs, inputs);
-    else if (inputs[1].get_shape()[1] == winograd::Block<float, 2>::PLACES)
-      compute<2, float>(outputs, inputs);
+      is_small ? compute<bfloat16, 2>(outputs, inputs) : compute<bfloat16, 4>(outputs, inputs);
     else
-      compute<4, float>(outputs, inputs);
+      is_small ? compute<float, 2>(outputs, inputs) : compute<float, 4>(outputs, inputs);
     return true;
   }
 
  private:
-  template <int STEP, class Value>
+  template <class Value, int STEP>
   void compute(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     const ov::Shape& shape = inputs[0].get_shape();
     const auto at = [&](size_t which) { return values_of<Value>(inputs, which); };
-    const winograd::Layer<Value> layer{int(shape[3]), int(bias_.size()), at(1), bias_.data()};
+    const auto* weight = values_of<typename winograd::Factors<Value, STEP>::Factor>(inputs, 1);
+    const winograd::Layer<Value, STEP> layer{int(shape[3]), int(bias_.size()), weight, scales_.data(), bias_.data()};
     const auto* told = is_told_ ? values_of<float>(inputs, 2) : nullptr;
     auto* to = static_cast<Value*>(outputs[0].data());
     const int rows = shape[0], height = shape[1], width = shape[2];
     const winograd::Pictures<Value> pictures{at(0), told, at(is_told_ ? 3 : 2), to, rows, height, width};
-    winograd::compute<STEP>(layer, pictures, threads_);
+    winograd::compute(layer, pictures, threads_);
   }
 
   std::vector<float> bias_;
+  std::vector<float> scales_;  // of weights that are whole numbers
   bool is_told_ = false;
   int64_t threads_ = 1;
 };

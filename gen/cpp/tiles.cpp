@@ -1,5 +1,5 @@
 // Products of tiles, 16 rows of 32 bfloat16 each, summed in float32: by AMX where it is compiled for, and by AVX512-BF16
-// elsewhere. And products of float32.
+// elsewhere. And products of float32 and of whole numbers.
 
 #pragma once
 
@@ -20,12 +20,14 @@ constexpr int PAIR = 2;              // tiles of weights beside each other
 
 constexpr int HERE = 8;  // rows whose sums are in registers
 
+template <class Register>
 struct Sums {
-  __m512 of[HERE][PAIR] = {};
+  Register of[HERE][PAIR] = {};
 
-  void store(float* to) const {
+  template <class Number>
+  void store(Number* to) const {
     for (int place = 0; place < HERE; place++)
-      for (int i = 0; i < PAIR; i++) _mm512_store_ps(to + (place * PAIR + i) * LANES, of[place][i]);
+      for (int i = 0; i < PAIR; i++) *reinterpret_cast<Register*>(to + (place * PAIR + i) * LANES) = of[place][i];
   }
 };
 
@@ -107,7 +109,7 @@ class Tiles {
 
   void multiply_pair(float* to, const bfloat16* rows, int in, const bfloat16* weight, int count) const {
     for (int row = 0; row < count; row += HERE) {
-      Sums sums;
+      Sums<__m512> sums;
       for (int from = 0; from < in; from += DEPTH)
         for (int i = 0; i < LANES; i++) {
           const bfloat16* at = weight + from * PAIR * LANES + i * DEPTH;
@@ -154,7 +156,7 @@ inline void multiply_pair(const Tiles& tiles, float* to, const bfloat16* rows, i
 // The same of float32, which AMX does not multiply; weights are (in, 32).
 inline void multiply_pair(const Tiles&, float* to, const float* rows, int in, const float* weight, int count) {
   for (int row = 0; row < count; row += HERE) {
-    Sums sums;
+    Sums<__m512> sums;
     for (int i = 0; i < in; i++) {
       const float* at = weight + i * PAIR * LANES;
       const __m512 low = _mm512_loadu_ps(at), high = _mm512_loadu_ps(at + LANES);
@@ -162,6 +164,25 @@ inline void multiply_pair(const Tiles&, float* to, const float* rows, int in, co
         const __m512 one = _mm512_set1_ps(rows[(row + place) * int64_t(in) + i]);
         sums.of[place][0] = _mm512_fmadd_ps(one, low, sums.of[place][0]);
         sums.of[place][1] = _mm512_fmadd_ps(one, high, sums.of[place][1]);
+      }
+    }
+    sums.store(to + row * PAIR * LANES);
+  }
+}
+
+// The same of whole numbers of 16 bits, whose sums of products are in 32; weights are (in / 2, 32, 2).
+inline void multiply_pair(const Tiles&, int32_t* to, const int16_t* rows, int in, const int16_t* weight, int count) {
+  for (int row = 0; row < count; row += HERE) {
+    Sums<__m512i> sums;
+    for (int i = 0; i < in; i += 2) {
+      const int16_t* at = weight + i * PAIR * LANES;
+      const __m512i low = _mm512_loadu_si512(at), high = _mm512_loadu_si512(at + 2 * LANES);
+      for (int place = 0; place < HERE; place++) {
+        int pair;
+        std::memcpy(&pair, rows + (row + place) * int64_t(in) + i, sizeof pair);
+        const __m512i both = _mm512_set1_epi32(pair);
+        sums.of[place][0] = _mm512_dpwssd_epi32(sums.of[place][0], both, low);
+        sums.of[place][1] = _mm512_dpwssd_epi32(sums.of[place][1], both, high);
       }
     }
     sums.store(to + row * PAIR * LANES);

@@ -1,12 +1,17 @@
 // Convolutions of 3 x 3 by fewer multiplications: minimal filtering (Winograd 1980, Lavin & Gray 2016). F(2x2, 3x3) takes 16
 // products for four answers where 36 are plain, F(4x4, 3x3) takes 36 for sixteen where 144 are, and rounds more. Channels
-// stand side by side. Patches and their products are transformed in float32; what is multiplied is float32 or bfloat16.
+// stand side by side. Patches and their products are transformed in float32. What is multiplied is float32, or bfloat16, or
+// for F(4x4, 3x3) of bfloat16 whole numbers of 16 bits: all channels of a patch at a place have one scale, and all of a
+// filter have one. So scaled, their norms are at most MOST_OF_PATCH and MOST_OF_FILTER, and by the inequality of Cauchy and
+// Schwarz no sum of their products, nor a part of one, is beyond 32 bits. They multiply as fast as bfloat16 and round an eighth.
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "common.cpp"
@@ -16,10 +21,30 @@ namespace winograd {
 
 constexpr int WIDE = PAIR * LANES;  // channels of the answer at a time
 
-template <class Value>
+constexpr float MOST_OF_PATCH = 65400;  // its product with a filter's 32,700 (`gen.openvino_convolution`) is below 2^31
+constexpr float MOST_OF_VALUE = 32700;  // of a patch, which has 16 bits
+
+// What is multiplied of values, in patches for STEP x STEP answers, and what its products are summed in.
+template <class Value, int STEP>
+struct Factors {
+  static constexpr bool ARE_WHOLE = false;
+  using Factor = Value;
+  using Sum = float;
+};
+
+template <>
+struct Factors<bfloat16, 4> {
+  static constexpr bool ARE_WHOLE = true;
+  using Factor = int16_t;
+  using Sum = int32_t;
+};
+
+template <class Value, int STEP>
 struct Layer {
-  int in, out;          // channels, multiples of 32
-  const Value* weight;  // transformed: (out / 32, products of a patch, in, 32), as `multiply_pair` reads the last two
+  int in, out;  // channels, multiples of 32
+  // Transformed: (out / 32, products of a patch, in, 32), as `multiply_pair` reads the last two.
+  const typename Factors<Value, STEP>::Factor* weight;
+  const float* scales;  // of whole numbers, what one is of each filter, (out / 32, products of a patch, 32)
   const float* bias;    // (out)
 };
 
@@ -92,28 +117,32 @@ struct Filtering<4> {
 template <class Value, int STEP>
 class Block {  // some patches of a layer, each for STEP x STEP answers
  public:
-  static_assert(STEP == 2 || sizeof(Value) == sizeof(float), "tiles of bfloat16 come 32 rows at once");
+  using Factor = typename Factors<Value, STEP>::Factor;
+  using Sum = typename Factors<Value, STEP>::Sum;
+  static constexpr bool ARE_WHOLE = Factors<Value, STEP>::ARE_WHOLE;
   static constexpr int SIDE = STEP + 2;                        // of a patch
   static constexpr int PLACES = SIDE * SIDE;                   // products of a patch
-  static constexpr int PATCHES = STEP == 2 ? 2 * LANES : LANES;  // at a time, so that they stay near
+  // At a time, so that they stay near. Tiles of bfloat16 come 32 rows at once.
+  static constexpr int PATCHES = sizeof(Factor) == 4 && STEP == 4 ? LANES : 2 * LANES;
 
   static int count(const Pictures<Value>& pictures) { return pictures.rows * down(pictures) * across(pictures); }
 
-  Block(const Tiles& tiles, const Layer<Value>& layer, const Pictures<Value>& pictures)
+  Block(const Tiles& tiles, const Layer<Value, STEP>& layer, const Pictures<Value>& pictures)
       : tiles_(tiles),
         layer_(layer),
         pictures_(pictures),
-        step_(PATCHES * layer.in + 64 / sizeof(Value)),
+        step_(PATCHES * layer.in + 64 / sizeof(Factor)),
         nothing_(layer.in),
-        turned_(room<Value>(PLACES * step_)),
-        products_(room<float>(PLACES * STEP_OF_PRODUCTS)) {}
+        turned_(room<Factor>(PLACES * step_)),
+        products_(room<Sum>(PLACES * STEP_OF_PRODUCTS)),
+        exact_(ARE_WHOLE ? room<float>(PLACES * layer.in) : nullptr) {}
 
   void compute(int first) {
     const int here = std::min(PATCHES, count(pictures_) - first);
     for (int i = 0; i < here; i++) read(Patch(pictures_, first + i), i);
     const int64_t panel = int64_t(layer_.in) * WIDE;
     for (int out = 0; out < layer_.out; out += WIDE) {
-      const Value* weight = layer_.weight + out / WIDE * PLACES * panel;
+      const Factor* weight = layer_.weight + out / WIDE * PLACES * panel;
       for (int place = 0; place < PLACES; place++)
         multiply_pair(tiles_, products_.get() + place * STEP_OF_PRODUCTS, turned_.get() + place * step_, layer_.in,
                       weight + place * panel, here);
@@ -149,16 +178,43 @@ class Block {  // some patches of a layer, each for STEP x STEP answers
       for (int place = 0; place < PLACES; place++) d[place] = load(at[place] + channel);
       for (int line = 0; line < SIDE; line++) Filtering<STEP>::turn_in(d + line, SIDE);
       for (int line = 0; line < SIDE; line++) Filtering<STEP>::turn_in(d + line * SIDE, 1);
-      Value* to = turned_.get() + int64_t(i) * layer_.in + channel;
-      for (int place = 0; place < PLACES; place++) store(to + place * step_, d[place]);
+      if constexpr (ARE_WHOLE) {
+        for (int place = 0; place < PLACES; place++) _mm512_store_ps(exact_.get() + place * layer_.in + channel, d[place]);
+      } else {
+        Value* to = turned_.get() + int64_t(i) * layer_.in + channel;
+        for (int place = 0; place < PLACES; place++) store(to + place * step_, d[place]);
+      }
+    }
+    if constexpr (ARE_WHOLE)
+      for (int place = 0; place < PLACES; place++) round(place, i);
+  }
+
+  // What a patch has at a place, in whole numbers.
+  void round(int place, int i) {
+    const float* from = exact_.get() + place * layer_.in;
+    __m512 squares = _mm512_setzero_ps(), most = _mm512_setzero_ps();
+    for (int channel = 0; channel < layer_.in; channel += LANES) {
+      const __m512 d = _mm512_load_ps(from + channel);
+      squares = _mm512_fmadd_ps(d, d, squares);
+      most = _mm512_max_ps(most, _mm512_abs_ps(d));
+    }
+    const float norm = std::sqrt(_mm512_reduce_add_ps(squares)), largest = _mm512_reduce_max_ps(most);
+    const float one = std::max(norm / MOST_OF_PATCH, largest / MOST_OF_VALUE);
+    // zeros, and numbers too small to be told from them, are zeros; what is no number stays none
+    const __m512 share = _mm512_set1_ps(one >= SMALLEST ? 1 / one : 0);
+    scales_[place][i] = one >= SMALLEST ? one : one * 0;
+    int16_t* to = turned_.get() + place * step_ + int64_t(i) * layer_.in;
+    for (int channel = 0; channel < layer_.in; channel += LANES) {
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(from + channel), share));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + channel), _mm512_cvtsepi32_epi16(whole));
     }
   }
 
   void write(const Patch& patch, int i, int out) const {
     for (int channel = out; channel < out + WIDE; channel += LANES) {
       __m512 m[PLACES];
-      const float* from = products_.get() + i * WIDE + channel - out;
-      for (int place = 0; place < PLACES; place++) m[place] = _mm512_load_ps(from + place * STEP_OF_PRODUCTS);
+      const Sum* from = products_.get() + i * WIDE + channel - out;
+      for (int place = 0; place < PLACES; place++) m[place] = product(from + place * STEP_OF_PRODUCTS, place, i, channel);
       for (int line = 0; line < SIDE; line++) Filtering<STEP>::turn_out(m + line, SIDE);
       for (int line = 0; line < STEP; line++) Filtering<STEP>::turn_out(m + line * SIDE, 1);
       __m512 shift = _mm512_loadu_ps(layer_.bias + channel);
@@ -177,18 +233,32 @@ class Block {  // some patches of a layer, each for STEP x STEP answers
     }
   }
 
+  __m512 product(const Sum* from, int place, int i, int channel) const {
+    if constexpr (ARE_WHOLE) {
+      const float* scales = layer_.scales + (channel / WIDE * PLACES + place) * WIDE + channel % WIDE;
+      const __m512 one = _mm512_mul_ps(_mm512_loadu_ps(scales), _mm512_set1_ps(scales_[place][i]));
+      return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(from)), one);
+    } else {
+      return _mm512_load_ps(from);
+    }
+  }
+
+  static constexpr float SMALLEST = 1e-20f;  // of scales, whose squares float32 still tells from zero
+
   const Tiles& tiles_;
-  const Layer<Value>& layer_;
+  const Layer<Value, STEP>& layer_;
   const Pictures<Value>& pictures_;
   const int64_t step_;  // from a place to the next: by no power of two, or all would want one line of the cache
   std::vector<Value> nothing_;
-  Room<Value> turned_;
-  Room<float> products_;
+  Room<Factor> turned_;
+  Room<Sum> products_;
+  Room<float> exact_;  // of one patch, before it is in whole numbers
+  float scales_[PLACES][PATCHES];  // what one is then
 };
 
 // All pictures, by so many threads and patches for STEP x STEP answers.
-template <int STEP, class Value>
-void compute(const Layer<Value>& layer, const Pictures<Value>& pictures, int threads) {
+template <class Value, int STEP>
+void compute(const Layer<Value, STEP>& layer, const Pictures<Value>& pictures, int threads) {
   using Work = Block<Value, STEP>;
   std::atomic<int> next{0};
   const int blocks = (Work::count(pictures) + Work::PATCHES - 1) / Work::PATCHES;
