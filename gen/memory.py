@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -23,6 +22,12 @@ def free_memory(device: torch.device) -> int | None:
     return min(told, default=None)
 
 
+def reserve() -> int:
+    """Bytes that a machine may find beyond what is free: on a disk, and in files that a container has read of late."""
+    swap, files = said(MEMINFO, "SwapFree:"), said(CONTROL_GROUP / "memory.stat", "active_file")
+    return (swap or 0) * 1024 + (files or 0)
+
+
 def in_store(device: torch.device) -> int:
     """What torch holds of a GPU and can give out."""
     store = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -35,14 +40,9 @@ def set_apart(device: torch.device, num_bytes: int) -> None:
 
 
 def of_system() -> int | None:
-    """What the machine has left."""
-    try:
-        for line in MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (OSError, ValueError):
-        return None
+    """What the machine has left; None off Linux."""
+    available = said(MEMINFO, "MemAvailable:")
+    return None if available is None else available * 1024
 
 
 def of_control_group() -> int | None:
@@ -50,7 +50,15 @@ def of_control_group() -> int | None:
     try:
         most = int((CONTROL_GROUP / "memory.max").read_text())
         taken = int((CONTROL_GROUP / "memory.current").read_text())
-        told = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        return max(0, most - taken + int(told.get("inactive_file", 0)))
     except (OSError, ValueError):  # no such file, or "max"
+        return None
+    return max(0, most - taken + (said(CONTROL_GROUP / "memory.stat", "inactive_file") or 0))
+
+
+def said(path: Path, name: str) -> int | None:
+    """The number behind a name in a file of lines; None where there is none."""
+    try:
+        lines = (line.split() for line in path.read_text().splitlines())
+        return next((int(words[1]) for words in lines if words[:1] == [name]), None)
+    except (OSError, ValueError):
         return None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from gen.memory import CONTROL_GROUP, MEMINFO, free_memory
+from gen.memory import free_memory, reserve
 from gen.settings import Settings
 
 
@@ -28,17 +26,3 @@ def check_picture(num_bytes: int, device: torch.device, settings: Settings) -> N
             f"a picture of height {settings.height} and width {settings.width} needs {num_bytes / 1e9:.1f} GB at the "
             f"very least, and {free / 1e9:.1f} GB are free on {device}; give a smaller one"
         )
-
-
-def reserve() -> int:
-    """Bytes that a machine may find beyond what is free: on a disk, and in files that a container has read of late."""
-    return of_lines(MEMINFO, "SwapFree:") * 1024 + of_lines(CONTROL_GROUP / "memory.stat", "active_file")
-
-
-def of_lines(path: Path, name: str) -> int:
-    """The number behind a name in a file of lines; 0 where there is none."""
-    try:
-        lines = (line.split() for line in path.read_text().splitlines())
-        return next((int(words[1]) for words in lines if words[:1] == [name]), 0)
-    except (OSError, ValueError):
-        return 0

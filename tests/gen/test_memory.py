@@ -52,3 +52,14 @@ def test_what_cuda_graphs_keep_is_not_free(monkeypatch: pytest.MonkeyPatch) -> N
     memory.set_apart(gpu, 5 * GIB)
     assert memory.free_memory(gpu) == 30 * GIB
     assert memory.free_memory(torch.device("cuda", 1)) == 50 * GIB
+
+
+def test_what_a_machine_may_find_beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 5 kB\nSwapFree:        3 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    assert memory.reserve() == 3 * 1024
+    (tmp_path / "memory.stat").write_text("inactive_file 9\nactive_file 7\n")
+    assert memory.reserve() == 3 * 1024 + 7
+    (tmp_path / "meminfo").unlink()
+    assert memory.reserve() == 7

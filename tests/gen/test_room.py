@@ -116,14 +116,3 @@ def test_less_is_asked_than_is_held_at_once_in_fact(folder: Path) -> None:
     settings = replace(model.abilities.defaults, height=96, width=128)
     latent, decoded = (model.held_at_once(settings, is_decoded) for is_decoded in (False, True))
     assert 0 < latent <= decoded <= largest
-
-
-def test_what_a_machine_may_find_beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "meminfo").write_text("MemAvailable: 5 kB\nSwapFree:        3 kB\n")
-    monkeypatch.setattr(room, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(room, "CONTROL_GROUP", tmp_path)
-    assert room.reserve() == 3 * 1024
-    (tmp_path / "memory.stat").write_text("inactive_file 9\nactive_file 7\n")
-    assert room.reserve() == 3 * 1024 + 7
-    (tmp_path / "meminfo").unlink()
-    assert room.reserve() == 7
