@@ -7,7 +7,6 @@ said in one line that names the file.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -27,12 +26,12 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPTokenizer, SiglipConfig
 
-from clip_core.fit import check_asked, check_fit, check_sizes, misshaped
+from clip_core.fit import check_asked, check_sizes
 from clip_core.preprocess import Preprocess
+from clip_core.weights import PICKLES, SAID, fill, opened, read_json, shapes, shards
 from clip_core.wording import one_line
 
 OPEN_CLIP_PREFIX = "open_clip:"
@@ -43,8 +42,7 @@ OPEN_CLIP_WEIGHTS = (
     "model.safetensors",
 )
 WEIGHTS = "model.safetensors"
-SAID = (".json", ".txt", ".model")  # of what lies beside weights: configurations, vocabularies
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FILE = "CLIP file"  # what its files are called where one is missing or damaged
 CONFIGS = {"clip": CLIPConfig, "siglip": SiglipConfig}  # by the model_type of config.json
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -85,7 +83,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, attn_implementation: str, net
 
 
 def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: str) -> Loaded:
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json", FILE)
     check_sizes(values, f"CLIP '{folder}'")
     kind = values.get("model_type")
     if kind not in CONFIGS:
@@ -98,15 +96,7 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ValueError(f"{folder / 'config.json'} does not describe a CLIP: {one_line(error)}") from error
     files = _weight_files(folder)
-    weights, wanted = _read_weights(files), model.state_dict().keys()
-    apart = misshaped(model, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    check_fit(f"CLIP '{folder}'", wanted - weights.keys(), apart, weights.keys() - wanted)
-    model.load_state_dict({key: weights[key].to(dtype) for key in wanted}, assign=True)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # not stored in the file: the one kind that these have counts the positions
-                assert name == "position_ids", name
-                setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    fill(model, _read_weights(files), f"CLIP '{folder}'", dtype)
     tokenizer = load_tokenizer(folder) if kind == "clip" else _load_siglip_tokenizer(folder)
     return Loaded(model, tokenizer, Preprocess.from_folder(folder), _files(folder, files))
 
@@ -124,23 +114,14 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not index.is_file():
         raise _no_weights(folder, WEIGHTS)
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ValueError(f"{index} is damaged: it has no weight_map")
-    if away := [name for name in shards.values() if not isinstance(name, str)]:
-        raise ValueError(f"{index} is damaged: it names {away[0]!r}, which is no file")
-    files = [folder / Path(name).name for name in sorted(set(shards.values()))]
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; {index} names it")
-    return files
+    return shards(index, FILE)
 
 
 def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
     """All tensors of these files."""
     weights: dict[str, Tensor] = {}
     for path in files:
-        with _open_safetensors(path) as file:
+        with opened(path, FILE) as file:
             weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118, no Mapping
     return weights
 
@@ -160,7 +141,7 @@ def _load_siglip_tokenizer(folder: Path) -> Any:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing; it says which tokenizer this SigLIP reads by")
-    kind = _read_json(path).get("tokenizer_class")
+    kind = read_json(path, FILE).get("tokenizer_class")
     if kind == "SiglipTokenizer" and not (find_spec("sentencepiece") and find_spec("google.protobuf")):
         # or transformers would take another, which neither lowers case nor drops punctuation
         raise ValueError(f"the tokenizer of {folder} is a {kind}, for which pip install 'unclip[siglip]'")
@@ -178,7 +159,7 @@ def _has_tokenizer(folder: Path) -> bool:
 def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
     """A folder as open_clip's `save_for_hf` or `clip_core.convert` writes it."""
     path = folder / OPEN_CLIP_CONFIG
-    config = _read_json(path)
+    config = read_json(path, FILE)
     check_sizes(config, f"CLIP '{folder}'")
     text = config.get("model_cfg", {}).get("text_cfg")
     if not isinstance(text, dict):
@@ -191,8 +172,7 @@ def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
     if not any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS):
         raise _no_weights(folder, OPEN_CLIP_WEIGHTS[0])
     weights = next(folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file())
-    with _open_safetensors(weights) as file:
-        held = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118, no Mapping
+    held = sum(map(prod, shapes(weights, FILE).values()))
     try:
         check_asked(_unfilled(folder), held, f"CLIP '{folder}'")
         model = open_clip.create_model(f"local-dir:{folder}")
@@ -234,7 +214,7 @@ def _load_open_clip_name(name: str, dtype: torch.dtype) -> Loaded:
         weights = hf_hub_download(repository, file)
     except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ValueError(f"{file} of {repository} cannot be had from the hub: {one_line(error)}") from error
-    with _open_safetensors(Path(weights)):
+    with opened(Path(weights), FILE):
         pass
     model = open_clip.create_model(
         architecture,
@@ -280,26 +260,9 @@ def _needed(names: Iterable[str]) -> list[str]:
 
 
 def _no_weights(folder: Path, wanted: str) -> ValueError:
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     if pickles:
         return ValueError(
             f"{folder} has its weights as pickle ({pickles[0]}), which is never read; save them as {wanted}"
         )
     return ValueError(f"{folder / wanted} is missing")
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return values

@@ -31,6 +31,7 @@ from clip_core.convert import to_transformers
 from clip_core.fit import check_asked, check_fit, check_sizes, misshaped
 from clip_core.load import load_tokenizer
 from clip_core.text import with_projection, without_projection
+from clip_core.weights import read_json
 from clip_core.wording import one_line
 from gen.hub import HUB_ERRORS, download
 from gen.room import check_room
@@ -44,7 +45,6 @@ from gen.weights import (
     numbers,
     of_one_variant,
     quiet,
-    read_json,
     same_weights,
 )
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from clip_core.weights import SAID
 from gen.weights import of_one_variant
 
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
-SAID = (".json", ".txt", ".model")  # of what is beside weights: configurations, vocabularies
 
 
 def download(repo: str, index: str, beside: Sequence[str], parts_of: Callable[[Path], Sequence[str]]) -> Path:

@@ -28,14 +28,14 @@ from transformers import CLIPTokenizer
 from clip_core.convert import clip_tokenizer
 from clip_core.fit import check_sizes, named
 from clip_core.load import load_tokenizer
+from clip_core.weights import PICKLES, fill, read_json, shapes
 from gen.checkpoint import ASSETS, CARD, INDEX, Card, Parts, listed, load_settings, part_class, unfilled
 from gen.room import check_room
-from gen.weights import damaged, fill, read, read_json, shapes
+from gen.weights import damaged, read
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = ASSETS / "configs"
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 FIRST = f"{UNET}input_blocks.0.0.weight"
 LATENT_CHANNELS = 4  # those that a text-to-image UNet takes

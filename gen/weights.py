@@ -1,7 +1,6 @@
-"""Files of weights: whether they are whole, what they hold by their headers, and a network filled from them.
+"""The weights of a diffusers folder's parts: which files they are, what these hold by their headers, and their hash.
 
-Owns what is said of a missing, damaged or pickled file and of weights that do not fit: one line that names them. It
-knows no families and no folders' layout. Only safetensors are read, never pickle.
+It knows no families. How a file is read and what is said of a damaged one is `clip_core.weights`'.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import Tensor
 
-from clip_core.fit import check_fit, misshaped
+from clip_core.weights import PICKLES, opened, shapes, shards
 from clip_core.wording import one_line
 
-SAID = "__metadata__"  # what a header of safetensors says beside its tensors
+METADATA = "__metadata__"  # what a header of safetensors says beside its tensors
 ADAPTER = "adapter_config.json"  # for which transformers looks by itself where peft is installed
 
 
@@ -41,7 +39,7 @@ def check_weights(folder: Path) -> None:
     if (folder / ADAPTER).exists():
         raise ValueError(f"model part '{folder}' has an {ADAPTER}, by which peft changes weights; load it by load_lora")
     if not (paths := weight_files(folder)):
-        pickled = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        pickled = [path.name for path in folder.glob("*") if path.suffix in PICKLES]
         told = "no .safetensors file; fetch it again"
         if pickled:
             told = f"only {pickled[0]}, which is pickle and is never read; save the model with safe_serialization=True"
@@ -52,13 +50,8 @@ def check_weights(folder: Path) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a part: those its shard index names, or those that lie there, of one variant."""
-    if shards := sorted(folder.glob("*.safetensors.index.json")):
-        named = read_json(shards[0]).get("weight_map")
-        if not isinstance(named, dict):
-            raise ValueError(f"model file '{shards[0]}' is damaged (it has no weight_map); fetch or save it again")
-        if away := [file for file in named.values() if not isinstance(file, str) or Path(file).name != file]:
-            raise ValueError(f"model file '{shards[0]}' names {away[0]!r}, which is no file beside it")
-        return [folder / name for name in sorted(set(named.values()))]
+    if indices := sorted(folder.glob("*.safetensors.index.json")):
+        return shards(indices[0])
     names, _ = of_one_variant([path.name for path in folder.glob("*.safetensors")])
     return [folder / name for name in names]
 
@@ -76,17 +69,13 @@ def of_one_variant(names: Iterable[str]) -> tuple[list[str], str | None]:
     return by_variant.get(variant, []), variant
 
 
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """What a file holds, by its header alone; ValueError that names a missing or damaged one."""
-    with opened(path) as weights:
-        return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-
-
 def sizes(path: Path) -> dict[str, int]:
     """The bytes of each tensor of a file, by its header alone; ValueError that names a missing or damaged one."""
     with opened(path), path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: told["data_offsets"][1] - told["data_offsets"][0] for name, told in header.items() if name != SAID}
+    return {
+        name: told["data_offsets"][1] - told["data_offsets"][0] for name, told in header.items() if name != METADATA
+    }
 
 
 def held(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -103,33 +92,6 @@ def read(path: Path, prefixes: Sequence[str] = ("",)) -> dict[str, Tensor]:
     """The tensors of a file whose names begin so."""
     with opened(path) as weights:
         return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(tuple(prefixes))}  # noqa: SIM118
-
-
-@contextmanager
-def opened(path: Path, what: str = "model file") -> Iterator[Any]:
-    """A safetensors file; ValueError that names a missing or damaged one."""
-    try:
-        with safe_open(path, "pt") as weights:
-            yield weights
-    except FileNotFoundError:
-        raise ValueError(f"{what} '{path}' is missing; the folder is not complete") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{what} '{path}' is damaged ({error}); fetch or save it again") from error
-
-
-def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, dtype: torch.dtype) -> nn.Module:
-    """Give a network on the meta device its weights; ValueError that names those missing or of another shape."""
-    expected = module.state_dict()
-    there = expected.keys() & weights.keys()
-    apart = misshaped(module, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    check_fit(what, expected.keys() - there, apart, weights.keys() - there)
-    module.load_state_dict({name: weights[name].to(dtype) for name in expected}, assign=True)
-    for each in module.modules():
-        for name, buffer in each.named_buffers(recurse=False):
-            if buffer.is_meta:  # not stored: the one kind that text towers have counts the positions
-                assert name == "position_ids", name
-                setattr(each, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
-    return module
 
 
 def same_weights(part: Path, whole: Path) -> bool:
@@ -151,19 +113,6 @@ def same_weights(part: Path, whole: Path) -> bool:
             if a.dtype != b.dtype or not torch.equal(a, b):
                 return False
     return True
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError that names the file when it is missing or damaged."""
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"model file '{path}' is missing; the folder is not complete") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model file '{path}' is damaged ({error}); fetch or save it again") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"model file '{path}' is damaged (not a JSON object); fetch or save it again")
-    return told
 
 
 @contextmanager

@@ -8,7 +8,6 @@ writes them for people. Takes a model as its users call it and must not look ins
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_core.retrieval import ranks
+from clip_core.weights import content_hash
 from training.data import checker
 from training.data.checker import FACTS, faults, read
 from training.data.suite import Prompt
@@ -224,7 +224,7 @@ class Strips:
 
 def digest(path: Path) -> str:
     """What tells one version of a file from another: the start of its SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return content_hash(path)[:16]
 
 
 def paint(

@@ -5,7 +5,6 @@ Safetensors only, never pickle; only a hub id touches the network. It knows no m
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,11 +13,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from clip_core.weights import opened
 from clip_core.wording import one_line
 from gen.checks import check_name, is_number
 from gen.hub import HUB_ERRORS, fetch
 from gen.settings import JSON
-from gen.weights import opened
 
 SUFFIX = ".safetensors"
 
@@ -145,12 +144,3 @@ def read(path: Path) -> Weights:
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise ValueError(f"file '{path}' is damaged: its {key} has numbers that are not finite")
     return weights
-
-
-def content_hash(*paths: Path) -> str:
-    """SHA-256 of the bytes of a file, or of several one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()

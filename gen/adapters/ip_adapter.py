@@ -23,13 +23,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from clip_core.fit import named
 from clip_core.preprocess import CONFIG_NAME, Preprocess
+from clip_core.weights import content_hash, read_json
 from clip_core.wording import one_line
-from gen.adapters.file import Adapter, Found, content_hash, fetched, found, read
+from gen.adapters.file import Adapter, Found, fetched, found, read
 from gen.attention import per_head, text_layers
 from gen.checkpoint import load_part
 from gen.checks import real
 from gen.hub import needed
-from gen.weights import damaged, named_folder, read_json, weight_files
+from gen.weights import damaged, named_folder, weight_files
 
 USUAL = "ip-adapter_sd15.safetensors"
 ENCODER = "image_encoder"  # the folder beside the file, as it is published

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from clip_core.fit import named
-from gen.adapters.file import Adapter, Weights, content_hash, found, read
+from clip_core.weights import content_hash, read_json
+from gen.adapters.file import Adapter, Weights, found, read
 from gen.checks import is_number, real
 from gen.families.painter import Painter
-from gen.weights import ADAPTER, read_json
+from gen.weights import ADAPTER
 
 USUAL = "pytorch_lora_weights.safetensors"  # as diffusers names the file
 SAID = "lora_adapter_metadata"  # where diffusers' files keep peft's configuration

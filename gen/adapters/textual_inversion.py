@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from gen.adapters.file import Adapter, content_hash, found, read
+from clip_core.weights import content_hash
+from gen.adapters.file import Adapter, found, read
 from gen.families.painter import Painter
 
 logger = logging.getLogger(__name__)

@@ -289,7 +289,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     write(tmp_path, clip.model, config)
     whole = (tmp_path / "open_clip_model.safetensors").read_bytes()
     (tmp_path / "open_clip_model.safetensors").write_bytes(whole[:1000])
-    refused("open_clip_model.safetensors is damaged")
+    refused("open_clip_model.safetensors' is damaged")
     (tmp_path / "open_clip_model.safetensors").unlink()
     refused("open_clip_model.safetensors is missing")
     torch.save(clip.model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from clip_core.weights import read_json
 from gen.cli import info
 from gen.facts import facts_of, tower, whole_clip
-from gen.weights import read_json
 from tests.tiny import make_tiny_clip, make_tiny_siglip
 
 

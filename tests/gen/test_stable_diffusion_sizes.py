@@ -26,13 +26,13 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from clip_core.weights import read_json
 from gen.checkpoint import Card, Parts, listed, part_class, unfilled
 from gen.conditioning import Conditions, Table
 from gen.families import FAMILIES
 from gen.request import Request
 from gen.scheduler import NoiseLevels
 from gen.single_file import CONFIGS
-from gen.weights import read_json
 from tests.tiny import tiny_tokenizer
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

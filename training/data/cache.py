@@ -19,16 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from clip_core.weights import content_hash
 from training.data.examples import DataError
 from training.data.pictures import Pictures
 
 
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the weights and configurations in a model folder: names the encoder."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return content_hash(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]))
 
 
 @torch.no_grad()
