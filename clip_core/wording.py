@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MOST = 300  # letters of a line
-QUOTED = 80  # letters of a text that a line is about
+QUOTED, HEAD = 80, 45  # letters of a text that a line is about, and how many of them are its beginning
 
 
 def one_line(error: BaseException) -> str:
@@ -13,5 +13,5 @@ def one_line(error: BaseException) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text in quotation marks, its beginning alone where it is long."""
-    return repr(text if len(text) <= QUOTED else text[: QUOTED - 3] + "...")
+    """A text in quotation marks; of a long one its beginning and its end, where it is cut when it is too long."""
+    return repr(text if len(text) <= QUOTED else f"{text[:HEAD]}...{text[HEAD + 3 - QUOTED :]}")

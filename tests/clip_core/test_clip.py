@@ -179,11 +179,12 @@ def test_long_text_is_cut_with_a_warning(clip: CLIP, caplog: pytest.LogCaptureFi
     assert len(ours) == len(caplog.records) == 1 and "is cut to 32: 'a large green star" in ours[0]
 
 
-def test_a_warning_has_the_beginning_of_a_long_text(clip: CLIP, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_has_both_ends_of_a_long_text(clip: CLIP, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        clip.tokenize(["a large green star " * 999])
+        clip.tokenize(["a large green star " * 999 + "zebra"])
     (said,) = [record.getMessage() for record in caplog.records if record.name == "clip_core.text"]
-    assert said.endswith("star a...'") and len(said) < 140
+    assert ": 'a large green star a" in said and said.endswith(" a large green star zebra'") and "large...en" in said
+    assert len(said) < 140
 
 
 def test_tokens_can_be_handed_in(clip: CLIP) -> None:
