@@ -20,6 +20,9 @@ constexpr int PAIR = 2;              // tiles of weights beside each other
 
 constexpr int HERE = 8;  // rows whose sums are in registers
 
+inline void put(float* to, __m512 sums) { _mm512_store_ps(to, sums); }
+inline void put(int32_t* to, __m512i sums) { _mm512_store_si512(to, sums); }
+
 template <class Register>
 struct Sums {
   Register of[HERE][PAIR] = {};
@@ -27,7 +30,7 @@ struct Sums {
   template <class Number>
   void store(Number* to) const {
     for (int place = 0; place < HERE; place++)
-      for (int i = 0; i < PAIR; i++) *reinterpret_cast<Register*>(to + (place * PAIR + i) * LANES) = of[place][i];
+      for (int i = 0; i < PAIR; i++) put(to + (place * PAIR + i) * LANES, of[place][i]);
   }
 };
 

@@ -127,6 +127,13 @@ class Block {  // some patches of a layer, each for STEP x STEP answers
 
   static int count(const Pictures<Value>& pictures) { return pictures.rows * down(pictures) * across(pictures); }
 
+  // How many patches a block has where so many threads share them: some for each.
+  static int size(const Pictures<Value>& pictures, int threads) {
+    constexpr int LEAST = std::is_same_v<Factor, bfloat16> ? PATCHES : HERE;
+    const int share = (count(pictures) + threads - 1) / threads;
+    return std::min(PATCHES, (share + LEAST - 1) / LEAST * LEAST);
+  }
+
   Block(const Tiles& tiles, const Layer<Value, STEP>& layer, const Pictures<Value>& pictures)
       : tiles_(tiles),
         layer_(layer),
@@ -137,8 +144,8 @@ class Block {  // some patches of a layer, each for STEP x STEP answers
         products_(room<Sum>(PLACES * STEP_OF_PRODUCTS)),
         exact_(ARE_WHOLE ? room<float>(PLACES * layer.in) : nullptr) {}
 
-  void compute(int first) {
-    const int here = std::min(PATCHES, count(pictures_) - first);
+  void compute(int first, int most) {
+    const int here = std::min(most, count(pictures_) - first);
     for (int i = 0; i < here; i++) read(Patch(pictures_, first + i), i);
     const int64_t panel = int64_t(layer_.in) * WIDE;
     for (int out = 0; out < layer_.out; out += WIDE) {
@@ -261,11 +268,11 @@ template <class Value, int STEP>
 void compute(const Layer<Value, STEP>& layer, const Pictures<Value>& pictures, int threads) {
   using Work = Block<Value, STEP>;
   std::atomic<int> next{0};
-  const int blocks = (Work::count(pictures) + Work::PATCHES - 1) / Work::PATCHES;
+  const int size = Work::size(pictures, threads), blocks = (Work::count(pictures) + size - 1) / size;
   const auto work = [&] {
     const Tiles tiles;
     Work block(tiles, layer, pictures);
-    for (int at; (at = next++) < blocks;) block.compute(at * Work::PATCHES);
+    for (int at; (at = next++) < blocks;) block.compute(at * size, size);
   };
   by_threads(std::min(threads, blocks), work);
 }
