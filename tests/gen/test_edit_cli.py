@@ -60,13 +60,13 @@ def test_a_picture_is_painted_from_one_and_repeated(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--mask", "mask"], "--mask was given without image"),
-        (["--strength", "0.5"], "strength was given without image"),
+        (["--mask", "mask"], "--mask was given without --image"),
+        (["--strength", "0.5"], "--strength was given without --image"),
         (["--image", "in", "--strength", "0"], "--strength 0.0 leaves none of"),
         (["--image", "in", "--strength", "2"], "--strength 2.0 is out of range; give a number from 0 to 1"),
         (["--image", "in", "--mask", "narrow"], "--mask is 32 x 64 pixels, and image 64 x 64"),
         (["--image", "nowhere.png"], "picture nowhere.png does not exist"),
-        (["--image", "in", "--width", "32"], "only one of height and width was given"),
+        (["--image", "in", "--width", "32"], "only one of --height and --width was given"),
         (["--edit-from", "a star"], "--edit-from was given without --variation-of"),
         (["--prompt-weights", "--negative", "a (star"], "that is not closed; write \\( for itself"),
     ],

@@ -396,4 +396,4 @@ def test_the_command_line_takes_picture_and_mask(
         assert main(["reproduce", json.loads(capsys.readouterr().out)["pictures"][0]["path"], "--json"]) == 0
         capsys.readouterr()
     assert main([word for word in told if word not in words]) == 2
-    assert "does nothing else; give image and --mask" in capsys.readouterr().err
+    assert "does nothing else; give --image and --mask" in capsys.readouterr().err

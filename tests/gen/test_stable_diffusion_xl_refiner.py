@@ -165,7 +165,7 @@ def test_the_command_line_refines(
     IMAGE.save(tmp_path / "in.png")
     asked = ["generate", SHORT, "--model", str(folders[False]), "-n", "1", "--steps", "4", "--out", str(tmp_path / "o")]
     assert command.main(asked) == 2
-    assert "give image" in capsys.readouterr().err
+    assert "give --image" in capsys.readouterr().err
     told = ["--aesthetic-score", "8", "--negative-aesthetic-score", "1", "--negative-original-size", "40", "90"]
     assert command.main([*asked, "--image", str(tmp_path / "in.png"), *told, "--seed", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
