@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -236,11 +236,13 @@ class Engine(Generic[R]):
         return chosen
 
     def _unqueue(self, flight: Flight[R]) -> None:
-        """Take a request out of the queue."""
+        """Take a request out of the queue, if it is there: Ctrl-C may have come between that and its beginning."""
         shape = self._stages.shape_of(flight)
-        self._queue[shape].remove(flight)  # at once, where it is the first
-        if not self._queue[shape]:
-            del self._queue[shape]
+        waiting = self._queue.get(shape, deque())
+        with suppress(ValueError):
+            waiting.remove(flight)  # found at once, where it is the first
+        if not waiting:
+            self._queue.pop(shape, None)
 
     def _tell(self, flights: Sequence[Flight[R]]) -> list[Condition]:
         """Encode the texts of requests together, or where that fails one by one, to find whom it fails for."""

@@ -567,6 +567,23 @@ def test_ctrl_c_ends_a_call_and_the_model_paints_on(tiny: TextToImage, expected:
     assert same(dict(enumerate(result.images)), expected[0])
 
 
+def test_ctrl_c_while_requests_begin_resolves_them_all(tiny: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny.engine()
+    futures = [engine.submit(request) for request in KINDS[:3]]
+
+    def interrupt(*given: Any) -> int:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    first = engine._stages.room  # asked again for the second, when the first is out of the queue
+    asked = iter([first, interrupt])
+    monkeypatch.setattr(engine._stages, "room", lambda *given: next(asked)(*given))
+    with pytest.raises(KeyboardInterrupt):
+        engine.tick()
+    engine.close(cancel=True)
+    assert all(future.cancelled() for future in futures)
+
+
 def test_an_engine_in_its_own_thread_is_not_ticked_from_another(tiny: TextToImage) -> None:
     with engine_of(tiny) as engine, pytest.raises(RuntimeError, match="in a thread of its own"):
         engine.tick()
