@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPTokenizer, SiglipConfig
 
 from clip_core.fit import check_asked, check_sizes
+from clip_core.hub import fetch
 from clip_core.preprocess import Preprocess
 from clip_core.weights import PICKLES, SAID, fill, opened, read_json, shapes, shards
 from clip_core.wording import one_line
@@ -237,14 +238,7 @@ def _open_clip_tokenizer(name: str) -> Any:
 def _download(repository: str) -> Path:
     """The repository's top folder from the hub, as far as it is read, or from the cache when offline."""
     try:
-        try:
-            names = list_repo_files(repository)
-        except HfHubHTTPError:  # the hub has answered, and there is nothing to be had
-            raise
-        except Exception:  # it cannot be reached, whatever the client's own library calls that, or must not be
-            # no patterns: the copy may lack what was never asked for, which the client would refuse
-            return Path(snapshot_download(repository, local_files_only=True, allow_patterns=[]))
-        return Path(snapshot_download(repository, allow_patterns=_needed(names)))
+        return fetch(repository, _needed)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"CLIP {repository!r} is no folder and not on the hub: {one_line(error)}") from error
 

@@ -29,11 +29,12 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextMode
 from clip_core.clip import CLIP
 from clip_core.convert import to_transformers
 from clip_core.fit import check_asked, check_fit, check_sizes, misshaped
+from clip_core.hub import HUB_ERRORS
 from clip_core.load import load_tokenizer
 from clip_core.text import with_projection, without_projection
 from clip_core.weights import read_json
 from clip_core.wording import one_line
-from gen.hub import HUB_ERRORS, download
+from gen.hub import download
 from gen.room import check_room
 from gen.settings import JSON
 from gen.weights import (

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -154,11 +155,13 @@ class Graph:
                 for _ in range(WARM):
                     program(*self._given)
             # Other threads may go on meanwhile.
-            before = torch.cuda.memory_reserved(self._device)
             with torch.cuda.graph(self._graph, pool=common.pool, stream=apart, capture_error_mode="thread_local"):
+                before = torch.cuda.memory_reserved(self._device)  # here, for what is in store was let go of just now
                 self._answers = program(*self._given)
             now.wait_stream(apart)
-            set_apart(self._device, max(0, torch.cuda.memory_reserved(self._device) - before))
+            taken = max(0, torch.cuda.memory_reserved(self._device) - before)
+            set_apart(self._device, taken)
+            weakref.finalize(self, set_apart, self._device, -taken)
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
         """What the program answers; the graph's own tensors are overwritten by the next call."""

@@ -161,10 +161,11 @@ class Darkroom:
             embeddings = dict(zip(ranked, seen.unbind(0), strict=True))
             found, scored = fetched(cosine(seen, texts))
             scores = dict(zip(ranked, found.unbind(0), strict=True))
+        # a view would keep its whole chunk
+        alone = [pixels[place].clone() if flight.lets_go else pixels[place] for place, (flight, _) in enumerate(chunk)]
         for place, (flight, index) in enumerate(chunk):
-            alone = pixels[place].clone() if flight.lets_go else pixels[place]  # a view would keep its whole chunk
-            seen_as = embeddings.get(place)
-            flight.paint(index, Painted(latents[place], alone, scores.get(place), scored, seen_as))
+            told = scores.get(place), scored, embeddings.get(place)
+            flight.paint(index, Painted(latents[place], alone[place], *told))
 
     def _seen(self, pixels: Tensor) -> Tensor:
         """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""

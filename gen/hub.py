@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download
 
+from clip_core.hub import fetch
 from clip_core.weights import SAID
 from gen.weights import of_one_variant
-
-HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 
 
 def download(repo: str, index: str, beside: Sequence[str], parts_of: Callable[[Path], Sequence[str]]) -> Path:
@@ -25,21 +23,6 @@ def download(repo: str, index: str, beside: Sequence[str], parts_of: Callable[[P
     """
     parts = parts_of(Path(hf_hub_download(repo, index)))
     return fetch(repo, lambda names: [index, *beside, *needed(names, parts)])
-
-
-def fetch(repo: str, wanted: Callable[[Sequence[str]], Sequence[str]]) -> Path:
-    """The local copy of a repository with what `wanted` chooses of its files; without network, what the cache has.
-
-    It chooses by names, and may give patterns with `*`. Raises one of `HUB_ERRORS`.
-    """
-    try:
-        names = list_repo_files(repo)
-    except HfHubHTTPError:  # the hub has answered, and there is nothing to be had
-        raise
-    except Exception:  # it cannot be reached, whatever the client's own library calls that, or must not be
-        # no patterns: the copy may lack what was never asked for, which the client would refuse
-        return Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
-    return Path(snapshot_download(repo, allow_patterns=list(wanted(names))))
 
 
 def needed(names: Iterable[str], parts: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ def in_store(device: torch.device) -> int:
 
 
 def set_apart(device: torch.device, num_bytes: int) -> None:
-    """So much of what torch holds of a GPU is for CUDA graphs alone from now on."""
+    """So much of what torch holds of a GPU is for CUDA graphs alone from now on; less than nothing: no longer."""
     _APART[device] = _APART.get(device, 0) + num_bytes
 
 

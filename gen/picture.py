@@ -6,6 +6,7 @@ Pillow and JSON alone; what a record says is the pipeline's, and this module mus
 
 import json
 import os
+import struct
 from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 CHUNK = "unclip"  # the text chunk that holds the record as JSON
 SOFTWARE = "unclip"  # PNG's standard keyword `Software`; `Description` holds the prompt for other programs
@@ -23,6 +24,17 @@ SOFTWARE = "unclip"  # PNG's standard keyword `Software`; `Description` holds th
 TILE = 192  # px; small pictures are brought near this width: room for a score and the longest seed
 GAP, LINE = 8, 18  # px; between tiles, and one line of caption
 INK, PAPER, FRAME = (30, 30, 30), (255, 255, 255), (40, 140, 80)
+
+# By EXIF's Orientation. Pillow's exif_transpose writes the rest of EXIF anew, and fails where some of it is damaged.
+TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 LETTERS = 12  # px; their height
@@ -105,13 +117,27 @@ def read_picture(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             opened.load()
             chunks = dict(getattr(opened, "text", {}))
-            picture = ImageOps.exif_transpose(opened).convert("RGB")  # as a camera held it
+            picture = upright(opened).convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"picture {path} does not exist; give the path of an image file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {path} cannot be read ({error}); give a whole image file") from None
     picture.text = chunks  # type: ignore[attr-defined]  # where Pillow itself keeps a PNG's
     return picture
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture as the camera held it."""
+    turn = turn_of(picture)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def turn_of(picture: Image.Image) -> Image.Transpose | None:
+    """What brings a picture upright, as its EXIF says; None: nothing, or EXIF that nobody can read."""
+    try:
+        return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except (OSError, SyntaxError, TypeError, ValueError, struct.error):
+        return None
 
 
 def largest_difference(one: Image.Image, other: Image.Image) -> int:

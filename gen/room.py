@@ -10,8 +10,9 @@ from gen.settings import Settings
 
 def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype, what: str) -> None:
     """ValueError for a model of so many numbers that a device has no room for, as far as it tells."""
-    needed, free = num_weights * dtype.itemsize, free_memory(torch.device(device))
-    if free is not None and needed > free:
+    device = torch.device(device)
+    needed, free = num_weights * dtype.itemsize, free_memory(device)
+    if free is not None and needed > free + found_beyond(device):
         raise ValueError(
             f"model '{what}' needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, and "
             f"{free / 1e9:.1f} GB are free on {device}; take a smaller dtype, another device or a smaller model"
@@ -21,8 +22,13 @@ def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype,
 def check_picture(num_bytes: int, device: torch.device, settings: Settings) -> None:
     """ValueError for a picture of which a network holds so many bytes at once, where a device cannot have them."""
     free = free_memory(device)
-    if free is not None and num_bytes > free + (reserve() if device.type == "cpu" else 0):
+    if free is not None and num_bytes > free + found_beyond(device):
         raise ValueError(
             f"a picture of height {settings.height} and width {settings.width} needs {num_bytes / 1e9:.1f} GB at the "
             f"very least, and {free / 1e9:.1f} GB are free on {device}; give a smaller one"
         )
+
+
+def found_beyond(device: torch.device) -> int:
+    """Bytes that may be found beyond what is free."""
+    return reserve() if device.type == "cpu" else 0

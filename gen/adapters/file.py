@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from clip_core.hub import HUB_ERRORS, fetch
 from clip_core.weights import opened
 from clip_core.wording import one_line
 from gen.checks import check_name, is_number
-from gen.hub import HUB_ERRORS, fetch
 from gen.settings import JSON
 
 SUFFIX = ".safetensors"
@@ -112,7 +112,7 @@ def found(kind: str, name: str | Path, usual: str, beside: Sequence[str] = ()) -
 
 
 def fetched(kind: str, name: str | Path, repository: str, wanted: Callable[[Sequence[str]], Sequence[str]]) -> Path:
-    """The local copy of an adapter's repository; see `gen.hub.fetch`. ValueError where there is none."""
+    """The local copy of an adapter's repository; see `clip_core.hub.fetch`. ValueError where there is none."""
     try:
         return fetch(repository, wanted)
     except HUB_ERRORS as error:

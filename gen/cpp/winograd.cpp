@@ -131,7 +131,7 @@ class Block {  // some patches of a layer, each for STEP x STEP answers
   static int size(const Pictures<Value>& pictures, int threads) {
     constexpr int LEAST = std::is_same_v<Factor, bfloat16> ? PATCHES : HERE;
     const int share = (count(pictures) + threads - 1) / threads;
-    return std::min(PATCHES, (share + LEAST - 1) / LEAST * LEAST);
+    return std::clamp((share + LEAST - 1) / LEAST * LEAST, LEAST, PATCHES);
   }
 
   Block(const Tiles& tiles, const Layer<Value, STEP>& layer, const Pictures<Value>& pictures)

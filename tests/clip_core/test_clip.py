@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +26,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from clip_core import load
+from clip_core import hub
 from clip_core.clip import CLIP, Tokens
 from clip_core.preprocess import Preprocess
 from tests.hub import cached
@@ -324,22 +325,30 @@ def test_of_a_hub_repository_only_what_is_read_is_fetched(
         return str(folder)
 
     said = SAID if fetched is not None else SAID[1:]  # without config.json it is open_clip's
-    monkeypatch.setattr(load, "list_repo_files", lambda repository: [*said, *there, *OTHERS])
-    monkeypatch.setattr(load, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "list_repo_files", lambda repository: [*said, *there, *OTHERS])
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
     CLIP.from_pretrained("someone/clip")
     beside = [name for name in there if name.endswith(".json")]
     assert set(asked) == {*said, *beside, *(fetched or ["open_clip_model.safetensors"])}
 
 
-def test_without_network_the_cache_has_the_clip(
-    folder: Path, tmp_path: Path, clip: CLIP, monkeypatch: pytest.MonkeyPatch
+class Busy(HfHubHTTPError):
+    """What the hub's client raises where the hub answers that it cannot; without the answer itself."""
+
+    def __init__(self) -> None:
+        Exception.__init__(self, "503 service unavailable")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no route to host"), Busy()], ids=["unreachable", "busy"])
+def test_without_the_hub_the_cache_has_the_clip(
+    folder: Path, tmp_path: Path, clip: CLIP, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def unreachable(repository: str) -> list[str]:
-        raise RuntimeError("no route to host")
+        raise error
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     shutil.copytree(folder, cached(tmp_path, "someone", "clip"))
-    monkeypatch.setattr(load, "list_repo_files", unreachable)
+    monkeypatch.setattr(hub, "list_repo_files", unreachable)
     assert torch.equal(CLIP.from_pretrained("someone/clip").text(TEXTS).tokens, clip.text(TEXTS).tokens)
     with pytest.raises(ValueError, match="CLIP 'someone/else' is no folder and not on the hub"):
         CLIP.from_pretrained("someone/else")

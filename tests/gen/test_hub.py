@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+import clip_core.hub
 from gen import TextToImage, checkpoint, hub
 from gen.adapters.file import found
 from gen.weights import of_one_variant, weight_files
@@ -92,8 +93,10 @@ def test_what_is_asked_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) 
         asked.append(allow_patterns)
         return str(cache)
 
-    monkeypatch.setattr(hub, "list_repo_files", lambda repository: [*listed, "unet/diffusion_pytorch_model.bin"])
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(
+        clip_core.hub, "list_repo_files", lambda repository: [*listed, "unet/diffusion_pytorch_model.bin"]
+    )
+    monkeypatch.setattr(clip_core.hub, "snapshot_download", snapshot)
     TextToImage.from_pretrained("someone/tiny", device="cpu")
     assert set(asked[0]) == {*listed, "unclip.json", *checkpoint.LICENCES}
 
@@ -104,7 +107,7 @@ def test_without_network_the_cache_will_do(cache: Path, monkeypatch: pytest.Monk
     def unreachable(repository: str) -> list[str]:
         raise RuntimeError("no route to host")
 
-    monkeypatch.setattr(hub, "list_repo_files", unreachable)
+    monkeypatch.setattr(clip_core.hub, "list_repo_files", unreachable)
     assert checkpoint.find("someone/tiny") == cache
     # also where the hub has told the client of files that were never fetched
     trees = cache.parent.parent / "trees"
@@ -179,8 +182,8 @@ def test_what_is_asked_of_the_hub_for_an_adapter(adapters: Path, monkeypatch: py
         return str(adapters)
 
     listed = [path.relative_to(adapters).as_posix() for path in adapters.rglob("*") if path.is_file()]
-    monkeypatch.setattr(hub, "list_repo_files", lambda repository: [*listed, "adapter_model.bin"])
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(clip_core.hub, "list_repo_files", lambda repository: [*listed, "adapter_model.bin"])
+    monkeypatch.setattr(clip_core.hub, "snapshot_download", snapshot)
     assert found("LoRA", "someone/added", "usual", ["*adapter_config.json"]).path.parent == adapters
     found("embedding", "someone/added/words/cat.safetensors", "usual")
     assert asked == [["adapter_model.safetensors", "*adapter_config.json"], ["words/cat.safetensors"]]

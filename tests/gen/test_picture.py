@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
 from gen.picture import (
     TILE,
@@ -18,6 +18,8 @@ from gen.picture import (
     largest_difference,
     read_picture,
     read_png,
+    turn_of,
+    upright,
     write_png,
 )
 
@@ -192,3 +194,28 @@ def test_a_line_is_cut_where_it_would_be_too_wide_and_in_few_looks(monkeypatch: 
     monkeypatch.setattr(draw, "textlength", lambda text, font: measured.append(len(text)) or length(text, font))
     assert _fit(draw, "w " * 100_000, font, 500).endswith("…")
     assert len(measured) < 20 and max(measured) <= 501
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_is_upright_as_pillow_turns_it(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    noise(0, (20, 12)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as picture:
+        expected = ImageOps.exif_transpose(picture)
+        assert upright(picture).tobytes() == expected.tobytes() and upright(picture).size == expected.size
+        assert (turn_of(picture) is None) == (orientation not in range(2, 9))
+
+
+def test_damaged_exif_leaves_a_picture_as_it_lies(tmp_path: Path) -> None:
+    """Whatever byte of it is another."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.XResolution] = 72.0
+    noise(0, (20, 12)).save(tmp_path / "a.jpg", exif=exif)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    start = whole.index(b"Exif")
+    for place in range(start + 6, start + len(exif.tobytes())):
+        for value in (0, 255):
+            (tmp_path / "b.jpg").write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            assert read_picture(tmp_path / "b.jpg").size in ((20, 12), (12, 20))

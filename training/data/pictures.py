@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gen.picture import turn_of, upright
 from training.data.examples import DataError, Example, Skipped
 from training.data.folder import METADATA_NAMES, read_folder
 from training.data.shards import read_shards
@@ -80,7 +81,7 @@ class Pictures(Dataset[tuple[Tensor, str]]):
             content = example.content()
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
-                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                is_turned = turn_of(image) is not None
         except FileNotFoundError:
             self.skipped.add("missing file", example.name)
             return False
@@ -95,7 +96,7 @@ class Pictures(Dataset[tuple[Tensor, str]]):
 
 
 def _pixels(image: Image.Image, resolution: int) -> Tensor:
-    image = ImageOps.exif_transpose(image).convert("RGB")  # as a camera held it
+    image = upright(image).convert("RGB")
     if image.size != (resolution, resolution):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
