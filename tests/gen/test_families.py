@@ -17,7 +17,8 @@ from huggingface_hub import constants
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from gen import checkpoint, command, hub
+from clip_core import hub
+from gen import checkpoint, command
 from gen.picture import read_png
 from tests.gen.test_stable_unclip import img2img
 from tests.tiny import (

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from gen import Request, TextToImage, command, hub
+from clip_core import hub
+from gen import Request, TextToImage, command
 from gen.attention import attentions
 from gen.families.reader import Reader
 from gen.picture import read_png
