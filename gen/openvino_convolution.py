@@ -18,7 +18,7 @@ WIDE = 32  # of whose multiples our kernel takes channels
 SMALLEST_SIDE, LARGEST_SIDE = 2, 4  # of a patch's answers; the larger, the more is rounded
 MOST_OF_FILTER = 32700.0  # norm of a turned filter in whole numbers of 16 bits (`cpp/winograd.cpp`)
 MOST_FILTERS = 1 << 19  # in * out of the largest layer with patches of 4, whose filters become 36/9 of the plain ones
-AT_A_TIME = {2: 32, 4: 16}  # patches that a thread computes together, by their side
+AT_A_TIME = {2: 32, 4: 16}  # patches that each thread is to have at least, by their side
 # What a filter (3, 3) is turned into by, from both sides: its polynomial's values at as many numbers, each over what
 # Lagrange's polynomial divides it by, and its leading number (Lavin & Gray 2016, section 4; `cpp/winograd.cpp`).
 NUMBERS: dict[int, list[float]] = {2: [0, 1, -1], 4: [0, 0.75, -0.75, 1.5, -1.5]}
@@ -109,9 +109,7 @@ class Filters(NamedTuple):
     """Transformed weights, laid out as our kernel reads them."""
 
     numbers: Any  # (out / 32, places of a patch, ...), an openvino.Output
-    scales: (
-        np.ndarray
-    )  # what one is of each filter, (out / 32, places of a patch, 32); none where they are no whole numbers
+    scales: np.ndarray  # of whole numbers, what one is of each filter, (out / 32, places of a patch, 32); else empty
 
 
 def packed(weight: np.ndarray, side: int, precision: Any) -> Filters:

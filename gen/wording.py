@@ -59,9 +59,8 @@ SPOKEN = (
     r"(?<=\bone of ){name}(?= and )",
     r"(?<= and ){name}(?= (?:were both|was) given| to have )",
 )
-QUOTED = re.compile(
-    r"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)"
-)  # what a user gave, in an error's words; not the ' of a genitive
+# What a user gave, in an error's words; not the ' of a genitive.
+QUOTED = re.compile(r"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)")
 
 
 @contextmanager
