@@ -19,8 +19,9 @@ import typer
 from PIL import Image
 
 from gen.output_folder import output_folder
-from gen.picture import Writer, contact_sheet, largest_difference, read_picture, read_png
+from gen.picture import Writer, largest_difference, read_picture, read_png
 from gen.prompts import plain
+from gen.sheet import contact_sheet
 from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:
