@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from gen import avx512
-from gen.openvino_model import added, as_float32, constant, put, stored, stored_as_low, told_in
+from gen.openvino_model import added, as_float32, constant, put, told_in
+from gen.openvino_weights import Kernels, Weights, stored, stored_as_low
 
 WIDE = 32  # of whose multiples our kernel takes channels
 SMALLEST_SIDE, LARGEST_SIDE = 2, 4  # of a patch's answers; the larger, the more is rounded
@@ -25,14 +27,14 @@ NUMBERS: dict[int, list[float]] = {2: [0, 1, -1], 4: [0, 0.75, -0.75, 1.5, -1.5]
 LAST, FIRST = np.array([0, 2, 3, 1]), np.array([0, 3, 1, 2])  # where channels go
 
 
-def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> None:
+def own_convolutions(model: Any, kernels: Kernels) -> None:
     """Every convolution of 3 x 3 that fits, with its bias and what is added to it, in place.
 
-    Those with too few patches for so many threads are left to OpenVINO, whose threads share channels too. `factory`
-    knows our operations; `precision` is what they multiply in, bf16 or f32 of openvino.Type.
+    Those with too few patches for the threads are left to OpenVINO, whose threads share channels too.
     """
     from openvino import opset13
 
+    precision, threads = kernels.precision, kernels.threads
     for node in model.get_ordered_ops():
         weight = weight_of(node)
         side = None if weight is None else side_of(node.get_output_shape(0), weight.shape[1], threads, precision)
@@ -53,8 +55,8 @@ def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> 
             else:
                 break
             answer = behind
-        filters = packed(weight, side, precision)
-        given = [last(node.input_value(0), precision), filters.numbers]
+        filters = kernels.kept.of([weight], (side, precision), partial(packed, weight, side, precision))
+        given = [last(node.input_value(0), precision), filters.output]
         given += [] if told is None else [told]
         given += [] if beside is None else [last(beside, precision)]
         attributes = {
@@ -63,7 +65,7 @@ def own_convolutions(model: Any, factory: Any, threads: int, precision: Any) -> 
             "is_told": told is not None,
             "threads": threads,
         }
-        own = as_float32(factory.create("WinogradConvolution", given, attributes))
+        own = as_float32(kernels.factory.create("WinogradConvolution", given, attributes))
         put(answer, opset13.transpose(own, FIRST).output(0))
 
 
@@ -105,15 +107,11 @@ def by_tiles(precision: Any) -> bool:
     return precision == Type.bf16 and set(avx512.TILE_FLAGS) <= set(avx512.flags())
 
 
-class Filters(NamedTuple):
-    """Transformed weights, laid out as our kernel reads them."""
+def packed(weight: np.ndarray, side: int, precision: Any) -> Weights:
+    """A weight (out, in, 3, 3) turned for patches of a side, (out / 32, places of a patch, ...) as our kernel reads it.
 
-    numbers: Any  # (out / 32, places of a patch, ...), an openvino.Output
-    scales: np.ndarray  # of whole numbers, what one is of each filter, (out / 32, places of a patch, 32); else empty
-
-
-def packed(weight: np.ndarray, side: int, precision: Any) -> Filters:
-    """A weight (out, in, 3, 3) for patches of a side."""
+    Scales, of whole numbers, are (out / 32, places of a patch, 32).
+    """
     from openvino import Type
 
     panels = weight.reshape(-1, WIDE, weight.shape[1], 3, 3)  # (out / 32, 32, in, 3, 3)
@@ -124,11 +122,11 @@ def packed(weight: np.ndarray, side: int, precision: Any) -> Filters:
         scales = np.maximum(np.linalg.norm(turned, axis=2) / MOST_OF_FILTER, np.finfo(np.float32).tiny)
         whole = np.rint(turned / scales[:, :, None]).astype(np.int16)
         pairs = whole.reshape(*whole.shape[:2], -1, 2, WIDE).swapaxes(3, 4)
-        return Filters(stored_as_low(pairs), scales)
+        return stored_as_low(pairs, scales)
     if precision == Type.bf16:  # tiles of pairs of inputs, each for 16 values of the answer
         pairs = turned.reshape(len(panels), -1, weight.shape[1] // 32, 16, 2, 2, 16)
         turned = pairs.transpose(0, 1, 2, 5, 3, 6, 4)
-    return Filters(stored(turned, precision), np.empty(0, np.float32))
+    return stored(turned, precision)
 
 
 def last(output: Any, precision: Any) -> Any:

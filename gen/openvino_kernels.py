@@ -20,6 +20,7 @@ from gen.compiled import built
 from gen.openvino_convolution import own_convolutions
 from gen.openvino_linear import Layer, layer_at, own_linear, own_linears
 from gen.openvino_model import as_float32, constant, put, told_in
+from gen.openvino_weights import Kept, Kernels
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,11 @@ def operations() -> Any | None:
     return factory
 
 
-def own_kernels(model: Any, threads: int, precision: Any) -> None:
+def own_kernels(model: Any, threads: int, precision: Any, kept: Kept) -> None:
     """Let our kernels compute what they can of an openvino.Model of fixed sizes, by so many threads, in place.
 
-    `precision` is what they multiply in, bf16 or f32 of openvino.Type. Where they cannot run nothing changes.
+    `precision` is what they multiply in, bf16 or f32 of openvino.Type; `kept` has the weights they were given before.
+    Where they cannot run nothing changes.
     """
     from openvino import Type
     from openvino.passes import ConstantFolding, Manager
@@ -64,17 +66,18 @@ def own_kernels(model: Any, threads: int, precision: Any) -> None:
         for node in model.get_ops():
             if node.get_type_name() == "Reshape" and node.get_input_shape(0) == node.get_output_shape(0):
                 put(node.output(0), node.input_value(0))
-        own_convolutions(model, factory, threads, precision)
+        kernels = Kernels(factory, precision, threads, kept)
+        own_convolutions(model, kernels)
         if precision == Type.bf16:
-            own_attention(model, factory, threads)
+            own_attention(model, kernels)
         if threads == 1:  # more would have to be woken for each layer
-            own_linears(model, factory, precision)
-        own_norms(model, factory, threads, precision)
+            own_linears(model, kernels)
+        own_norms(model, kernels)
         if precision == Type.bf16:
             no_detours(model)
 
 
-def own_attention(model: Any, factory: Any, threads: int) -> None:
+def own_attention(model: Any, kernels: Kernels) -> None:
     """Every plain attention.
 
     Queries, keys and values are read before heads are brought to the front, where that was done, and what is answered
@@ -91,12 +94,12 @@ def own_attention(model: Any, factory: Any, threads: int) -> None:
         read = [each.get_node().input_value(0) if turn else each for each, turn in zip(given, turned, strict=True)]
         layers = [layer_at(before(each, "Reshape")) for each in read]
         scale = node.get_input_shape(0)[3] ** -0.5 if node.get_input_size() < 5 else number(node.input_value(4))
-        told = {"turned": [int(each) for each in turned], "scale": scale, "threads": threads}
+        told = {"turned": [int(each) for each in turned], "scale": scale, "threads": kernels.threads}
         rows, heads, _, size = node.get_input_shape(0)
-        if threads == 1 and all(turned) and is_one(layers, heads * size):
-            together = own_linear(factory, Type.bf16, joined([each for each in layers if each is not None]))
+        if kernels.threads == 1 and all(turned) and is_one(layers, heads * size):
+            together = own_linear(kernels, joined([each for each in layers if each is not None]))
             read = [opset13.reshape(together, np.array([rows, -1, 3, heads, size]), special_zero=False).output(0)]
-        answer = as_float32(factory.create("TileAttention", [told_in(each, Type.bf16) for each in read], told))
+        answer = as_float32(kernels.factory.create("TileAttention", [told_in(each, Type.bf16) for each in read], told))
         for reader in node.output(0).get_target_inputs():
             put(reader.get_node().output(0), answer)
 
@@ -116,11 +119,11 @@ def is_one(layers: Sequence[Layer | None], width: int) -> bool:
 
 def joined(layers: Sequence[Layer]) -> Layer:
     """Layers of one input as one, what they answer beside each other."""
-    weight, bias = (np.concatenate([getattr(each, name) for each in layers]) for name in ("weight", "bias"))
-    return Layer(layers[0].x, weight, bias)
+    weights = tuple(weight for each in layers for weight in each.weights)
+    return Layer(layers[0].x, weights, np.concatenate([each.bias for each in layers]))
 
 
-def own_norms(model: Any, factory: Any, threads: int, precision: Any) -> None:
+def own_norms(model: Any, kernels: Kernels) -> None:
     """Every group norm, and the SiLU that alone reads it.
 
     The kernel takes channels last, as OpenVINO's convolutions have them, and a row by one thread, so fewer rows than
@@ -133,7 +136,7 @@ def own_norms(model: Any, factory: Any, threads: int, precision: Any) -> None:
             continue
         x, scale, shift = (node.input_value(place) for place in range(3))
         weights = [each for each in map(constant, (scale, shift)) if each is not None and each.size == x.get_shape()[1]]
-        if len(weights) < 2 or x.get_shape()[0] < threads:
+        if len(weights) < 2 or x.get_shape()[0] < kernels.threads:
             continue
         readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
         active = [each.get_type_name() for each in readers] == ["Swish"] and readers[0].get_input_size() == 1
@@ -141,9 +144,9 @@ def own_norms(model: Any, factory: Any, threads: int, precision: Any) -> None:
         told = {name: node.get_attributes()[key] for name, key in (("groups", "num_groups"), ("epsilon", "epsilon"))}
         told |= {name: data.ravel().tolist() for name, data in zip(("scale", "shift"), weights, strict=True)}
         rank = len(x.get_shape())
-        turned = told_in(opset13.transpose(x, np.array([0, *range(2, rank), 1])).output(0), precision)
-        told |= {"active": active, "threads": threads}
-        normed = as_float32(factory.create("GroupNormLast", [turned], told))
+        turned = told_in(opset13.transpose(x, np.array([0, *range(2, rank), 1])).output(0), kernels.precision)
+        told |= {"active": active, "threads": kernels.threads}
+        normed = as_float32(kernels.factory.create("GroupNormLast", [turned], told))
         answer = opset13.transpose(normed, np.array([0, rank - 1, *range(1, rank - 1)]))
         put(last.output(0), answer.output(0))
 

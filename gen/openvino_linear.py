@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import added, as_float32, constant, is_bias, put, stored, told_in, weight_of
+from gen.openvino_model import added, as_float32, constant, is_bias, put, told_in, weight_of
+from gen.openvino_weights import Kernels, Weights, stored
 
 ROW, BESIDE = 32, 16  # of whose multiples our kernel takes inputs and answers: a row of a tile, and its columns
 FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer
@@ -22,25 +24,24 @@ class Layer:
     """A linear layer as it stands in a model (openvino.Model)."""
 
     x: Any  # the output (..., in) that it reads, an openvino.Output
-    weight: np.ndarray  # (out, in)
-    bias: np.ndarray  # (out,)
+    weights: tuple[np.ndarray, ...]  # (out, in) each, of layers that answer beside each other
+    bias: np.ndarray  # (out,) of them all
 
     @property
     def fits(self) -> bool:
         """Whether our kernel computes it."""
-        return self.weight.shape[1] % ROW == 0 and self.weight.shape[0] % BESIDE == 0
+        return self.weights[0].shape[1] % ROW == 0 and len(self.bias) % BESIDE == 0
 
 
-def own_linears(model: Any, factory: Any, precision: Any) -> None:
+def own_linears(model: Any, kernels: Kernels) -> None:
     """Every linear layer that fits, in place, with a layer norm before it and GELU, GEGLU or a sum behind it.
 
-    `factory` knows our operations; `precision` is what they multiply in, bf16 or f32 of openvino.Type. One with
-    another activation behind it is left to OpenVINO, which computes both in one.
+    One with another activation behind it is left to OpenVINO, which computes both in one.
     """
     for node in model.get_ops():
         pair = gated(node)
         if pair is not None and all(layer.fits for layer in pair):
-            put(node.output(0), own_linear(factory, precision, *pair))
+            put(node.output(0), own_linear(kernels, *pair))
     for node in model.get_ordered_ops():  # what a layer reads before the layer
         if node.get_type_name() != "MatMul":
             continue
@@ -52,14 +53,13 @@ def own_linears(model: Any, factory: Any, precision: Any) -> None:
         active, beside = len(readers) == 1 and is_gelu(readers[0]), alike(answer)
         kinds = [reader.get_type_name() for reader in readers]
         if active or beside is not None:
-            put(readers[0].output(0), own_linear(factory, precision, layer, active=active, beside=beside))
+            put(readers[0].output(0), own_linear(kernels, layer, active=active, beside=beside))
         elif not FUSED & set(kinds) and kinds != ["Multiply", "Multiply"]:  # x and sigmoid(1.702 x), OpenAI's GELU
-            put(answer, own_linear(factory, precision, layer))
+            put(answer, own_linear(kernels, layer))
 
 
 def own_linear(
-    factory: Any,
-    precision: Any,
+    kernels: Kernels,
     layer: Layer,
     gates: Layer | None = None,
     beside: Any | None = None,
@@ -70,42 +70,49 @@ def own_linear(
     `gates`, of the same input, is what GEGLU multiplies by; `beside` an output that is added to the answer; `active`
     says whether GELU is behind it.
     """
-    x, epsilon = layer.x, None
+    x, epsilon, precision = layer.x, None, kernels.precision
     if x.get_node().get_type_name() == "MVN" and is_last(x.get_node()):
         epsilon = x.get_node().get_attributes()["eps"]
         x = x.get_node().input_value(0)
-    weight, bias = packed(layer, gates, precision)
+    plain = [*layer.weights, *(() if gates is None else gates.weights)]
+    kept = kernels.kept.of(plain, (gates is None, precision), partial(packed, layer, gates, precision))
+    weight, bias = kept.output, biases(layer, gates).tolist()
     more = [] if beside is None else [told_in(beside, precision)]
     is_plain = epsilon is None and gates is None and not active
     before = feeding(x) if is_plain else None
     if before is None:
         told = {"bias": bias, "out": len(layer.bias), "active": active, "gated": gates is not None}
         told |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
-        answer = factory.create("TileLinear", [told_in(x, precision), weight, *more], told)
+        answer = kernels.factory.create("TileLinear", [told_in(x, precision), weight, *more], told)
     else:
         first = before.get_attributes()
         told = {name: first[name] for name in ("normed", "epsilon", "gated")}
         told |= {"first": list(first["bias"]), "between": first["out"], "second": bias, "out": len(layer.bias)}
-        answer = factory.create("TileFeedForward", [*before.input_values(), weight, *more], told)
+        answer = kernels.factory.create("TileFeedForward", [*before.input_values(), weight, *more], told)
     return as_float32(answer)
 
 
-def packed(layer: Layer, gates: Layer | None, precision: Any) -> tuple[Any, list[float]]:
-    """A layer's weights as our kernel reads them (an openvino.Output), with those of its gates, and as many biases."""
+def packed(layer: Layer, gates: Layer | None, precision: Any) -> Weights:
+    """A layer's weights as our kernel reads them, with those of its gates."""
     from openvino import Type
 
-    weight, bias = layer.weight, layer.bias
-    if gates is not None:  # 16 values, then their gates
-        weight = np.stack([each.weight.reshape(-1, BESIDE, weight.shape[1]) for each in (layer, gates)], 1)
-        weight = weight.reshape(-1, layer.weight.shape[1])
-        bias = np.stack([each.bias.reshape(-1, BESIDE) for each in (layer, gates)], 1).ravel()
-    missing = -len(weight) % (2 * BESIDE)  # so many are read beside each other
-    weight, bias = np.pad(weight, ((0, missing), (0, 0))), np.pad(bias, (0, missing))
+    weight = interleaved(*(np.concatenate(each.weights) for each in (layer, gates) if each is not None))
     if precision == Type.bf16:  # tiles of pairs of inputs
         pairs = weight.reshape(-1, 2, BESIDE, weight.shape[1] // ROW, ROW // 2, 2).transpose(0, 3, 1, 4, 2, 5)
     else:
         pairs = weight.reshape(-1, 2 * BESIDE, weight.shape[1]).transpose(0, 2, 1)
-    return stored(pairs, precision), bias.tolist()
+    return stored(pairs, precision)
+
+
+def biases(layer: Layer, gates: Layer | None) -> np.ndarray:
+    """As many biases as `packed` has rows."""
+    return interleaved(*(each.bias for each in (layer, gates) if each is not None))
+
+
+def interleaved(*rows: np.ndarray) -> np.ndarray:
+    """16 rows (out, ...) of the first, as many of the second, and so on; none at the end, for 32 are read at once."""
+    mixed = np.stack([each.reshape(-1, BESIDE, *each.shape[1:]) for each in rows], 1).reshape(-1, *rows[0].shape[1:])
+    return np.pad(mixed, ((0, -len(mixed) % (2 * BESIDE)), *((0, 0) for _ in mixed.shape[1:])))
 
 
 def feeding(x: Any) -> Any | None:
@@ -149,7 +156,8 @@ def layer_at(output: Any) -> Layer | None:
     if weight is None or (bias is not None and not is_bias(bias, node.output(0), len(weight))):
         return None
     told = np.zeros(1) if bias is None else bias.ravel()
-    return Layer(node.input_value(0), weight.astype(np.float32), np.broadcast_to(told, len(weight)).astype(np.float32))
+    weight = weight.astype(np.float32, copy=False)  # where it lies, it is known again (`Kept`)
+    return Layer(node.input_value(0), (weight,), np.broadcast_to(told, len(weight)).astype(np.float32))
 
 
 def whole(product: Any) -> Any:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from gen.weights import quiet
@@ -203,27 +202,6 @@ def fold_norms(model: Any) -> None:
             whole, before = behind if behind is not None and has_bias else (reader.output(0), np.zeros(1))
             answer = opset13.add(product, opset13.constant(bias + np.ravel(before).astype(np.float32)))
             put(whole, answer.output(0))
-
-
-def stored(data: np.ndarray, precision: Any) -> Any:
-    """Float32 numbers as a constant of a precision, bf16 or f32 of openvino.Type (an openvino.Output)."""
-    import openvino
-    from openvino import Type, opset13
-
-    numbers = torch.from_numpy(np.ascontiguousarray(data, np.float32))
-    if precision == Type.bf16:
-        return stored_as_low(numbers.bfloat16().view(torch.int16).numpy())
-    return opset13.constant(openvino.Tensor(numbers.numpy())).output(0)
-
-
-def stored_as_low(data: np.ndarray) -> Any:
-    """Numbers of 16 bits as a constant that OpenVINO takes for bfloat16 and keeps as it is (an openvino.Output)."""
-    import openvino
-    from openvino import Type, opset13
-
-    tensor = openvino.Tensor(Type.bf16, openvino.Shape(list(data.shape)))
-    tensor.data[:] = np.ascontiguousarray(data).view(np.float16)  # numpy has no bfloat16, and is shown these
-    return opset13.constant(tensor).output(0)
 
 
 def told_in(output: Any, precision: Any) -> Any:

@@ -25,6 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from gen.attention import Texts
 from gen.openvino_kernels import own_kernels
 from gen.openvino_model import Part, cut_layers, cut_levels, drop_ones, fold_norms, plain_norms, read
+from gen.openvino_weights import Kept
 from gen.pieces import LARGE_SIZES, SIZES, SMALL, Piece, pieces_of
 from gen.traced import Call, Flat, stand_in
 
@@ -136,6 +137,7 @@ class Converted:
     rest: Part  # of what it is handed, what its layers read of a text, and what the levels say
     answer: TreeSpec  # how the network hands over its tensors
     precision: str  # in OpenVINO's words
+    weights: Kept = field(default_factory=Kept)  # that our kernels read, for all sizes
     requests: dict[tuple[int, bool, int], list[Stream]] = field(default_factory=dict)
 
     def ask(
@@ -209,7 +211,7 @@ class Converted:
         model = self.rest.model.clone()
         model.reshape(dict(enumerate(map(list, shapes))))
         is_low = self.precision == PRECISIONS[torch.bfloat16]
-        own_kernels(model, threads, Type.bf16 if is_low else Type.f32)
+        own_kernels(model, threads, Type.bf16 if is_low else Type.f32, self.weights)
         if is_low:
             plain_norms(model)  # those that are left
         return model

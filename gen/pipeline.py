@@ -679,9 +679,11 @@ def both(first: Callback | None, second: Callback | None) -> Callback | None:
 
 
 def usable(device: torch.device | str | int) -> torch.device:
-    """The device; ValueError where torch does not know it or cannot reach it."""
+    """The device; ValueError where torch does not know it, cannot reach it, or cannot compute there what is needed."""
     try:
-        return torch.empty(0, device=device).device
+        level = torch.zeros((), dtype=torch.float64, device=device)  # as noise levels are; MPS has no float64
+        level.item()  # which "meta", a device without memory, cannot tell
+        return level.device
     except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"device '{device}' cannot be used ({reason}); give cpu, cuda, ..., or leave it out") from None

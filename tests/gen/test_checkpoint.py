@@ -171,7 +171,7 @@ def test_a_shard_index_that_names_no_files(folder: Path) -> None:
         TextToImage.from_pretrained(folder, device="cpu")
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps", "meta"])
 def test_a_device_that_cannot_be_used(tiny_folder: Path, device: str) -> None:
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used") as caught:
         TextToImage.from_pretrained(tiny_folder, device=device)

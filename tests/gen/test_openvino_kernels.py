@@ -17,6 +17,7 @@ from gen.openvino_convolution import by_tiles, side_of
 from gen.openvino_kernels import operations, own_kernels
 from gen.openvino_model import cut_layers, drop_ones, fold_norms, read
 from gen.openvino_runtime import core
+from gen.openvino_weights import Kept
 
 openvino = pytest.importorskip("openvino")
 TILES = operations() is not None and by_tiles(openvino.Type.bf16)  # whether AMX multiplies bfloat16
@@ -60,7 +61,7 @@ def changed(layer: nn.Module, given: tuple[Tensor, ...], threads: int = 1, preci
     for change in (drop_ones, cut_layers, fold_norms):
         change(model)
     model.reshape({place: list(each.shape) for place, each in enumerate(given)})
-    own_kernels(model, threads, getattr(openvino.Type, precision))
+    own_kernels(model, threads, getattr(openvino.Type, precision), Kept())
     return model
 
 
@@ -521,3 +522,51 @@ def test_a_picture_is_alike_alone_and_beside_others() -> None:
         compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
         answers.append(next(iter(compiled([each.numpy() for each in some]).values())))
     assert (answers[0][7:9] == answers[1]).all()
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+class Both(nn.Module):
+    """A convolution, then attention whose queries, keys and values are layers of one input, then GEGLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(32, 64, 3, padding=1)
+        self.queries, self.keys, self.values = (nn.Linear(64, 64) for _ in range(3))
+        self.gated = GEGLU(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = self.convolution(x).flatten(2).transpose(1, 2)  # (B, places, 64)
+        heads = [layer(told).unflatten(2, (2, 32)).transpose(1, 2) for layer in (self.queries, self.keys, self.values)]
+        seen = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        answer: Tensor = self.gated(seen)
+        return answer
+
+
+@pytest.mark.parametrize("precision, most", [("f32", 1e-6), ("bf16", 2e-2)])
+def test_weights_are_laid_out_once_for_all_sizes(precision: str, most: float) -> None:
+    layer, x = Both(), torch.randn(16, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = read(layer, (x,))
+    cut_layers(plain)
+    kept, made = Kept(), []
+    for rows in (16, 4):
+        model = plain.clone()
+        model.reshape({0: [rows, 32, 8, 8]})
+        own_kernels(model, 1, getattr(openvino.Type, precision), kept)
+        made.append({place: weights.numbers for place, (_, weights) in kept.made.items()})
+        assert error(model, layer.float(), (x[:rows],), precision) < most
+    assert made[0] and made[0].keys() == made[1].keys()
+    assert all(made[0][place] is made[1][place] for place in made[0])
+
+
+def test_weights_of_another_network_are_its_own() -> None:
+    """Although it was read when the first had gone, and may lie where that lay."""
+    kept, given = Kept(), shown(32, 32, 4, 8, 8)[:1]
+    for _ in range(4):
+        layer = nn.Conv2d(32, 32, 3, padding=1)
+        model = read(layer, given)
+        model.reshape({0: list(given[0].shape)})
+        own_kernels(model, 1, openvino.Type.f32, kept)
+        assert error(model, layer, given, "f32") < 1e-6
+        del model, layer
