@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
+from gen.options import Config, with_options
 from gen.output_folder import output_folder
 from gen.picture import Writer, largest_difference, read_picture, read_png
 from gen.prompts import plain
@@ -33,168 +34,40 @@ DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", metavar="NAME", help="Bundled name, diffusers folder, .safetensors or hub id.")
-]
-Config = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Configurations of a single file, if not its family's: a folder.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def _advanced(metavar: str, help: str) -> Any:
-    """An option that few need; --help has them in a panel of their own."""
-    return typer.Option(metavar=metavar, help=help, rich_help_panel="Advanced")
-
-
+@with_options
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to paint, in words.")],
-    number: Annotated[
-        int | None,
-        typer.Option("-n", "--num-images", metavar="N", help="Candidates (default: 16; with --budget as many as fit)."),
-    ] = None,
-    keep: Annotated[
-        int | None, typer.Option(metavar="K", help="Best candidates to keep (default: 4, or all of fewer).")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Decoder steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="W", help="Weight of the prompt against the null; 1 is off.")
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="S", help="Candidate k is painted from seed S + k.")] = 0,
-    sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help="euler, ddim, dpmpp_2m, ...; a wrong name lists all.")
-    ] = None,
-    model: Model = DEFAULT_MODEL,
-    search: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Which go on: best_of, halving, draft, racing, feynman_kac, zero_order."),
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Paint as many candidates as fit, one at least.")
-    ] = None,
-    diverse: Annotated[bool, typer.Option("--diverse/--no-diverse", help="Keep no near-copies.")] = False,
-    prior: Annotated[
-        bool | None,
-        typer.Option("--prior/--no-prior", help="Through an image embedding (unCLIP), or from the text alone."),
-    ] = None,
-    prior_steps: Annotated[int | None, typer.Option(metavar="N", help="Prior steps.")] = None,
-    prior_guidance: Annotated[float | None, typer.Option(metavar="W", help="Prior guidance; 1 is off.")] = None,
-    super_res_steps: Annotated[int | None, typer.Option(metavar="N", help="Super-resolution steps.")] = None,
-    negative: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to steer away from, in place of the empty text.")
-    ] = None,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Begin with this picture (img2img).")] = None,
-    mask: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Paint --image anew where this is white, as large as it.")
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(metavar="S", help="How far from --image, above 0 and up to 1 (1: all steps).")
-    ] = None,
-    variation_of: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Paint what CLIP sees in this picture, in place of a prior.")
-    ] = None,
-    interpolate_image: Annotated[Path | None, _advanced("FILE", "Go from --variation-of towards this picture.")] = None,
-    interpolate_prompt: Annotated[str | None, _advanced("TEXT", "Go from PROMPT towards this one.")] = None,
-    prompt_weights: Annotated[
-        bool | None, typer.Option("--prompt-weights", help="(word:1.3), (word) count more, [word] less; \\( is itself.")
-    ] = None,
-    long_prompts: Annotated[
-        bool | None, typer.Option("--long-prompts", help="Read texts too long for the model in pieces.")
-    ] = None,
-    interpolation: Annotated[float | None, _advanced("T", "How far to go there, 0 to 1 (default: half way).")] = None,
-    edit_from: Annotated[
-        str | None, _advanced("TEXT", "What --variation-of shows, where PROMPT says what it should.")
-    ] = None,
-    edit_amount: Annotated[float | None, _advanced("T", "How far to turn it there (default: 0.3).")] = None,
-    prior_best_of: Annotated[int | None, _advanced("K", "Best of K answers of the prior, by CLIP.")] = None,
-    prompt_2: Annotated[str | None, _advanced("TEXT", "What XL's second text tower reads, if not PROMPT.")] = None,
-    negative_2: Annotated[str | None, _advanced("TEXT", "The same of --negative.")] = None,
-    original_size: Annotated[
-        tuple[int, int] | None, _advanced("PX PX", "Height and width that XL is told a picture had.")
-    ] = None,
-    target_size: Annotated[tuple[int, int] | None, _advanced("PX PX", "And those that it should have.")] = None,
-    crops_coords_top_left: Annotated[
-        tuple[int, int] | None, _advanced("PX PX", "How much XL is told was cut off above and on the left.")
-    ] = None,
-    negative_original_size: Annotated[
-        tuple[int, int] | None, _advanced("PX PX", "--original-size of what to steer away from.")
-    ] = None,
-    negative_target_size: Annotated[tuple[int, int] | None, _advanced("PX PX", "--target-size of it.")] = None,
-    negative_crops_coords_top_left: Annotated[
-        tuple[int, int] | None, _advanced("PX PX", "--crops-coords-top-left of it.")
-    ] = None,
-    aesthetic_score: Annotated[
-        float | None, _advanced("SCORE", "What XL's refiner is told that the picture is worth (default: 6).")
-    ] = None,
-    negative_aesthetic_score: Annotated[
-        float | None, _advanced("SCORE", "The same of what to steer away from (default: 2.5).")
-    ] = None,
-    width: Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")] = None,
-    height: Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")] = None,
-    eta: Annotated[float | None, _advanced("E", "Fresh noise per step: 0 none, 1 ancestral.")] = None,
-    s_churn: Annotated[float | None, _advanced("S", "Noise added and taken away again, over all steps.")] = None,
-    s_tmin: Annotated[float | None, _advanced("SIGMA", "Lowest level churned.")] = None,
-    s_tmax: Annotated[float | None, _advanced("SIGMA", "Highest level churned.")] = None,
-    s_noise: Annotated[float | None, _advanced("D", "Deviation of what churn adds.")] = None,
-    guidance_rule: Annotated[str | None, _advanced("RULE", "How to guide: cfg, cfg_zero, apg, autoguidance.")] = None,
-    weak_unet: Annotated[Path | None, _advanced("DIR", "autoguidance: folder of a weaker UNet.")] = None,
-    draft_unet: Annotated[Path | None, _advanced("DIR", "--search draft: folder of a UNet or LoRA for them.")] = None,
-    guidance_rescale: Annotated[float | None, _advanced("R", "Keep the prompt's own contrast; 0 is off.")] = None,
-    guidance_interval: Annotated[
-        tuple[float, float] | None, _advanced("LOW HIGH", "Guide where LOW < noise level <= HIGH.")
-    ] = None,
-    zero_init_steps: Annotated[int | None, _advanced("N", "cfg_zero: first steps of output 0.")] = None,
-    apg_eta: Annotated[float | None, _advanced("E", "apg: share kept of guidance along the estimate.")] = None,
-    apg_norm_threshold: Annotated[float | None, _advanced("R", "apg: largest norm of guidance; 0 is any.")] = None,
-    apg_momentum: Annotated[float | None, _advanced("B", "apg: what earlier steps' guidance counts.")] = None,
-    clip_guidance_scale: Annotated[
-        float | None, _advanced("W", "By the gradient of CLIP's score, some 5 to 10; slow. 0 is off.")
-    ] = None,
-    thresholding: Annotated[
-        float | None, _advanced("BOUND", "Dynamic thresholding: what clean values keep within; 0 is off.")
-    ] = None,
-    dynamic_thresholding_ratio: Annotated[float | None, _advanced("P", "Share of values not clipped.")] = None,
-    attention: Annotated[
-        str, _advanced("NAME", "Attention's kernel: auto, sdpa, flash, cudnn, efficient, math, xformers, avx512.")
-    ] = "auto",
-    dtype: Annotated[
-        str, _advanced("NAME", "What networks compute in: float32, bfloat16, float16; the lower two change pixels.")
-    ] = "float32",
-    runtime: Annotated[
-        str,
-        _advanced("NAME", "Who computes them: torch, compile, or openvino on CPUs (pip install 'unclip[openvino]')."),
-    ] = "torch",
-    prior_model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The prior, where it is apart (Kandinsky, Stable unCLIP): folder or hub id."),
-    ] = None,
-    rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Let CLIP choose among them.")] = True,
-    clip: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="CLIP or SigLIP that ranks, if not its own: folder, hub id, open_clip:NAME/TAG."
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="LoRA to merge into the model; repeatable.")
-    ] = None,
-    config: Config = None,
-    embedding: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[:TOKEN]", help="Textual inversion: a learned word; repeatable.")
-    ] = None,
-    ip_adapter: Annotated[
-        str | None, typer.Option(metavar="FILE[:SCALE]", help="IP-Adapter that shows --ip-image beside PROMPT.")
-    ] = None,
-    ip_image: Annotated[Path | None, typer.Option(metavar="IMAGE", help="The picture an IP-Adapter shows.")] = None,
-    ip_encoder: Annotated[
-        Path | None, _advanced("DIR", "IP-Adapter's image encoder (default: image_encoder/ beside it).")
-    ] = None,
+    *,  # words that more is done with than to hand them on; gen.options has what is typed for them
+    num_images_per_prompt: int | None = None,
+    keep: int | None = None,
+    seed: int = 0,
+    budget: float | None = None,
+    diverse: bool = False,
+    rerank: bool = True,
+    ip_adapter_image: Path | None = None,
+    model: str = DEFAULT_MODEL,
+    prior_model: str | None = None,
+    clip: str | None = None,
+    config: str | None = None,
+    weak_unet: Path | None = None,
+    draft_unet: Path | None = None,
+    attention: str = "auto",
+    dtype: str = "float32",
+    runtime: str = "torch",
+    lora: list[str] | None = None,
+    embedding: list[str] | None = None,
+    ip_adapter: str | None = None,
+    image_encoder: Path | None = None,
     out: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."),
     ] = DEFAULT_OUT,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of the kept pictures.")] = False,
+    **words: Any,  # the rest of a request's, handed on
 ) -> None:
     """Paint N candidates of PROMPT, let CLIP rank them and keep the best K.
 
@@ -203,10 +76,10 @@ def generate(
     """
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
-        check_text(prompt, *(text or "" for text in (negative, prompt_2, negative_2, interpolate_prompt, edit_from)))
+        check_text(prompt, *(word for word in words.values() if isinstance(word, str)))
         scaled = [_scaled("--lora", given) for given in lora or []]
         shown = None if ip_adapter is None else _scaled("--ip-adapter", ip_adapter)
-        if (ip_adapter is None) != (ip_image is None):
+        if (ip_adapter is None) != (ip_adapter_image is None):
             raise ValueError("--ip-adapter and --ip-image go together; give both or none")
         painter = _load(model, attention, weak_unet, clip, dtype, runtime, config, prior_model, draft_unet)
         if runtime != "torch" and not quiet:
@@ -216,82 +89,35 @@ def generate(
         for file, token in map(_called, embedding or []):
             painter.load_textual_inversion(file, token)
         if shown is not None:
-            painter.load_ip_adapter(*shown, ip_encoder)
+            painter.load_ip_adapter(*shown, image_encoder)
         loaded = time.perf_counter()
         from gen.request import Request
 
         can_rank = painter.model.abilities.can_rank
-        if number is None and budget is None:
-            number = 16
-        if keep is None and number is not None:
-            keep = min(4, number) if rerank and can_rank else number
+        if num_images_per_prompt is None and budget is None:
+            num_images_per_prompt = 16
+        if keep is None and num_images_per_prompt is not None:
+            keep = min(4, num_images_per_prompt) if rerank and can_rank else num_images_per_prompt
         elif keep is None and rerank and can_rank:
             keep = 4
         request = Request(
             prompt=prompt,
-            negative_prompt=negative,
-            prompt_2=prompt_2,
-            negative_prompt_2=negative_2,
-            original_size=original_size,
-            target_size=target_size,
-            crops_coords_top_left=crops_coords_top_left,
-            negative_original_size=negative_original_size,
-            negative_target_size=negative_target_size,
-            negative_crops_coords_top_left=negative_crops_coords_top_left,
-            aesthetic_score=aesthetic_score,
-            negative_aesthetic_score=negative_aesthetic_score,
-            num_images_per_prompt=number,
+            num_images_per_prompt=num_images_per_prompt,
             keep=keep,
-            rerank=None if rerank else False,
-            search=search,
+            seed=seed,
             budget=budget,
             diverse=diverse,
-            seed=seed,
-            image=image,
-            mask_image=mask,
-            strength=strength,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            guidance_rule=guidance_rule,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            zero_init_steps=zero_init_steps,
-            apg_eta=apg_eta,
-            apg_norm_threshold=apg_norm_threshold,
-            apg_momentum=apg_momentum,
-            clip_guidance_scale=clip_guidance_scale,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            sampler=sampler,
-            eta=eta,
-            s_churn=s_churn,
-            s_tmin=s_tmin,
-            s_tmax=s_tmax,
-            s_noise=s_noise,
-            prior=prior,
-            prior_num_inference_steps=prior_steps,
-            prior_guidance_scale=prior_guidance,
-            prior_best_of=prior_best_of,
-            variation_of=variation_of,
-            interpolate_image=interpolate_image,
-            interpolate_prompt=interpolate_prompt,
-            prompt_weights=prompt_weights,
-            long_prompts=long_prompts,
-            interpolation=interpolation,
-            edit_from=edit_from,
-            edit_amount=edit_amount,
-            ip_adapter_image=ip_image,
-            super_res_num_inference_steps=super_res_steps,
+            rerank=None if rerank else False,
+            ip_adapter_image=ip_adapter_image,
+            **words,
         )
         request.resolve(painter.model.abilities)  # every mistake, before the note on words
-        foreign = painter.card.unknown_words(plain(prompt) if prompt_weights else prompt)
+        foreign = painter.card.unknown_words(plain(prompt) if request.prompt_weights else prompt)
         note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
         if note:
             say("generate", note)
         # Of a plain best-of-N all come back, best first, for the sheet shows them all; the first `keep` become files.
-        shows_all = search in (None, "best_of") and budget is None and not diverse
+        shows_all = request.search in (None, "best_of") and budget is None and not diverse
         show = not quiet and sys.stderr.isatty()
         (result,) = painter.paint([replace(request, keep=None) if shows_all else request], progress=show)
         painted = time.perf_counter()

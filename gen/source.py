@@ -23,7 +23,7 @@ from gen.checks import count_of
 from gen.picture import read_picture
 from gen.settings import JSON
 
-Picture: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
+Picture: TypeAlias = str | Path | Image.Image | np.ndarray | Tensor
 """A file's path, a Pillow picture, an array (H, W, 3) or a tensor (3, H, W), of 8 bits or floats in [0, 1].
 
 Whole numbers of other types are taken for 8 bits, and where none is above 1, for black and white.

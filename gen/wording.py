@@ -9,46 +9,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
-FLAGS = {
-    "diverse=True": "--diverse",
-    "rerank=True": "--rerank",
-    "rerank=False": "--no-rerank",
-    "prompt_weights=True": "--prompt-weights",
-    "long_prompts=True": "--long-prompts",
-    "prior=True": "--prior",
-    "prior=False": "--no-prior",
-}
-OPTIONS = {
-    "num_images_per_prompt": "-n",
-    "prior_num_inference_steps": "--prior-steps",
-    "prior_guidance_scale": "--prior-guidance",
-    "super_res_num_inference_steps": "--super-res-steps",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "negative_prompt_2": "--negative-2",
-    "negative_prompt": "--negative",
-    "mask_image": "--mask",
-    "image_encoder": "--ip-encoder",
-    "ip_adapter_image": "--ip-image",
-}
-ALIKE = [  # by Python's own name
-    *("search", "budget", "clip", "config", "image", "strength", "variation_of", "interpolation", "edit_from"),
-    *("edit_amount", "interpolate_image", "interpolate_prompt", "prior_best_of"),
-    *("keep", "seed", "height", "width", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
-    *("prior_model", "weak_unet", "draft_unet"),
-    *("guidance_rule", "guidance_rescale", "guidance_interval", "zero_init_steps"),
-    *("apg_eta", "apg_norm_threshold", "apg_momentum", "clip_guidance_scale"),
-    *("prompt_2", "original_size", "target_size", "crops_coords_top_left"),
-    *("negative_original_size", "negative_target_size", "negative_crops_coords_top_left"),
-    *("aesthetic_score", "negative_aesthetic_score"),
-    *("thresholding", "dynamic_thresholding_ratio"),
-]
-OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ALIKE}
-# Names that are English words too: they are options where a sentence speaks of what was given.
-BARE = {name: option for name, option in OPTIONS.items() if "_" not in name} | {
-    "rerank": "--rerank",
-    "prior": "--prior",
-}
+from gen.options import OPTIONS, flags, typed
+
+SPELLED = {word: typed(word) for word in OPTIONS}
+FLAGS = {f"{word}={value}": flag for word in OPTIONS for value, flag in flags(word).items()}
+# Names that are English words too: they are options where a sentence speaks of what was given. "A smaller model" is
+# said of what a model is made of.
+BARE = {word: option for word, option in SPELLED.items() if "_" not in word and word != "model"}
 SPOKEN = (
     r"^{name}(?= (?:was|is|has|holds|and) )",
     r"(?<=\bwithout ){name}(?=;)",
@@ -95,7 +62,7 @@ def in_options(message: str) -> str:
     message = QUOTED.sub("\0", message)
     for word, flag in FLAGS.items():
         message = message.replace(word, flag)
-    for name, option in OPTIONS.items():
+    for name, option in SPELLED.items():
         message = re.sub(rf"\b{name}=", f"{option} ", message)
         if "_" in name:
             message = re.sub(rf"(?<![\w/\\.-]){name}(?![\w/\\-]|\.\w)", option, message)  # and not in a path

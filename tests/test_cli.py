@@ -384,6 +384,7 @@ def test_an_empty_prompt_is_refused(
     assert "PROMPT" in refused(capsys, "generate", "--out", tmp_path / "out")
     latin = os.fsdecode(b"ein gr\xfcner Kreis")  # as Python holds bytes that are not UTF-8
     assert "UTF-8" in refused(capsys, "generate", latin, "--model", tiny, "--out", tmp_path / "out")
+    assert "UTF-8" in refused(capsys, "generate", PROMPT, "--sampler", latin, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

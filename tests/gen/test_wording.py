@@ -40,7 +40,11 @@ SAID = {
         "--diverse chooses among candidates, but all are kept; give a smaller --keep"
     ),
     "give image_embeds or variation_of": "give image_embeds or --variation-of",
+    "prompt_weights=True, but this model reads a prompt only as it stands; leave prompt_weights out": (
+        "--prompt-weights, but this model reads a prompt only as it stands; leave --prompt-weights out"
+    ),
     # what a user gave, and what are words, stays as it is
+    "take a smaller dtype or a smaller model": "take a smaller dtype or a smaller model",
     "picture /tmp/mask_image.png does not exist": "picture /tmp/mask_image.png does not exist",
     "model part 'my guidance_scale=3/weak_unet' is missing": "model part 'my guidance_scale=3/weak_unet' is missing",
     'prompt "it\'s guidance_scale" is long': 'prompt "it\'s guidance_scale" is long',
