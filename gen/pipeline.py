@@ -39,11 +39,12 @@ from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.request import Candidate, Job, Request, asks_clip, check_shown
 from gen.room import check_picture
 from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
-from gen.search import BestOf, Search, best_first, diverse_first, drawing_order
+from gen.search import BestOf, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
 from gen.weights import files_hash, folder_hash, named_folder
 from gen.whole_folder import whole_folder
+from gen.words import Words, called_with
 
 Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
@@ -273,163 +274,14 @@ class TextToImage:
         """What the model says of itself: what it knows, its defaults, its scores."""
         return self.model.card
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        prompt_2: str | Sequence[str] | None = None,  # what XL's second text tower reads; None: the prompt
-        negative_prompt_2: str | Sequence[str] | None = None,  # None: negative_prompt
-        original_size: tuple[int, int] | None = None,  # (height, width) that XL is told; None: the picture's
-        target_size: tuple[int, int] | None = None,  # the same, of the size asked for
-        crops_coords_top_left: tuple[int, int] | None = None,  # (top, left) that XL is told; None: (0, 0)
-        negative_original_size: tuple[int, int] | None = None,  # the same three with the null; None: as with the prompt
-        negative_target_size: tuple[int, int] | None = None,
-        negative_crops_coords_top_left: tuple[int, int] | None = None,
-        aesthetic_score: float | None = None,  # that XL's refiner is told, some 1 to 10; None: 6
-        negative_aesthetic_score: float | None = None,  # the same with the null; None: 2.5
-        num_images_per_prompt: int | None = None,  # None: 1, or with a budget as many as fit
-        keep: int | None = None,  # best so many of each prompt; None: all, still ranked
-        rerank: bool | None = None,  # None: ranked where the model has a CLIP and the prompt is text
-        search: str | Search | None = None,  # which candidates are painted to their end; None: best_of, all
-        budget: float | None = None,  # seconds for all of it; what is painted by then is kept, one at least
-        diverse: bool = False,  # keep no two near-copies; see `gen.search.choice`
-        seed: int | Sequence[int] | None = None,  # candidate k has seed + k; one per prompt; None: drawn
-        image: Picture | Sequence[Picture] | None = None,  # what it begins with: a picture in any form, or latents
-        mask_image: Picture | Sequence[Picture] | None = None,  # white where that is painted anew; None: everywhere
-        denoising_start: float | None = None,  # go on from image, latents that a run to denoising_end ended with
-        denoising_end: float | None = None,  # end at this share of the noise, for another model to go on
-        strength: float | None = None,  # the share of the steps taken from image on; None: as stock's class has it
-        height: int | None = None,  # pixels; as everywhere below, None is the model's own, or image's
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,  # 1: off
-        guidance_interval: tuple[float, float] | None = None,  # guided where low < sigma <= high
-        guidance_rescale: float | None = None,  # 0: off; Lin et al. 2024
-        guidance_rule: str | None = None,  # cfg, cfg_zero, apg or autoguidance; see `samplers.guidance.RULES`
-        zero_init_steps: int | None = None,  # cfg_zero: first steps of output 0, for flows and v
-        apg_eta: float | None = None,  # apg: how much stays of guidance along the prompt's own estimate
-        apg_norm_threshold: float | None = None,  # apg: the largest norm of guidance; 0: any
-        apg_momentum: float | None = None,  # apg: what the guidance of earlier steps counts
-        clip_guidance_scale: float | None = None,  # by the gradient of CLIP's cosine (Nichol et al. 2022); 0: off
-        thresholding: float | None = None,  # what clean values keep within (Saharia et al. 2022); 0: off
-        dynamic_thresholding_ratio: float | None = None,  # the share of values that are not clipped
-        sampler: str | None = None,  # None: the checkpoint's own scheduler
-        eta: float | None = None,  # fresh noise of a step: 0 none, 1 ancestral
-        s_churn: float | None = None,  # noise added before each step and taken away by it (Karras et al. 2022)
-        s_tmin: float | None = None,  # churned where s_tmin <= sigma <= s_tmax
-        s_tmax: float | None = None,
-        s_noise: float | None = None,  # the deviation of what churn adds
-        clip_skip: int | None = None,
-        noise_level: int | None = None,  # on the image embedding
-        prior: bool | None = None,  # False: from the text alone
-        prior_num_inference_steps: int | None = None,
-        prior_guidance_scale: float | None = None,
-        prior_best_of: int | None = None,  # of so many answers of the prior that nearest to the text
-        variation_of: Picture | Sequence[Picture] | None = None,  # its CLIP embedding in place of the prior's answer
-        interpolate_image: Picture | Sequence[Picture] | None = None,  # towards whose embedding that goes
-        interpolate_prompt: str | None = None,  # towards which the prompt goes, and the prior's answer
-        prompt_weights: bool | None = None,  # (word:1.3), (word), [word] say what words count; see `gen.prompts`
-        long_prompts: bool | None = None,  # texts too long for the text tower are read in pieces, and not cut
-        interpolation: float | None = None,  # how far, 0 to 1; None: half way
-        edit_from: str | None = None,  # what variation_of shows, where prompt says what it should show
-        edit_amount: float | None = None,  # how far to turn it there, some 0.25 to 0.5
-        super_res_num_inference_steps: int | None = None,  # where the model paints small pictures first
-        latents: Tensor | None = None,  # (prompts * num_images_per_prompt, C, h, w) unit noise
-        prior_latents: Tensor | None = None,  # (prompts * num_images_per_prompt, E) unit noise
-        super_res_latents: Tensor | None = None,  # (prompts * num_images_per_prompt, C, H, W) unit noise
-        prompt_embeds: Tensor | None = None,  # (prompts, L, D)
-        negative_prompt_embeds: Tensor | None = None,  # (prompts, L, D)
-        pooled_prompt_embeds: Tensor | None = None,  # (prompts, P), with prompt_embeds of Stable Diffusion XL
-        negative_pooled_prompt_embeds: Tensor | None = None,  # (prompts, P)
-        image_embeds: Tensor | None = None,  # (prompts, E), in place of the prior's answer
-        ip_adapter_image: Picture | Sequence[Picture] | None = None,  # shown beside the text; one, or per prompt
-        ip_adapter_image_embeds: Tensor | None = None,  # (prompts, E) or (prompts, S, E) in its place
-        negative_image_embeds: Tensor | None = None,  # (prompts, E), what Kandinsky is guided away from
-        output_type: str = "pil",  # "pil", "pt", "np" or "latent"
-        batch_size: int | None = None,  # rows in flight at most; None: as memory allows. Pictures do not depend on it
-        callback: Callback | None = None,  # called after every step, to look or to cancel
-        progress: bool = False,  # a bar on standard error
-    ) -> Result:
-        """Paint candidates of every prompt, rank them and keep the best.
+    @called_with(Words)
+    def __call__(self, words: Words) -> Result:
+        """Paint candidates of every prompt, rank them and keep the best; `Request` says what each word is.
 
         Raises ValueError, before any network runs, for what this model cannot paint; `Cancelled` when the
         callback cancels.
         """
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            prompt_2=prompt_2,
-            negative_prompt_2=negative_prompt_2,
-            original_size=original_size,
-            target_size=target_size,
-            crops_coords_top_left=crops_coords_top_left,
-            negative_original_size=negative_original_size,
-            negative_target_size=negative_target_size,
-            negative_crops_coords_top_left=negative_crops_coords_top_left,
-            aesthetic_score=aesthetic_score,
-            negative_aesthetic_score=negative_aesthetic_score,
-            num_images_per_prompt=num_images_per_prompt,
-            keep=keep,
-            rerank=rerank,
-            search=search,
-            budget=budget,
-            diverse=diverse,
-            seed=seed,
-            image=image,
-            mask_image=mask_image,
-            strength=strength,
-            denoising_start=denoising_start,
-            denoising_end=denoising_end,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            guidance_rule=guidance_rule,
-            zero_init_steps=zero_init_steps,
-            apg_eta=apg_eta,
-            apg_norm_threshold=apg_norm_threshold,
-            apg_momentum=apg_momentum,
-            clip_guidance_scale=clip_guidance_scale,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            sampler=sampler,
-            eta=eta,
-            s_churn=s_churn,
-            s_tmin=s_tmin,
-            s_tmax=s_tmax,
-            s_noise=s_noise,
-            clip_skip=clip_skip,
-            noise_level=noise_level,
-            prior=prior,
-            prior_num_inference_steps=prior_num_inference_steps,
-            prior_guidance_scale=prior_guidance_scale,
-            prior_best_of=prior_best_of,
-            variation_of=variation_of,
-            interpolate_image=interpolate_image,
-            interpolate_prompt=interpolate_prompt,
-            prompt_weights=prompt_weights,
-            long_prompts=long_prompts,
-            interpolation=interpolation,
-            edit_from=edit_from,
-            edit_amount=edit_amount,
-            super_res_num_inference_steps=super_res_num_inference_steps,
-            latents=latents,
-            prior_latents=prior_latents,
-            super_res_latents=super_res_latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            image_embeds=image_embeds,
-            ip_adapter_image=ip_adapter_image,
-            ip_adapter_image_embeds=ip_adapter_image_embeds,
-            negative_image_embeds=negative_image_embeds,
-            output_type=output_type,
-        )
-        return self.paint([request], batch_size=batch_size, callback=callback, progress=progress)[0]
+        return self.paint([words], batch_size=words.batch_size, callback=words.callback, progress=words.progress)[0]
 
     def paint(
         self,

@@ -175,6 +175,8 @@ def test_what_is_no_callback_and_no_request(tiny: TextToImage, no_network_runs: 
     message = "callback=3 is of type int; give a function"
     with pytest.raises(ValueError, match=message):
         tiny("a star", callback=3, progress=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stps'"):
+        tiny("a star", stps=3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="request is of type str; give a Request"):
         tiny.paint(["a star"])  # type: ignore[list-item]
     with tiny.engine() as engine:

@@ -1,0 +1,50 @@
+"""What a model is called with: the words of a request, and how its painting is watched.
+
+Owns: the signature of such a call, which is made of a dataclass's fields. So a word of a request is spelled once in
+Python, as a field of `gen.request.Request`; type checkers, editors and `help()` have it from there. It knows no word
+of a request, and checks none.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+from gen.flight import Callback
+from gen.request import Request
+
+Spelled = ParamSpec("Spelled")
+Told = TypeVar("Told")
+Owner = TypeVar("Owner")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(Request):
+    """A request that is painted at once, while the caller waits."""
+
+    batch_size: int | None = None  # rows in flight at most; None: as memory allows. Pictures do not depend on it
+    callback: Callback | None = None  # called after every step, to look or to cancel
+    progress: bool = False  # a bar on standard error
+
+
+def called_with(
+    told: Callable[Spelled, Told],
+) -> Callable[[Callable[[Owner, Told], Answer]], Callable[Concatenate[Owner, Spelled], Answer]]:
+    """Let a method that takes a `told` be called with what makes one; TypeError for what makes none."""
+
+    def of(method: Callable[[Owner, Told], Answer]) -> Callable[Concatenate[Owner, Spelled], Answer]:
+        @wraps(method)
+        def call(self: Owner, /, *given: Spelled.args, **words: Spelled.kwargs) -> Answer:
+            return method(self, told(*given, **words))
+
+        own, spelled = inspect.signature(method), inspect.signature(told)
+        owner, _ = own.parameters.values()
+        shown = own.replace(parameters=[owner, *spelled.parameters.values()])
+        call.__signature__ = shown  # type: ignore[attr-defined] # what help() shows
+        return call
+
+    return of
