@@ -92,7 +92,9 @@ OPTIONS: dict[str, Any] = {
         str | None, _advanced("TEXT", "What --variation-of shows, where PROMPT says what it should.")
     ],
     "edit_amount": Annotated[float | None, _advanced("T", "How far to turn it there (default: 0.3).")],
+    "noise_level": Annotated[int | None, _advanced("N", "Timesteps of noise on the image embedding (unCLIP).")],
     "prior_best_of": Annotated[int | None, _advanced("K", "Best of K answers of the prior, by CLIP.")],
+    "clip_skip": Annotated[int | None, _advanced("N", "Last layers of the text tower to leave out.")],
     "prompt_2": Annotated[str | None, _advanced("TEXT", "What XL's second text tower reads, if not PROMPT.")],
     "negative_prompt_2": Annotated[str | None, _advanced("TEXT", "The same of --negative.", "--negative-2")],
     "original_size": Annotated[

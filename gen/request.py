@@ -22,7 +22,7 @@ from torch import Tensor
 from gen.checks import as_number, count_of, is_number, one_of, real, refusal, shape_of, texts, whole
 from gen.prompts import parse
 from gen.search import BestOf, Search, by_name
-from gen.settings import JSON, OPTIONS, SCORES, SECOND, SIZES, Abilities, Settings, check_settings
+from gen.settings import JSON, SAMPLER_OPTIONS, SCORES, SECOND, SIZES, Abilities, Settings, check_settings
 from gen.source import GREY, RGB, Picture, Source, check_alike, check_mask, check_sized, found, num_of, size_of, sources
 
 POOLED = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
@@ -464,7 +464,7 @@ class Request:
         names = {item.name for item in fields(Settings)} - {"negative_prompt", *SECOND}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.sampler not in (None, able.defaults.sampler):
-            given = dict.fromkeys(OPTIONS) | given  # the model's own are its own sampler's
+            given = dict.fromkeys(SAMPLER_OPTIONS) | given  # the model's own are its own sampler's
         if self._has_embedding:
             if self.prior:
                 name = "image_embeds" if self.variation_of is None else "variation_of"

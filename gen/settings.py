@@ -20,7 +20,7 @@ from samplers.sample import SAMPLERS
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 MOST_THOUGHTS = 64  # of a prior for one candidate
-OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
+SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
 
 SECOND = ("prompt_2", "negative_prompt_2")
 # Pairs of pixels that a UNet is told beside the prompt and beside the null, and the least of each.
@@ -121,7 +121,7 @@ class Settings:
     @property
     def sampler_options(self) -> dict[str, float]:
         """The sampler's options that were chosen."""
-        chosen = {name: getattr(self, name) for name in OPTIONS}
+        chosen = {name: getattr(self, name) for name in SAMPLER_OPTIONS}
         return {name: value for name, value in chosen.items() if value is not None}
 
     def plain(self, text: str) -> str:

@@ -37,12 +37,17 @@ def called_with(
     """Let a method that takes a `told` be called with what makes one; TypeError for what makes none."""
 
     def of(method: Callable[[Owner, Told], Answer]) -> Callable[Concatenate[Owner, Spelled], Answer]:
-        @wraps(method)
-        def call(self: Owner, /, *given: Spelled.args, **words: Spelled.kwargs) -> Answer:
-            return method(self, told(*given, **words))
-
         own, spelled = inspect.signature(method), inspect.signature(told)
         owner, _ = own.parameters.values()
+
+        @wraps(method)
+        def call(self: Owner, /, *given: Spelled.args, **words: Spelled.kwargs) -> Answer:
+            try:
+                spelled.bind(*given, **words)
+            except TypeError as error:  # which else would name the constructor, of which a caller knows nothing
+                raise TypeError(f"{method.__qualname__}() {error}") from None
+            return method(self, told(*given, **words))
+
         shown = own.replace(parameters=[owner, *spelled.parameters.values()])
         call.__signature__ = shown  # type: ignore[attr-defined] # what help() shows
         return call

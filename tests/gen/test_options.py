@@ -27,8 +27,6 @@ PYTHON_ONLY = {
     "denoising_start": "goes on from latents",
     "denoising_end": "ends with latents",
     "output_type": "generate writes PNG",
-    "clip_skip": "the model's own is what it was trained with",
-    "noise_level": "the model's own is what it was trained with",
 }
 TAKEN = get_type_hints(Request)
 
