@@ -379,8 +379,6 @@ class TextToImage:
 
     def _paint(self, jobs: Sequence[Job], max_rows: int | None, callback: Callback | None) -> list[Result]:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""
-        for job in jobs:
-            self._check_room(job)
         engine = self.engine(max_rows=max_rows)
         try:
             futures = [engine.submit(job, callback=callback) for job in jobs]
