@@ -3,10 +3,10 @@
     python benchmarks/attention.py [--sizes real|tiny] [--device cuda] [--dtype float16]
 
 The first table: the error against float64 on the same inputs, whether three runs give the same bits, how far a row
-alone is from the same row among others, milliseconds, and peak memory where the device counts it; a kernel that a
-shape is refused by says why in the file. The second: keys and values of a text read by blocks of its rows, as
+alone is from the same row among others, milliseconds, and the peak of memory beside what is there before; a kernel that
+a shape is refused by says why in the file. The second: keys and values of a text read by blocks of its rows, as
 `gen.attention` does it, beside three other ways and beside projecting the text for each row, as stock does. The
-result is kept in benchmarks/results/attention.json.
+result is kept in benchmarks/results/attention.json, as far as it has come.
 """
 
 import math
@@ -18,14 +18,19 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
-from gen.attention import AUTO, KERNELS, TORCHS_CHOICE, Shape, chosen, refusal, timed
+from gauges import now, peak_mb, reset_peak
+from gen.attention import AUTO, KERNELS, TORCHS_CHOICE, Shape, chosen, refusal
 from options import DTYPES, known
 from report import RESULTS, markdown, save
 from training.provenance import provenance
 
 ROWS = 4
+SECONDS = 1.0  # that a measurement of time takes at least
 MASKED = (1, 1)  # one bias for all heads and queries, as a UNet makes it
 
 # (heads, head size, queries, keys, mask) of one row
@@ -64,11 +69,17 @@ def main(
     """Measure attention."""
     of = (torch.empty(0, device=device).device, DTYPES[known(dtype, DTYPES, "dtype")])
     shapes = {kind: Shape(*of, *size) for kind, size in SIZES[known(sizes, SIZES, "sizes")].items()}
-    kernels = [measured(kind, name, shape) for kind, shape in shapes.items() for name in (*KERNELS, AUTO)]
-    layer, width = READ[sizes]
-    reads = [read(counts, Shape(*of, *layer), width) for counts in COUNTS]
+    kernels: list[dict[str, Any]] = []
+    reads: list[dict[str, Any]] = []
     found = {"sizes": sizes, "dtype": dtype, "rows": ROWS, "kernels": kernels, "reads": reads, **provenance(device)}
-    save(found, result)
+    cells = [(kind, name, shape) for kind, shape in shapes.items() for name in (*KERNELS, AUTO)]
+    for cell in track(cells, "kernels", console=Console(stderr=True)):
+        kernels.append(measured(*cell))
+        save(found, result)
+    layer, width = READ[sizes]
+    for counts in track(COUNTS, "texts", console=Console(stderr=True)):
+        reads.append(read(counts, Shape(*of, *layer), width))
+        save(found, result)
     print(table(kernels))
     print()
     print(table(reads))
@@ -85,14 +96,13 @@ def measured(kind: str, name: str, shape: Shape) -> dict[str, Any]:
     out = kernel(*arguments)
     alone = kernel(*(each[:1] if isinstance(each, Tensor) else each for each in arguments))
     exact = KERNELS["math"](*(each[:1].double() if isinstance(each, Tensor) else each for each in arguments))
-    took = timed(lambda: kernel(*arguments), shape.device)
     return told | {
         "runs": runs,
         "error": (alone - exact).abs().max().item(),
         "same_again": all(torch.equal(out, kernel(*arguments)) for _ in range(2)),
         "alone": (alone - out[:1]).abs().max().item(),
-        "ms": round(1e3 * min(took), 4),
-        "peak_mb": peak_mb(lambda: kernel(*arguments), shape.device),
+        "ms": milliseconds(lambda: kernel(*arguments)),
+        "peak_mb": beside(lambda: kernel(*arguments), shape.device),
         "size": size(shape),
     }
 
@@ -102,14 +112,20 @@ def size(shape: Shape) -> dict[str, Any]:
     return {name: value for name, value in asdict(shape).items() if name not in ("device", "dtype")}
 
 
-def peak_mb(call: Callable[[], Tensor], device: torch.device) -> float | None:
-    """What a call takes beside what is there, its answer included; None where nobody counts."""
-    if device.type != "cuda":
+def milliseconds(call: Callable[[], Tensor]) -> float:
+    """What a call takes, the median."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return round(1e3 * timer.blocked_autorange(min_run_time=SECONDS).median, 4)
+
+
+def beside(call: Callable[[], Tensor], device: torch.device) -> float | None:
+    """The peak of memory beside what is there before a call, its answer included; None where nobody counts."""
+    if not reset_peak(device):
         return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = peak_mb(device)
     call()
-    return round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 2)
+    now(device)
+    return round(peak_mb(device) - before, 2)
 
 
 def read(counts: list[int], shape: Shape, width: int) -> dict[str, Any]:
@@ -156,7 +172,7 @@ def read(counts: list[int], shape: Shape, width: int) -> dict[str, Any]:
     }
     answers = [way() for way in ways.values()]
     assert all(torch.allclose(answers[0], other, atol=1e-2) for other in answers), "the ways must agree"
-    took = {name: round(1e3 * min(timed(way, shape.device)), 4) for name, way in ways.items()}
+    took = {name: milliseconds(way) for name, way in ways.items()}
     return {"rows of each text": " + ".join(str(rows) for rows in counts), **took}
 
 
