@@ -1,4 +1,4 @@
-"""Attention in bfloat16 on processors with AVX512-BF16, by a kernel of our own (`cpp/attention.cpp`).
+"""Attention in bfloat16 on processors with AVX512-BF16, by a kernel of our own (`cpp/attention.hpp`).
 
 Products are AMX's where the processor has them. It is for small heads, where the exponentials of the softmax take long.
 """

@@ -1,7 +1,7 @@
 """Convolutions of 3 x 3 of our own in a network that OpenVINO computes, by fewer multiplications.
 
 `own_convolutions` changes what OpenVINO has read and knows OpenVINO's models alone. The operation is that of
-`cpp/openvino.cpp`, which computes as `cpp/winograd.cpp` says.
+`cpp/openvino.cpp`, which computes as `cpp/winograd.hpp` says.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gen.openvino_weights import Kernels, Weights, stored, stored_as_low
 
 WIDE = 32  # of whose multiples our kernel takes channels
 SMALLEST_SIDE, LARGEST_SIDE = 2, 4  # of a patch's answers; the larger, the more is rounded
-MOST_OF_FILTER = 32700.0  # norm of a turned filter in whole numbers of 16 bits (`cpp/winograd.cpp`)
+MOST_OF_FILTER = 32700.0  # norm of a turned filter in whole numbers of 16 bits (`cpp/winograd.hpp`)
 MOST_FILTERS = 1 << 19  # in * out of the largest layer with patches of 4, whose filters become 36/9 of the plain ones
 AT_A_TIME = {2: 32, 4: 16}  # patches that each thread is to have at least, by their side
 # What a filter (3, 3) is turned into by, from both sides: its polynomial's values at as many numbers, each over what
-# Lagrange's polynomial divides it by, and its leading number (Lavin & Gray 2016, section 4; `cpp/winograd.cpp`).
+# Lagrange's polynomial divides it by, and its leading number (Lavin & Gray 2016, section 4; `cpp/winograd.hpp`).
 NUMBERS: dict[int, list[float]] = {2: [0, 1, -1], 4: [0, 0.75, -0.75, 1.5, -1.5]}
 LAST, FIRST = np.array([0, 2, 3, 1]), np.array([0, 3, 1, 2])  # where channels go
 

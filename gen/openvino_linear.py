@@ -1,7 +1,7 @@
 """Linear layers of our own in a network that OpenVINO computes, with what stands around them.
 
 `own_linears` changes what OpenVINO has read and knows OpenVINO's models alone. The operation is that of
-`cpp/openvino.cpp`, which computes as `cpp/linear.cpp` says.
+`cpp/openvino.cpp`, which computes as `cpp/linear.hpp` says.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-// The attention of attention.cpp, the group norm of norm.cpp, the layers of linear.cpp and the convolutions of winograd.cpp as
+// The attention of attention.hpp, the group norm of norm.hpp, the layers of linear.hpp and the convolutions of winograd.hpp as
 // operations of OpenVINO.
 
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/op/op.hpp>
 
-#include "attention.cpp"
-#include "linear.cpp"
-#include "norm.cpp"
-#include "winograd.cpp"
+#include "attention.hpp"
+#include "linear.hpp"
+#include "norm.hpp"
+#include "winograd.hpp"
 
 namespace {
 
@@ -62,8 +62,8 @@ class TileAttention : public ov::op::Op {
     std::vector<int64_t> steps;
     for (const Told* each : {&query, &key, &value, &answer})
       steps.insert(steps.end(), {each->row_step, each->head_step, each->step});
-    attend(query.at, key.at, value.at, answer.at, steps.data(), query.rows, query.heads, query.count, key.count,
-           query.size, scale_, threads_);
+    attention::attend(query.at, key.at, value.at, answer.at, steps.data(), query.rows, query.heads, query.count, key.count,
+                      query.size, scale_, threads_);
     return true;
   }
 

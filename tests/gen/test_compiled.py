@@ -31,10 +31,13 @@ def test_it_is_built_once_for_each_source_and_command(cache: Path) -> None:
     before = path.stat().st_mtime_ns
     assert built("one.cpp", ["-DONE=1"]) == path and path.stat().st_mtime_ns == before
     other = built("one.cpp", ["-DONE=2"])
-    (compiled.SOURCES / "one.cpp").write_text('extern "C" int one() { return -ONE; }\n')
+    (compiled.SOURCES / "one.cpp").write_text('#include "one.hpp"\nextern "C" int one() { return -ONE; }\n')
+    (compiled.SOURCES / "one.hpp").write_text("// what one is made of\n")
     third = built("one.cpp", ["-DONE=1"])
-    assert len({path, other, third}) == 3
-    assert sorted(cache.iterdir()) == sorted([path, other, third])  # and nothing beside
+    (compiled.SOURCES / "one.hpp").write_text("// or of something else\n")
+    fourth = built("one.cpp", ["-DONE=1"])
+    assert len({path, other, third, fourth}) == 4
+    assert sorted(cache.iterdir()) == sorted([path, other, third, fourth])  # and nothing beside
 
 
 @NEEDS_COMPILER

@@ -8,8 +8,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common.cpp"
-#include "tiles.cpp"
+#include "common.hpp"
+#include "tiles.hpp"
 
 namespace linear {
 

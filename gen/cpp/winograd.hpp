@@ -14,8 +14,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "common.cpp"
-#include "tiles.cpp"
+#include "common.hpp"
+#include "tiles.hpp"
 
 namespace winograd {
 

@@ -12,7 +12,7 @@
 #include <memory>
 #include <new>
 
-#include "common.cpp"
+#include "common.hpp"
 
 constexpr int DEPTH = 32;            // values that one product sums over: a row of bfloat16
 constexpr int TILE = LANES * DEPTH;  // bfloat16 in a tile

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "common.cpp"
+#include "common.hpp"
 
 namespace norm {
 
