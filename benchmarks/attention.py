@@ -9,6 +9,7 @@ a shape is refused by says why in the file. The second: keys and values of a tex
 result is kept in benchmarks/results/attention.json, as far as it has come.
 """
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from training.provenance import provenance
 
 ROWS = 4
 SECONDS = 1.0  # that a measurement of time takes at least
+LIBC = ctypes.CDLL(None)
 MASKED = (1, 1)  # one bias for all heads and queries, as a UNet makes it
 
 # (heads, head size, queries, keys, mask) of one row
@@ -72,6 +74,7 @@ def main(
     kernels: list[dict[str, Any]] = []
     reads: list[dict[str, Any]] = []
     found = {"sizes": sizes, "dtype": dtype, "rows": ROWS, "kernels": kernels, "reads": reads, **provenance(device)}
+    found["is_whole"] = False
     cells = [(kind, name, shape) for kind, shape in shapes.items() for name in (*KERNELS, AUTO)]
     for cell in track(cells, "kernels", console=Console(stderr=True)):
         kernels.append(measured(*cell))
@@ -80,6 +83,7 @@ def main(
     for counts in track(COUNTS, "texts", console=Console(stderr=True)):
         reads.append(read(counts, Shape(*of, *layer), width))
         save(found, result)
+    save(found | {"is_whole": True}, result)
     print(table(kernels))
     print()
     print(table(reads))
@@ -120,6 +124,8 @@ def milliseconds(call: Callable[[], Tensor]) -> float:
 
 def beside(call: Callable[[], Tensor], device: torch.device) -> float | None:
     """The peak of memory beside what is there before a call, its answer included; None where nobody counts."""
+    if device.type == "cpu" and hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)  # or what was given back before is taken again, and nothing is told
     if not reset_peak(device):
         return None
     before = peak_mb(device)

@@ -1,9 +1,15 @@
-"""How small tensors reach a device, and come from it, without anybody waiting."""
+"""Where a network computes; how small tensors reach that device, and come from it, without anybody waiting."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def place_of(network: nn.Module) -> torch.device:
+    """Where a network computes: where its first vector lies, for larger weights may wait elsewhere (`gen.offload`)."""
+    first, *others = network.parameters()
+    return next((weight for weight in (first, *others) if weight.ndim < 2), first).device
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -40,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from clip_core.device import place_of
 from gen import avx512
 from gen.conditioning import Distinct
 
@@ -497,8 +498,7 @@ def set_attention(network: nn.Module, name: str = AUTO) -> None:
     choice and logs why.
     """
     layers = list(attentions(network))
-    weight = layers[0].to_q.weight if layers else torch.empty(0)
-    check_attention(name, weight.device, weight.dtype)
+    check_attention(name, place_of(network), layers[0].to_q.weight.dtype if layers else torch.float32)
     for layer in layers:
         if not isinstance(layer.processor, (*STOCK, Processor)):
             kind = type(layer.processor).__name__

@@ -64,6 +64,8 @@ class Bucket:
     cost: float | None = None  # bytes of one evaluation; None: not measured
     ceiling: int = UNBOUNDED  # lower once memory has run out
     paces: dict[int, Pace] = field(default_factory=dict)  # of calls of 2^(k-1) to 2^k - 1 evaluations, by k
+    relief: Callable[[], bool] | None = None  # has others leave the device's memory; whether any did; None: nobody can
+    _is_relieved: bool = False  # since a call last succeeded
     _running: deque[tuple[int, Mark, Mark]] = field(default_factory=deque)  # evaluations, from when to when
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -82,6 +84,7 @@ class Bucket:
             return call()
         began = mark(self.device)
         answer = call()
+        self.succeed()
         with self._lock:
             self._running.append((count, began, mark(self.device)))
             while self._running and (seconds := between(*self._running[0][1:])) is not None:
@@ -118,10 +121,22 @@ class Bucket:
             room = int(SHARE[self.device.type] * free / max(self.cost, 1.0))
             self.size = min(1 << (max(room, 1).bit_length() - 1), self.ceiling)
 
+    def succeed(self) -> None:
+        """A call has been answered."""
+        self._is_relieved = False
+
     def halve(self, count: int) -> bool:
-        """After memory ran out at `count` evaluations, ask half from now on; False where one alone was too many."""
+        """After memory ran out at `count` evaluations, ask half from now on; False where one alone was too many.
+
+        Before that is said others make room, if they can, and sizes are tried anew.
+        """
         if count == 1:
-            return False
+            if self._is_relieved or self.relief is None or not self.relief():
+                return False
+            self._is_relieved, self.ceiling = True, UNBOUNDED
+            self.size = UNBOUNDED
+            self.refresh()
+            return True
         self.ceiling = count // 2
         self.size = min(self.size, self.ceiling)
         logger.warning("%s: memory ran out at %d evaluations, %d at once from here on", self.name, count, self.ceiling)
@@ -140,10 +155,11 @@ class Buckets:
     """The buckets of a model, which outlive its requests: what was measured once need not be again."""
 
     known: dict[Hashable, Bucket] = field(default_factory=dict)
+    relief: Callable[[], bool] | None = None  # what all of them may ask for
 
     def of(self, stage: str, shape: tuple[int, ...], device: torch.device) -> Bucket:
         """The bucket of a network's stage ("decoder", ...) for one shape of its input."""
-        return self.known.setdefault((stage, shape, device), Bucket(f"{stage} {shape}", device))
+        return self.known.setdefault((stage, shape, device), Bucket(f"{stage} {shape}", device, relief=self.relief))
 
 
 def is_measured() -> bool:
@@ -229,11 +245,14 @@ def _measure_cpu(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _measure_cuda(call: Callable[[], object], device: torch.device) -> int:
-    """By the allocator's own book, which the host keeps: nothing waits for the device."""
+    """By the allocator's own book, which the host keeps: nothing waits for the device.
+
+    What has come to stay with the call, such as the network itself (`gen.offload`), is none of what calls take.
+    """
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call()
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(device) - max(before, torch.cuda.memory_allocated(device))
 
 
 # By kind of device; elsewhere a bucket holds everything until memory runs out.

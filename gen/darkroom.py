@@ -97,6 +97,7 @@ class Darkroom:
                 pixels = self.model.decode(latents) if small else self.model.preview(latents)
                 texts = torch.stack([self.text(flight, index) for index in chunk])
                 scores.append(cosine(self._seen(pixels), texts))
+                bucket.succeed()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -122,6 +123,7 @@ class Darkroom:
                     latents = [flight.latents[index] for flight, index in chunk[:PROBE]]
                     bucket.probe(partial(self.model.decode, torch.stack(latents)))
                 self._paint(chunk)
+                bucket.succeed()
             except Exception as error:
                 if not is_out_of_memory(error):
                     self._find_fault(chunk, error, fail)

@@ -71,7 +71,7 @@ class Engine(Generic[R]):
         self._darkroom = Darkroom(model, buckets)
         self._stages = Stages(model, buckets, self._darkroom)
         self._lead = Lead(model, self._stages, self._darkroom, clock)
-        self._flights: dict[int, Flight[R]] = {}  # those that have begun; others may see whether there are any
+        self._flights: dict[int, Flight[R]] = {}  # those that have begun; the ticking thread's alone
         self._changed = threading.Condition()  # guards what follows
         # Those that have not, by their pictures' shape, each no sooner than those before it; no shape has none.
         self._queue: dict[tuple[int, ...], deque[Flight[R]]] = {}
@@ -100,7 +100,8 @@ class Engine(Generic[R]):
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             schedule_of(self.model.levels, settings)  # may refuse the sampler
         job.search.check(self._lead.asked(job))
-        if self._check is not None and not self._flights:  # or what is free now says little
+        # What is free says little once a request has begun, as in a thread of its own any but the first may have.
+        if self._check is not None and not (self._flights if self._thread is None else self._unsettled):
             self._check(job)
         deadline = None if job.budget is None else self._clock() + job.budget
         with self._changed:

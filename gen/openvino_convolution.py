@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from gen import avx512
-from gen.openvino_model import added, as_float32, constant, put, told_in
-from gen.openvino_weights import Kernels, Weights, stored, stored_as_low
+from gen.openvino_model import Kernels, added, as_float32, constant, put, told_in
+from gen.openvino_weights import Weights, stored, stored_as_low
 
 WIDE = 32  # of whose multiples our kernel takes channels
 SMALLEST_SIDE, LARGEST_SIDE = 2, 4  # of a patch's answers; the larger, the more is rounded

@@ -19,8 +19,8 @@ from gen import avx512
 from gen.compiled import built
 from gen.openvino_convolution import own_convolutions
 from gen.openvino_linear import Layer, layer_at, own_linear, own_linears
-from gen.openvino_model import as_float32, constant, put, told_in
-from gen.openvino_weights import Kept, Kernels
+from gen.openvino_model import Kernels, as_float32, constant, fold, put, told_in
+from gen.openvino_weights import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,10 @@ def own_kernels(model: Any, threads: int, precision: Any, kept: Kept) -> None:
     Where they cannot run nothing changes.
     """
     from openvino import Type
-    from openvino.passes import ConstantFolding, Manager
 
     factory = operations()
     if factory is not None:
-        folding = Manager()
-        folding.register_pass(ConstantFolding())  # of axes and shapes, some of which are worked out
-        folding.run_passes(model)
+        fold(model)  # axes and shapes, some of which are worked out
         for node in model.get_ops():
             if node.get_type_name() == "Reshape" and node.get_input_shape(0) == node.get_output_shape(0):
                 put(node.output(0), node.input_value(0))

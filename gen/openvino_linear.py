@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import added, as_float32, constant, is_bias, put, told_in, weight_of
-from gen.openvino_weights import Kernels, Weights, stored
+from gen.openvino_model import Kernels, added, as_float32, constant, is_bias, put, told_in, weight_of
+from gen.openvino_weights import Weights, stored
 
 ROW, BESIDE = 32, 16  # of whose multiples our kernel takes inputs and answers: a row of a tile, and its columns
 FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer

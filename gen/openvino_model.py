@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from gen.openvino_weights import Kept
 from gen.weights import quiet
 
 
@@ -52,6 +53,16 @@ class Part:
         reads = [place for place, each in enumerate(apart.get_parameters()) if each.output(0).get_target_inputs()]
         read = [apart.get_parameters()[place] for place in reads]
         return cls(openvino.Model(apart.get_results(), read, model.get_friendly_name()), reads)
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """Our operations, as a model of fixed sizes is given them."""
+
+    factory: Any  # an openvino.utils.node_factory.NodeFactory that knows them
+    precision: Any  # what they multiply in, bf16 or f32 of openvino.Type
+    threads: int  # that each computes by
+    kept: Kept
 
 
 def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]:
@@ -103,6 +114,15 @@ def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]
     flat = [opset13.reshape(each, np.array([0, size]), True) for each, size in zip(cuts, sizes, strict=True)]
     levels = Part.of(model, [opset13.concat(flat, 1).output(0)], model.get_parameters())
     return levels, Part.of(model, results, [*model.get_parameters(), given])
+
+
+def fold(model: Any) -> None:
+    """Work out what follows from constants alone, in place."""
+    from openvino.passes import ConstantFolding, Manager
+
+    folding = Manager()
+    folding.register_pass(ConstantFolding())
+    folding.run_passes(model)
 
 
 def drop_ones(model: Any) -> None:

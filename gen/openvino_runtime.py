@@ -24,7 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from gen.attention import Texts
 from gen.openvino_kernels import own_kernels
-from gen.openvino_model import Part, cut_layers, cut_levels, drop_ones, fold_norms, plain_norms, read
+from gen.openvino_model import Part, cut_layers, cut_levels, drop_ones, fold, fold_norms, plain_norms, read
 from gen.openvino_weights import Kept
 from gen.pieces import LARGE_SIZES, SIZES, SMALL, Piece, pieces_of
 from gen.traced import Call, Flat, stand_in
@@ -69,6 +69,7 @@ class Answering:
     network: nn.Module
     precision: str  # in OpenVINO's words
     read: dict[Hashable, Converted] = field(default_factory=dict)  # by what tells calls apart but for their rows
+    weights: Kept = field(default_factory=Kept)  # that our kernels read, whatever is compiled
     workers: list[ThreadPoolExecutor] = field(default_factory=list)  # one thread each: a stream's, whatever is compiled
     _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
 
@@ -78,7 +79,8 @@ class Answering:
             if call.kind not in self.read:
                 # In a thread of its own, where no dispatch mode of the caller's (`gen.bucket` has one) is traced.
                 with ThreadPoolExecutor(1) as apart:
-                    self.read[call.kind] = apart.submit(convert, self.network, call, self.precision).result()
+                    asked = apart.submit(convert, self.network, call, self.precision, self.weights)
+                    self.read[call.kind] = asked.result()
             converted = self.read[call.kind]
             of = None if call.texts is None else call.texts.of
             sizes = SIZES if call.given[0][0].numel() <= SMALL else LARGE_SIZES
@@ -137,7 +139,7 @@ class Converted:
     rest: Part  # of what it is handed, what its layers read of a text, and what the levels say
     answer: TreeSpec  # how the network hands over its tensors
     precision: str  # in OpenVINO's words
-    weights: Kept = field(default_factory=Kept)  # that our kernels read, for all sizes
+    weights: Kept  # that our kernels read
     requests: dict[tuple[int, bool, int], list[Stream]] = field(default_factory=dict)
 
     def ask(
@@ -271,8 +273,8 @@ def compiled(
 
 
 @torch.no_grad()
-def convert(network: nn.Module, call: Call, precision: str) -> Converted:
-    """Have OpenVINO read a network by tracing one call of it."""
+def convert(network: nn.Module, call: Call, precision: str, weights: Kept) -> Converted:
+    """Have OpenVINO read a network by tracing one call of it; its other calls' `weights` are used again."""
     began, name = time.perf_counter(), type(network).__name__
     flat = Flat(network, call)
     example = [tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in call.given]  # 1 row would be traced as such
@@ -285,4 +287,6 @@ def convert(network: nn.Module, call: Call, precision: str) -> Converted:
     fold_norms(model)
     vectors = [place for place, tensor in enumerate(call.given) if tensor.ndim <= 2]
     levels, rest = cut_levels(model, vectors)
-    return Converted(name, None if levels is None else Levels.of(levels, vectors), rest, flat.told.answer, precision)
+    fold(rest.model)  # of weights, so that all sizes have the same
+    told = None if levels is None else Levels.of(levels, vectors)
+    return Converted(name, told, rest, flat.told.answer, precision, weights)

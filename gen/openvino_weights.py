@@ -30,15 +30,18 @@ class Weights(NamedTuple):
 
 @dataclass(eq=False)
 class Kept:
-    """Those of a network."""
+    """A network's, by their layout and by where the plain ones lie.
+
+    They are those of when they were first asked for: a network whose weights change is read anew.
+    """
 
     made: dict[Hashable, tuple[Sequence[np.ndarray], Weights]] = field(default_factory=dict)
 
     def of(self, plain: Sequence[np.ndarray], layout: Hashable, make: Callable[[], Weights]) -> Weights:
         """The weights that `make` makes of plain ones in a layout, or made of them before.
 
-        Plain ones are known again by where they lie, so they are kept as well, or others could come to lie there. They
-        are those of the model that all sizes are copies of.
+        Plain ones are known again by where they lie, so they are kept as well, or others could come to lie there. Most
+        are the network's own memory; the others are those of the model that all sizes are copies of.
         """
         place = (layout, *((each.ctypes.data, each.shape) for each in plain))
         if place not in self.made:
@@ -67,13 +70,3 @@ def stored_as_low(data: np.ndarray, scales: np.ndarray | None = None) -> Weights
     tensor = openvino.Tensor(Type.bf16, openvino.Shape(list(data.shape)))
     tensor.data[:] = np.ascontiguousarray(data).view(np.float16)  # numpy has no bfloat16, and is shown these
     return Weights(tensor, np.empty(0, np.float32) if scales is None else scales)
-
-
-@dataclass(frozen=True, eq=False)
-class Kernels:
-    """Our operations, as a model of fixed sizes is given them."""
-
-    factory: Any  # an openvino.utils.node_factory.NodeFactory that knows them
-    precision: Any  # what they multiply in, bf16 or f32 of openvino.Type
-    threads: int  # that each computes by
-    kept: Kept

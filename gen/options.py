@@ -208,6 +208,7 @@ def with_options(verb: Verb) -> Verb:
     last; the latter are keyword-only.
     """
     own = inspect.signature(verb).parameters
+    assert any(each.kind is each.VAR_KEYWORD for each in own.values()), f"{verb.__name__} takes no **words"
     shown = [each for each in own.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
     for word, option in OPTIONS.items():
         named = own.get(word, inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY, default=None))

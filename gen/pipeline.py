@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from gen import checkpoint, single_file
+from gen import checkpoint
 from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.attention import AUTO, adds_keys, check_attention, set_attention
@@ -33,16 +32,18 @@ from gen.bucket import Buckets
 from gen.checks import check_callback, check_name, whole
 from gen.edit import schedule_of
 from gen.engine import Engine
-from gen.families import FAMILIES, Painter
+from gen.families import Painter
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
+from gen.offload import Offload
+from gen.origins import Origins
 from gen.request import Candidate, Job, Request, asks_clip, check_shown
-from gen.room import check_picture
+from gen.room import NoRoom, check_picture
 from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
 from gen.search import BestOf, best_first, diverse_first, drawing_order
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
-from gen.weights import files_hash, folder_hash, named_folder
+from gen.weights import files_hash, folder_hash
 from gen.whole_folder import whole_folder
 from gen.words import Words, called_with
 
@@ -102,7 +103,9 @@ class TextToImage:
         self.dtype = model.unet.dtype if dtype is None else dtype
         self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
         self._hash, self._clip_hash = model_hash, clip_hash
-        self._buckets = Buckets()
+        self._offload = Offload(model.modules(), model.device)
+        # Compiled networks are asked where their weights were.
+        self._buckets = Buckets(relief=self._offload.relieve if runtime == TORCH else None)
 
     @classmethod
     def from_pretrained(
@@ -129,64 +132,65 @@ class TextToImage:
         on CUDA as CUDA graphs, which takes a minute each; it is made for a GPU. See `gen.openvino_runtime` and
         `gen.compile_runtime`.
         """
-        origins = {"weak_unet": weak_unet, "clip": clip, "config": config, "prior_model": prior_model}
-        check_name("name_or_path", name_or_path)
-        for name, origin in {**origins, "draft_unet": draft_unet}.items():
-            if origin is not None:
-                check_name(name, origin)
+        origins = Origins(
+            name_or_path=name_or_path,
+            config=config,
+            prior_model=prior_model,
+            clip=clip,
+            weak_unet=weak_unet,
+            draft_unet=draft_unet,
+        )
+        origins.check()
         dtype = dtype_of(dtype)
         if device is None:
             device = "cuda" if torch.cuda.is_available() and runtime != OPENVINO else "cpu"
         device = usable(device)
         check_runtime(runtime, device, dtype, attention)
         check_attention(attention, device, dtype)
-        weak_folder = None if weak_unet is None else named_folder("weak_unet", weak_unet)
-        draft_folder = None if draft_unet is None else named_folder("draft_unet", draft_unet)
-        computed_in = dtype
-        if runtime == OPENVINO:
-            dtype = torch.float32  # the weights that are read; a lower precision is the runtime's to make
-        if single_file.is_single(name_or_path):
-            if prior_model is not None:
-                raise ValueError(f"prior_model '{prior_model}' was given, but a single file takes none; leave it out")
-            parts = single_file.load(name_or_path, device, dtype, config)
-        elif config is not None:
-            raise ValueError(
-                f"config='{config}' is for a single file, and model '{name_or_path}' is none; leave it out"
-            )
-        else:
-            parts = checkpoint.load(name_or_path, device, dtype, prior_model)
-        ranking = None if clip is None else checkpoint.load_clip(clip, device, dtype)
-        parts = replace(parts, clip=ranking or parts.clip)
-        if parts.family not in FAMILIES:
-            told = ", ".join(sorted(FAMILIES))
-            raise ValueError(f"model '{name_or_path}' is a {parts.family or 'folder of no class'}; ours are: {told}")
-        model = FAMILIES[parts.family].of(parts)
-        if weak_folder is not None:
-            weak = checkpoint.load_part(UNet2DConditionModel, weak_folder, device, dtype)
-            model = model.with_weak(weak, str(weak_unet))
-        place = draft_folder or parts.folder / drafts.FOLDER
-        if draft_folder is not None or place.exists():
-            model = model.with_drafter(drafts.read(place, model.unet), str(place))
+        weights_in = torch.float32 if runtime == OPENVINO else dtype  # a lower precision is that runtime's to make
+        try:
+            loaded, is_apart = origins.read(device, weights_in), False
+        except (NoRoom, torch.OutOfMemoryError):
+            if device.type != "cuda" or runtime != TORCH:
+                raise
+            loaded, is_apart = origins.read(torch.device("cpu"), weights_in), True
+        model, parts, ranking = loaded.model, loaded.parts, loaded.ranking
         if runtime == OPENVINO and any(adds_keys(unet) for unet in model.unets):
             told = (
                 f"runtime '{runtime}' cannot compute the UNet of a {model.saved_as}, whose layers see text and picture"
             )
             raise ValueError(f"{told} at once (OpenVINO crashes on them); give runtime 'torch'")
-        for unet in model.unets:
-            set_attention(unet, attention_of(runtime, attention, device))
-        named = {name: str(origin or "") for name, origin in origins.items()}
-        loaded = cls(
+        painter = cls(
             model,
             str(name_or_path),
             lambda: parts.hash,
+            weak_unet=str(weak_unet or ""),
+            clip=str(clip or ""),
             clip_hash=None if ranking is None else partial(files_hash, ranking.files),
             attention=attention,
-            **named,
+            config=str(config or ""),
+            prior_model=str(prior_model or ""),
             runtime=runtime,
-            dtype=computed_in,
+            dtype=dtype,
         )
-        loaded._hand_over()
-        return loaded
+        if is_apart:
+            painter._offload.device = device
+            painter._offload.begin()
+        for unet in model.unets:
+            set_attention(unet, attention_of(runtime, attention, device))
+        painter._hand_over()
+        return painter
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """While networks are changed: all of their weights lie where they stay."""
+        was_on = self._offload.end()
+        try:
+            yield
+        finally:
+            self._offload.networks = self.model.modules()
+            if was_on:
+                self._offload.begin()
 
     def _hand_over(self) -> None:
         """Let the runtime read the networks, anew where their weights have changed."""
@@ -199,9 +203,10 @@ class TextToImage:
         Several add up. Not while an engine of this model runs; to be without it again, load the model again. A network
         for drafts does not follow what the UNet has become, so the UNet paints drafts itself from here on.
         """
-        model = replace(self.model.with_own_texts(), drafter=None)
-        adapter = lora.merge(model, path, scale)
-        self.model, self.adapters = model, (*self.adapters, adapter)
+        with self._changing():
+            model = replace(self.model.with_own_texts(), drafter=None)
+            adapter = lora.merge(model, path, scale)
+            self.model, self.adapters = model, (*self.adapters, adapter)
         self._hand_over()
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> None:
@@ -210,9 +215,10 @@ class TextToImage:
         `token` is what prompts call it; None: as the file says, or the file's name. Not while an engine of this model
         runs. CLIP, which ranks, does not learn it.
         """
-        model = self.model.with_own_texts()
-        adapter = textual_inversion.learn(model, path, token)
-        self.model, self.adapters = model, (*self.adapters, adapter)
+        with self._changing():
+            model = self.model.with_own_texts()
+            adapter = textual_inversion.learn(model, path, token)
+            self.model, self.adapters = model, (*self.adapters, adapter)
 
     def load_ip_adapter(
         self,

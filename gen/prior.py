@@ -17,6 +17,7 @@ from diffusers import PriorTransformer
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from clip_core.device import place_of
 from clip_core.text import TextTower
 from gen.conditioning import Condition, Table, each_read
 from gen.prior_prefix import CachedPrior
@@ -46,7 +47,7 @@ class Prior:
 
     def sample(self, candidates: Sequence[Candidate], max_rows: int | None = None) -> Tensor:
         """One image embedding per candidate, (B, E) float32, with at most `max_rows` in flight (None: all)."""
-        rows = Rows(self.asked(), self.levels.scaling, STAGE, self.network.device)
+        rows = Rows(self.asked(), self.levels.scaling, STAGE, place_of(self.network))
         found: dict[Hashable, Tensor] = {}
         for finished in rows.run(self.rows(candidates, range(len(candidates)), Table()), max_rows):
             found |= {one.row.key: one.x for one in finished}

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_core.device import sent
+from clip_core.device import place_of, sent
 from gen.attention import STOCK, Processor
 from gen.conditioning import Condition, Conditions, stacked
 
@@ -135,7 +135,7 @@ class CachedPrior:
             self._kept |= {unique[place]: prefix.one(at) for at, place in enumerate(places)}
             folds.append(Fold(prefix, slice(len(order), len(order) + len(evaluations))))
             order += evaluations
-        ordered, device = torch.tensor(order), self.network.device
+        ordered, device = torch.tensor(order), place_of(self.network)
         return Plan(folds, sent(ordered, device), sent(ordered.argsort(), device))
 
 

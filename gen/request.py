@@ -201,7 +201,8 @@ class Job:
 class Request:
     """The words of one call, named as in diffusers; None leaves a choice to the model.
 
-    They are spelled here and nowhere else in Python: a call of a model takes them from these fields (`gen.words`).
+    A call of a model takes them from these fields (`gen.words`). `Settings` has those that a picture depends on once
+    more, with nothing left to choose.
     """
 
     prompt: str | Sequence[str] | None = field(default=None, kw_only=False)
@@ -250,7 +251,7 @@ class Request:
     s_tmin: float | None = None  # churned where s_tmin <= sigma <= s_tmax
     s_tmax: float | None = None
     s_noise: float | None = None  # the deviation of what churn adds
-    clip_skip: int | None = None
+    clip_skip: int | None = None  # layers of the text tower left out; None: none, as trained
     noise_level: int | None = None  # on the image embedding
     prior: bool | None = None  # False: from the text alone
     prior_num_inference_steps: int | None = None

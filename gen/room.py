@@ -8,12 +8,16 @@ from gen.memory import free_memory, reserve
 from gen.settings import Settings
 
 
+class NoRoom(ValueError):
+    """A model's weights do not all fit a device."""
+
+
 def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype, what: str) -> None:
-    """ValueError for a model of so many numbers that a device has no room for, as far as it tells."""
+    """NoRoom for a model of so many numbers that a device has no room for, as far as it tells."""
     device = torch.device(device)
     needed, free = num_weights * dtype.itemsize, free_memory(device)
     if free is not None and needed > free + found_beyond(device):
-        raise ValueError(
+        raise NoRoom(
             f"model '{what}' needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, and "
             f"{free / 1e9:.1f} GB are free on {device}; take a smaller dtype, another device or a smaller model"
         )

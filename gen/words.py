@@ -1,7 +1,7 @@
 """What a model is called with: the words of a request, and how its painting is watched.
 
-Owns: the signature of such a call, which is made of a dataclass's fields. So a word of a request is spelled once in
-Python, as a field of `gen.request.Request`; type checkers, editors and `help()` have it from there. It knows no word
+Owns: the signature of such a call, which is made of a dataclass's fields. So a call has the words of a request
+as the fields of `gen.request.Request` have them, and so have type checkers, editors and `help()`. It knows no word
 of a request, and checks none.
 """
 
@@ -45,11 +45,13 @@ def called_with(
             try:
                 spelled.bind(*given, **words)
             except TypeError as error:  # which else would name the constructor, of which a caller knows nothing
-                raise TypeError(f"{method.__qualname__}() {error}") from None
+                raise TypeError(f"{method.__qualname__}(): {error}") from None
             return method(self, told(*given, **words))
 
         shown = own.replace(parameters=[owner, *spelled.parameters.values()])
         call.__signature__ = shown  # type: ignore[attr-defined] # what help() shows
+        kinds = {name: each.annotation for name, each in shown.parameters.items() if each is not owner}
+        call.__annotations__ = kinds | {"return": own.return_annotation}
         return call
 
     return of

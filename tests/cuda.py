@@ -236,6 +236,9 @@ def pretended() -> Iterator[Watch]:
         for name, value in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "Generator", Generator))
+        # Weights that come back from there are no longer of our class.
+        swaps = "get_swap_module_params_on_conversion"
+        stack.enter_context(patch.object(torch.__future__, swaps, lambda: True))
         torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  # as for torch's own FakeTensorMode
         Watch.now = Watch()
         for each in (torch.no_grad(), Words(), Watch.now):

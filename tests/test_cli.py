@@ -330,6 +330,8 @@ MISTAKES = {
     "no steps": ("--steps 0", "--steps 0 is out of range; give a whole number from 1 to 1000"),
     "too many steps": ("--steps 1001", "--steps 1001 is"),
     "no prior steps": ("--prior-steps 0", "--prior-steps 0 is"),
+    "no layers left": ("--clip-skip 99", "--clip-skip 99 is out of range"),
+    "no such noise": ("--noise-level -1", "--noise-level -1 is out of range"),
     "odd width": ("--width 60", "--width 60 cannot be halved into latents; give a multiple of 8"),
     "absurd width": ("--width 800000", "--width 800000 is out of range; give a whole number from 1 to 16384"),
     "no height": ("--height 0", "--height 0 is out of range"),

@@ -124,6 +124,11 @@ class Painter(ABC):
         """What a runtime other than torch may compute (`gen.runtime`)."""
         return [*self.unets, *([] if self.clip is None else [self.clip.towers.image_network])]
 
+    def modules(self) -> list[nn.Module]:
+        """All networks that it is made of; some may share layers."""
+        own = [part for part in self.parts().values() if isinstance(part, nn.Module)]
+        return list(dict.fromkeys([*own, *self.unets, *([] if self.clip is None else [self.clip.model])]))
+
     def fits(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         return {"unet in_channels": (self.unet.config.in_channels, self.latent_channels)}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from gen.attention import set_attention
 from gen.openvino_convolution import by_tiles, side_of
 from gen.openvino_kernels import operations, own_kernels
-from gen.openvino_model import cut_layers, drop_ones, fold_norms, read
-from gen.openvino_runtime import core
+from gen.openvino_model import cut_layers, drop_ones, fold, fold_norms, read
+from gen.openvino_runtime import Answering, core
 from gen.openvino_weights import Kept
+from gen.traced import Call
 
 openvino = pytest.importorskip("openvino")
 TILES = operations() is not None and by_tiles(openvino.Type.bf16)  # whether AMX multiplies bfloat16
@@ -570,3 +571,38 @@ def test_weights_of_another_network_are_its_own() -> None:
         own_kernels(model, 1, openvino.Type.f32, kept)
         assert error(model, layer, given, "f32") < 1e-6
         del model, layer
+
+
+class Cut(nn.Module):
+    """A layer whose weight is a part of another, as torch's own attention to something else has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(96, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.split([32, 64])[1])
+
+
+def test_weights_that_are_worked_out_are_the_same_for_all_sizes() -> None:
+    layer, x = Cut(), torch.randn(8, 32)
+    plain, kept = read(layer, (x,)), Kept()
+    fold(plain)
+    for rows in (8, 4):
+        model = plain.clone()
+        model.reshape({0: [rows, 32]})
+        own_kernels(model, 1, openvino.Type.f32, kept)
+        assert error(model, layer.float(), (x[:rows],), "f32") < 1e-6
+    assert len(kept.made) == 1
+
+
+@torch.no_grad()
+def test_pictures_of_another_size_are_computed_by_the_same_weights() -> None:
+    layer, made = nn.Conv2d(32, 64, 3, padding=1), []
+    answering = Answering(layer, "f32")
+    for side in (8, 12):
+        x = torch.randn(16, 32, side, side)
+        torch.testing.assert_close(answering(Call.of((x,), {})), layer(x), atol=1e-5, rtol=1e-5)
+        made.append([weights.numbers for _, weights in answering.weights.made.values()])
+    assert len(answering.read) == 2 and len(made[0]) == 1
+    assert len(made[1]) == 1 and made[1][0] is made[0][0]

@@ -94,6 +94,8 @@ def test_a_picture_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         model("a star", **asked)
     with model.engine() as engine, pytest.raises(ValueError, match=told):
         engine.submit(Request(prompt="a star", **asked))
+    with pytest.raises(ValueError, match=told):
+        model.paint([Request(prompt="a star"), Request(prompt="a star", **asked)])
     monkeypatch.setattr(room, "reserve", lambda: 1)
     assert model("a star", **asked).seeds
     free[0] = latent

@@ -50,5 +50,5 @@ def test_a_method_is_called_with_what_makes_its_parameter() -> None:
 
 @pytest.mark.parametrize("words", [{"dish": "pie", "numbr": 2}, {}])
 def test_what_makes_none_is_a_type_error_that_names_the_word(words: dict[str, object]) -> None:
-    with pytest.raises(TypeError, match=r"Kitchen.cook\(\) .*" + ("'numbr'" if words else "'dish'")):
+    with pytest.raises(TypeError, match=r"Kitchen.cook\(\): .*" + ("'numbr'" if words else "'dish'")):
         Kitchen().cook(**words)  # type: ignore[arg-type]

@@ -1,0 +1,79 @@
+"""What a model is put together from: names, folders, files and hub ids, read on a device.
+
+Owns which of them go together. How each is read is `gen.checkpoint`'s, `single_file`'s and `gen.adapters.drafts`'; what
+fits what, the families'. It knows no runtime and nothing that is done with a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from clip_core.clip import CLIP
+from gen import checkpoint, single_file
+from gen.adapters import drafts
+from gen.checks import check_name
+from gen.families import FAMILIES, Painter
+from gen.weights import named_folder
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on a device."""
+
+    model: Painter
+    parts: checkpoint.Parts  # of its files
+    ranking: CLIP | None  # what was named to rank; None: nothing was
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """Where a model and what stands beside it come from; None: from the model's own folder, or there is none."""
+
+    name_or_path: str | Path
+    config: str | Path | None
+    prior_model: str | Path | None
+    clip: str | Path | None
+    weak_unet: str | Path | None
+    draft_unet: str | Path | None
+
+    def check(self) -> None:
+        """Refuse what can be no name (ValueError)."""
+        for item in fields(self):
+            if (origin := getattr(self, item.name)) is not None or item.name == "name_or_path":
+                check_name(item.name, origin)
+
+    def read(self, device: torch.device, dtype: torch.dtype) -> Loaded:
+        """Read it all; what is unknown, missing or damaged, or does not go together, is a ValueError that names it."""
+        weak_folder = None if self.weak_unet is None else named_folder("weak_unet", self.weak_unet)
+        draft_folder = None if self.draft_unet is None else named_folder("draft_unet", self.draft_unet)
+        parts = self._parts(device, dtype)
+        ranking = None if self.clip is None else checkpoint.load_clip(self.clip, device, dtype)
+        parts = replace(parts, clip=ranking or parts.clip)
+        if parts.family not in FAMILIES:
+            what, ours = parts.family or "folder of no class", ", ".join(sorted(FAMILIES))
+            raise ValueError(f"model '{self.name_or_path}' is a {what}; ours are: {ours}")
+        model = FAMILIES[parts.family].of(parts)
+        if weak_folder is not None:
+            weak = checkpoint.load_part(UNet2DConditionModel, weak_folder, device, dtype)
+            model = model.with_weak(weak, str(self.weak_unet))
+        place = draft_folder or parts.folder / drafts.FOLDER
+        if draft_folder is not None or place.exists():
+            model = model.with_drafter(drafts.read(place, model.unet), str(place))
+        return Loaded(model, parts, ranking)
+
+    def _parts(self, device: torch.device, dtype: torch.dtype) -> checkpoint.Parts:
+        """The parts of the model's own files, and of its prior's."""
+        name = self.name_or_path
+        if not single_file.is_single(name):
+            if self.config is not None:
+                raise ValueError(
+                    f"config='{self.config}' is for a single file, and model '{name}' is none; leave it out"
+                )
+            return checkpoint.load(name, device, dtype, self.prior_model)
+        if self.prior_model is not None:
+            raise ValueError(f"prior_model '{self.prior_model}' was given, but a single file takes none; leave it out")
+        return single_file.load(name, device, dtype, self.config)

@@ -1,0 +1,217 @@
+"""Networks that do not all fit a GPU paint the same there: who is asked comes, and who is not asked leaves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gen import TextToImage, offload
+from gen.bucket import UNBOUNDED, Bucket
+from gen.offload import Offload, Traveller, large
+from tests.cuda import GPU, pretended
+from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
+from tests.tiny_karlo import make_tiny_karlo
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a GPU, and there is one")
+
+PROMPT = "a small red circle"
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "stable diffusion": make_tiny_stable_diffusion,
+    "stable diffusion xl": make_tiny_stable_diffusion_xl,
+    "karlo": make_tiny_karlo,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_weights_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 2000)
+
+
+@contextmanager
+def gpu(num_bytes: int) -> Iterator[Any]:
+    """A GPU that always says that so much of its memory is free."""
+    with pretended() as watch, patch.object(torch.cuda, "mem_get_info", lambda device=None: (num_bytes, num_bytes)):
+        yield watch
+
+
+def too_small(model: TextToImage) -> int:
+    """Bytes that the largest network of a model fits into, and not all of them."""
+    each = [sum(weight.nbytes for weight in network.parameters()) for network in model.model.modules()]
+    return (sum(each) + max(each)) // 2
+
+
+def loaded(folder: Path, **origins: Any) -> TextToImage:
+    return TextToImage.from_pretrained(folder, "cuda", attention="sdpa", **origins)
+
+
+def painted(model: TextToImage, steps: int = 3, **settings: Any) -> Any:
+    told: dict[str, Any] = {"num_images_per_prompt": 2, "seed": 3, "output_type": "pt", **settings}
+    return model(PROMPT, num_inference_steps=steps, **told)
+
+
+def there(network: nn.Module) -> bool:
+    """Whether a network's large weights lie on the GPU, all of them or none."""
+    (place,) = {weight.device for layer in network.modules() for weight in large(layer)}
+    return place == GPU
+
+
+def test_a_model_too_large_for_a_gpu_paints_there_as_on_the_cpu(tiny_folder: Path, tiny: TextToImage) -> None:
+    expected, most = painted(tiny, prior=True), list[int]()
+    with gpu(too_small(tiny)):
+        model = loaded(tiny_folder)
+        travel = model._offload
+        assert travel.is_on and not travel.here and model.model.device == GPU
+
+        def looked(*call: object) -> None:
+            most.append(sum(each.num_bytes for each in travel.here))
+
+        for network in model.model.modules():
+            network.register_forward_hook(looked)
+        found = painted(model, prior=True)
+        again = painted(model, seed=4, prior=True)
+    assert 0 < max(most) <= travel.most, "a network that is large came alone"
+    assert (found.images - expected.images).abs().max() < 1e-4 and found.seeds == expected.seeds
+    assert (again.images - painted(tiny, seed=4, prior=True).images).abs().max() < 1e-4
+
+
+def test_a_step_waits_for_nobody(tiny_folder: Path, tiny: TextToImage) -> None:
+    waits = []
+    with gpu(too_small(tiny)) as watch:
+        model = loaded(tiny_folder)
+        painted(model)
+        for steps in (3, 6):
+            watch.waits.clear()
+            painted(model, steps)
+            waits.append(Counter(watch.waits))
+    assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_do_the_same(family: str, tmp_path: Path) -> None:
+    folder = FAMILIES[family](tmp_path / "model")
+    stock = TextToImage.from_pretrained(folder, "cpu")
+    expected = painted(stock, rerank=False).images
+    with gpu(too_small(stock)):
+        model = loaded(folder)
+        assert model._offload.is_on
+        assert (painted(model, rerank=False).images - expected).abs().max() < 1e-3
+
+
+def test_a_network_that_is_too_large_alone_is_told(tiny_folder: Path, tiny: TextToImage) -> None:
+    with gpu(10_000), pytest.raises(ValueError, match=r"\w+ alone needs 0\.0 GB for its weights, .* on cuda:0; take"):
+        loaded(tiny_folder)
+
+
+def test_what_is_compiled_does_not_travel(tiny_folder: Path, tiny: TextToImage) -> None:
+    with gpu(too_small(tiny)), pytest.raises(ValueError, match=r"needs 0\.0 GB for its weights in float32"):
+        TextToImage.from_pretrained(tiny_folder, "cuda", runtime="compile")
+
+
+def test_where_one_picture_does_not_fit_beside_all_networks_the_others_leave(
+    tiny_folder: Path, tiny: TextToImage
+) -> None:
+    expected, ran_out = painted(tiny), list[int]()
+    with gpu(1 << 33):
+        model = loaded(tiny_folder)
+        assert not model._offload.is_on
+        assert model.model.clip is not None
+        ranking = model.model.clip.model
+
+        def too_much(unet: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            if there(ranking):
+                ran_out.append(len(given[0]))
+                raise torch.OutOfMemoryError("no more")
+
+        model.model.unet.register_forward_pre_hook(too_much)
+        found = painted(model)
+        assert ran_out[-1] == 1 and model._offload.is_on
+        assert there(ranking) and there(model.model.unet), "the GPU has room for both, and only calls were too large"
+        known = len(ran_out)
+        again = painted(model, seed=4)
+    assert len(ran_out) > known, "CLIP came back, so it leaves again"
+    assert (found.images - expected.images).abs().max() < 1e-4
+    assert (again.images - painted(tiny, seed=4).images).abs().max() < 1e-4
+
+
+def test_where_nobody_can_leave_any_more_it_is_said(tiny_folder: Path) -> None:
+    def too_much(*call: object) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    with gpu(1 << 33):
+        model = loaded(tiny_folder)
+        hook = model.model.unet.register_forward_pre_hook(too_much)
+        with pytest.raises(MemoryError, match="not even one fits in memory"):
+            painted(model)
+        hook.remove()
+        assert len(painted(model).images) == 2
+
+
+def test_what_is_added_later_is_added_at_home(tiny_folder: Path, tiny: TextToImage, tmp_path: Path) -> None:
+    width = tiny.model.parts()["text_encoder"].config.hidden_size
+    vector = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    save_file({"emb_params": vector}, tmp_path / "word.safetensors")
+    other = TextToImage.from_pretrained(tiny_folder, "cpu")
+    other.load_textual_inversion(tmp_path / "word.safetensors", "<word>")
+    expected = other("a <word>", seed=3, num_inference_steps=3, output_type="pt").images
+    with gpu(too_small(tiny)):
+        model = loaded(tiny_folder)
+        painted(model)
+        model.load_textual_inversion(tmp_path / "word.safetensors", "<word>")
+        assert model._offload.is_on and not model._offload.here
+        found = model("a <word>", seed=3, num_inference_steps=3, output_type="pt").images
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_who_was_asked_longest_ago_leaves() -> None:
+    networks = [nn.Linear(60, 60, bias=False) for _ in range(3)]  # 14,400 bytes each
+    with gpu(2 * 2 * 14_400), torch.no_grad():
+        travel = Offload(networks, GPU)
+        travel.begin()
+        x = torch.ones(1, 60, device="cuda")
+        for order, here in (([0, 1], {0, 1}), ([2], {1, 2}), ([1, 0], {1, 0})):
+            for place in order:
+                networks[place](x)
+            assert {place for place, network in enumerate(networks) if there(network)} == here
+        assert travel.end() and not any(map(there, networks)) and not travel.end()
+        with pytest.raises(RuntimeError, match="of tensors on cuda:0 and on cpu"):
+            networks[0](x)
+
+
+def test_a_weight_of_two_layers_travels_once_and_stays_one() -> None:
+    first, second = nn.Linear(60, 60, bias=False), nn.Linear(60, 60, bias=False)
+    second.weight = first.weight
+    network = nn.Sequential(first, second)
+    before = first.weight.detach().clone()
+    with pretended():
+        traveller = Traveller("both", [first, second])
+        assert traveller.num_bytes == 14_400
+        traveller.come(GPU)
+        assert there(network) and second.weight is first.weight
+        traveller.leave()
+    assert not there(network) and second.weight is first.weight and torch.equal(first.weight, before)
+
+
+def test_a_bucket_asks_for_relief_once_between_calls_that_succeed() -> None:
+    asked: list[int] = []
+
+    def relief() -> bool:
+        asked.append(1)
+        return len(asked) < 3
+
+    bucket = Bucket("decoder", torch.device("cpu"), relief=relief)
+    assert bucket.halve(4) and bucket.ceiling == 2
+    assert bucket.halve(1) and (len(asked), bucket.size, bucket.ceiling) == (1, UNBOUNDED, UNBOUNDED)
+    assert not bucket.halve(1) and len(asked) == 1
+    bucket.ask(1, lambda: None)
+    assert bucket.halve(1) and len(asked) == 2
+    bucket.succeed()
+    assert not bucket.halve(1), "nobody is left"
