@@ -25,6 +25,7 @@ from gen.embeds import slerp
 from gen.flight import Flight, Painted
 from gen.model import Family
 from gen.request import Candidate
+from gen.row import Likeness
 
 DECODE_CHUNK = 16  # pictures decoded and scored at once at most; the autoencoder is the largest user of memory
 SMALL_CHUNK, SMALL = 64, 256  # the same of pictures with so few values of latents at most, such as of 64 x 64
@@ -54,6 +55,10 @@ class Darkroom:
         candidate = flight.job.candidates[index]
         text, *others = (flight.texts[said] for said in _said(candidate))
         return slerp(text, others[0], candidate.settings.interpolation) if others else text
+
+    def likeness(self, flight: Flight[Any], index: int) -> Likeness:
+        """CLIP's cosine (B,) of estimated latents with a candidate's prompt, through which a gradient is taken."""
+        return partial(_likeness, self.model, self.text(flight, index)[None])
 
     def _read(self, flights: Sequence[Flight[Any]]) -> None:
         """Let CLIP read the prompts of these requests together, of each once."""
@@ -185,7 +190,6 @@ def _said(candidate: Candidate) -> list[str]:
     return [settings.plain(text) for text in (candidate.prompt, settings.interpolate_prompt) if text]
 
 
-def likeness(model: Family, x0: Tensor, *, target: Tensor) -> Tensor:
-    """CLIP's cosine (B,) of estimated latents with their texts (B, E), through which a gradient is taken."""
+def _likeness(model: Family, text: Tensor, x0: Tensor) -> Tensor:
     assert model.clip is not None, "clip_guidance_scale is refused where there is no CLIP"
-    return cosine(model.clip.image(model.decode(x0), rounded=False), target)
+    return cosine(model.clip.image(model.decode(x0), rounded=False), text)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from clip_core.device import sent
 from gen.bucket import Bucket, next_cut
 from gen.conditioning import Condition, Conditions
-from gen.row import Live, Row
+from gen.row import Likeness, Live, Row
 from samplers.guidance import Guides
 from samplers.inpaint import Held
 from samplers.sample import SAMPLERS
@@ -105,7 +105,7 @@ class Plan:
     rescale: Tensor | None  # (B,); None where no row asks for it
     guides: Guides | None  # None where all rows follow cfg
     thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
-    steered: list[tuple[int, float, Tensor]]  # slot, clip_guidance_scale and target (1, E) of rows that climb
+    steered: list[tuple[int, float, Likeness]]  # slot, clip_guidance_scale and likeness of rows that climb
     held: Held | None  # None where all of every row is painted
     options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
 
@@ -133,9 +133,9 @@ class Plan:
             guides=guides,
             thresholding=(percentile, bound) if any(row.thresholding for row in rows) else None,
             steered=[
-                (slot, one.row.clip_guidance_scale, one.row.target[None])
+                (slot, one.row.clip_guidance_scale, one.row.likeness)
                 for slot, one in enumerate(lane.rows)
-                if one.is_steered and one.row.target is not None
+                if one.is_steered and one.row.likeness is not None
             ],
             held=held_of(lane, device),
             options=options_of(lane, device),

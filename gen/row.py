@@ -7,7 +7,7 @@ network and no device.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +21,9 @@ from samplers.sample import SAMPLERS
 from samplers.schedule import Schedule
 
 MOST_CHURN = 2**0.5  # a step with s_churn begins at up to this times its level (Karras et al. 2022, Algorithm 2)
+
+Likeness = Callable[[Tensor], Tensor]
+"""likeness(clean estimates (B, ...)) -> (B,), the higher the better; differentiable"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +51,8 @@ class Row:
     guidance_rescale: float = 0.0
     guide: Guide = Guide()  # noqa: RUF009 - frozen
     thresholding: tuple[float, float] | None = None  # percentile and bound (see `thresholded`); None: off
-    clip_guidance_scale: float = 0.0  # of the gradient of the estimate's likeness to `target`; 0: off
-    target: Tensor | None = None  # (E,); None only where clip_guidance_scale is 0
+    clip_guidance_scale: float = 0.0  # of the gradient of the estimate's likeness; 0: off
+    likeness: Likeness | None = None  # to what it is to show; None only where clip_guidance_scale is 0
     options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
     start: Tensor | None = None  # unit noise in place of the seed's block 0
     drawn: int = 0  # blocks of the seed's noise that are spent before its steps, over that of its start (-1: nor is it)

@@ -15,7 +15,6 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,13 +37,6 @@ Network = Callable[[Tensor, Tensor, Conditions], Tensor]
 """network(input (M, ...), timestep (M,), conditions of M) -> output (M, ...)"""
 
 
-class Likeness(Protocol):
-    """How much pictures in the making are like what they are to show."""
-
-    def __call__(self, x0: Tensor, *, target: Tensor) -> Tensor:
-        """x0 (B, ...) and targets (B, E) -> (B,), the higher the better; differentiable."""
-
-
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +47,7 @@ class Taken:
     rows: list[Live]
     x0: Tensor  # (B, ...) their clean estimates
     evaluations: list[int]  # of the network, of each row
-    gradients: list[int]  # of the likeness, of each row
+    gradients: list[int]  # of its likeness, of each row
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +145,6 @@ class Rows:
     stage: str  # whose noise the rows draw: "decoder", "prior", ...
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     buckets: Buckets = field(default_factory=Buckets)  # what is known of the memory that calls take
-    likeness: Likeness | None = None  # None: no row has a clip_guidance_scale
     lanes: dict[Hashable, Lane] = field(default_factory=dict)
     passes: list[Pass] = field(default_factory=list)  # those whose plans hold
 
@@ -393,16 +384,15 @@ class Rows:
         return denoise
 
     def _steered(self, guided: Denoise, attempt: Attempt) -> Denoise:
-        """Rows that have a target guided towards it, within their interval, by the gradient of the likeness."""
-        assert self.likeness is not None, "such rows are refused where there is none"
-        likeness, plan = self.likeness, attempt.plan
+        """Rows with a likeness led up its gradient, within their interval."""
+        plan = attempt.plan
 
         def steered(x: Tensor, sigma: Tensor) -> Prediction:
             prediction, inside = guided(x, sigma), in_interval(sigma, plan.interval)
             x0 = list(prediction.x0.split(1))
-            for slot, scale, target in plan.steered:  # one by one, for a gradient through a picture takes much memory
+            for slot, scale, likeness in plan.steered:  # one by one, for a gradient through a picture takes much memory
                 one = slice(slot, slot + 1)
-                climb = towards(partial(_said, x0[slot]), partial(likeness, target=target), scale * inside[one])
+                climb = towards(partial(_said, x0[slot]), likeness, scale * inside[one])
                 with blaming([(attempt.lane, slot)]):
                     x0[slot] = climb(x[one], sigma[one]).x0
             return Prediction(torch.cat(x0), prediction.variance)

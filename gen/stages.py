@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from gen.bucket import UNBOUNDED, Buckets
 from gen.conditioning import Condition, Table
-from gen.darkroom import Darkroom, likeness
+from gen.darkroom import Darkroom
 from gen.drafter import SAMPLER
 from gen.edit import beginning, read, schedule_of
 from gen.embeds import decided, tell, thoughts, with_embeds
@@ -40,9 +39,7 @@ class Stages:
         if model.prior is not None:
             asked, scaling = model.prior.asked(), model.prior.levels.scaling
             self.rows[PRIOR] = Rows(asked, scaling, PRIOR, model.device, buckets)
-        self.rows[DECODER] = Rows(
-            model.call, model.levels.scaling, DECODER, model.device, buckets, partial(likeness, model)
-        )
+        self.rows[DECODER] = Rows(model.call, model.levels.scaling, DECODER, model.device, buckets)
         if model.upscaler is not None:
             enlarge, scaling = model.upscaler.call, model.upscaler.levels.scaling
             self.rows[SUPER_RESOLUTION] = Rows(enlarge, scaling, SUPER_RESOLUTION, model.device, buckets)
@@ -231,7 +228,7 @@ class Stages:
             guide=settings.guide,
             thresholding=settings.dynamic_thresholding,
             clip_guidance_scale=settings.clip_guidance_scale,
-            target=self.darkroom.text(flight, index) if settings.clip_guidance_scale else None,
+            likeness=self.darkroom.likeness(flight, index) if settings.clip_guidance_scale else None,
             options=levels.options(settings.sampler) | settings.sampler_options,
             start=begins.start,
             drawn=begins.drawn,
