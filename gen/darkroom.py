@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from torch import Tensor
 from clip_core.clip import CLIP
 from clip_core.device import fetched
 from clip_core.score import cosine
-from gen.bucket import PROBE, Buckets, is_out_of_memory
+from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory
 from gen.embeds import slerp
 from gen.flight import Flight, Painted
-from gen.model import Family
+from gen.model import Family, tiling
 from gen.request import Candidate
 from gen.row import Likeness
 
@@ -34,6 +34,13 @@ Member = tuple[Flight[Any], int]
 """A request and one of its candidates"""
 Fail = Callable[[Flight[Any], Exception], None]
 """fail(request, why): it is out, and its future says so"""
+
+
+class Kind(NamedTuple):
+    """What latents have in common that are decoded together."""
+
+    shape: tuple[int, ...]
+    is_tiled: bool  # whether they are decoded tile by tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +65,8 @@ class Darkroom:
 
     def likeness(self, flight: Flight[Any], index: int) -> Likeness:
         """CLIP's cosine (B,) of estimated latents with a candidate's prompt, through which a gradient is taken."""
-        return partial(_likeness, self.model, self.text(flight, index)[None])
+        model = tiling(self.model, flight.candidates[index].settings.vae_tiling)
+        return partial(_likeness, model, self.text(flight, index)[None])
 
     def _read(self, flights: Sequence[Flight[Any]]) -> None:
         """Let CLIP read the prompts of these requests together, of each once."""
@@ -77,14 +85,14 @@ class Darkroom:
 
         `flights` are the requests in flight by their numbers; one that fails is out of them once `fail` was told.
         """
-        ready: dict[tuple[int, ...], list[Member]] = {}
+        ready: dict[Kind, list[Member]] = {}
         for flight in flights.values():
             for index, latents in flight.latents.items():
-                ready.setdefault(tuple(latents.shape), []).append((flight, index))
-        for shape, members in ready.items():
+                ready.setdefault(kind_of(flight, latents), []).append((flight, index))
+        for kind, members in ready.items():
             here = [(flight, index) for flight, index in members if flight.number in flights]
-            if len(here) >= chunk_of(shape) or any(flight.is_through for flight, _ in here):
-                self._develop(shape, here, flights, fail)
+            if len(here) >= chunk_of(kind.shape) or any(flight.is_through for flight, _ in here):
+                self._develop(kind, here, flights, fail)
 
     def look(self, flight: Flight[Any], candidates: Sequence[int]) -> list[float]:
         """CLIP's cosine of candidates as they stand; the device is waited for.
@@ -94,12 +102,12 @@ class Darkroom:
         small = self.model.is_small(flight.job.candidates[0].settings)
         waiting, scores = deque(candidates), list[Tensor]()
         while waiting:
-            shape = tuple(flight.estimates[waiting[0]].shape)
-            bucket = self.buckets.of("decode" if small else "preview", shape, self.model.device)
-            chunk = [waiting.popleft() for _ in range(min(len(waiting), chunk_of(shape), bucket.size))]
+            kind = kind_of(flight, flight.estimates[waiting[0]])
+            bucket = self._bucket(kind) if small else self.buckets.of("preview", kind.shape, self.model.device)
+            chunk = [waiting.popleft() for _ in range(min(len(waiting), chunk_of(kind.shape), bucket.size))]
             latents = torch.stack([flight.estimates[index] for index in chunk])
             try:
-                pixels = self.model.decode(latents) if small else self.model.preview(latents)
+                pixels = self._decode(kind, latents) if small else self.model.preview(latents)
                 texts = torch.stack([self.text(flight, index) for index in chunk])
                 scores.append(cosine(self._seen(pixels), texts))
                 bucket.succeed()
@@ -115,30 +123,28 @@ class Darkroom:
             flight.account.scores += len(chunk)
         return torch.cat(scores).tolist() if scores else []
 
-    def _develop(
-        self, shape: tuple[int, ...], members: Sequence[Member], flights: Mapping[int, Flight[Any]], fail: Fail
-    ) -> None:
-        bucket, waiting = self.buckets.of("decode", shape, self.model.device), deque(members)
+    def _develop(self, kind: Kind, members: Sequence[Member], flights: Mapping[int, Flight[Any]], fail: Fail) -> None:
+        bucket, waiting = self._bucket(kind), deque(members)
         bucket.refresh()
         while waiting:
-            size = min(len(waiting), chunk_of(shape), bucket.size)
+            size = min(len(waiting), chunk_of(kind.shape), bucket.size)
             chunk = [waiting.popleft() for _ in range(size)]
             try:
                 if bucket.wants_probe(size):
                     latents = [flight.latents[index] for flight, index in chunk[:PROBE]]
-                    bucket.probe(partial(self.model.decode, torch.stack(latents)))
-                self._paint(chunk)
+                    bucket.probe(partial(self._decode, kind, torch.stack(latents)))
+                self._paint(kind, chunk)
                 bucket.succeed()
             except Exception as error:
                 if not is_out_of_memory(error):
-                    self._find_fault(chunk, error, fail)
+                    self._find_fault(kind, chunk, error, fail)
                 elif bucket.halve(size):
                     waiting.extendleft(reversed(chunk))
                 else:
-                    self._find_fault(chunk, bucket.overflow(error), fail)
+                    self._find_fault(kind, chunk, bucket.overflow(error), fail)
             waiting = deque((flight, index) for flight, index in waiting if flight.number in flights)
 
-    def _find_fault(self, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:
+    def _find_fault(self, kind: Kind, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:
         """A chunk failed: the request it was of, or where there are several, those whose own pictures fail alone."""
         shares: dict[int, list[Member]] = {}
         for flight, index in chunk:
@@ -147,16 +153,16 @@ class Darkroom:
             try:
                 if len(shares) == 1:
                     raise error
-                self._paint(share)
+                self._paint(kind, share)
             except Exception as its_own:
                 fail(share[0][0], its_own)
 
-    def _paint(self, chunk: Sequence[Member]) -> None:
+    def _paint(self, kind: Kind, chunk: Sequence[Member]) -> None:
         """Decode and score these latents; all of them or, where something raises, none."""
         for flight in {id(flight): flight for flight, _ in chunk}.values():
             flight.thin()
         latents = [flight.latents[index] for flight, index in chunk]
-        pixels = self.model.decode(torch.stack(latents))
+        pixels = self._decode(kind, torch.stack(latents))
         scores: dict[int, Tensor] = {}
         scored: torch.cuda.Event | None = None
         embeddings: dict[int, Tensor] = {}
@@ -174,9 +180,20 @@ class Darkroom:
             told = scores.get(place), scored, embeddings.get(place)
             flight.paint(index, Painted(latents[place], alone[place], *told))
 
+    def _decode(self, kind: Kind, latents: Tensor) -> Tensor:
+        return tiling(self.model, kind.is_tiled).decode(latents)
+
+    def _bucket(self, kind: Kind) -> Bucket:
+        return self.buckets.of("tiled decode" if kind.is_tiled else "decode", kind.shape, self.model.device)
+
     def _seen(self, pixels: Tensor) -> Tensor:
         """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""
         return self.clip.image((pixels * 255).round() / 255)
+
+
+def kind_of(flight: Flight[Any], latents: Tensor) -> Kind:
+    """Of latents (C, h, w) of a request."""
+    return Kind(tuple(latents.shape), flight.job.candidates[0].settings.vae_tiling)
 
 
 def chunk_of(shape: Sequence[int]) -> int:

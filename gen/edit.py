@@ -6,7 +6,7 @@ for it, what is held of it and what a UNet for inpainting is told beside it. It 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gen.conditioning import Condition, Told
+from gen.model import Family, tiling
 from gen.request import Candidate
 from gen.row import Hold
 from gen.scheduler import NoiseLevels
@@ -101,9 +102,9 @@ def schedule_of(levels: NoiseLevels, settings: Settings, draft_steps: int | None
     return levels.schedule(settings.sampler, whole, whole - draft_steps)
 
 
-def read(model: object, candidates: Sequence[Candidate]) -> list[Read | None]:
+def read(model: Family, candidates: Sequence[Candidate]) -> list[Read | None]:
     """What the autoencoder says of each candidate's picture; one call for each picture, whoever is given it."""
-    known: dict[tuple[int, int, int, int], Read] = {}
+    known: dict[Hashable, Read] = {}
     answers: list[Read | None] = []
     for one in candidates:
         if one.image_latents is not None:
@@ -112,11 +113,12 @@ def read(model: object, candidates: Sequence[Candidate]) -> list[Read | None]:
         if one.image is None:
             answers.append(None)
             continue
-        assert isinstance(model, WithEncoder), "a picture is refused by a model that cannot read it"
+        reader = tiling(model, one.settings.vae_tiling)
+        assert isinstance(reader, WithEncoder), "a picture is refused by a model that cannot read it"
         size = one.settings.height, one.settings.width
-        key = (id(one.image), id(one.mask_image), *size)
+        key = (id(one.image), id(one.mask_image), size, one.settings.vae_tiling)
         if key not in known:
-            known[key] = _read(model, one, *size)
+            known[key] = _read(reader, one, *size)
         answers.append(known[key])
     return answers
 

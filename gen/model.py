@@ -72,6 +72,23 @@ class Family(Protocol):
 
 
 @runtime_checkable
+class WithTiles(Protocol):
+    """A family whose autoencoder can go tile by tile."""
+
+    @property
+    def tiled(self) -> Family:
+        """The same, whose autoencoder does."""
+
+
+def tiling(model: Family, is_tiled: bool) -> Family:
+    """The model as it goes between latents and pixels: whole, or tile by tile."""
+    if not is_tiled:
+        return model
+    assert isinstance(model, WithTiles), "vae_tiling is refused by a model that has no tiles"
+    return model.tiled
+
+
+@runtime_checkable
 class WithImage(Protocol):
     """A family that takes image embeddings, as every family with a prior does."""
 

@@ -119,6 +119,14 @@ OPTIONS: dict[str, Any] = {
     ],
     "width": Annotated[int | None, typer.Option(metavar="PX", help="Pixels across.")],
     "height": Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")],
+    "vae_tiling": Annotated[
+        bool | None,
+        typer.Option(
+            "--vae-tiling",
+            help="Large pictures through the autoencoder in tiles: less memory, other pixels.",
+            rich_help_panel="Advanced",
+        ),
+    ],
     "eta": Annotated[float | None, _advanced("E", "Fresh noise per step: 0 none, 1 ancestral.")],
     "s_churn": Annotated[float | None, _advanced("S", "Noise added and taken away again, over all steps.")],
     "s_tmin": Annotated[float | None, _advanced("SIGMA", "Lowest level churned.")],

@@ -326,8 +326,10 @@ class TextToImage:
         is_decoded = job.rank or job.output_type != "latent"
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             numbers = self.model.held_at_once(settings, is_decoded)
+            tiled = replace(settings, vae_tiling=self.model.abilities.can_tile)
+            tiles_help = self.model.held_at_once(tiled, is_decoded) < numbers
             width = min(self.dtype.itemsize, self.model.unet.dtype.itemsize)
-            check_picture(numbers * width, self.model.device, settings)
+            check_picture(numbers * width, self.model.device, settings, tiles_help=tiles_help)
 
     @torch.no_grad()
     def repaint(self, record: Mapping[str, Any], images: Sequence[Picture] = ()) -> Tensor:

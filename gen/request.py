@@ -268,6 +268,7 @@ class Request:
     edit_from: str | None = None  # what variation_of shows, where prompt says what it should show
     edit_amount: float | None = None  # how far to turn it there, some 0.25 to 0.5
     super_res_num_inference_steps: int | None = None  # where the model paints small pictures first
+    vae_tiling: bool | None = None  # large pictures through the autoencoder in tiles: less memory, other pixels
     latents: Tensor | None = field(default=None, repr=False)  # (prompts * num_images_per_prompt, C, h, w) unit noise
     prior_latents: Tensor | None = field(default=None, repr=False)  # (prompts * num_images_per_prompt, E) unit noise
     # (prompts * num_images_per_prompt, C, H, W) unit noise

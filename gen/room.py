@@ -23,13 +23,17 @@ def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype,
         )
 
 
-def check_picture(num_bytes: int, device: torch.device, settings: Settings) -> None:
-    """ValueError for a picture of which a network holds so many bytes at once, where a device cannot have them."""
+def check_picture(num_bytes: int, device: torch.device, settings: Settings, *, tiles_help: bool) -> None:
+    """ValueError for a picture of which a network holds so many bytes at once, where a device cannot have them.
+
+    `tiles_help`: whether these would be fewer with `vae_tiling`.
+    """
     free = free_memory(device)
     if free is not None and num_bytes > free + found_beyond(device):
+        cure = "give a smaller one, or vae_tiling=True" if tiles_help else "give a smaller one"
         raise ValueError(
             f"a picture of height {settings.height} and width {settings.width} needs {num_bytes / 1e9:.1f} GB at the "
-            f"very least, and {free / 1e9:.1f} GB are free on {device}; give a smaller one"
+            f"very least, and {free / 1e9:.1f} GB are free on {device}; {cure}"
         )
 
 

@@ -63,6 +63,7 @@ class Abilities:
     needs_picture: bool = False  # whether it paints nothing but from a picture
     inpaints_alone: bool = False  # its UNet takes a mask beside x and does nothing without
     can_autoguide: bool = False  # a weaker network was loaded beside the decoder's
+    can_tile: bool = False  # its autoencoder can go tile by tile
     defaults: Settings  # the model's own, from its scheduler and unclip.json
 
 
@@ -117,6 +118,7 @@ class Settings:
     edit_from: str = ""  # what the picture that it is a variation of shows, where the prompt says what it should
     edit_amount: float = 0.3  # how far to turn it there, from 0 to 1; some 0.25 to 0.5
     super_res_num_inference_steps: int = 7  # of super resolution, where the model has it
+    vae_tiling: bool = False  # whether the autoencoder goes tile by tile where a picture is larger than a tile
 
     @property
     def sampler_options(self) -> dict[str, float]:
@@ -269,6 +271,10 @@ def check_settings(settings: Settings, able: Abilities) -> None:
     whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
     if able.super_res_max_steps:
         whole("super_res_num_inference_steps", settings.super_res_num_inference_steps, 1, able.super_res_max_steps)
+    if not isinstance(settings.vae_tiling, bool):
+        raise ValueError(f"vae_tiling={settings.vae_tiling!r}; give True or False")
+    if settings.vae_tiling and not able.can_tile:
+        raise ValueError("vae_tiling=True, but this model's pictures are not decoded in tiles; leave vae_tiling out")
 
 
 def check_sampler_options(settings: Settings) -> None:

@@ -5,10 +5,11 @@ Also what such a model makes of a picture that is handed in, and of its mask.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -85,8 +86,12 @@ class LatentModel(Painter):
 
     def held_at_once(self, settings: Settings, is_decoded: bool) -> int:
         """As of every family, or what the decoder's last layers read and answer, where that is more."""
-        decoded = 2 * self.pixel_channels * settings.height * settings.width if is_decoded else 0
+        decoded = 2 * self.pixel_channels * self.pixels_at_once(settings) if is_decoded else 0
         return max(decoded, super().held_at_once(settings, is_decoded))
+
+    def pixels_at_once(self, settings: Settings) -> int:
+        """How many pixels of a picture the decoder makes at once."""
+        return settings.height * settings.width
 
     def preview(self, latents: Tensor) -> Tensor:
         """The same as `decode`, cheaply and roughly; see `gen.preview`."""
@@ -122,8 +127,26 @@ class KLModel(LatentModel):
 
     @property
     def pixel_channels(self) -> int:
-        """Channels of the decoder's layers that are as large as the picture; none where it goes tile by tile."""
-        return 0 if self.vae.use_tiling else self.vae.config.block_out_channels[0]
+        """Channels of the decoder's layers that are as large as the picture."""
+        return self.vae.config.block_out_channels[0]
+
+    def pixels_at_once(self, settings: Settings) -> int:
+        """How many pixels of a picture the decoder makes at once: of a tile at most, where it goes by tiles."""
+        if not (settings.vae_tiling or self.vae.use_tiling):
+            return super().pixels_at_once(settings)
+        tile = self.vae.tile_sample_min_size
+        return min(settings.height, tile) * min(settings.width, tile)
+
+    def able(self) -> Abilities:
+        """What a request may ask for, and what it gets when it does not say."""
+        return replace(super().able(), can_tile=has_tiles(self.vae, self.factor))
+
+    @cached_property
+    def tiled(self) -> Self:
+        """The same, whose autoencoder goes tile by tile: by the same layers, and a switch of its own."""
+        vae = copy.copy(self.vae)
+        vae.enable_tiling()
+        return replace(self, vae=vae)
 
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""
@@ -158,6 +181,19 @@ class KLModel(LatentModel):
     @cached_property
     def _latent_moments(self) -> tuple[Tensor, Tensor]:
         return latent_moments(self.vae)
+
+
+def has_tiles(vae: AutoencoderKL, factor: int) -> bool:
+    """Whether tiles, as diffusers cuts them, make a whole picture again: it counts latents and pixels apart.
+
+    Each is rounded down, so tiles of some sizes would leave gaps, and one whose sides differ it cannot count.
+    """
+    cells, pixels, overlap = vae.tile_latent_min_size, vae.tile_sample_min_size, vae.tile_overlap_factor
+    if not isinstance(pixels, int):
+        return False
+    steps = [int(side * (1 - overlap)) for side in (cells, pixels)]  # from one tile to the next
+    kept = [side - int(side * overlap) for side in (cells, pixels)]  # of each tile
+    return steps[0] > 0 and [kept[1], steps[1]] == [steps[0] * factor, kept[0] * factor]
 
 
 def latent_moments(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
