@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 def place_of(network: nn.Module) -> torch.device:
     """Where a network computes: where its first vector lies, for larger weights may wait elsewhere (`gen.offload`)."""
-    first, *others = network.parameters()
-    return next((weight for weight in (first, *others) if weight.ndim < 2), first).device
+    weights = network.parameters()
+    first = next(weights)
+    return first.device if first.ndim < 2 else next((weight for weight in weights if weight.ndim < 2), first).device
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

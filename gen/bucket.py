@@ -84,7 +84,6 @@ class Bucket:
             return call()
         began = mark(self.device)
         answer = call()
-        self.succeed()
         with self._lock:
             self._running.append((count, began, mark(self.device)))
             while self._running and (seconds := between(*self._running[0][1:])) is not None:
@@ -122,13 +121,13 @@ class Bucket:
             self.size = min(1 << (max(room, 1).bit_length() - 1), self.ceiling)
 
     def succeed(self) -> None:
-        """A call has been answered."""
+        """What was asked for has come of its calls."""
         self._is_relieved = False
 
     def halve(self, count: int) -> bool:
         """After memory ran out at `count` evaluations, ask half from now on; False where one alone was too many.
 
-        Before that is said others make room, if they can, and sizes are tried anew.
+        Before that is said others make room, if they can, once until something has come of it; sizes are tried anew.
         """
         if count == 1:
             if self._is_relieved or self.relief is None or not self.relief():
@@ -247,12 +246,12 @@ def _measure_cpu(call: Callable[[], object], device: torch.device) -> int:
 def _measure_cuda(call: Callable[[], object], device: torch.device) -> int:
     """By the allocator's own book, which the host keeps: nothing waits for the device.
 
-    What has come to stay with the call, such as the network itself (`gen.offload`), is none of what calls take.
+    What has come to stay with the call, such as the network itself, is none of what calls take; whoever brings one
+    begins the peak anew (`gen.offload`).
     """
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
     call()
-    return torch.cuda.max_memory_allocated(device) - max(before, torch.cuda.memory_allocated(device))
+    return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
 
 # By kind of device; elsewhere a bucket holds everything until memory runs out.

@@ -114,6 +114,7 @@ class Darkroom:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                error.__traceback__ = None  # its frames hold what the call had made
                 if not bucket.halve(len(chunk)):
                     raise bucket.overflow(error) from error.with_traceback(None)
                 waiting.extendleft(reversed(chunk))
@@ -138,10 +139,12 @@ class Darkroom:
             except Exception as error:
                 if not is_out_of_memory(error):
                     self._find_fault(kind, chunk, error, fail)
-                elif bucket.halve(size):
-                    waiting.extendleft(reversed(chunk))
                 else:
-                    self._find_fault(kind, chunk, bucket.overflow(error), fail)
+                    error.__traceback__ = None
+                    if bucket.halve(size):
+                        waiting.extendleft(reversed(chunk))
+                    else:
+                        self._find_fault(kind, chunk, bucket.overflow(error), fail)
             waiting = deque((flight, index) for flight, index in waiting if flight.number in flights)
 
     def _find_fault(self, kind: Kind, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:

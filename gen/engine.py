@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from gen.bucket import Buckets
+from gen.bucket import Buckets, is_out_of_memory
 from gen.checks import check_callback
 from gen.conditioning import Condition
 from gen.darkroom import Darkroom
@@ -61,13 +61,16 @@ class Engine(Generic[R]):
         buckets: Buckets | None = None,  # what is known of the memory that calls take; None: nothing yet
         clock: Callable[[], float] = monotonic,  # seconds, by which budgets are spent
         check: Callable[[Job], None] | None = None,  # refuses what would not fit, asked while nothing is in flight
+        turn: AbstractContextManager[object] | None = None,  # held in a tick: who else asks the model's networks waits
     ) -> None:
         self.model = model
         self._check = check
+        self._turn = nullcontext() if turn is None else turn
         self._conclude = conclude
         self._max_rows = max_rows
         self._clock = clock
         buckets = Buckets() if buckets is None else buckets
+        self._relief = buckets.relief
         self._darkroom = Darkroom(model, buckets)
         self._stages = Stages(model, buckets, self._darkroom)
         self._lead = Lead(model, self._stages, self._darkroom, clock)
@@ -120,6 +123,10 @@ class Engine(Generic[R]):
         """Take every row one step and answer what is done; False where nothing is left to do."""
         if self._thread not in (None, threading.current_thread()):
             raise RuntimeError("the engine runs in a thread of its own; submit, and wait for the future")
+        with self._turn:
+            return self._tick()
+
+    def _tick(self) -> bool:
         self._let_go()
         for flight in list(self._flights.values()):
             if self._lead.is_late(flight):
@@ -246,14 +253,23 @@ class Engine(Generic[R]):
             self._queue.pop(shape, None)
 
     def _tell(self, flights: Sequence[Flight[R]]) -> list[Condition]:
-        """Encode the texts of requests together, or where that fails one by one, to find whom it fails for."""
+        """Encode the texts of requests together, or where that fails one by one, to find whom it fails for.
+
+        Where memory ran out for one alone, others make room if they can.
+        """
         try:
             return self._stages.tell(flights)
-        except Exception as error:
+        except Exception as raised:
+            error = raised
             if len(flights) > 1:
                 return [condition for flight in flights for condition in self._tell([flight])]
-            self._fail(flights[0], error)
-            return []
+        if is_out_of_memory(error):
+            error.__traceback__ = None  # its frames hold what had been made
+            if self._relief is not None and self._relief():
+                with suppress(Exception):
+                    return self._stages.tell(flights)
+        self._fail(flights[0], error)
+        return []
 
     def _admit(self, flight: Flight[R]) -> None:
         while flight.waiting and (room := self._stages.room(flight, [], self._max_rows)) > 0:

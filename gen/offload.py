@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from threading import RLock
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gen.bucket import is_out_of_memory
+from gen.bucket import UNBOUNDED, is_out_of_memory
 from gen.memory import free_memory
 from gen.room import NoRoom
 
@@ -34,6 +36,7 @@ class Traveller:
     name: str  # for errors
     layers: list[nn.Module]  # that have them
     homes: dict[Tensor, Tensor] = field(default_factory=dict)  # where those that are on the device came from
+    is_held: bool = False  # a gradient may still go back through it
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -51,9 +54,7 @@ class Traveller:
         def fetched(weight: Tensor) -> Tensor:
             if weight in self.homes:  # of two layers
                 return weight
-            home = weight.data
-            if device.type == "cuda" and not home.is_pinned():
-                home = home.pin_memory()  # copied without waiting, now and whenever it comes again
+            home = pinned(weight.data) if device.type == "cuda" else weight.data
             there = home.to(device, non_blocking=True)
             self.homes[weight] = home
             return there
@@ -70,19 +71,45 @@ class Traveller:
         self.homes.clear()
 
     def _put(self, moves: Mapping[Tensor, Callable[[Tensor], Tensor]]) -> None:
-        """Put other data in the place of some weights."""
-        for layer in self.layers:
-            layer._apply(lambda tensor: moves[tensor](tensor) if tensor in moves else tensor, recurse=False)
+        """Put other data in the place of some weights, which a gradient may go through whoever asks."""
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in self.layers:
+                layer._apply(lambda tensor: moves[tensor](tensor) if tensor in moves else tensor, recurse=False)
+
+
+class Asked:
+    """Tells that a layer is about to compute, as a hook of it.
+
+    It keeps nobody, or networks would keep each other; a copy of a layer tells nothing.
+    """
+
+    def __init__(self, offload: Offload, traveller: Traveller) -> None:
+        self.offload, self.traveller = ref(offload), ref(traveller)
+
+    def __call__(self, layer: nn.Module, given: object) -> None:
+        """A layer's call is about to begin."""
+        offload, traveller = self.offload(), self.traveller()
+        if offload is not None and traveller is not None:
+            offload.ask(traveller)
+
+    def __deepcopy__(self, memo: object) -> Callable[[nn.Module, object], None]:
+        return say_nothing
+
+
+def say_nothing(layer: nn.Module, given: object) -> None:
+    """A hook of a layer whose weights do not travel."""
 
 
 @dataclass(eq=False)
 class Offload:
-    """Who of some networks is on a device; one thread asks them."""
+    """Who of some networks is on a device; one thread at a time asks them (`turn`)."""
 
     networks: Sequence[nn.Module]
     device: torch.device
     most: int = 0  # bytes of weights there at once, but for who is alone
+    travellers: list[Traveller] = field(default_factory=list)
     here: list[Traveller] = field(default_factory=list)  # who was asked longest ago first
+    turn: AbstractContextManager[object] = field(default_factory=RLock)  # held by who asks them
     _hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -90,26 +117,34 @@ class Offload:
         """Whether anybody travels."""
         return bool(self._hooks)
 
-    def begin(self) -> None:
-        """Let them travel from here on, with their large weights where they lie.
+    @property
+    def could_leave(self) -> int:
+        """Bytes on the device that are others' to have when memory is short."""
+        if self.device.type != "cuda":
+            return 0
+        return sum(each.num_bytes for each in (self.here if self.is_on else travellers_of(self.networks)))
 
-        NoRoom, a ValueError, for one whose weights alone are more than the device has free with all others away.
-        """
-        travellers, device = travellers_of(self.networks), self.device
-        self.here = [each for each in travellers if any(weight.device == device for weight in each.weights)]
+    def check(self) -> None:
+        """NoRoom, a ValueError, for a network whose weights alone are more than the device has free."""
+        free = free_memory(self.device)
+        for each in travellers_of(self.networks):
+            if free is not None and each.num_bytes > free:
+                told = f"{each.name} alone needs {each.num_bytes / 1e9:.1f} GB for its weights"
+                raise NoRoom(
+                    f"{told}, and {free / 1e9:.1f} GB are free on {self.device}; take a smaller dtype or model"
+                )
+
+    def begin(self) -> None:
+        """Let them travel from here on, with their large weights where they lie."""
+        self.travellers, device = travellers_of(self.networks), self.device
+        for each in self.travellers:
+            ask = Asked(self, each)
+            self._hooks += [layer.register_forward_pre_hook(ask) for layer in each.layers]
+        self.here = [each for each in self.travellers if any(weight.device == device for weight in each.weights)]
         free = free_memory(device)
-        if free is not None:
-            room = free + sum(each.num_bytes for each in self.here)
-            self.most = int(SHARE * room)
-            for traveller in travellers:
-                if traveller.num_bytes > room:
-                    told = f"{traveller.name} alone needs {traveller.num_bytes / 1e9:.1f} GB for its weights"
-                    raise NoRoom(f"{told}, and {room / 1e9:.1f} GB are free on {device}; take a smaller dtype or model")
+        self.most = UNBOUNDED if free is None else int(SHARE * (free + sum(each.num_bytes for each in self.here)))
         for network in self.networks:
             stay(network, device)
-        for traveller in travellers:
-            ask = partial(self._asked, traveller)
-            self._hooks += [layer.register_forward_pre_hook(ask) for layer in traveller.layers]
         logger.warning("networks do not all fit on %s at once; who is not asked waits in host memory", device)
 
     def end(self) -> bool:
@@ -125,6 +160,9 @@ class Offload:
         if self.device.type != "cuda":
             return False
         if not self.is_on:
+            host = free_memory(torch.device("cpu"))
+            if host is not None and host < sum(each.num_bytes for each in travellers_of(self.networks)):
+                return False
             self.begin()
         return self.make_room()
 
@@ -135,8 +173,9 @@ class Offload:
             self.here.pop().leave()
         return left
 
-    def _asked(self, traveller: Traveller, *call: object) -> None:
-        """A layer is about to compute."""
+    def ask(self, traveller: Traveller) -> None:
+        """One of its layers is about to compute."""
+        traveller.is_held = torch.is_grad_enabled()
         if self.here and self.here[-1] is traveller:
             return
         if traveller in self.here:
@@ -147,16 +186,37 @@ class Offload:
 
     def _bring(self, traveller: Traveller) -> None:
         wanted = traveller.num_bytes
-        # what a gradient goes back through has to stay
-        may_leave = not torch.is_grad_enabled()
-        while may_leave and self.here and wanted + sum(each.num_bytes for each in self.here) > self.most:
-            self.here.pop(0).leave()
+        for other in self._free_to_leave():
+            if wanted + sum(each.num_bytes for each in self.here) > self.most:
+                self._leave(other)
         try:
             traveller.come(self.device)
         except Exception as error:
-            if not (is_out_of_memory(error) and may_leave and self.make_room()):
+            others = self._free_to_leave()
+            if not (is_out_of_memory(error) and others):
                 raise
+            for other in others:
+                self._leave(other)
             traveller.come(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # weights are none of what a call takes
+
+    def _free_to_leave(self) -> list[Traveller]:
+        """Of those here, who was asked longest ago first; while gradients are recorded, without whom they need."""
+        return [each for each in self.here if not (torch.is_grad_enabled() and each.is_held)]
+
+    def _leave(self, traveller: Traveller) -> None:
+        self.here.remove(traveller)
+        traveller.leave()
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """In memory that a GPU copies from by itself, or where the system gives none, as it is."""
+    try:
+        return tensor if tensor.is_pinned() else tensor.pin_memory()
+    except RuntimeError as error:
+        logger.info("memory cannot be pinned (%s); copies are waited for", str(error).partition("\n")[0])
+        return tensor
 
 
 def travellers_of(networks: Iterable[nn.Module]) -> list[Traveller]:

@@ -7,6 +7,7 @@ put in order and the answer is made; each step itself is another module's.
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from gen import checkpoint
 from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.attention import AUTO, adds_keys, check_attention, set_attention
-from gen.bucket import Buckets
+from gen.bucket import Buckets, is_out_of_memory
 from gen.checks import check_callback, check_name, whole
 from gen.edit import schedule_of
 from gen.engine import Engine
@@ -149,11 +150,16 @@ class TextToImage:
         check_attention(attention, device, dtype)
         weights_in = torch.float32 if runtime == OPENVINO else dtype  # a lower precision is that runtime's to make
         try:
-            loaded, is_apart = origins.read(device, weights_in), False
-        except (NoRoom, torch.OutOfMemoryError):
-            if device.type != "cuda" or runtime != TORCH:
+            loaded = origins.read(device, weights_in)
+        except Exception as error:
+            is_short = isinstance(error, NoRoom) or is_out_of_memory(error)
+            if not is_short or device.type != "cuda" or runtime != TORCH:
                 raise
-            loaded, is_apart = origins.read(torch.device("cpu"), weights_in), True
+            loaded = None
+        is_apart = loaded is None
+        if loaded is None:  # behind the error, which kept what had been read
+            gc.collect()
+            loaded = origins.read(torch.device("cpu"), weights_in)
         model, parts, ranking = loaded.model, loaded.parts, loaded.ranking
         if runtime == OPENVINO and any(adds_keys(unet) for unet in model.unets):
             told = (
@@ -175,6 +181,7 @@ class TextToImage:
         )
         if is_apart:
             painter._offload.device = device
+            painter._offload.check()
             painter._offload.begin()
         for unet in model.unets:
             set_attention(unet, attention_of(runtime, attention, device))
@@ -184,13 +191,14 @@ class TextToImage:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """While networks are changed: all of their weights lie where they stay."""
-        was_on = self._offload.end()
-        try:
-            yield
-        finally:
-            self._offload.networks = self.model.modules()
-            if was_on:
-                self._offload.begin()
+        with self._offload.turn:
+            was_on = self._offload.end()
+            try:
+                yield
+            finally:
+                self._offload.networks = self.model.modules()
+                if was_on:
+                    self._offload.begin()
 
     def _hand_over(self) -> None:
         """Let the runtime read the networks, anew where their weights have changed."""
@@ -235,9 +243,10 @@ class TextToImage:
             raise ValueError(f"a {self.model.saved_as} takes no IP-Adapter; its UNet reads no text by cross-attention")
         if self.runtime != TORCH:
             raise ValueError(f"an IP-Adapter is computed by runtime 'torch' alone, and this is '{self.runtime}'")
-        loaded, adapter = ip_adapter.load(self.model.unet, path, scale, image_encoder)
-        self.model = replace(self.model, ip_adapter=loaded)
-        self.adapters = (*(each for each in self.adapters if each.kind != adapter.kind), adapter)
+        with self._changing():
+            loaded, adapter = ip_adapter.load(self.model.unet, path, scale, image_encoder)
+            self.model = replace(self.model, ip_adapter=loaded)
+            self.adapters = (*(each for each in self.adapters if each.kind != adapter.kind), adapter)
 
     def embed_ip_adapter_image(self, images: Picture | Sequence[Picture]) -> Tensor:
         """What an IP-Adapter reads of pictures, for `ip_adapter_image_embeds`: (B, E), or (B, S, E) of Plus."""
@@ -246,7 +255,8 @@ class TextToImage:
         if not (number := num_of(images)):
             raise ValueError("ip_adapter_image is empty; give at least one picture")
         given = [one for one in sources("ip_adapter_image", images, number) if one is not None]
-        return torch.stack([self.model.see_beside(one.sized(*one.size)) for one in given])
+        with self._offload.turn:
+            return torch.stack([self.model.see_beside(one.sized(*one.size)) for one in given])
 
     def load_again(self, record: Mapping[str, Any]) -> None:
         """Add what the model of a record had been given, from where its record says it lies."""
@@ -319,7 +329,14 @@ class TextToImage:
         """
         if max_rows is not None:
             max_rows = whole("max_rows", max_rows, 1, hint="None: as memory allows")
-        return Engine(self.model, self._result, max_rows=max_rows, buckets=self._buckets, check=self._check_room)
+        return Engine(
+            self.model,
+            self._result,
+            max_rows=max_rows,
+            buckets=self._buckets,
+            check=self._check_room,
+            turn=self._offload.turn if self.model.device.type == "cuda" else None,
+        )
 
     def _check_room(self, job: Job) -> None:
         """ValueError for pictures of which a single one cannot be held in memory."""
@@ -329,7 +346,8 @@ class TextToImage:
             tiled = replace(settings, vae_tiling=self.model.abilities.can_tile)
             tiles_help = self.model.held_at_once(tiled, is_decoded) < numbers
             width = min(self.dtype.itemsize, self.model.unet.dtype.itemsize)
-            check_picture(numbers * width, self.model.device, settings, tiles_help=tiles_help)
+            leaving = self._offload.could_leave if self.runtime == TORCH else 0
+            check_picture(numbers * width, self.model.device, settings, leaving, tiles_help=tiles_help)
 
     @torch.no_grad()
     def repaint(self, record: Mapping[str, Any], images: Sequence[Picture] = ()) -> Tensor:

@@ -23,17 +23,17 @@ def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype,
         )
 
 
-def check_picture(num_bytes: int, device: torch.device, settings: Settings, *, tiles_help: bool) -> None:
+def check_picture(num_bytes: int, device: torch.device, settings: Settings, leaving: int, *, tiles_help: bool) -> None:
     """ValueError for a picture of which a network holds so many bytes at once, where a device cannot have them.
 
-    `tiles_help`: whether these would be fewer with `vae_tiling`.
+    `leaving` bytes lie there that would make room; `tiles_help`: whether fewer were needed with `vae_tiling`.
     """
     free = free_memory(device)
-    if free is not None and num_bytes > free + found_beyond(device):
+    if free is not None and num_bytes > free + found_beyond(device) + leaving:
         cure = "give a smaller one, or vae_tiling=True" if tiles_help else "give a smaller one"
         raise ValueError(
             f"a picture of height {settings.height} and width {settings.width} needs {num_bytes / 1e9:.1f} GB at the "
-            f"very least, and {free / 1e9:.1f} GB are free on {device}; {cure}"
+            f"very least, and {(free + leaving) / 1e9:.1f} GB are free on {device}; {cure}"
         )
 
 

@@ -318,6 +318,7 @@ class Rows:
         """Take a step that has been worked out."""
         lane, num_asked = attempt.lane, len(attempt.told)
         assert attempt.state is not None and num_asked, "every step asks at least once"
+        lane.bucket.succeed()
         evaluations = [num_asked * len(one.terms) for one in lane.rows]
         gradients = [num_asked * one.is_steered for one in lane.rows]
         lane.state, lane.walk = attempt.state, lane.walk.on()
@@ -331,6 +332,7 @@ class Rows:
         assert isinstance(error, Exception)
         (bucket,) = {id(lane.bucket): lane.bucket for lane, _ in failure.members}.values()
         if is_out_of_memory(error):
+            failure.__traceback__ = error.__traceback__ = None  # its frames hold what the call had made
             if bucket.halve(len(failure.members)):
                 return
             error = bucket.overflow(error)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_core.device import sent
 from clip_core.text import Piece, TextTower
@@ -60,6 +60,13 @@ class Reader(Painter):
     def parts(self) -> dict[str, Any]:
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return super().parts() | {"tokenizer": self.text.tokenizer, "text_encoder": self.text.encoder}
+
+    def modules(self) -> list[nn.Module]:
+        """All networks that it is made of; some may share layers."""
+        adapter = self.ip_adapter
+        beside = [] if adapter is None else [adapter.projection]
+        beside += [] if adapter is None or adapter.encoder is None else [adapter.encoder.tower]
+        return [*super().modules(), *beside]
 
     def fits(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""

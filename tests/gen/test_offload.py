@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from weakref import ref
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gen import TextToImage, offload
-from gen.bucket import UNBOUNDED, Bucket
+from gen.bucket import UNBOUNDED, Bucket, Buckets
 from gen.offload import Offload, Traveller, large
 from tests.cuda import GPU, pretended
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
@@ -212,6 +215,95 @@ def test_a_bucket_asks_for_relief_once_between_calls_that_succeed() -> None:
     assert bucket.halve(1) and (len(asked), bucket.size, bucket.ceiling) == (1, UNBOUNDED, UNBOUNDED)
     assert not bucket.halve(1) and len(asked) == 1
     bucket.ask(1, lambda: None)
+    assert not bucket.halve(1), "a call that succeeds is not yet a step"
+    bucket.succeed()
     assert bucket.halve(1) and len(asked) == 2
     bucket.succeed()
     assert not bucket.halve(1), "nobody is left"
+
+
+def test_texts_that_do_not_fit_beside_all_networks_have_them_leave(tiny_folder: Path, tiny: TextToImage) -> None:
+    expected, ran_out = painted(tiny), list[int]()
+    with gpu(1 << 33):
+        model = loaded(tiny_folder)
+
+        def too_much(*call: object) -> None:
+            if there(model.model.unet):
+                ran_out.append(1)
+                raise torch.OutOfMemoryError("no more")
+
+        tower = model.model.parts()["text_encoder"]
+        next(tower.children()).register_forward_pre_hook(too_much)
+        found = painted(model)
+    assert ran_out and (found.images - expected.images).abs().max() < 1e-4
+
+
+def test_a_gradient_that_does_not_fit_ends(tiny: TextToImage) -> None:
+    """Although the network that was asked before it had succeeded, and somebody always leaves."""
+
+    def too_much(*call: object) -> None:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("no more")
+
+    model = TextToImage(tiny.model)
+    model._buckets = Buckets(relief=lambda: True)
+    assert model.model.clip is not None
+    hook = model.model.clip.towers.image_network.register_forward_pre_hook(too_much)
+    with pytest.raises(MemoryError, match="not even one fits in memory"):
+        painted(model, clip_guidance_scale=2.0)
+    hook.remove()
+
+
+def test_who_a_gradient_goes_back_through_stays() -> None:
+    networks = [nn.Linear(60, 60, bias=False) for _ in range(4)]
+    with gpu(2 * 2 * 14_400):
+        travel = Offload(networks, GPU)
+        travel.begin()
+        first, second, third, fourth = travel.travellers
+        travel.ask(first)
+        with torch.enable_grad():
+            for each in (second, third, fourth):
+                travel.ask(each)
+            assert travel.here == [second, third, fourth]
+        travel.ask(first)
+        assert travel.here == [fourth, first]
+
+
+def test_weights_that_came_in_inference_mode_take_gradients_later() -> None:
+    network = nn.Linear(60, 60, bias=False)
+    with gpu(1 << 20):
+        travel = Offload([network], GPU)
+        travel.begin()
+        with torch.inference_mode():
+            travel.ask(travel.travellers[0])
+        assert there(network) and not network.weight.is_inference()
+        travel.end()
+    assert not network.weight.is_inference()
+
+
+def test_a_copy_of_a_network_tells_nobody_and_nobody_keeps_one() -> None:
+    network, other = nn.Linear(60, 60, bias=False), nn.Linear(60, 60, bias=False)
+    with gpu(1 << 20):
+        travel = Offload([network, other], GPU)
+        travel.begin()
+        twin = copy.deepcopy(network)
+        (hook,) = twin._forward_pre_hooks.values()
+        assert hook is offload.say_nothing and not travel.here
+        gone = ref(network)
+        gc.disable()
+        try:
+            del network, travel
+            assert gone() is None
+        finally:
+            gc.enable()
+
+
+def test_what_could_leave_is_room_for_a_picture(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended():
+        model = loaded(tiny_folder)
+        assert model._offload.could_leave > 100_000
+        monkeypatch.setattr("gen.room.free_memory", lambda device: 0)
+        told = r"needs \d+\.\d GB at the very least, and 0\.\d GB are free"
+        with pytest.raises(ValueError, match=told):
+            model(PROMPT, height=2048, width=2048, num_inference_steps=1)
+        model(PROMPT, num_inference_steps=1)

@@ -18,6 +18,7 @@ from gen import Request, TextToImage, openvino_runtime, runtime
 from gen.openvino_model import cut_levels, read
 from gen.openvino_runtime import core, streams_of
 from gen.pieces import SIZES, pieces_of
+from tests.cuda import pretended
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_kandinsky import make_tiny_kandinsky
 from tests.tiny_karlo import make_tiny_karlo
@@ -60,7 +61,6 @@ def test_what_cannot_run_is_refused_in_one_line(tiny_folder: Path, monkeypatch: 
     for asked, told in (
         ({"runtime": "onnx"}, r"runtime 'onnx' is unknown; choose from: torch, compile, openvino"),
         ({"runtime": "openvino"}, r"not installed .*; pip install 'unclip\[openvino\]'"),
-        ({"runtime": "openvino", "device": "meta"}, r"runs on the CPU, not on meta"),
         ({"runtime": "openvino", "dtype": "float16"}, r"computes in float32 or bfloat16, not in float16"),
         ({"dtype": torch.int8}, r"dtype 'int8' is unknown; choose from: float32, bfloat16, float16"),
         ({"dtype": 3}, r"dtype '3' is unknown"),
@@ -69,6 +69,12 @@ def test_what_cannot_run_is_refused_in_one_line(tiny_folder: Path, monkeypatch: 
         with pytest.raises(ValueError, match=told) as refused:
             TextToImage.from_pretrained(tiny_folder, **asked)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a GPU, and there is one")
+def test_openvino_is_for_the_cpu(tiny_folder: Path, installed: None) -> None:
+    with pretended(), pytest.raises(ValueError, match="runs on the CPU, not on cuda"):
+        TextToImage.from_pretrained(tiny_folder, "cuda", runtime="openvino")
 
 
 @NEEDS_OPENVINO
