@@ -131,6 +131,7 @@ class Bucket:
         """
         if count == 1:
             if self._is_relieved or self.relief is None or not self.relief():
+                self._is_relieved = False  # for whoever is next
                 return False
             self._is_relieved, self.ceiling = True, UNBOUNDED
             self.size = UNBOUNDED
@@ -141,10 +142,10 @@ class Bucket:
         logger.warning("%s: memory ran out at %d evaluations, %d at once from here on", self.name, count, self.ceiling)
         return True
 
-    def overflow(self, error: Exception) -> MemoryError:
+    def overflow(self, error: Exception, cure: str = "paint smaller, or in another dtype") -> MemoryError:
         """What to say where one evaluation alone was too many; it keeps nothing of what was in memory."""
         told = str(error).strip().partition("\n")[0]
-        reason = MemoryError(f"{self.name}: not even one fits in memory; paint smaller, or in another dtype ({told})")
+        reason = MemoryError(f"{self.name}: not even one fits in memory; {cure} ({told})")
         reason.__cause__ = error.with_traceback(None)
         return reason
 

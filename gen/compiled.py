@@ -32,7 +32,7 @@ def built(name: str, flags: Sequence[str]) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unclip"
     try:
         version = subprocess.run([command[0], "--version"], capture_output=True, check=True, text=True).stdout
-        texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
+        texts = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]pp"))]
         content = hashlib.sha256("\0".join([*texts, shlex.join(command), version]).encode()).hexdigest()
         path = folder / f"{Path(name).stem}-{content[:16]}.so"
         if not path.exists():

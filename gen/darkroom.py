@@ -88,7 +88,7 @@ class Darkroom:
         ready: dict[Kind, list[Member]] = {}
         for flight in flights.values():
             for index, latents in flight.latents.items():
-                ready.setdefault(kind_of(flight, latents), []).append((flight, index))
+                ready.setdefault(kind_of(flight, index, latents), []).append((flight, index))
         for kind, members in ready.items():
             here = [(flight, index) for flight, index in members if flight.number in flights]
             if len(here) >= chunk_of(kind.shape) or any(flight.is_through for flight, _ in here):
@@ -102,7 +102,7 @@ class Darkroom:
         small = self.model.is_small(flight.job.candidates[0].settings)
         waiting, scores = deque(candidates), list[Tensor]()
         while waiting:
-            kind = kind_of(flight, flight.estimates[waiting[0]])
+            kind = kind_of(flight, waiting[0], flight.estimates[waiting[0]])
             bucket = self._bucket(kind) if small else self.buckets.of("preview", kind.shape, self.model.device)
             chunk = [waiting.popleft() for _ in range(min(len(waiting), chunk_of(kind.shape), bucket.size))]
             latents = torch.stack([flight.estimates[index] for index in chunk])
@@ -116,7 +116,7 @@ class Darkroom:
                     raise
                 error.__traceback__ = None  # its frames hold what the call had made
                 if not bucket.halve(len(chunk)):
-                    raise bucket.overflow(error) from error.with_traceback(None)
+                    raise self._overflow(bucket, kind, error) from error.with_traceback(None)
                 waiting.extendleft(reversed(chunk))
                 continue
             flight.account.decodes += small * len(chunk)
@@ -144,7 +144,7 @@ class Darkroom:
                     if bucket.halve(size):
                         waiting.extendleft(reversed(chunk))
                     else:
-                        self._find_fault(kind, chunk, bucket.overflow(error), fail)
+                        self._find_fault(kind, chunk, self._overflow(bucket, kind, error), fail)
             waiting = deque((flight, index) for flight, index in waiting if flight.number in flights)
 
     def _find_fault(self, kind: Kind, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:
@@ -186,6 +186,11 @@ class Darkroom:
     def _decode(self, kind: Kind, latents: Tensor) -> Tensor:
         return tiling(self.model, kind.is_tiled).decode(latents)
 
+    def _overflow(self, bucket: Bucket, kind: Kind, error: Exception) -> MemoryError:
+        if kind.is_tiled or not self.model.abilities.can_tile:
+            return bucket.overflow(error)
+        return bucket.overflow(error, "paint smaller, in another dtype, or with vae_tiling=True")
+
     def _bucket(self, kind: Kind) -> Bucket:
         return self.buckets.of("tiled decode" if kind.is_tiled else "decode", kind.shape, self.model.device)
 
@@ -194,9 +199,9 @@ class Darkroom:
         return self.clip.image((pixels * 255).round() / 255)
 
 
-def kind_of(flight: Flight[Any], latents: Tensor) -> Kind:
-    """Of latents (C, h, w) of a request."""
-    return Kind(tuple(latents.shape), flight.job.candidates[0].settings.vae_tiling)
+def kind_of(flight: Flight[Any], index: int, latents: Tensor) -> Kind:
+    """Of a candidate's latents (C, h, w)."""
+    return Kind(tuple(latents.shape), flight.candidates[index].settings.vae_tiling)
 
 
 def chunk_of(shape: Sequence[int]) -> int:

@@ -261,13 +261,16 @@ class Engine(Generic[R]):
             return self._stages.tell(flights)
         except Exception as raised:
             error = raised
-            if len(flights) > 1:
-                return [condition for flight in flights for condition in self._tell([flight])]
-        if is_out_of_memory(error):
-            error.__traceback__ = None  # its frames hold what had been made
-            if self._relief is not None and self._relief():
-                with suppress(Exception):
-                    return self._stages.tell(flights)
+            if self._relief is not None and is_out_of_memory(error):
+                error.__traceback__ = None  # its frames hold what had been made
+        if len(flights) > 1:
+            del error
+            return [condition for flight in flights for condition in self._tell([flight])]
+        if self._relief is not None and is_out_of_memory(error) and self._relief():
+            try:
+                return self._stages.tell(flights)
+            except Exception as again:
+                error = again
         self._fail(flights[0], error)
         return []
 

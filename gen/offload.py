@@ -8,10 +8,10 @@ copied back. Small weights stay, and by them a network says where it is. Nothing
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from threading import RLock
+from threading import Condition, get_ident
 from weakref import ref
 
 import torch
@@ -100,6 +100,36 @@ def say_nothing(layer: nn.Module, given: object) -> None:
     """A hook of a layer whose weights do not travel."""
 
 
+class Turn:
+    """A lock that is had in the order in which it was asked for, and again by who has it."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._waiting: deque[object] = deque()
+        self._owner: int | None = None  # a thread
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        me, ticket = get_ident(), object()
+        with self._changed:
+            if self._owner != me:
+                self._waiting.append(ticket)
+                try:
+                    self._changed.wait_for(lambda: self._owner is None and self._waiting[0] is ticket)
+                finally:  # also on Ctrl-C
+                    self._waiting.remove(ticket)
+                    self._changed.notify_all()
+                self._owner = me
+            self._depth += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._owner = None
+                self._changed.notify_all()
+
+
 @dataclass(eq=False)
 class Offload:
     """Who of some networks is on a device; one thread at a time asks them (`turn`)."""
@@ -109,7 +139,7 @@ class Offload:
     most: int = 0  # bytes of weights there at once, but for who is alone
     travellers: list[Traveller] = field(default_factory=list)
     here: list[Traveller] = field(default_factory=list)  # who was asked longest ago first
-    turn: AbstractContextManager[object] = field(default_factory=RLock)  # held by who asks them
+    turn: Turn = field(default_factory=Turn)  # held by who asks them
     _hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -119,10 +149,11 @@ class Offload:
 
     @property
     def could_leave(self) -> int:
-        """Bytes on the device that are others' to have when memory is short."""
+        """Bytes on the device that others can have when memory is short: of all but the largest network."""
         if self.device.type != "cuda":
             return 0
-        return sum(each.num_bytes for each in (self.here if self.is_on else travellers_of(self.networks)))
+        sizes = [each.num_bytes for each in (self.here if self.is_on else travellers_of(self.networks))]
+        return sum(sizes) - max(sizes, default=0)
 
     def check(self) -> None:
         """NoRoom, a ValueError, for a network whose weights alone are more than the device has free."""

@@ -19,7 +19,7 @@ Config = Annotated[
 ]
 
 
-def _advanced(metavar: str, help: str, *names: str) -> Any:
+def _advanced(metavar: str | None, help: str, *names: str) -> Any:
     """An option that few need; --help has them in a panel of their own."""
     return typer.Option(*names, metavar=metavar, help=help, rich_help_panel="Advanced")
 
@@ -121,10 +121,8 @@ OPTIONS: dict[str, Any] = {
     "height": Annotated[int | None, typer.Option(metavar="PX", help="Pixels down.")],
     "vae_tiling": Annotated[
         bool | None,
-        typer.Option(
-            "--vae-tiling",
-            help="Large pictures through the autoencoder in tiles: less memory, other pixels.",
-            rich_help_panel="Advanced",
+        _advanced(
+            None, "Large pictures through the autoencoder in tiles: less memory.", "--vae-tiling/--no-vae-tiling"
         ),
     ],
     "eta": Annotated[float | None, _advanced("E", "Fresh noise per step: 0 none, 1 ancestral.")],

@@ -152,14 +152,17 @@ class TextToImage:
         try:
             loaded = origins.read(device, weights_in)
         except Exception as error:
-            is_short = isinstance(error, NoRoom) or is_out_of_memory(error)
+            is_short = isinstance(error, NoRoom) or (is_out_of_memory(error) and not isinstance(error, MemoryError))
             if not is_short or device.type != "cuda" or runtime != TORCH:
                 raise
-            loaded = None
+            loaded, short = None, str(error)
         is_apart = loaded is None
         if loaded is None:  # behind the error, which kept what had been read
             gc.collect()
-            loaded = origins.read(torch.device("cpu"), weights_in)
+            try:
+                loaded = origins.read(torch.device("cpu"), weights_in)
+            except NoRoom as error:
+                raise NoRoom(f"{short}; nor can its networks take turns there: {error}") from None
         model, parts, ranking = loaded.model, loaded.parts, loaded.ranking
         if runtime == OPENVINO and any(adds_keys(unet) for unet in model.unets):
             told = (
@@ -325,7 +328,8 @@ class TextToImage:
     def engine(self, *, max_rows: int | None = None) -> Engine[Result]:
         """What paints requests as they come: `with model.engine() as engine: future = engine.submit(request)`.
 
-        `max_rows` is how many pictures are in flight at most; None: as memory allows.
+        `max_rows` is how many pictures are in flight at most; None: as memory allows. On a GPU the engines of a model
+        take turns, tick by tick, so a callback must not wait for another one.
         """
         if max_rows is not None:
             max_rows = whole("max_rows", max_rows, 1, hint="None: as memory allows")
@@ -335,7 +339,7 @@ class TextToImage:
             max_rows=max_rows,
             buckets=self._buckets,
             check=self._check_room,
-            turn=self._offload.turn if self.model.device.type == "cuda" else None,
+            turn=self._offload.turn if self.runtime == TORCH and self.model.device.type == "cuda" else None,
         )
 
     def _check_room(self, job: Job) -> None:
@@ -343,11 +347,10 @@ class TextToImage:
         is_decoded = job.rank or job.output_type != "latent"
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             numbers = self.model.held_at_once(settings, is_decoded)
-            tiled = replace(settings, vae_tiling=self.model.abilities.can_tile)
-            tiles_help = self.model.held_at_once(tiled, is_decoded) < numbers
+            tiled = self.model.held_at_once(replace(settings, vae_tiling=self.model.abilities.can_tile), is_decoded)
             width = min(self.dtype.itemsize, self.model.unet.dtype.itemsize)
             leaving = self._offload.could_leave if self.runtime == TORCH else 0
-            check_picture(numbers * width, self.model.device, settings, leaving, tiles_help=tiles_help)
+            check_picture(numbers * width, tiled * width, self.model.device, settings, leaving)
 
     @torch.no_grad()
     def repaint(self, record: Mapping[str, Any], images: Sequence[Picture] = ()) -> Tensor:

@@ -151,7 +151,8 @@ class Candidate:
             raise ValueError(f"the record has no {error}; give one that a picture was saved with") from None
         if not isinstance(prompt, str) or not isinstance(told, Mapping):
             raise ValueError("the record is damaged: its prompt is no text or its settings no object")
-        settings = able.defaults.updated(told, "record")
+        # records of old have no vae_tiling, and knew none
+        settings = replace(able.defaults, vae_tiling=False).updated(told, "record")
         check_settings(settings, able)
         told = record.get("noise_path", [])
         if not isinstance(told, list):

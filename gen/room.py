@@ -23,17 +23,22 @@ def check_room(num_weights: int, device: torch.device | str, dtype: torch.dtype,
         )
 
 
-def check_picture(num_bytes: int, device: torch.device, settings: Settings, leaving: int, *, tiles_help: bool) -> None:
+def check_picture(num_bytes: int, tiled: int, device: torch.device, settings: Settings, leaving: int) -> None:
     """ValueError for a picture of which a network holds so many bytes at once, where a device cannot have them.
 
-    `leaving` bytes lie there that would make room; `tiles_help`: whether fewer were needed with `vae_tiling`.
+    `tiled` is how many it were with `vae_tiling`; `leaving` bytes lie there that would make room.
     """
     free = free_memory(device)
-    if free is not None and num_bytes > free + found_beyond(device) + leaving:
+    if free is None:
+        return
+    room = free + leaving
+    if num_bytes > room + found_beyond(device):
+        tiles_help = tiled < num_bytes and tiled <= room + found_beyond(device)
         cure = "give a smaller one, or vae_tiling=True" if tiles_help else "give a smaller one"
+        there = "could be had" if leaving else "are free"
         raise ValueError(
             f"a picture of height {settings.height} and width {settings.width} needs {num_bytes / 1e9:.1f} GB at the "
-            f"very least, and {(free + leaving) / 1e9:.1f} GB are free on {device}; {cure}"
+            f"very least, and {room / 1e9:.1f} GB {there} on {device}; {cure}"
         )
 
 

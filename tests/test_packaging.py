@@ -41,7 +41,7 @@ def test_wheel_holds_the_packages_their_data_and_no_tests(wheel: zipfile.ZipFile
     for package in PACKAGES:
         assert {path.relative_to(ROOT).as_posix() for path in sorted((ROOT / package).rglob("*.py"))} <= names
     data = [path for path in (ROOT / "gen" / "assets").rglob("*") if path.is_file()]
-    data += (ROOT / "gen" / "cpp").iterdir()
+    data += (ROOT / "gen" / "cpp").glob("*.[ch]pp")
     data += [*(ROOT / "training" / "recipes").glob("*.yaml"), *(ROOT / "training" / "data").glob("*.jsonl")]
     assert data, "no bundled model and no recipes"
     missing = {path.relative_to(ROOT).as_posix() for path in data} - names
