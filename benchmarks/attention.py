@@ -6,7 +6,7 @@ The first table: the error against float64 on the same inputs, whether three run
 alone is from the same row among others, milliseconds, and the peak of memory beside what is there before; a kernel that
 a shape is refused by says why in the file. The second: keys and values of a text read by blocks of its rows, as
 `gen.attention` does it, beside three other ways and beside projecting the text for each row, as stock does. The
-result is kept in benchmarks/results/attention.json, as far as it has come.
+result is kept in benchmarks/results/attention_DTYPE.json, as far as it has come.
 """
 
 import ctypes
@@ -66,10 +66,11 @@ def main(
     sizes: Annotated[str, typer.Option(help=f"One of: {', '.join(SIZES)}.")] = "real",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help=f"One of: {', '.join(DTYPES)}.")] = "float32",
-    result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "attention.json",
+    result: Annotated[Path | None, typer.Option(help="The file kept (default: attention_DTYPE.json).")] = None,
 ) -> None:
     """Measure attention."""
     of = (torch.empty(0, device=device).device, DTYPES[known(dtype, DTYPES, "dtype")])
+    kept = RESULTS / f"attention_{dtype}.json" if result is None else result
     shapes = {kind: Shape(*of, *size) for kind, size in SIZES[known(sizes, SIZES, "sizes")].items()}
     kernels: list[dict[str, Any]] = []
     reads: list[dict[str, Any]] = []
@@ -78,12 +79,12 @@ def main(
     cells = [(kind, name, shape) for kind, shape in shapes.items() for name in (*KERNELS, AUTO)]
     for cell in track(cells, "kernels", console=Console(stderr=True)):
         kernels.append(measured(*cell))
-        save(found, result)
+        save(found, kept)
     layer, width = READ[sizes]
     for counts in track(COUNTS, "texts", console=Console(stderr=True)):
         reads.append(read(counts, Shape(*of, *layer), width))
-        save(found, result)
-    save(found | {"is_whole": True}, result)
+        save(found, kept)
+    save(found | {"is_whole": True}, kept)
     print(table(kernels))
     print()
     print(table(reads))

@@ -65,7 +65,7 @@ class Bucket:
     ceiling: int = UNBOUNDED  # lower once memory has run out
     paces: dict[int, Pace] = field(default_factory=dict)  # of calls of 2^(k-1) to 2^k - 1 evaluations, by k
     relief: Callable[[], bool] | None = None  # has others leave the device's memory; whether any did; None: nobody can
-    _is_relieved: bool = False  # since a call last succeeded
+    _is_relieved: bool = False  # since something last came of its calls
     _running: deque[tuple[int, Mark, Mark]] = field(default_factory=deque)  # evaluations, from when to when
     _lock: Lock = field(default_factory=Lock, repr=False)
 
