@@ -155,15 +155,17 @@ class Offload:
         sizes = [each.num_bytes for each in (self.here if self.is_on else travellers_of(self.networks))]
         return sum(sizes) - max(sizes, default=0)
 
-    def check(self) -> None:
-        """NoRoom, a ValueError, for a network whose weights alone are more than the device has free."""
-        free = free_memory(self.device)
+    def begin_on(self, device: torch.device) -> None:
+        """Let networks that lie in host memory travel to a device.
+
+        NoRoom, a ValueError, for one whose weights alone are more than the device has free.
+        """
+        self.device, free = device, free_memory(device)
         for each in travellers_of(self.networks):
             if free is not None and each.num_bytes > free:
                 told = f"{each.name} alone needs {each.num_bytes / 1e9:.1f} GB for its weights"
-                raise NoRoom(
-                    f"{told}, and {free / 1e9:.1f} GB are free on {self.device}; take a smaller dtype or model"
-                )
+                raise NoRoom(f"{told}, and {free / 1e9:.1f} GB are free on {device}; take a smaller dtype or model")
+        self.begin()
 
     def begin(self) -> None:
         """Let them travel from here on, with their large weights where they lie."""

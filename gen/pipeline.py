@@ -183,9 +183,7 @@ class TextToImage:
             dtype=dtype,
         )
         if is_apart:
-            painter._offload.device = device
-            painter._offload.check()
-            painter._offload.begin()
+            painter._offload.begin_on(device)
         for unet in model.unets:
             set_attention(unet, attention_of(runtime, attention, device))
         painter._hand_over()
