@@ -12,8 +12,6 @@ candidates are kept. In float32 ours must be as good as equal, and in a lower pr
 one; where it is not, the command ends with status 1, after the result is kept in benchmarks/results/best_of.json.
 """
 
-import importlib.metadata
-import importlib.util
 import sys
 import tempfile
 from dataclasses import replace
@@ -42,7 +40,7 @@ def main(
     number: Annotated[int | None, typer.Option("-n", min=1, help="Candidates, in place of the workload's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="In place of the workload's.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    profile: Annotated[bool, typer.Option("--profile", help="Also where the time goes, of stock and of ours.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also where the time goes and the roof.")] = False,
     result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "best_of.json",
 ) -> None:
     """Measure best-of-N."""
@@ -53,7 +51,6 @@ def main(
     dtypes = chosen(dtype or usual, DTYPES, "dtype")
     entrants = entrants_of(chosen(way, WAYS, "way"), dtypes, device)
     found: dict[str, Any] = {"prompt": PROMPT, "seed": SEED, "workloads": {}, **provenance(device)}
-    found["versions"]["openvino"] = openvino_version()
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             asked = WORKLOADS[name]
@@ -69,13 +66,6 @@ def main(
     wrong = [f"{name}: {fault}" for name, one in found["workloads"].items() for fault in one["faults"]]
     if wrong:
         sys.exit("\n".join(wrong))
-
-
-def openvino_version() -> str | None:
-    """None: it is not installed."""
-    if importlib.util.find_spec("openvino") is None:
-        return None
-    return importlib.metadata.version("openvino")
 
 
 if __name__ == "__main__":

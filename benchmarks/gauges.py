@@ -1,9 +1,14 @@
-"""Seconds and memory of this process, on the CPU and on CUDA."""
+"""Seconds and memory of this process, on the CPU and on CUDA, and what of multiplications a device can do."""
 
 import time
 from pathlib import Path
 
 import torch
+
+ROOF_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices that are multiplied, by kind of device
+ROOF_CALLS = 10
+
+Moment = float | torch.cuda.Event
 
 
 def now(device: torch.device | str) -> float:
@@ -11,6 +16,35 @@ def now(device: torch.device | str) -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def moment(device: torch.device | str) -> Moment:
+    """A point in what the device does, which it is not waited for to reach."""
+    if torch.device(device).type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Moment, second: Moment) -> float:
+    """From one moment to another that the device has reached."""
+    if isinstance(first, float) or isinstance(second, float):
+        assert isinstance(first, float) and isinstance(second, float), "moments of one device"
+        return second - first
+    return first.elapsed_time(second) / 1e3
+
+
+def roof(device: torch.device | str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of large matrices multiplied, the fastest of several."""
+    side = ROOF_SIDE[torch.device(device).type]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    took = []
+    for _ in range(ROOF_CALLS):
+        began = now(device)
+        left @ right
+        took.append(now(device) - began)
+    return 2 * side**3 / min(took)
 
 
 def reset_peak(device: torch.device | str) -> bool:

@@ -8,6 +8,7 @@ import multiprocessing
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_a_networks_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> Non
     inner = nn.Identity()
     outer = nn.Sequential(inner, inner)
     ticks = iter(range(100))
-    monkeypatch.setattr(turns, "now", lambda device: float(next(ticks)))
+    monkeypatch.setattr(turns, "moment", lambda device: float(next(ticks)))
     with turns.clocked({"outer": [outer], "inner": [inner]}, "cpu") as spent:
         outer(torch.zeros(1))
         inner(torch.zeros(1))
@@ -172,6 +173,8 @@ def test_the_command_measures_in_processes_and_keeps_what_it_found(
     assert [(each["way"], len(each["seconds"])) for each in tiny["rows"]] == [("diffusers", 2), ("unclip", 2)]
     for each in tiny["rows"]:
         assert min(each["seconds"]) > 0 and sorted(each["kept"]) == [0, 1] and each["max_error"] < CLOSE
+        assert each["of_roof"] == pytest.approx(tiny["operations"] / median(each["seconds"]) / tiny["roofs"]["float32"])
+    assert list(tiny["profile"]) == ["diffusers float32", "unclip float32"]
     for shares in tiny["profile"].values():
         assert sum(shares.values()) == pytest.approx(1)
         assert all(0 < shares[name] < 1 for name in ("UNet", "VAE", "CLIP", "text", "host"))

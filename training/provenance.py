@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("unclip", "torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "numpy")
+LIBRARIES = (
+    *("unclip", "torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "numpy"),
+    *("openvino", "triton", "xformers"),  # which may be missing
+)
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -25,7 +28,12 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(torch.device(device)),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in LIBRARIES},
+            "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
+            "driver": _driver() if torch.device(device).type == "cuda" else None,
+        },
     }
 
 
@@ -75,10 +83,21 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _driver() -> str | None:
+    """NVIDIA's, which all GPUs of a machine share."""
+    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return said.splitlines()[0] if said else None
+
+
 def _git(*arguments: str) -> str | None:
+    return _said("git", *arguments)
+
+
+def _said(*command: str) -> str | None:
+    """What a command says, asked beside this file; None: it failed."""
     here = Path(__file__).parent
     try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,26 @@ def contest(task: Task, entrants: Sequence[Entrant], repeats: int, profiled: boo
             rows[entrant] |= {name: [one[name] for one in taken] for name in ("seconds", "peak_memory_mb")}
             rows[entrant]["kept"] = taken[-1]["kept"]
         compare(workers, rows)
-        shares = {}
-        if profiled:
-            shares = {" ".join(each): workers[each].ask("profile", repeats) for each in (STOCK, OURS)}
-    found = list(rows.values())
-    return {"rows": found, "faults": faults(found), "profile": shares}
+        found = list(rows.values())
+        looked = looked_into(workers, rows, repeats) if profiled else {"profile": {}}
+    return {"rows": found, "faults": faults(found), **looked}
+
+
+def looked_into(
+    workers: Mapping[Entrant, Worker], rows: Mapping[Entrant, dict[str, Any]], repeats: int
+) -> dict[str, Any]:
+    """Where the time of stock and of each way of ours goes, and what of a precision's roof each row reaches.
+
+    The roof is large matrices multiplied by torch in the same minutes. A way that multiplies less often than its
+    networks are written to, as convolutions by Winograd do, may stand above it.
+    """
+    shown = [each for each in workers if each == STOCK or WAYS[each.way].is_ours]
+    shares = {" ".join(each): workers[each].ask("profile", repeats) for each in shown}
+    operations = workers[STOCK].ask("operations")
+    roofs = {dtype: workers[STOCK].ask("roof", dtype) for dtype in dict.fromkeys(each.dtype for each in workers)}
+    for entrant in workers:
+        rows[entrant]["of_roof"] = operations / median(rows[entrant]["seconds"]) / roofs[entrant.dtype]
+    return {"profile": shares, "operations": operations, "roofs": roofs}
 
 
 def entered(entrant: Entrant, task: Task, stack: ExitStack, workers: dict[Entrant, Worker]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown of a contest; `stock takes` and `best peer takes` are beside the row, in its precision."""
     columns = ["contestant", "precision", "seconds, median (range)", "stock takes", "best peer takes", "peak MB"]
     columns += ["getting ready, s", "error of latents", "keeps the same (transformers, unclip)"]
+    columns += ["of the roof"]
     lines = []
     for row in rows:
         told = [WAYS[row["way"]].label, row["dtype"]]
@@ -37,6 +38,7 @@ def cells(row: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> list[st
         f"{row['ready_seconds']:.1f}",
         f"{row['error']:.1e}",
         ", ".join("yes" if same else "no" for same in row["same_kept"].values()),
+        f"{row['of_roof']:.0%}" if "of_roof" in row else "",
     ]
 
 

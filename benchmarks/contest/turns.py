@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from contest.backends import compile_mode, compile_networks, to_openvino
 from contest.contestants import Contestant, Ours, Peer
 from contest.tasks import Task
 from contest.ways import WAYS, Entrant
-from gauges import now, peak_mb, reset_peak
+from gauges import Moment, moment, now, peak_mb, reset_peak, seconds_between
 from options import DTYPES
 
 
@@ -59,20 +61,31 @@ def profile(contestant: Contestant, turns: int) -> dict[str, float]:
     return shares | {"host": 1 - sum(shares.values())}
 
 
+def operations(contestant: Contestant) -> int:
+    """Floating-point operations of a turn as its networks are written, a product and its sum being two."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:  # of others not all are counted
+        contestant.paint()
+    return counted.get_total_flops()
+
+
 @contextmanager
 def clocked(parts: Mapping[str, Sequence[nn.Module]], device: str) -> Iterator[dict[str, float]]:
-    """Seconds spent in the calls of these networks; a call within a call is the outer one's."""
+    """Seconds spent in the calls of these networks, told when it ends; a call within a call is the outer one's.
+
+    On CUDA no call is waited for.
+    """
     spent = dict.fromkeys(parts, 0.0)
-    began: list[float] = []
+    began: list[Moment] = []
+    calls: list[tuple[str, Moment, Moment]] = []
 
     def enter(*_: object) -> None:
-        began.append(now(device))
+        began.append(moment(device))
 
     def leave(name: str) -> Callable[..., None]:
         def left(*_: object) -> None:
             start = began.pop()
             if not began:
-                spent[name] += now(device) - start
+                calls.append((name, start, moment(device)))
 
         return left
 
@@ -82,3 +95,6 @@ def clocked(parts: Mapping[str, Sequence[nn.Module]], device: str) -> Iterator[d
                 hooks.callback(network.register_forward_pre_hook(enter).remove)
                 hooks.callback(network.register_forward_hook(leave(name)).remove)
         yield spent
+    now(device)
+    for name, start, end in calls:
+        spent[name] += seconds_between(start, end)

@@ -13,8 +13,10 @@ import diffusers
 import transformers
 
 from contest.tasks import Task
-from contest.turns import profile, ready, turn
+from contest.turns import operations, profile, ready, turn
 from contest.ways import Entrant
+from gauges import roof
+from options import DTYPES
 
 # What a contestant's process can be asked; tensors go between processes as arrays.
 ASKED: dict[str, Callable[..., Any]] = {
@@ -23,6 +25,8 @@ ASKED: dict[str, Callable[..., Any]] = {
     "pictures": lambda contestant: contestant.pictures(),
     "rank": lambda contestant, pictures: contestant.rank(pictures),
     "profile": profile,
+    "operations": operations,
+    "roof": lambda contestant, dtype: roof(contestant.task.device, DTYPES[dtype]),
 }
 
 
@@ -31,7 +35,7 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # the new name is not known to 0.35
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # the new name is not known to 0.38
 
 
 @dataclass(frozen=True)
