@@ -262,8 +262,8 @@ def reproduce(
         for name, kind in (("settings", dict), *((each, str) for each in texts)):
             if not isinstance(record.get(name, kind()), kind):
                 raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
+        from gen.candidate import asks_clip
         from gen.pipeline import as_output, computed
-        from gen.request import asks_clip
 
         if asks_clip(record):
             clip = clip or record.get("clip")

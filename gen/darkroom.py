@@ -21,10 +21,10 @@ from clip_core.clip import CLIP
 from clip_core.device import fetched
 from clip_core.score import cosine
 from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory
+from gen.candidate import Candidate
 from gen.embeds import slerp
 from gen.flight import Flight, Painted
 from gen.model import Family, tiling
-from gen.request import Candidate
 from gen.row import Likeness
 
 DECODE_CHUNK = 16  # pictures decoded and scored at once at most; the autoencoder is the largest user of memory

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
 
-from gen.request import Candidate
+from gen.candidate import Candidate
 from samplers.guidance import Guide
 
 SAMPLER = "ddim"  # whose steps it was trained to take

@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from gen.candidate import Candidate
 from gen.conditioning import Condition, Told
 from gen.model import Family, tiling
-from gen.request import Candidate
 from gen.row import Hold
 from gen.scheduler import NoiseLevels
 from gen.settings import Settings

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from clip_core.clip import CLIP
 from clip_core.score import cosine
+from gen.candidate import Candidate
 from gen.conditioning import Condition, Table, Told
 from gen.model import Family
-from gen.request import Candidate
 from gen.source import Source
 
 NEXT_THOUGHT = 0x27D4EB2F  # a prime of xxHash: how far apart the seeds of a prior's answers to one text are

@@ -17,11 +17,12 @@ from typing import Final, Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gen.candidate import Candidate
 from gen.conditioning import Told
 from gen.edit import Read
 from gen.lane import Lane
 from gen.prior import STAGE as PRIOR
-from gen.request import Candidate, Job
+from gen.request import Job
 from gen.row import Live, Row
 from gen.rows import Finished, Taken
 from gen.search import Moves, best_first

@@ -14,12 +14,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gen.candidate import Before
 from gen.darkroom import Darkroom
 from gen.drafter import Drafter
 from gen.edit import schedule_of
 from gen.flight import DECODER, Flight, Goal, Place, Trail, Waiting, row_of, scores_of
 from gen.model import Family
-from gen.request import Before, Job
+from gen.request import Job
 from gen.search import Asked, Go, Move, Moves, Scout, in_rounds
 from gen.stages import Stages
 from samplers.sample import SAMPLERS

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from clip_core.clip import CLIP
+from gen.candidate import Candidate
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.drafter import Drafter
 from gen.prior import Prior
-from gen.request import Candidate
 from gen.scheduler import NoiseLevels
 from gen.settings import Abilities, Settings
 from gen.upscale import Upscaler

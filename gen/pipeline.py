@@ -30,6 +30,7 @@ from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.attention import AUTO, adds_keys, check_attention, set_attention
 from gen.bucket import Buckets, is_out_of_memory
+from gen.candidate import Candidate, asks_clip, check_shown
 from gen.checks import check_callback, check_name, whole
 from gen.edit import schedule_of
 from gen.engine import Engine
@@ -38,7 +39,7 @@ from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.offload import Offload
 from gen.origins import Origins
-from gen.request import Candidate, Job, Request, asks_clip, check_shown
+from gen.request import Job, Request
 from gen.room import NoRoom, check_picture
 from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
 from gen.search import BestOf, best_first, diverse_first, drawing_order

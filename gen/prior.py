@@ -19,9 +19,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.device import place_of
 from clip_core.text import TextTower
+from gen.candidate import Candidate
 from gen.conditioning import Condition, Table, each_read
 from gen.prior_prefix import CachedPrior
-from gen.request import Candidate
 from gen.row import Row
 from gen.rows import Rows
 from gen.scheduler import NoiseLevels

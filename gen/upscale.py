@@ -15,9 +15,9 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from gen.candidate import Candidate
 from gen.conditioning import Condition, Conditions
 from gen.dispatch import dispatched
-from gen.request import Candidate
 from gen.row import Row
 from gen.rows import Network
 from gen.scheduler import NoiseLevels

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from clip_core.retrieval import top1_of_n
 from clip_core.score import cosine
 from clip_core.text import with_projection
+from gen.candidate import Candidate
 from gen.conditioning import stacked
 from gen.prior import Prior
-from gen.request import Candidate
 from gen.scheduler import NoiseLevels
 from gen.settings import Settings
 from training.data.pictures import Pictures

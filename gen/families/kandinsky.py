@@ -23,13 +23,13 @@ from clip_core.clip import CLIP
 from clip_core.join import joined
 from clip_core.preprocess import Preprocess
 from gen.attention import reading
+from gen.candidate import Candidate
 from gen.checkpoint import JOINED, Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.edit import Beside, Posterior, Read
 from gen.families.autoencoder import MoVQModel
 from gen.families.painter import listed, own
 from gen.prior import Prior
-from gen.request import Candidate
 from gen.scheduler import NoiseLevels
 from gen.settings import Abilities
 from gen.source import Filter

@@ -21,6 +21,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from clip_core.clip import CLIP
 from clip_core.preprocess import Preprocess
+from gen.candidate import Candidate
 from gen.checkpoint import CARD, Card, Parts
 from gen.conditioning import Asks, Condition, Conditions, Table, Told
 from gen.dispatch import dispatched
@@ -28,7 +29,6 @@ from gen.drafter import Drafter
 from gen.embeds import between
 from gen.model import WithImage
 from gen.prior import Prior
-from gen.request import Candidate
 from gen.rows import Network
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON, Abilities, Settings, check_settings

@@ -21,10 +21,10 @@ from clip_core.text import Piece, TextTower
 from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
 from gen.attention import reading, seeing
+from gen.candidate import Candidate
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.painter import Painter, own
 from gen.prompts import parse
-from gen.request import Candidate
 from gen.settings import Abilities, Settings
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from gen import Request, TextToImage, attention
 from gen.attention import KERNELS, Kept, Processor, Shape, Texts, attentions, reading, restore_attention, set_attention
+from gen.candidate import Candidate
 from gen.conditioning import Conditions, Distinct, Table
 from gen.lane import Pass, Plan
-from gen.request import Candidate
 from gen.row import Row
 from gen.rows import Rows
 from tests.tiny import WIDTH, tiny_unet

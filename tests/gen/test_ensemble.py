@@ -13,8 +13,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from torch import Tensor
 
 from gen import Request, TextToImage
+from gen.candidate import Candidate
 from gen.picture import largest_difference
-from gen.request import Candidate
 from gen.scheduler import STOCK
 from tests.gen.test_img2img import picture
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, stock_of

@@ -16,8 +16,8 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from PIL import Image
 
 from gen import Request, TextToImage
+from gen.candidate import Candidate
 from gen.picture import largest_difference
-from gen.request import Candidate
 from gen.scheduler import STOCK
 from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl

@@ -22,10 +22,10 @@ from torch import Tensor
 from gen import TextToImage
 from gen.attention import set_attention
 from gen.bucket import PROBE
+from gen.candidate import Candidate
 from gen.conditioning import Condition, Conditions, Distinct, Table
 from gen.prior import STAGE, Prior
 from gen.prior_prefix import CachedPrior, folded
-from gen.request import Candidate
 from gen.row import Row
 from gen.rows import Rows
 from gen.settings import Settings

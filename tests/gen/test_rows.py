@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gen import Request, TextToImage
 from gen.bucket import PROBE, Bucket, Buckets, Footprint, next_cut
+from gen.candidate import Candidate
 from gen.conditioning import Conditions, Table
 from gen.dispatch import dispatched
 from gen.lane import Lane, Walk
-from gen.request import Candidate
 from gen.row import Live, Row
 from gen.rows import Rows
 from gen.scheduler import STOCK

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from gen import Request, Result, Step, TextToImage
 from gen.bucket import Bucket, Buckets
+from gen.candidate import Before
 from gen.engine import Engine
-from gen.request import Before
 from gen.search import (
     SEARCHES,
     BestOf,
@@ -379,8 +379,8 @@ def test_a_round_begins_near_the_best_so_far(tiny: TextToImage) -> None:
 
 
 def test_turned_noise_is_unit_noise_near_its_origin(tiny: TextToImage) -> None:
+    from gen.candidate import Candidate
     from gen.edit import first_noise
-    from gen.request import Candidate
     from gen.settings import Settings
     from samplers.noise import noise
 
