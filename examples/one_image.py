@@ -7,6 +7,7 @@ import torch
 from gen import Request, TextToImage
 from gen.conditioning import Conditions, Table
 from gen.pipeline import as_output
+from gen.resolve import resolve
 from samplers.guidance import combine
 from samplers.noise import noise
 from samplers.sample import advance, start
@@ -16,7 +17,7 @@ from samplers.state import Prediction
 name, file = [*sys.argv[1:], *["shapes64", "one_image.png"][len(sys.argv) - 1 :]]
 model = TextToImage.from_pretrained(name, device="cpu")
 request = Request(prompt="a small red circle", seed=0, guidance_scale=3.0, sampler="euler", output_type="pt")
-family, (candidate,) = model.model, request.resolve(model.model.abilities).candidates
+family, (candidate,) = model.model, resolve(request, model.model.abilities).candidates
 with torch.no_grad():
     shape = family.latent_shape(candidate.settings)
     ((words, null),) = family.tell([candidate], Table())  # what the UNet is told: the text tower's states, ...

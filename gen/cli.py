@@ -92,6 +92,7 @@ def generate(
             painter.load_ip_adapter(*shown, image_encoder)
         loaded = time.perf_counter()
         from gen.request import Request
+        from gen.resolve import resolve
 
         can_rank = painter.model.abilities.can_rank
         if num_images_per_prompt is None and budget is None:
@@ -111,7 +112,7 @@ def generate(
             ip_adapter_image=ip_adapter_image,
             **words,
         )
-        request.resolve(painter.model.abilities)  # every mistake, before the note on words
+        resolve(request, painter.model.abilities)  # every mistake, before the note on words
         foreign = painter.card.unknown_words(plain(prompt) if request.prompt_weights else prompt)
         note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
         if note:

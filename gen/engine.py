@@ -32,6 +32,7 @@ from gen.flight import Account, Callback, Flight, Painted, Stage, place_of
 from gen.lead import Lead
 from gen.model import Family
 from gen.request import Job, Request
+from gen.resolve import resolve
 from gen.row import Row
 from gen.rows import Rows
 from gen.stages import Stages
@@ -99,7 +100,7 @@ class Engine(Generic[R]):
         if not isinstance(request, Request | Job):
             raise TypeError(f"request is of type {type(request).__name__}; give a Request")
         check_callback(callback)
-        job = request.resolve(self.model.abilities) if isinstance(request, Request) else request
+        job = resolve(request, self.model.abilities) if isinstance(request, Request) else request
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             schedule_of(self.model.levels, settings)  # may refuse the sampler
         job.search.check(self._lead.asked(job))

@@ -40,6 +40,7 @@ from gen.flight import Account, Callback, Painted, Step, scores_of
 from gen.offload import Offload
 from gen.origins import Origins
 from gen.request import Job, Request
+from gen.resolve import resolve
 from gen.room import NoRoom, check_picture
 from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
 from gen.search import BestOf, best_first, diverse_first, drawing_order
@@ -319,7 +320,7 @@ class TextToImage:
         for request in requests:
             if not isinstance(request, Request):
                 raise TypeError(f"request is of type {type(request).__name__}; give a Request")
-        jobs = [request.resolve(self.model.abilities) for request in requests]
+        jobs = [resolve(request, self.model.abilities) for request in requests]
         with ExitStack() as stack:
             moved = self._moving(jobs, stack.enter_context(bar())) if progress else None
             return self._paint(jobs, batch_size, both(moved, callback))

@@ -31,6 +31,7 @@ from gen.drafter import SAMPLER, Drafter
 from gen.families.autoencoder import KLModel
 from gen.pipeline import TextToImage
 from gen.request import Request
+from gen.resolve import resolve
 from samplers.state import per_row
 from training import low_rank
 from training.data.cache import weights_digest
@@ -196,7 +197,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         for start in range(0, len(said), TOLD_TOGETHER):
             some = said[start : start + TOLD_TOGETHER]
             asked = Request(prompt=some, guidance_scale=1.0, seed=0, prior=False, rerank=False)
-            candidates = asked.resolve(self.painter.abilities).candidates
+            candidates = resolve(asked, self.painter.abilities).candidates
             with torch.autocast(self.painter.device.type, enabled=False):
                 told = self.painter.tell(candidates, Table())
             self.told |= {caption: prompt for caption, (prompt, _) in zip(some, told, strict=True)}

@@ -10,11 +10,12 @@ import pytest
 
 from gen import Request, TextToImage
 from gen.candidate import Candidate
+from gen.resolve import resolve
 
 
 def test_settings_go_through_json(tiny: TextToImage) -> None:
     able = tiny.model.abilities
-    job = Request(prompt="a star", seed=3, guidance_interval=(0.1, 2.0), sampler="heun").resolve(able)
+    job = resolve(Request(prompt="a star", seed=3, guidance_interval=(0.1, 2.0), sampler="heun"), able)
     (candidate,) = job.candidates
     again = Candidate.from_json(json.loads(json.dumps(candidate.to_json())), able)
     assert (again.prompt, again.seed, again.settings) == ("a star", 3, candidate.settings)
@@ -33,7 +34,7 @@ def test_settings_go_through_json(tiny: TextToImage) -> None:
     ],
 )
 def test_damaged_records(tiny: TextToImage, change: dict[str, Any], message: str) -> None:
-    record = Request(prompt="a star", seed=3).resolve(tiny.model.abilities).candidates[0].to_json()
+    record = resolve(Request(prompt="a star", seed=3), tiny.model.abilities).candidates[0].to_json()
     with pytest.raises(ValueError, match=message):
         Candidate.from_json(record | change, tiny.model.abilities)
     with pytest.raises(ValueError, match="the record has no 'prompt'"):

@@ -16,6 +16,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from clip_core.score import cosine
 from gen import Request, TextToImage
 from gen.embeds import NEXT_THOUGHT, moved, slerp
+from gen.resolve import resolve
 from samplers.noise import noise
 from tests.gen.test_img2img import picture
 from tests.gen.test_stable_unclip import img2img, with_our_noise
@@ -143,7 +144,7 @@ def test_pictures_become_the_embedding_that_is_told(tiny: TextToImage) -> None:
 def test_two_prompts_meet_through_the_prior(tiny: TextToImage) -> None:
     prior = tiny.model.prior
     assert prior is not None
-    plain = Request(prompt=[SHORT, LONG], seed=SEED).resolve(tiny.model.abilities).candidates
+    plain = resolve(Request(prompt=[SHORT, LONG], seed=SEED), tiny.model.abilities).candidates
     first, last = prior.sample(plain).unbind(0)
     with torch.no_grad():
         tokens = tiny.model.text([SHORT, LONG]).tokens
@@ -175,7 +176,7 @@ def test_the_best_of_the_priors_answers_is_taken(tiny: TextToImage) -> None:
     taken = set()
     for seed in range(6):
         seeds = [(seed + k * NEXT_THOUGHT) % 2**32 for k in range(3)]
-        answers = prior.sample(Request(prompt=[SHORT] * 3, seed=seeds).resolve(tiny.model.abilities).candidates)
+        answers = prior.sample(resolve(Request(prompt=[SHORT] * 3, seed=seeds), tiny.model.abilities).candidates)
         with torch.no_grad():
             text = prior.conditions([SHORT])[0].vector
         assert text is not None
@@ -287,5 +288,5 @@ def test_a_callback_hears_of_candidates_and_not_of_answers(tiny: TextToImage) ->
 )
 def test_what_cannot_be_painted_is_refused_in_one_line(tiny: TextToImage, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Request(**({"prompt": SHORT} | asked)).resolve(tiny.model.abilities)
+        resolve(Request(**({"prompt": SHORT} | asked)), tiny.model.abilities)
     assert "\n" not in str(caught.value)

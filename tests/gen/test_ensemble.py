@@ -15,6 +15,7 @@ from torch import Tensor
 from gen import Request, TextToImage
 from gen.candidate import Candidate
 from gen.picture import largest_difference
+from gen.resolve import resolve
 from gen.scheduler import STOCK
 from tests.gen.test_img2img import picture
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, stock_of
@@ -169,7 +170,7 @@ def test_latents_are_for_all_for_prompts_or_for_pictures(ours: Pair) -> None:
 
     def begun(number: int) -> list[float]:
         request = Request(prompt=PROMPTS, num_images_per_prompt=2, image=handed[:number], denoising_start=SHARE)
-        each = [one.image_latents for one in request.resolve(able).candidates]
+        each = [one.image_latents for one in resolve(request, able).candidates]
         return [round(float((one - HANDED[0]).mean())) for one in each if one is not None]
 
     assert begun(1) == [0, 0, 0, 0] and begun(2) == [0, 0, 1, 1] and begun(4) == [0, 1, 2, 3]
@@ -192,9 +193,10 @@ def test_records_say_where_a_run_ended_and_what_they_lack(ours: Pair) -> None:
 
 def test_what_is_not_whole_is_not_ranked(ours: Pair) -> None:
     able = replace(ours.base.model.abilities, can_rank=True)
-    assert Request(prompt=SHORT).resolve(able).rank and not Request(prompt=SHORT, denoising_end=0.5).resolve(able).rank
+    assert resolve(Request(prompt=SHORT), able).rank
+    assert not resolve(Request(prompt=SHORT, denoising_end=0.5), able).rank
     with pytest.warns(UserWarning, match="strength is ignored: denoising_start says where it begins"):
-        job = Request(prompt=SHORT, image=HANDED, denoising_start=SHARE, strength=0.5).resolve(able)
+        job = resolve(Request(prompt=SHORT, image=HANDED, denoising_start=SHARE, strength=0.5), able)
     assert job.rank and job.candidates[0].settings.strength == 1
 
 
@@ -221,6 +223,6 @@ def test_what_is_not_whole_is_not_ranked(ours: Pair) -> None:
 def test_what_cannot_be_painted_is_refused_in_one_line(ours: Pair, asked: dict[str, Any], message: str) -> None:
     model = ours.base
     with pytest.raises(ValueError, match=message) as caught, model.engine() as engine:
-        job = Request(**{"prompt": SHORT, **STEPS} | asked).resolve(replace(model.model.abilities, can_rank=True))
+        job = resolve(Request(**{"prompt": SHORT, **STEPS} | asked), replace(model.model.abilities, can_rank=True))
         engine.submit(job)
     assert "\n" not in str(caught.value)

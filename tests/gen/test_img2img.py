@@ -18,6 +18,7 @@ from PIL import Image
 from gen import Request, TextToImage
 from gen.candidate import Candidate
 from gen.picture import largest_difference
+from gen.resolve import resolve
 from gen.scheduler import STOCK
 from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
@@ -262,13 +263,13 @@ def test_a_photograph_is_turned_as_the_camera_was_held_and_resized_as_stock_does
 )
 def test_what_cannot_be_painted_is_refused_in_one_line(tiny: TextToImage, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Request(**({"prompt": SHORT, "num_inference_steps": 5} | asked)).resolve(tiny.model.abilities)
+        resolve(Request(**({"prompt": SHORT, "num_inference_steps": 5} | asked)), tiny.model.abilities)
     assert "\n" not in str(caught.value)
 
 
 def test_whole_numbers_of_any_type_are_8_bits_or_black_and_white(tiny: TextToImage) -> None:
     def read(image: Any, mask: Any = None) -> Candidate:
-        return Request(prompt=SHORT, image=image, mask_image=mask).resolve(tiny.model.abilities).candidates[0]
+        return resolve(Request(prompt=SHORT, image=image, mask_image=mask), tiny.model.abilities).candidates[0]
 
     pixels = np.asarray(picture(size=(64, 64)))
     wanted, tensor = read(pixels).image, torch.from_numpy(pixels.astype(np.int32)).movedim(-1, 0)
@@ -284,8 +285,8 @@ def test_whole_numbers_of_any_type_are_8_bits_or_black_and_white(tiny: TextToIma
 def test_what_is_handed_in_is_copied(tiny: TextToImage) -> None:
     pixels, latents = torch.rand(3, 64, 64), torch.randn(1, 4, 8, 8)
     pixels_then, latents_then = pixels.clone(), latents.clone()
-    (begun,) = Request(prompt=SHORT, image=pixels).resolve(tiny.model.abilities).candidates
-    (noised,) = Request(prompt=SHORT, latents=latents).resolve(tiny.model.abilities).candidates
+    (begun,) = resolve(Request(prompt=SHORT, image=pixels), tiny.model.abilities).candidates
+    (noised,) = resolve(Request(prompt=SHORT, latents=latents), tiny.model.abilities).candidates
     pixels.zero_()
     latents.zero_()
     assert begun.image is not None and torch.equal(begun.image.pixels, pixels_then)
@@ -295,4 +296,4 @@ def test_what_is_handed_in_is_copied(tiny: TextToImage) -> None:
 def test_a_model_that_cannot_begin_with_a_picture_says_so(tiny: TextToImage) -> None:
     able = replace(tiny.model.abilities, strength=None)
     with pytest.raises(ValueError, match="image was given, but this model cannot begin with a picture; leave it out"):
-        Request(prompt=SHORT, image=picture()).resolve(able)
+        resolve(Request(prompt=SHORT, image=picture()), able)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from gen import Request, TextToImage
 from gen.picture import largest_difference
+from gen.resolve import resolve
 from gen.scheduler import STOCK
 from tests.gen.test_img2img import FEW, SIZE, ddim, picture
 from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
@@ -165,7 +166,7 @@ def test_a_record_repeats_picture_and_mask(models: dict[str, TextToImage], tmp_p
 def test_what_is_not_said_is_as_stock_has_it(
     models: dict[str, TextToImage], folders: dict[str, Path], kind: str
 ) -> None:
-    (one,) = Request(prompt=SHORT, image=picture(), mask_image=mask()).resolve(models[kind].model.abilities).candidates
+    (one,) = resolve(Request(prompt=SHORT, image=picture(), mask_image=mask()), models[kind].model.abilities).candidates
     said = inspect.signature(type(stock(folders[kind], kind)).__call__).parameters
     for name in ("strength", "guidance_scale", "num_inference_steps"):
         assert getattr(one.settings, name) == said[name].default, name
@@ -200,5 +201,5 @@ def test_what_cannot_be_painted_is_refused_in_one_line(
     models: dict[str, TextToImage], kind: str, asked: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Request(prompt=SHORT, **asked).resolve(models[kind].model.abilities)
+        resolve(Request(prompt=SHORT, **asked), models[kind].model.abilities)
     assert "\n" not in str(caught.value)

@@ -27,6 +27,7 @@ from gen.command import main
 from gen.facts import facts_of
 from gen.picture import largest_difference
 from gen.pipeline import as_output
+from gen.resolve import resolve
 from samplers.noise import SEEDS, STAGES, noise
 from schedulers import MendedUnCLIP
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, edited
@@ -294,11 +295,11 @@ def test_what_nobody_reads_is_said(models: dict[str, TextToImage]) -> None:
     """Without the prior, 2.2 has nobody to read a negative prompt; 2.1 has."""
     asked: dict[str, Any] = {"image_embeds": torch.ones(1, WIDTH), "negative_prompt": "blue", "num_inference_steps": 1}
     with pytest.warns(UserWarning, match="negative_prompt is ignored: the prior is off"):
-        Request(**asked).resolve(models["2.2"].model.abilities)
-    Request(**asked).resolve(models["2.1"].model.abilities)
+        resolve(Request(**asked), models["2.2"].model.abilities)
+    resolve(Request(**asked), models["2.1"].model.abilities)
     with pytest.raises(ValueError, match=r"without its prior .*; leave prior=False out"):
-        Request(prompt=SHORT, prior=False).resolve(models["2.2"].model.abilities)
-    Request(prompt=SHORT, negative_prompt="blue", guidance_scale=1.0).resolve(models["2.2"].model.abilities)
+        resolve(Request(prompt=SHORT, prior=False), models["2.2"].model.abilities)
+    resolve(Request(prompt=SHORT, negative_prompt="blue", guidance_scale=1.0), models["2.2"].model.abilities)
 
 
 # --- what stock cannot do; the day one of these fails, compare with stock above --------------------------------------

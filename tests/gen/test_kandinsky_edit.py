@@ -24,6 +24,7 @@ from gen import Request, TextToImage
 from gen.command import main
 from gen.families.kandinsky import widened
 from gen.picture import largest_difference
+from gen.resolve import resolve
 from gen.source import source
 from tests.gen.test_img2img import picture
 from tests.gen.test_inpaint import mask
@@ -376,7 +377,7 @@ def test_what_cannot_be_painted_is_refused_in_one_line(
 ) -> None:
     for version in VERSIONS:
         with pytest.raises(ValueError, match=message) as caught:
-            Request(prompt=SHORT, **asked).resolve(models[version, inpaints].model.abilities)
+            resolve(Request(prompt=SHORT, **asked), models[version, inpaints].model.abilities)
         assert "\n" not in str(caught.value)
 
 

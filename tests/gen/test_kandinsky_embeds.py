@@ -13,6 +13,7 @@ from torch import Tensor
 from gen import Request, TextToImage
 from gen.command import main
 from gen.embeds import moved, slerp
+from gen.resolve import resolve
 from tests.gen.test_img2img import picture
 from tests.gen.test_kandinsky import VERSIONS
 from tests.stock import LATENTS, LONG, SEED, SHORT, apart
@@ -73,7 +74,7 @@ def test_two_prompts_meet_through_the_prior(kandinskys: dict[str, TextToImage], 
     if version == "2.2":  # all that its UNet is told
         prior = model.model.prior
         assert prior is not None
-        plain = Request(prompt=[SHORT, LONG], seed=SEED, **PRIOR).resolve(model.model.abilities).candidates
+        plain = resolve(Request(prompt=[SHORT, LONG], seed=SEED, **PRIOR), model.model.abilities).candidates
         first, last = prior.sample(plain).unbind(0)
         same = model(image_embeds=slerp(first, last, 0.3)[None], **ASKED, **SIZE).images
         assert apart(ways[0.3], same) <= LATENTS  # type: ignore[arg-type]
@@ -117,7 +118,7 @@ def test_a_decoder_alone_says_what_it_lacks(
 ) -> None:
     able = TextToImage.from_pretrained(kandinsky_folders["2.2"]["decoder"], device="cpu").model.abilities
     with pytest.raises(ValueError, match=message) as caught:
-        Request(prompt=SHORT, **asked).resolve(able)
+        resolve(Request(prompt=SHORT, **asked), able)
     assert "\n" not in str(caught.value)
 
 
@@ -139,7 +140,7 @@ def test_what_cannot_be_painted_is_refused_in_one_line(
 ) -> None:
     for model in kandinskys.values():
         with pytest.raises(ValueError, match=message) as caught:
-            Request(prompt=SHORT, **asked).resolve(model.model.abilities)
+            resolve(Request(prompt=SHORT, **asked), model.model.abilities)
         assert "\n" not in str(caught.value)
 
 

@@ -22,6 +22,7 @@ from gen.conditioning import Condition, Conditions, Table
 from gen.families import FAMILIES
 from gen.families.painter import Painter
 from gen.request import Request
+from gen.resolve import resolve
 from tests.tiny import tiny_tokenizer
 from tests.tiny_kandinsky import BETAS, tiny_tokenizer_2_1
 
@@ -149,7 +150,7 @@ def test_full_size(version: str, billions: dict[str, float]) -> None:
 
     # a prompt through the prior's towers, and an embedding and its null through UNet and autoencoder
     asked = Request(prompt="a star", negative_prompt="blue", seed=0)
-    candidates = asked.resolve(model.abilities).candidates
+    candidates = resolve(asked, model.abilities).candidates
     assert model.prior is not None and model.prior.num_answers(candidates[0]) == 2
     (said,) = model.prior.rows(candidates, ["key"], Table())
     width = FULL[version]["width"]
@@ -182,7 +183,7 @@ def test_full_size_for_inpainting(version: str, name: str) -> None:
     assert model.unet.conv_in.weight.shape == (384, 9, 3, 3)
     able, height, width = model.abilities, 512, 768
     asked = Request(prompt="a star", image=torch.rand(3, height, width), mask_image=torch.ones(height, width), seed=0)
-    (candidate,) = asked.resolve(able).candidates
+    (candidate,) = resolve(asked, able).candidates
     x = torch.empty(1, *model.latent_shape(candidate.settings), device="meta")
     (read,) = edit.read(model, [candidate])
     begins = edit.beginning(candidate, read, x.shape[1:], edit.schedule_of(model.levels, candidate.settings))

@@ -25,6 +25,7 @@ from gen.checkpoint import Card, Parts, part_class
 from gen.conditioning import Conditions, Table
 from gen.facts import facts_of
 from gen.families.karlo import Karlo
+from gen.resolve import resolve
 from gen.rows import Rows
 from gen.upscale import STAGE as SUPER_RESOLUTION
 from samplers.noise import noise
@@ -174,7 +175,7 @@ def test_variations_equal_stock(
 
 
 def test_the_prior_and_its_own_answer_paint_the_same(model: TextToImage) -> None:
-    (candidate,) = Request(prompt=SHORT, seed=SEED, **STEPS).resolve(model.model.abilities).candidates
+    (candidate,) = resolve(Request(prompt=SHORT, seed=SEED, **STEPS), model.model.abilities).candidates
     assert model.model.prior is not None
     with torch.no_grad():
         embeds = model.model.prior.sample([candidate])
@@ -266,9 +267,9 @@ def test_one_step_goes_from_noise_to_the_estimate(model: TextToImage) -> None:
     """By hand, of super resolution, whose only step is its last; and all stages in one step each."""
     assert isinstance(model.model, Karlo)
     upscaler = model.model.upscaler
-    (candidate,) = (
-        Request(prompt=SHORT, seed=SEED, super_res_num_inference_steps=1).resolve(model.model.abilities).candidates
-    )
+    (candidate,) = resolve(
+        Request(prompt=SHORT, seed=SEED, super_res_num_inference_steps=1), model.model.abilities
+    ).candidates
     small = torch.linspace(-1.5, 1.5, 3 * SMALL * SMALL).reshape(3, SMALL, SMALL)
     x = noise([SEED], SUPER_RESOLUTION, 0, (3, LARGE, LARGE))
     large = F.interpolate(small[None].clamp(-1, 1), LARGE, mode="bicubic", antialias=True)
@@ -479,7 +480,7 @@ def test_full_size(folder: Path) -> None:
     ours = {part: shapes(module) for part, module in model.parts().items() if isinstance(module, nn.Module)}
     assert ours == theirs
 
-    (candidate,) = Request(prompt=SHORT, seed=0).resolve(model.abilities).candidates
+    (candidate,) = resolve(Request(prompt=SHORT, seed=0), model.abilities).candidates
     ((words, null),) = model.tell([candidate], Table())
     (prompt,) = model.show([candidate], [words], [torch.empty(768, device="meta")])
     for each in (prompt, null):

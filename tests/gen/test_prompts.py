@@ -14,6 +14,7 @@ from torch import Tensor
 from clip_core.score import cosine
 from gen import Request, TextToImage
 from gen.prompts import parse, plain
+from gen.resolve import resolve
 from tests.stock import LATENTS, LONG, SEED, SHORT, apart, start, stock_of
 from tests.tiny import LENGTH, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
@@ -85,9 +86,9 @@ def test_the_grammar(text: str, parts: list[tuple[str, float]]) -> None:
 def test_what_cannot_be_read_is_refused_in_one_line(model: TextToImage, text: str, message: str) -> None:
     for asked in ({"prompt": text}, {"prompt": SHORT, "negative_prompt": text}):
         with pytest.raises(ValueError, match=message) as caught:
-            Request(**asked, prompt_weights=True).resolve(model.model.abilities)
+            resolve(Request(**asked, prompt_weights=True), model.model.abilities)
         assert "\n" not in str(caught.value)
-    Request(prompt=text).resolve(model.model.abilities)  # brackets are words where nobody asked for weights
+    resolve(Request(prompt=text), model.model.abilities)  # brackets are words where nobody asked for weights
 
 
 # --- what the UNet is told ---------------------------------------------------------------------------------------
@@ -199,4 +200,4 @@ def test_what_does_not_go_together_is_refused(model: TextToImage, tiny: TextToIm
         ({"prompt_weights": 1}, "prompt_weights=1; give True or False"),
     ):
         with pytest.raises(ValueError, match=message):
-            Request(**({"prompt": SHORT} | asked)).resolve(model.model.abilities)  # type: ignore[arg-type]
+            resolve(Request(**({"prompt": SHORT} | asked)), model.model.abilities)  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ from gen.checkpoint import Card, Parts, listed, part_class, unfilled
 from gen.conditioning import Conditions, Table
 from gen.families import FAMILIES
 from gen.request import Request
+from gen.resolve import resolve
 from gen.scheduler import NoiseLevels
 from gen.single_file import CONFIGS
 from tests.tiny import tiny_tokenizer
@@ -182,7 +183,7 @@ def test_full_size(name: str) -> None:
     assert isinstance(model.text.tokenizer, CLIPTokenizer)
 
     # a prompt and its null through towers, UNet and autoencoder
-    (candidate,) = Request(prompt="a star", seed=0, **full.get("words", {})).resolve(model.abilities).candidates
+    (candidate,) = resolve(Request(prompt="a star", seed=0, **full.get("words", {})), model.abilities).candidates
     ((prompt, null),) = model.tell([candidate], Table())
     assert null is not None and prompt.tokens is not None and null.tokens is not None
     assert prompt.tokens.shape == null.tokens.shape == (77, full["unet"]["cross_attention_dim"])

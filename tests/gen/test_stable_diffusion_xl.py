@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from gen import Request, TextToImage
+from gen.resolve import resolve
 from gen.scheduler import STOCK
 from tests.stock import (
     LATENTS,
@@ -147,7 +148,7 @@ def test_one_second_text_is_for_all_and_what_is_told_is_recorded(xl: TextToImage
 )
 def test_second_texts_and_sizes_are_checked(xl: TextToImage, told: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Request(prompt=PROMPTS, **told).resolve(xl.model.abilities)
+        resolve(Request(prompt=PROMPTS, **told), xl.model.abilities)
 
 
 def test_other_models_have_no_second_text_and_are_told_no_sizes(tmp_path: Path) -> None:

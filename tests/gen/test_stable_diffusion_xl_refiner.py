@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from gen import Request, TextToImage, command
 from gen.picture import largest_difference, read_png
+from gen.resolve import resolve
 from tests.gen.test_img2img import picture
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, edited, stock_of
 from tests.tiny import make_tiny_stable_diffusion_xl
@@ -120,13 +121,13 @@ def test_what_cannot_be_painted_is_refused_in_one_line(
     refiner: TextToImage, asked: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Request(prompt=SHORT, **asked).resolve(refiner.model.abilities)
+        resolve(Request(prompt=SHORT, **asked), refiner.model.abilities)
     assert "\n" not in str(caught.value)
 
 
 def test_what_it_is_not_told_is_ignored_aloud(refiner: TextToImage) -> None:
     with pytest.warns(UserWarning, match="target_size is ignored: this model is told a score in its place"):
-        Request(prompt=SHORT, image=IMAGE, target_size=(8, 8)).resolve(refiner.model.abilities)
+        resolve(Request(prompt=SHORT, image=IMAGE, target_size=(8, 8)), refiner.model.abilities)
 
 
 def test_what_we_save_stock_paints_the_same(

@@ -30,6 +30,7 @@ from gen.checkpoint import IMAGE_PARTS, Card, Parts, part_class
 from gen.conditioning import Conditions, Table
 from gen.families.stable_unclip import StableUnCLIP
 from gen.request import Request
+from gen.resolve import resolve
 from tests.gen.test_stable_diffusion_sizes import CLIP_L, FULL, at_full_size, shapes
 
 EYES: dict[int, dict[str, Any]] = {  # by the width of the embedding
@@ -93,7 +94,7 @@ def test_full_size(width: int, has_prior: bool, numbers: int) -> None:
     embeds = torch.empty(1, width, device="meta")
     assert model.image_encoder(torch.empty(1, 3, 224, 224, device="meta")).image_embeds.shape == embeds.shape
     asked = Request(prompt="a star", seed=0, image_embeds=None if has_prior else torch.zeros(1, width))
-    (candidate,) = asked.resolve(model.abilities).candidates
+    (candidate,) = resolve(asked, model.abilities).candidates
     if model.prior is not None:
         (row,) = model.prior.rows([candidate], ["key"], Table())
         assert row.null is not None

@@ -23,6 +23,7 @@ from torch import Tensor
 from gen import Request, TextToImage, command, room
 from gen.families.autoencoder import KLModel, has_tiles
 from gen.picture import largest_difference, read_png
+from gen.resolve import resolve
 from tests.gen.test_img2img import ddim, picture
 from tests.gen.test_inpaint import mask
 from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, edited, start, stock_of
@@ -196,13 +197,13 @@ def test_models_without_tiles_refuse_it(kandinskys: dict[str, TextToImage], tmp_
     for model in (karlo, *kandinskys.values()):
         with pytest.raises(ValueError, match=REFUSED):
             model(SHORT, vae_tiling=True)
-        assert Request(prompt=SHORT, vae_tiling=False).resolve(model.model.abilities)
+        assert resolve(Request(prompt=SHORT, vae_tiling=False), model.model.abilities)
 
 
 @pytest.mark.parametrize("given", ["yes", 1, 0.0])
 def test_it_is_true_or_false(models: dict[str, TextToImage], given: Any) -> None:
     with pytest.raises(ValueError, match=f"vae_tiling={given!r}; give True or False"):
-        Request(prompt=SHORT, vae_tiling=given).resolve(models["1"].model.abilities)
+        resolve(Request(prompt=SHORT, vae_tiling=given), models["1"].model.abilities)
 
 
 @pytest.mark.parametrize("sample_size", [50, 8, [64, 48]])

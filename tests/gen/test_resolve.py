@@ -17,7 +17,7 @@ from diffusers import EulerDiscreteScheduler
 
 from gen import Request, TextToImage
 from gen.candidate import MAX_SEED
-from gen.request import candidate_seeds
+from gen.resolve import candidate_seeds, resolve
 from gen.settings import Settings
 from tests.tiny import WIDTH, make_tiny_stable_unclip
 
@@ -161,7 +161,7 @@ def test_numbers_of_other_libraries_are_numbers(tiny: TextToImage) -> None:
         "budget": torch.tensor(60.0),
         "prior": np.True_,
     }
-    job = Request(**GOOD | words).resolve(tiny.model.abilities)
+    job = resolve(Request(**GOOD | words), tiny.model.abilities)
     assert [each.seed for each in job.candidates] == [3, 4] and job.keep == 1 and job.budget == 60.0
     told = json.loads(json.dumps(job.candidates[0].to_json()))  # a record is JSON
     here = {"height": 64, "num_inference_steps": 4, "guidance_scale": 2.5, "guidance_interval": [0.5, 2.5]}
@@ -227,22 +227,23 @@ def test_no_network_runs_is_able_to_fail(tiny: TextToImage, no_network_runs: Non
     ],
 )
 def test_what_is_ignored_is_said(tiny: TextToImage, words: dict[str, Any], ignored: str) -> None:
-    with pytest.warns(UserWarning, match=f"{ignored} is ignored"):
-        Request(**(GOOD | words)).resolve(tiny.model.abilities)
+    with pytest.warns(UserWarning, match=f"{ignored} is ignored") as caught:
+        resolve(Request(**(GOOD | words)), tiny.model.abilities)
+    assert {each.filename for each in caught} == {__file__}  # of who asks
 
 
 def test_a_model_without_prior_or_clip_says_so(tiny: TextToImage) -> None:
     able = replace(tiny.model.abilities, prior_max_steps=0, can_rank=False)
     with pytest.raises(ValueError, match="has no prior"):
-        Request(prompt="a star", prior=True).resolve(able)
+        resolve(Request(prompt="a star", prior=True), able)
     plain = replace(able, defaults=replace(able.defaults, prior=False))
     with pytest.raises(ValueError, match="no clip/ to rank with"):
-        Request(prompt="a star", rerank=True).resolve(plain)
+        resolve(Request(prompt="a star", rerank=True), plain)
     with pytest.raises(ValueError, match="keep=1 of 2 needs a ranking"):
-        Request(prompt="a star", keep=1, num_images_per_prompt=2).resolve(plain)
+        resolve(Request(prompt="a star", keep=1, num_images_per_prompt=2), plain)
     with pytest.raises(ValueError, match="no clip/ to guide by"):
-        Request(prompt="a star", clip_guidance_scale=9.0).resolve(plain)
-    assert Request(prompt="a star").resolve(plain).rank is False
+        resolve(Request(prompt="a star", clip_guidance_scale=9.0), plain)
+    assert resolve(Request(prompt="a star"), plain).rank is False
 
 
 def test_seeds() -> None:
@@ -262,7 +263,7 @@ def test_drawing_a_seed_leaves_torchs_generator_alone() -> None:
 
 def test_eta_and_churn_go_together_where_one_is_0(tiny: TextToImage) -> None:
     for options in ({"eta": 0.0, "s_churn": 2.0}, {"eta": 0.5, "s_churn": 0.0}):
-        job = Request(prompt="a star", sampler="euler", **options).resolve(tiny.model.abilities)
+        job = resolve(Request(prompt="a star", sampler="euler", **options), tiny.model.abilities)
         assert job.candidates[0].settings.sampler_options == options
 
 
@@ -270,12 +271,12 @@ def test_options_of_the_models_own_sampler_are_not_anothers(tiny: TextToImage) -
     own = replace(tiny.model.abilities.defaults, sampler="euler", s_churn=3.0, s_noise=1.1)
     able = replace(tiny.model.abilities, defaults=own)
     given = {"s_churn": 3.0, "s_noise": 1.1}
-    assert Request(prompt="a star").resolve(able).candidates[0].settings.sampler_options == given
-    assert Request(prompt="a star", sampler="ddim").resolve(able).candidates[0].settings.sampler_options == {}
+    assert resolve(Request(prompt="a star"), able).candidates[0].settings.sampler_options == given
+    assert resolve(Request(prompt="a star", sampler="ddim"), able).candidates[0].settings.sampler_options == {}
 
 
 def test_settings_defaults_are_the_models_own(tiny: TextToImage) -> None:
-    settings = Request(prompt="a star").resolve(tiny.model.abilities).candidates[0].settings
+    settings = resolve(Request(prompt="a star"), tiny.model.abilities).candidates[0].settings
     assert settings == Settings(
         height=64,
         width=64,
