@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from gauges import now, peak_mb, reset_peak
-from gen.attention import AUTO, KERNELS, TORCHS_CHOICE, Shape, chosen, refusal
+from gen.attention.kernels import AUTO, KERNELS, TORCHS_CHOICE, Shape, chosen, refusal
 from options import DTYPES, known
 from report import RESULTS, markdown, save
 from training.provenance import provenance

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from gen.attention import adds_keys
+from gen.attention.network import adds_keys
 from gen.bucket import is_measured
 from gen.compiled import COMPILERS
 from gen.memory import set_apart

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from gen.attention import Texts
+from gen.attention.texts import Texts
 from gen.openvino_kernels import own_kernels
 from gen.openvino_model import Part, cut_layers, cut_levels, drop_ones, fold, fold_norms, plain_norms, read
 from gen.openvino_weights import Kept

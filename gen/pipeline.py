@@ -28,7 +28,8 @@ from torch import Tensor
 from gen import checkpoint
 from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
-from gen.attention import AUTO, adds_keys, check_attention, set_attention
+from gen.attention.kernels import AUTO, check_attention
+from gen.attention.network import adds_keys, set_attention
 from gen.bucket import Buckets, is_out_of_memory
 from gen.candidate import Candidate, asks_clip, check_shown
 from gen.checks import check_callback, check_name, whole

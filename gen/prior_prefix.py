@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_core.device import place_of, sent
-from gen.attention import STOCK, Processor
+from gen.attention.processor import STOCK, Processor
 from gen.conditioning import Condition, Conditions, stacked
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gen.attention import AUTO, TORCHS_CHOICE
+from gen.attention.kernels import AUTO, TORCHS_CHOICE
 from gen.compile_runtime import check_compile, run_compiled
 from gen.openvino_runtime import PRECISIONS, core, run_by_openvino
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gen.attention import Handed, Texts
+from gen.attention.texts import Handed, Texts
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from gen.adapters import drafts, lora
-from gen.attention import restore_attention
+from gen.attention.network import restore_attention
 from gen.checkpoint import find
 from gen.conditioning import Condition, Conditions, Table
 from gen.drafter import SAMPLER, Drafter

@@ -26,7 +26,8 @@ from clip_core.preprocess import CONFIG_NAME, Preprocess
 from clip_core.weights import content_hash, read_json
 from clip_core.wording import one_line
 from gen.adapters.file import Adapter, Found, fetched, found, read
-from gen.attention import per_head, text_layers
+from gen.attention.network import text_layers
+from gen.attention.processor import per_head
 from gen.checkpoint import load_part
 from gen.checks import real
 from gen.hub import needed

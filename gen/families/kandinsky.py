@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from clip_core.clip import CLIP
 from clip_core.join import joined
 from clip_core.preprocess import Preprocess
-from gen.attention import reading
+from gen.attention.network import reading
 from gen.candidate import Candidate
 from gen.checkpoint import JOINED, Parts
 from gen.conditioning import Condition, Conditions, Table, Told

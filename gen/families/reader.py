@@ -20,7 +20,7 @@ from clip_core.device import sent
 from clip_core.text import Piece, TextTower
 from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
-from gen.attention import reading, seeing
+from gen.attention.network import reading, seeing
 from gen.candidate import Candidate
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.painter import Painter, own

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gen import TextToImage
+from gen.attention.network import restore_attention
 from tests.tiny import make_tiny_stable_unclip
 from tests.tiny_kandinsky import make_tiny_kandinsky
 
@@ -17,6 +18,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> TextToImage:
     return TextToImage.from_pretrained(tiny_folder, device="cpu")
+
+
+@pytest.fixture
+def own(tiny_folder: Path) -> TextToImage:
+    """A model of the test's own, to change."""
+    return TextToImage.from_pretrained(tiny_folder, device="cpu")
+
+
+@pytest.fixture
+def stock_tiny(tiny_folder: Path) -> TextToImage:
+    """Such a model with diffusers' own attention processors."""
+    model = TextToImage.from_pretrained(tiny_folder, device="cpu")
+    restore_attention(model.model.unet)
+    return model
 
 
 @pytest.fixture(scope="session")

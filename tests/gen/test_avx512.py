@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen import avx512
-from gen.attention import KERNELS, Shape, chosen
+from gen.attention.kernels import KERNELS, Shape, chosen
 
 
 def drawn(rows: int, heads: int, queries: int, keys: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +111,7 @@ def test_gradients_are_torchs(asking: tuple[bool, ...]) -> None:
 @pytest.mark.usefixtures("able")
 def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are given, so that a busy machine does not change the answer."""
-    monkeypatch.setattr("gen.attention.seconds", lambda name, shape: [0.3 if name == "avx512" else 1.0] * 3)
+    monkeypatch.setattr("gen.attention.kernels.seconds", lambda name, shape: [0.3 if name == "avx512" else 1.0] * 3)
     told = {"heads": 8, "size": 12, "queries": 10, "keys": 11}  # no model's, for choices are remembered
     assert chosen("auto", Shape(torch.device("cpu"), torch.bfloat16, **told)) == "avx512"
     assert chosen("auto", Shape(torch.device("cpu"), torch.float32, **told)) == "sdpa"

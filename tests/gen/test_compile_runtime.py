@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gen import Request, TextToImage, attention, compile_runtime
+from gen import Request, TextToImage, compile_runtime
+from gen.attention import kernels
 from gen.compile_runtime import check_compile, run_compiled
 from gen.compiled import COMPILERS
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
@@ -152,10 +153,10 @@ def test_auto_measures_attention_itself_and_not_its_trace(
 ) -> None:
     """In bfloat16, where there may be a kernel of our own to measure."""
     timed: list[Tensor] = []
-    measure = attention.seconds
-    monkeypatch.setattr(attention, "seconds", lambda *asked: timed.append(asked[1].example(1)[0]) or measure(*asked))
-    attention.fastest.cache_clear()
-    attention.chosen.cache_clear()
+    measure = kernels.seconds
+    monkeypatch.setattr(kernels, "seconds", lambda *asked: timed.append(asked[1].example(1)[0]) or measure(*asked))
+    kernels.fastest.cache_clear()
+    kernels.chosen.cache_clear()
     compiled = TextToImage.from_pretrained(tiny_folder, "cpu", "bfloat16", runtime="compile")
     painted = compiled("a star", **PLAIN, output_type="latent").images
     assert all(type(query) is Tensor for query in timed), "and not a tracer's"

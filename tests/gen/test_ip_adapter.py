@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from clip_core import hub
 from gen import Request, TextToImage, command
-from gen.attention import attentions
+from gen.attention.network import attentions
 from gen.families.reader import Reader
 from gen.picture import read_png
 from tests.hub import cached

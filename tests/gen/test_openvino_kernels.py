@@ -12,7 +12,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from gen.attention import set_attention
+from gen.attention.network import set_attention
 from gen.openvino_convolution import by_tiles, side_of
 from gen.openvino_kernels import operations, own_kernels
 from gen.openvino_model import cut_layers, drop_ones, fold, fold_norms, read

@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from gen import TextToImage
-from gen.attention import set_attention
+from gen.attention.network import set_attention
 from gen.bucket import PROBE
 from gen.candidate import Candidate
 from gen.conditioning import Condition, Conditions, Distinct, Table

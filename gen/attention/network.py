@@ -1,0 +1,103 @@
+"""Our processors on the layers of a diffusers network, and what the network is then told of texts.
+
+`set_attention` puts them there, `restore_attention` puts the former ones back. Where the caller says through
+`cross_attention_kwargs` which text each evaluation reads (`reading`), a text is projected once for all layers that
+read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import TypeVar
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from clip_core.device import place_of
+from gen.attention.kernels import AUTO, check_attention
+from gen.attention.processor import STOCK, Processor, told_pair
+from gen.attention.texts import Kept, Texts
+from gen.conditioning import Distinct
+
+T = TypeVar("T")
+
+
+def set_attention(network: nn.Module, name: str = AUTO) -> None:
+    """Let every Attention of a diffusers network compute with the kernel of this name (one of `CHOICES`).
+
+    Raises ValueError for what `check_attention` refuses and for a network whose processors are not diffusers' plain
+    ones. A kernel that runs there but not for some shape (flash and a mask on CUDA) leaves that shape to torch's own
+    choice and logs why.
+    """
+    layers = list(attentions(network))
+    check_attention(name, place_of(network), layers[0].to_q.weight.dtype if layers else torch.float32)
+    for layer in layers:
+        if not isinstance(layer.processor, (*STOCK, Processor)):
+            kind = type(layer.processor).__name__
+            raise ValueError(f"attention '{name}' would replace a {kind}, which does more; take that one out first")
+    restore_attention(network)
+    places, kept = count(), Kept()
+    for layer in layers:
+        place = next(places) if layer.is_cross_attention else None
+        layer.set_processor(Processor(name, layer.processor, place, kept))
+
+
+def restore_attention(network: nn.Module) -> None:
+    """Put every Attention's former processor back; one that is not ours stays."""
+    for layer in attentions(network):
+        if isinstance(layer.processor, Processor):
+            layer.set_processor(layer.processor.former)
+
+
+def attentions(network: nn.Module) -> Iterator[Attention]:
+    """Every diffusers Attention in a network."""
+    return (module for module in network.modules() if isinstance(module, Attention))
+
+
+def adds_keys(network: nn.Module) -> bool:
+    """Whether layers see the picture's keys beside the text's (Karlo, Kandinsky), so that rows cannot share these."""
+    return any(layer.added_kv_proj_dim is not None for layer in attentions(network))
+
+
+def text_layers(network: nn.Module) -> Iterator[Attention]:
+    """Those of them that read the text, of a network with these processors."""
+    return (layer for layer in attentions(network) if layer.processor.place is not None)
+
+
+def reading(
+    network: nn.Module,
+    texts: Distinct[T],  # told apart by identity: token states, or conditions where other things are read as well
+    states: Callable[[list[T]], Tensor],  # what the layers read of some of them, (U, L, D)
+) -> dict[str, Texts] | None:
+    """The network's `cross_attention_kwargs`: which text each evaluation reads, and its keys and values in every layer.
+
+    A text that is new is projected here, not in the network's own call. None where `set_attention` was not called.
+    """
+    kept = kept_of(network)
+    return None if kept is None else {"texts": kept.read(texts, lambda new: projected(network, states(new)))}
+
+
+def seeing(
+    network: nn.Module,
+    pictures: Distinct[T],  # told apart by identity
+    project: Callable[[list[T]], list[tuple[Tensor, ...]]],  # of some of them the pairs of each layer that reads text
+) -> dict[str, Texts]:
+    """The same for pictures that the layers see beside their text, by keys and values of their own (IP-Adapter)."""
+    kept = kept_of(network)
+    assert kept is not None, "asked of a network without these processors"
+    return {"pictures": kept.read(pictures, project)}
+
+
+def kept_of(network: nn.Module) -> Kept | None:
+    """What a network's processors keep; None where `set_attention` was not called."""
+    first = next(attentions(network), None)
+    return first.processor.kept if first is not None and isinstance(first.processor, Processor) else None
+
+
+@torch.no_grad()  # constants of the text, whatever else is differentiated
+def projected(network: nn.Module, states: Tensor) -> list[tuple[Tensor, ...]]:
+    """Keys and values (2, heads, L, d) of every text's states (U, L, D), of each layer that reads the text."""
+    pairs = [torch.stack(told_pair(layer, states), 1) for layer in text_layers(network)]  # (U, 2, heads, L, d)
+    return [tuple(of_layer[text] for of_layer in pairs) for text in range(len(states))]
