@@ -406,7 +406,8 @@ def _scores(model: str, pictures: list[Image.Image], texts: list[str]) -> list[l
 
     from clip_core.clip import CLIP
     from clip_core.score import cosine
-    from gen.checkpoint import ASSETS, INDEX, find
+    from gen.model_folder import ASSETS, find
+    from gen.model_index import INDEX
 
     if (ASSETS / model / INDEX).exists() or (Path(model) / INDEX).exists():
         source = find(model) / "clip"

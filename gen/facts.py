@@ -16,7 +16,9 @@ from clip_core.weights import read_json, shapes
 from gen import single_file
 from gen.adapters.drafts import FOLDER as DRAFTS
 from gen.adapters.drafts import TOLD, is_low_rank
-from gen.checkpoint import INDEX, LICENCES, Card, find, listed, part_class
+from gen.card import Card
+from gen.model_folder import LICENCES, find
+from gen.model_index import INDEX, listed, part_class
 from gen.weights import check_weights, files_hash, folder_hash, numbers, sizes, weight_files
 
 TEXTS = {"text_encoder", "text_encoder_2", "prior_text_encoder"}

@@ -17,6 +17,7 @@ from gen import checkpoint, single_file
 from gen.adapters import drafts
 from gen.checks import check_name
 from gen.families import FAMILIES, Painter
+from gen.part import load_part
 from gen.weights import named_folder
 
 
@@ -51,14 +52,14 @@ class Origins:
         weak_folder = None if self.weak_unet is None else named_folder("weak_unet", self.weak_unet)
         draft_folder = None if self.draft_unet is None else named_folder("draft_unet", self.draft_unet)
         parts = self._parts(device, dtype)
-        ranking = None if self.clip is None else checkpoint.load_clip(self.clip, device, dtype)
+        ranking = None if self.clip is None else CLIP.from_pretrained(self.clip, device, dtype)
         parts = replace(parts, clip=ranking or parts.clip)
         if parts.family not in FAMILIES:
             what, ours = parts.family or "folder of no class", ", ".join(sorted(FAMILIES))
             raise ValueError(f"model '{self.name_or_path}' is a {what}; ours are: {ours}")
         model = FAMILIES[parts.family].of(parts)
         if weak_folder is not None:
-            weak = checkpoint.load_part(UNet2DConditionModel, weak_folder, device, dtype)
+            weak = load_part(UNet2DConditionModel, weak_folder, device, dtype)
             model = model.with_weak(weak, str(self.weak_unet))
         place = draft_folder or parts.folder / drafts.FOLDER
         if draft_folder is not None or place.exists():

@@ -32,6 +32,7 @@ from gen.attention.kernels import AUTO, check_attention
 from gen.attention.network import adds_keys, set_attention
 from gen.bucket import Buckets, is_out_of_memory
 from gen.candidate import Candidate, asks_clip, check_shown
+from gen.card import Card
 from gen.checks import check_callback, check_name, whole
 from gen.edit import schedule_of
 from gen.engine import Engine
@@ -290,7 +291,7 @@ class TextToImage:
         return "" if self._clip_hash is None else self._clip_hash()
 
     @property
-    def card(self) -> checkpoint.Card:
+    def card(self) -> Card:
         """What the model says of itself: what it knows, its defaults, its scores."""
         return self.model.card
 

@@ -29,7 +29,11 @@ from clip_core.convert import clip_tokenizer
 from clip_core.fit import check_sizes, named
 from clip_core.load import load_tokenizer
 from clip_core.weights import PICKLES, fill, read_json, shapes
-from gen.checkpoint import ASSETS, CARD, INDEX, Card, Parts, listed, load_settings, part_class, unfilled
+from gen.card import CARD, Card
+from gen.checkpoint import Parts
+from gen.model_folder import ASSETS
+from gen.model_index import INDEX, listed, part_class
+from gen.part import load_settings, unfilled
 from gen.room import check_room
 from gen.weights import damaged, read
 

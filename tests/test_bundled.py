@@ -7,7 +7,7 @@ import torch
 from diffusers import StableUnCLIPPipeline
 
 from gen import TextToImage
-from gen.checkpoint import find
+from gen.model_folder import find
 from samplers.noise import noise
 from training.data.checker import read, right
 from training.data.suite import load

@@ -22,7 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from gen.checkpoint import part_class
+from gen.model_index import part_class
 from schedulers import MendedUnCLIP
 from tests.tiny import WIDTH, tiny_prior, tiny_text_config, tiny_tokenizer
 

@@ -19,6 +19,9 @@ from pydantic import Field
 from clip_core.text import with_projection, without_projection
 from gen import checkpoint
 from gen.adapters import drafts
+from gen.card import Card, words_of
+from gen.model_index import INDEX
+from gen.part import load_part
 from training.checkpoints import replace_folder
 from training.data.examples import Skipped
 from training.data.pictures import find_examples
@@ -79,7 +82,7 @@ def bundle(recipe: BundleRecipe) -> Path:
         "prior_scheduler": _part(DDIMScheduler, prior / "scheduler"),
     }
     scores = json.loads(Path(recipe.scores).read_text()) if recipe.scores and Path(recipe.scores).exists() else {}
-    card = checkpoint.Card(
+    card = Card(
         knows=recipe.knows,
         words=tuple(sorted(_words(Path(recipe.data)))),
         defaults=recipe.defaults,
@@ -87,7 +90,7 @@ def bundle(recipe: BundleRecipe) -> Path:
         more={"training": recipe.training},
     )
     out = Path(recipe.out)
-    if out.exists() and not (out / checkpoint.INDEX).exists():
+    if out.exists() and not (out / INDEX).exists():
         raise RecipeError(f"out {recipe.out!r} exists and is no model folder; it would be replaced, so choose another")
 
     def write(folder: Path) -> None:
@@ -104,10 +107,9 @@ def bundle(recipe: BundleRecipe) -> Path:
 
 def _part(kind: type, folder: Path) -> Any:
     """One part by its library's loader; safetensors alone, where the library would fall back to pickle."""
-    return checkpoint.load_part(kind, folder, "cpu", torch.float32)
+    return load_part(kind, folder, "cpu", torch.float32)
 
 
 def _words(data: Path) -> set[str]:
-    """Every word of the captions, as `Card.unknown_words` splits them."""
-    captions = " ".join(example.text for example in find_examples(data, Skipped()))
-    return set("".join(letter if letter.isalnum() else " " for letter in captions.lower()).split())
+    """Every word of the captions, as a card counts them."""
+    return {word for example in find_examples(data, Skipped()) for word in words_of(example.text)}

@@ -25,10 +25,10 @@ from torch.utils.data import Dataset
 
 from gen.adapters import drafts, lora
 from gen.attention.network import restore_attention
-from gen.checkpoint import find
 from gen.conditioning import Condition, Conditions, Table
 from gen.drafter import SAMPLER, Drafter
 from gen.families.autoencoder import KLModel
+from gen.model_folder import find
 from gen.pipeline import TextToImage
 from gen.request import Request
 from gen.resolve import resolve

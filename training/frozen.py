@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from clip_core.clip import CLIP
-from gen.checkpoint import load_part
 from gen.families.autoencoder import latent_moments, to_latents
+from gen.part import load_part
 from training.data.cache import encoded, weights_digest
 from training.data.examples import DataError
 from training.data.pictures import Pictures

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from contest.models import MEDIUM, SMALL, STABLE_DIFFUSION, TINY, Shape, write_random
-from gen.checkpoint import Card, find
+from gen.card import Card
+from gen.model_folder import find
 
 PROMPT = "a small red circle above a large blue square"
 SEED = 0  # of the first candidate; the k-th has k more

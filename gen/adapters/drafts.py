@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from clip_core.weights import read_json
 from gen.adapters import lora
-from gen.checkpoint import load_part, save_part, write_json
 from gen.drafter import Drafter
+from gen.part import load_part, save_part, write_json
 
 FOLDER = "draft_unet"  # in a model's folder; stock diffusers does not look there
 TOLD = "draft.json"  # in that folder: what it was trained for

@@ -28,9 +28,9 @@ from clip_core.wording import one_line
 from gen.adapters.file import Adapter, Found, fetched, found, read
 from gen.attention.network import text_layers
 from gen.attention.processor import per_head
-from gen.checkpoint import load_part
 from gen.checks import real
 from gen.hub import needed
+from gen.part import load_part
 from gen.weights import damaged, named_folder, weight_files
 
 USUAL = "ip-adapter_sd15.safetensors"

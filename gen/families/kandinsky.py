@@ -24,11 +24,12 @@ from clip_core.join import joined
 from clip_core.preprocess import Preprocess
 from gen.attention.network import reading
 from gen.candidate import Candidate
-from gen.checkpoint import JOINED, Parts
+from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.edit import Beside, Posterior, Read
 from gen.families.autoencoder import MoVQModel
 from gen.families.painter import listed, own
+from gen.model_index import JOINED
 from gen.prior import Prior
 from gen.scheduler import NoiseLevels
 from gen.settings import Abilities

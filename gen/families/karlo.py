@@ -21,11 +21,12 @@ from transformers import CLIPTextModelWithProjection
 
 from clip_core.text import Piece, TextTower
 from gen.candidate import Candidate
-from gen.checkpoint import IMAGE_PARTS, Parts
+from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.embeds import slerp
 from gen.families.painter import listed, own, with_images
 from gen.families.reader import Reader
+from gen.model_index import IMAGE_PARTS
 from gen.prior import Prior
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON, Abilities, Settings

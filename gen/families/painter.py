@@ -22,7 +22,8 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from clip_core.clip import CLIP
 from clip_core.preprocess import Preprocess
 from gen.candidate import Candidate
-from gen.checkpoint import CARD, Card, Parts
+from gen.card import CARD, Card
+from gen.checkpoint import Parts
 from gen.conditioning import Asks, Condition, Conditions, Table, Told
 from gen.dispatch import dispatched
 from gen.drafter import Drafter

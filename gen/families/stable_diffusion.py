@@ -16,10 +16,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from clip_core.text import TextTower
-from gen.checkpoint import UNUSED, Parts
+from gen.checkpoint import Parts
 from gen.families.autoencoder import KLModel
 from gen.families.painter import listed
 from gen.families.reader import Reader
+from gen.model_index import UNUSED
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from clip_core.device import sent
 from clip_core.text import TextTower
 from gen.candidate import Candidate
-from gen.checkpoint import IMAGE_PARTS, Parts
+from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.autoencoder import KLModel
 from gen.families.painter import listed, with_images
 from gen.families.reader import Reader
+from gen.model_index import IMAGE_PARTS
 from gen.prior import Prior
 from gen.scheduler import NoiseLevels
 from gen.settings import JSON, Abilities

@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
 from safetensors.torch import load_file, save_file
 
 from gen import TextToImage, checkpoint
-from gen.checkpoint import Card
 from gen.scheduler import NoiseLevels
 from tests.tiny import make_tiny_stable_unclip
 
@@ -142,20 +141,6 @@ def test_what_a_folder_must_not_ask_for(folder: Path, name: str, change: dict[st
     edited(folder / name, **change)
     with pytest.raises(ValueError, match=message):
         TextToImage.from_pretrained(folder, device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("shapes65", "model 'shapes65' is unknown; give a bundled name"),
-        ("./nowhere/at_all", "is unknown"),
-        ("nobody/nothing-at-all", "cannot be fetched from the hub"),
-    ],
-)
-def test_unknown_models(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        TextToImage.from_pretrained(name, device="cpu")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_shard_index_that_names_files_elsewhere(folder: Path) -> None:
@@ -305,15 +290,6 @@ def test_the_hash_is_of_what_pictures_depend_on(folder: Path) -> None:
     assert checkpoint.load(folder).hash == before
     edited(folder / "scheduler" / "scheduler_config.json", beta_end=0.013)
     assert checkpoint.load(folder).hash != before
-
-
-def test_the_card(tmp_path: Path) -> None:
-    card = Card(knows="shapes", words=("a", "red", "star"), defaults={"eta": 0.5}, more={"hours": 2})
-    (tmp_path / "unclip.json").write_text(json.dumps(card.to_json()))
-    assert Card.read(tmp_path) == card
-    assert card.unknown_words("A photo of a red-ish star!") == ["photo", "of", "ish"]
-    assert Card().unknown_words("anything") == []
-    assert Card.read(tmp_path / "nowhere") == Card()
 
 
 @pytest.mark.parametrize(

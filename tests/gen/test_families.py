@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from clip_core import hub
-from gen import checkpoint, command
+from gen import command
+from gen.model_index import OF_KARLO
 from gen.picture import read_png
 from tests.gen.test_stable_unclip import img2img
 from tests.tiny import (
@@ -151,4 +152,4 @@ def test_a_family_by_its_hub_id(
         assert facts["hash"] == of_folder["hash"] == record["model_hash"]
     elif family == "unclip-joined":  # of Karlo's repository its prior alone
         karlo = tmp_path / "fetched" / "someone" / "karlo"
-        assert {path.parent.name for path in fetched if path.parent.parent == karlo} == {*checkpoint.OF_KARLO.values()}
+        assert {path.parent.name for path in fetched if path.parent.parent == karlo} == {*OF_KARLO.values()}

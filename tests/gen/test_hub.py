@@ -13,8 +13,9 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import clip_core.hub
-from gen import TextToImage, checkpoint, hub
+from gen import TextToImage, hub
 from gen.adapters.file import found
+from gen.model_folder import LICENCES, find
 from gen.weights import of_one_variant, weight_files
 from tests.hub import COMMIT, cached
 from tests.tiny import make_tiny_stable_diffusion
@@ -98,7 +99,7 @@ def test_what_is_asked_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.setattr(clip_core.hub, "snapshot_download", snapshot)
     TextToImage.from_pretrained("someone/tiny", device="cpu")
-    assert set(asked[0]) == {*listed, "unclip.json", *checkpoint.LICENCES}
+    assert set(asked[0]) == {*listed, "unclip.json", *LICENCES}
 
 
 def test_without_network_the_cache_will_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +109,13 @@ def test_without_network_the_cache_will_do(cache: Path, monkeypatch: pytest.Monk
         raise RuntimeError("no route to host")
 
     monkeypatch.setattr(clip_core.hub, "list_repo_files", unreachable)
-    assert checkpoint.find("someone/tiny") == cache
+    assert find("someone/tiny") == cache
     # also where the hub has told the client of files that were never fetched
     trees = cache.parent.parent / "trees"
     trees.mkdir()
     told = {"pytorch_model.bin": {"size": 1, "blob_id": "0" * 40}}
     (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": told}))
-    assert checkpoint.find("someone/tiny") == cache
+    assert find("someone/tiny") == cache
 
 
 def test_a_repository_that_is_not_there_is_named(cache: Path) -> None:

@@ -17,10 +17,12 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 
 from gen import edit
-from gen.checkpoint import Card, Parts, part_class
+from gen.card import Card
+from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table
 from gen.families import FAMILIES
 from gen.families.painter import Painter
+from gen.model_index import part_class
 from gen.request import Request
 from gen.resolve import resolve
 from tests.tiny import tiny_tokenizer

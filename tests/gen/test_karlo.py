@@ -21,10 +21,12 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from gen import Request, TextToImage
-from gen.checkpoint import Card, Parts, part_class
+from gen.card import Card
+from gen.checkpoint import Parts
 from gen.conditioning import Conditions, Table
 from gen.facts import facts_of
 from gen.families.karlo import Karlo
+from gen.model_index import part_class
 from gen.resolve import resolve
 from gen.rows import Rows
 from gen.upscale import STAGE as SUPER_RESOLUTION

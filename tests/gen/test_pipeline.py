@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from gen import Cancelled, Request, Step, TextToImage
-from gen.checkpoint import Card
+from gen.card import Card
 from gen.pipeline import computed
 from gen.search import best_first, drawing_order
 

@@ -27,9 +27,12 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from clip_core.weights import read_json
-from gen.checkpoint import Card, Parts, listed, part_class, unfilled
+from gen.card import Card
+from gen.checkpoint import Parts
 from gen.conditioning import Conditions, Table
 from gen.families import FAMILIES
+from gen.model_index import listed, part_class
+from gen.part import unfilled
 from gen.request import Request
 from gen.resolve import resolve
 from gen.scheduler import NoiseLevels

@@ -26,9 +26,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from gen.checkpoint import IMAGE_PARTS, Card, Parts, part_class
+from gen.card import Card
+from gen.checkpoint import Parts
 from gen.conditioning import Conditions, Table
 from gen.families.stable_unclip import StableUnCLIP
+from gen.model_index import IMAGE_PARTS, part_class
 from gen.request import Request
 from gen.resolve import resolve
 from tests.gen.test_stable_diffusion_sizes import CLIP_L, FULL, at_full_size, shapes

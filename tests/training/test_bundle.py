@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from gen import TextToImage, command
 from gen.adapters import drafts
-from gen.checkpoint import load_part
 from gen.facts import facts_of
+from gen.part import load_part
 from tests.training.tiny_recipes import recipes, written
 from training.bundle import BundleRecipe, bundle
 from training.recipe import RecipeError, check
