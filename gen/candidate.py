@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gen.checks import real, whole
-from gen.settings import JSON, Abilities, Settings, check_settings
+from gen.settings import JSON, Abilities, Settings
+from gen.settings_checks import check_settings
 from gen.source import GREY, RGB, Source, found
 
 TENSORS = (

@@ -76,6 +76,13 @@ def shortened(value: object) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
+def boolean(name: str, value: object) -> bool:
+    """`value` if it is True or False, else ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}; give True or False")
+    return value
+
+
 def whole(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> int:
     """`value` as Python's own if it is a whole number of [low, high] (None: no end), else ValueError."""
     number = as_number(value)

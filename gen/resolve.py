@@ -31,7 +31,8 @@ from gen.request_checks import (
     ignored,
 )
 from gen.search import BestOf, Search, by_name
-from gen.settings import SAMPLER_OPTIONS, SECOND, Abilities, Settings, check_settings
+from gen.settings import SAMPLER_OPTIONS, SECOND, Abilities, Settings
+from gen.settings_checks import check_settings
 from gen.source import RGB, check_alike, num_of, size_of, sources
 
 NUMBERS = ("int | None", "float | None")  # what the words of a call that are numbers are annotated with

@@ -1,7 +1,7 @@
 """What a picture is painted with: `Settings`, and what a model can be asked for: `Abilities`.
 
-With the model, the prompt and the seed, settings are all that a picture depends on; a record holds them. Here they are
-checked against what a model can do, which every request and every record is. It knows no network and no file.
+With the model, the prompt and the seed, settings are all that a picture depends on; a record holds them. Whether a
+model can paint with them is `gen.settings_checks`' to say. It knows no network and no file.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeAlias
 
-from clip_core.fit import MOST_PIXELS
-from gen.checks import as_number, one_of, real, texts, whole
+from gen.checks import as_number
 from gen.prompts import plain
-from samplers.guidance import RULES, Guide
-from samplers.sample import SAMPLERS
+from samplers.guidance import Guide
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
-MOST_THOUGHTS = 64  # of a prior for one candidate
 SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")  # of samplers, each taken by some of them
 
 SECOND = ("prompt_2", "negative_prompt_2")
@@ -172,122 +169,3 @@ class Settings:
         pairs = {name: values[name] for name in PAIRS if isinstance(values.get(name), list | tuple)}  # a list in JSON
         told = {name: as_number(value) for name, value in values.items()}
         return replace(self, **told | {name: tuple(map(as_number, pair)) for name, pair in pairs.items()})
-
-
-def check_settings(settings: Settings, able: Abilities) -> None:
-    """Refuse settings this model cannot paint with (ValueError)."""
-    for name in ("height", "width"):
-        pixels = whole(name, getattr(settings, name), 1, MOST_PIXELS)
-        if pixels % able.size_multiple:
-            below = max(pixels // able.size_multiple, 1) * able.size_multiple
-            raise ValueError(
-                f"{name}={pixels} cannot be halved into latents; give a multiple of {able.size_multiple}, "
-                f"such as {below}"
-            )
-    texts("negative_prompt", settings.negative_prompt)
-    for name in ("prompt_weights", "long_prompts"):
-        if not isinstance(value := getattr(settings, name), bool):
-            raise ValueError(f"{name}={value!r}; give True or False")
-        if value and not able.text_layers:
-            raise ValueError(f"{name}=True, but this model reads a prompt only as it stands; leave {name} out")
-    if settings.long_prompts and settings.interpolate_prompt:
-        raise ValueError("long_prompts=True and interpolate_prompt were both given; leave one of them out")
-    for name in SECOND:
-        if (second := getattr(settings, name)) is not None:
-            if not able.has_second_text:
-                raise ValueError(f"{name} was given, but this model has no second text tower; leave it out")
-            if settings.prompt_weights or settings.long_prompts:
-                told = "prompt_weights" if settings.prompt_weights else "long_prompts"
-                raise ValueError(f"{name} and {told}=True were both given; leave one of them out")
-            texts(name, second)
-    for name, at_least in SIZES.items():
-        if (pair := getattr(settings, name)) is not None:
-            if not able.tells_sizes:
-                raise ValueError(f"{name} was given, but this model is told no sizes; leave it out")
-            if not isinstance(pair, tuple) or len(pair) != 2:
-                raise ValueError(f"{name}={pair} is not a pair of pixels, down and across; give two whole numbers")
-            for side in pair:
-                whole(name, side, at_least)
-    for name in SCORES:
-        if (score := getattr(settings, name)) is not None:
-            if not able.tells_score:
-                raise ValueError(f"{name} was given, but this model is told no score, as a refiner is; leave it out")
-            real(name, score, 0.0)
-    whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
-    if real("strength", settings.strength, 0.0, 1.0, hint="the share painted anew") == 0 or (
-        settings.skipped_steps == settings.num_inference_steps
-    ):
-        least = math.ceil(100 / settings.num_inference_steps) / 100
-        told = f"strength={settings.strength} leaves none of {settings.num_inference_steps} steps"
-        raise ValueError(f"{told}; give {least} or more, up to 1, or more num_inference_steps")
-    start, end = (real(name, getattr(settings, name), 0.0, 1.0) for name in ("denoising_start", "denoising_end"))
-    if start >= end:
-        told = f"denoising_start={start} is not below denoising_end={end}"
-        raise ValueError(f"{told}; give shares of the way from noise to a picture, the start before the end")
-    if end < 1 and able.super_res_max_steps:
-        raise ValueError(f"denoising_end={end} leaves no whole picture, which super resolution needs; leave it out")
-    real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
-    real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
-    one_of("guidance_rule", settings.guidance_rule, list(RULES))
-    if settings.guidance_rule == "autoguidance" and not able.can_autoguide:
-        raise ValueError("guidance_rule=autoguidance needs a weaker UNet; load the model with weak_unet=FOLDER")
-    whole("zero_init_steps", settings.zero_init_steps, 0, settings.num_inference_steps)
-    real("apg_eta", settings.apg_eta, 0.0, 1.0)
-    real("apg_norm_threshold", settings.apg_norm_threshold, 0.0)
-    real("apg_momentum", settings.apg_momentum, -1.0, 1.0)
-    if real("clip_guidance_scale", settings.clip_guidance_scale, 0.0) and not able.can_rank:
-        raise ValueError("clip_guidance_scale was given, but this model has no clip/ to guide by; leave it out")
-    real("thresholding", settings.thresholding, 0.0)
-    if real("dynamic_thresholding_ratio", settings.dynamic_thresholding_ratio, 0.0, 1.0) == 0:
-        raise ValueError(
-            "dynamic_thresholding_ratio=0 is out of range; give a share above 0, or thresholding=0 for off"
-        )
-    one_of("sampler", settings.sampler, sorted(SAMPLERS))
-    check_sampler_options(settings)
-    if settings.guidance_interval is not None:
-        interval = settings.guidance_interval
-        if not isinstance(interval, tuple) or len(interval) != 2:
-            raise ValueError(f"guidance_interval={interval} is not a pair (lowest, highest) of noise levels")
-        low, high = (real("guidance_interval", end, 0.0) for end in interval)
-        if low > high:
-            raise ValueError(f"guidance_interval={interval} is upside down; give (lowest, highest) noise level")
-    if settings.clip_skip is not None:
-        if able.text_layers == 0:
-            raise ValueError("clip_skip was given, but this model's decoder has no text tower of CLIP; leave it out")
-        whole("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
-    if not isinstance(settings.prior, bool):
-        raise ValueError(f"prior={settings.prior!r}; give True, False or None")
-    if settings.prior:
-        if able.prior_max_steps == 0:
-            raise ValueError("prior=True, but this model has no prior; leave prior out, or give image_embeds")
-        whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
-        real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
-        whole("prior_best_of", settings.prior_best_of, 1, MOST_THOUGHTS)
-    for name in ("interpolate_prompt", "edit_from"):
-        if not isinstance(text := getattr(settings, name), str):
-            raise ValueError(f"{name} is {text!r}; give a text")
-    real("interpolation", settings.interpolation, 0.0, 1.0)
-    real("edit_amount", settings.edit_amount, 0.0, 1.0)
-    whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
-    if able.super_res_max_steps:
-        whole("super_res_num_inference_steps", settings.super_res_num_inference_steps, 1, able.super_res_max_steps)
-    if not isinstance(settings.vae_tiling, bool):
-        raise ValueError(f"vae_tiling={settings.vae_tiling!r}; give True or False")
-    if settings.vae_tiling and not able.can_tile:
-        raise ValueError("vae_tiling=True, but this model's pictures are not decoded in tiles; leave vae_tiling out")
-
-
-def check_sampler_options(settings: Settings) -> None:
-    """Refuse options that this sampler does not take or that do not go together (ValueError)."""
-    options = settings.sampler_options
-    for name, value in options.items():
-        real(name, value, 0.0, 1.0 if name == "eta" else math.inf)
-        if name not in SAMPLERS[settings.sampler].defaults:
-            takes = ", ".join(known for known, sampler in sorted(SAMPLERS.items()) if name in sampler.defaults)
-            raise ValueError(f"{name}={value}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
-    low, high = options.get("s_tmin", 0.0), options.get("s_tmax", math.inf)
-    if low > high:
-        raise ValueError(f"s_tmin={low} is above s_tmax={high}; give the lowest level churned and the highest")
-    if options.get("eta", 0.0) > 0 and options.get("s_churn", 0.0) > 0:  # a step's noise is spent once
-        told = f"eta={options['eta']} and s_churn={options['s_churn']}"
-        raise ValueError(f"{told} were both given, and each would spend the noise of a step; set one of them to 0")

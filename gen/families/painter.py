@@ -32,7 +32,8 @@ from gen.model import WithImage
 from gen.prior import Prior
 from gen.rows import Network
 from gen.scheduler import NoiseLevels
-from gen.settings import JSON, Abilities, Settings, check_settings
+from gen.settings import JSON, Abilities, Settings
+from gen.settings_checks import check_settings
 from gen.upscale import Upscaler
 
 # What a UNet takes and says: those of one beside the model's have to be the model's own.
