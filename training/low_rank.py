@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gen.adapters.lora import DOWN, UP, layers_of
+from gen.adapters.lora import layers_of
+from gen.adapters.lora_names import DOWN, UP
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -6,7 +6,7 @@ import pytest
 
 from gen import TextToImage
 from gen.attention.network import restore_attention
-from tests.tiny import make_tiny_stable_unclip
+from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl, make_tiny_stable_unclip
 from tests.tiny_kandinsky import make_tiny_kandinsky
 
 
@@ -32,6 +32,13 @@ def stock_tiny(tiny_folder: Path) -> TextToImage:
     model = TextToImage.from_pretrained(tiny_folder, device="cpu")
     restore_attention(model.model.unet)
     return model
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of 1 and XL: "1" and "xl"."""
+    root = tmp_path_factory.mktemp("stable_diffusion")
+    return {"1": make_tiny_stable_diffusion(root / "1"), "xl": make_tiny_stable_diffusion_xl(root / "xl")}
 
 
 @pytest.fixture(scope="session")
