@@ -16,12 +16,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, PriorTransformer, UNet2DCond
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from pydantic import Field
 
-from clip_core.text import with_projection, without_projection
+from clip_core.text import TextTower, with_projection, without_projection
 from gen import checkpoint
 from gen.adapters import drafts
 from gen.card import Card, words_of
+from gen.families.stable_unclip import StableUnCLIP
 from gen.model_index import INDEX
 from gen.part import load_part
+from gen.prior import Prior
+from gen.scheduler import NoiseLevels
 from training.checkpoints import replace_folder
 from training.data.examples import Skipped
 from training.data.pictures import find_examples
@@ -50,59 +53,72 @@ class BundleRecipe(Section):
 def bundle(recipe: BundleRecipe) -> Path:
     """Write the model folder, whole or not at all; return it.
 
-    Raises RecipeError when two parts were not trained for each other, ValueError when one is missing.
+    Raises RecipeError when two parts were not trained for each other or do not paint with `defaults`, ValueError when
+    one is missing.
     """
-    clip, vae = load_clip(recipe.clip), load_vae(recipe.vae)
-    network = transformers_model(clip)
-    prior, decoder = trained(recipe.prior), trained(recipe.decoder)
-    unet, prior_network = _part(UNet2DConditionModel, decoder), _part(PriorTransformer, prior)
-    drafting = None if recipe.draft is None else trained(recipe.draft, drafts.TOLD)
-    drafter = None if drafting is None else drafts.read(drafting, unet)  # refused, where it does not fit
-    width = network.config.projection_dim
-    for what, given, needed in (
-        (f"{decoder}: text width", unet.config.cross_attention_dim, network.config.text_config.hidden_size),
-        (f"{decoder}: class input", unet.config.projection_class_embeddings_input_dim, 2 * width),
-        (f"{decoder}: latent channels", unet.config.in_channels, vae.config.latent_channels),
-        (f"{prior}: embedding width", prior_network.config.embedding_dim, width),
-        (f"{prior}: text length", prior_network.config.num_embeddings, clip.tokenizer.model_max_length),
-    ):
-        if given != needed:
-            raise RecipeError(f"{what} is {given}, but {recipe.clip} and {recipe.vae} need {needed}; train it on them")
-    parts = {
-        "tokenizer": clip.tokenizer,
-        "text_encoder": without_projection(network),
-        "unet": unet,
-        "scheduler": _part(DDIMScheduler, decoder / "scheduler"),
-        "vae": vae,
-        "image_normalizer": _part(StableUnCLIPImageNormalizer, decoder / "image_normalizer"),
-        "image_noising_scheduler": _part(DDPMScheduler, decoder / "image_noising_scheduler"),
-        "prior": prior_network,
-        "prior_tokenizer": clip.tokenizer,
-        "prior_text_encoder": with_projection(network),
-        "prior_scheduler": _part(DDIMScheduler, prior / "scheduler"),
-    }
-    scores = json.loads(Path(recipe.scores).read_text()) if recipe.scores and Path(recipe.scores).exists() else {}
-    card = Card(
-        knows=recipe.knows,
-        words=tuple(sorted(_words(Path(recipe.data)))),
-        defaults=recipe.defaults,
-        scores=scores,
-        more={"training": recipe.training},
-    )
+    model, drafting = _model(recipe), None
+    if recipe.draft is not None:
+        drafting = trained(recipe.draft, drafts.TOLD)
+        model = model.with_drafter(drafts.read(drafting, model.unet), str(drafting))
     out = Path(recipe.out)
     if out.exists() and not (out / INDEX).exists():
         raise RecipeError(f"out {recipe.out!r} exists and is no model folder; it would be replaced, so choose another")
 
     def write(folder: Path) -> None:
         dtype = getattr(torch, recipe.dtype)
-        checkpoint.save(folder, "StableUnCLIPPipeline", parts, clip, card, dtype)
+        checkpoint.save(folder, model.saved_as, model.parts(), model.clip_beside, model.card, dtype, model.index)
         if drafting is not None and drafts.is_low_rank(drafting):
             shutil.copytree(drafting, folder / drafts.FOLDER)
-        elif drafter is not None:
-            drafts.save(drafter, folder / drafts.FOLDER, dtype)
+        elif model.drafter is not None:
+            drafts.save(model.drafter, folder / drafts.FOLDER, dtype)
 
     replace_folder(out, write)
     return out
+
+
+def _model(recipe: BundleRecipe) -> StableUnCLIP:
+    """The parts as a model, which says whether they fit each other."""
+    clip, vae = load_clip(recipe.clip), load_vae(recipe.vae)
+    network = transformers_model(clip)
+    prior, decoder = trained(recipe.prior), trained(recipe.decoder)
+    model = StableUnCLIP(
+        unet=_part(UNet2DConditionModel, decoder),
+        vae=vae,
+        text=TextTower(clip.tokenizer, without_projection(network)),
+        levels=_levels(decoder / "scheduler"),
+        image_normalizer=_part(StableUnCLIPImageNormalizer, decoder / "image_normalizer"),
+        image_noising=_part(DDPMScheduler, decoder / "image_noising_scheduler"),
+        prior=Prior(
+            _part(PriorTransformer, prior), clip.tokenizer, with_projection(network), _levels(prior / "scheduler")
+        ),
+        clip=clip,
+        card=_card(recipe),
+    )
+    try:
+        model.check(recipe.out)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    if not model.embeds_by_clip:  # which a family allows, whose image embeddings may come from elsewhere
+        taken, made = model.embedding_width, network.config.projection_dim
+        raise RecipeError(
+            f"{decoder} takes image embeddings of width {taken}, but {recipe.clip} makes them of {made}; train it on it"
+        )
+    return model
+
+
+def _card(recipe: BundleRecipe) -> Card:
+    scores = json.loads(Path(recipe.scores).read_text()) if recipe.scores and Path(recipe.scores).exists() else {}
+    return Card(
+        knows=recipe.knows,
+        words=tuple(sorted(_words(Path(recipe.data)))),
+        defaults=recipe.defaults,
+        scores=scores,
+        more={"training": recipe.training},
+    )
+
+
+def _levels(folder: Path) -> NoiseLevels:
+    return NoiseLevels.of(_part(DDIMScheduler, folder), str(folder))
 
 
 def _part(kind: type, folder: Path) -> Any:

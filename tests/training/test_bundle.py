@@ -13,7 +13,7 @@ from gen import TextToImage, command
 from gen.adapters import drafts
 from gen.facts import facts_of
 from gen.part import load_part
-from tests.training.tiny_recipes import recipes, written
+from tests.training.tiny_recipes import WIDTH, recipes, written
 from training.bundle import BundleRecipe, bundle
 from training.recipe import RecipeError, check
 
@@ -131,10 +131,27 @@ def test_parts_that_do_not_fit_are_refused(few_shapes: Path, trained: Path, tmp_
     vae = recipes(few_shapes, tmp_path)["vae"]
     vae["network"] = vae["network"] | {"latent_channels": 8}
     assert command.main(["train", "vae", "--recipe", str(written(vae, tmp_path)), "train.steps=1"]) == 0
-    with pytest.raises(RecipeError, match=r"latent channels is 4, but .* need 8; train it on them"):
+    with pytest.raises(RecipeError, match=r"/model: unet in_channels is 4, but the other parts need 8$"):
         bundle(check(BundleRecipe, fields | {"vae": str(tmp_path / "vae" / "model")}))
     prior = Path(shutil.copytree(trained / "prior" / "model", tmp_path / "prior"))
     (prior / "diffusion_pytorch_model.safetensors").rename(prior / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin, which is pickle and is never read"):
         bundle(check(BundleRecipe, fields | {"prior": str(prior)}))
+    assert not (tmp_path / "model").exists()
+
+
+def test_defaults_that_it_cannot_paint_with_are_refused(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    fields = recipes(few_shapes, trained)["bundle"] | {"out": str(tmp_path / "model")}
+    with pytest.raises(RecipeError, match=r"model/unclip\.json: num_inference_steps=0 is out of range"):
+        bundle(check(BundleRecipe, fields | {"defaults": {"num_inference_steps": 0}}))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_clip_of_another_width_is_refused(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
+    """Whose text states are as wide, so that nothing but image embeddings tells them apart."""
+    clip = recipes(few_shapes, tmp_path)["clip"] | {"projection_dim": 2 * WIDTH}
+    assert command.main(["train", "clip", "--recipe", str(written(clip, tmp_path)), "train.steps=1"]) == 0
+    fields = recipes(few_shapes, trained)["bundle"] | {"out": str(tmp_path / "model")}
+    with pytest.raises(RecipeError, match=r"image embeddings of width 16, but .* makes them of 32; train it on it"):
+        bundle(check(BundleRecipe, fields | {"clip": str(tmp_path / "clip" / "model")}))
     assert not (tmp_path / "model").exists()
