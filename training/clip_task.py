@@ -27,10 +27,11 @@ from clip_core.preprocess import Preprocess
 from clip_core.retrieval import top1_of_n
 from clip_core.text import Tokens
 from clip_core.tokenizer import train_tokenizer
+from training.attention import AttentionRecipe, use_attention
 from training.captioner import Captioner
 from training.checkpoints import load_weights
 from training.data.pictures import Pictures
-from training.recipe import Recipe, built, options_of
+from training.recipe import built, options_of
 from training.sheets import grid
 from training.soften import soften
 from training.task import Task, held_back
@@ -44,7 +45,7 @@ FILLED_IN = (  # options of the towers that the tokenizer and the recipe's other
 )
 
 
-class ClipRecipe(Recipe):
+class ClipRecipe(AttentionRecipe):
     """Keys of a recipe with `task: clip`."""
 
     task: Literal["clip"]
@@ -54,7 +55,6 @@ class ClipRecipe(Recipe):
     projection_dim: int = Field(gt=0)  # E
     text: Annotated[dict[str, Any], options_of(CLIPTextConfig, FILLED_IN)]
     vision: Annotated[dict[str, Any], options_of(CLIPVisionConfig, FILLED_IN)]
-    attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains 1.6x faster in bfloat16 on the CPU
     caption_weight: float = Field(0.0, ge=0)  # of the captioner's loss beside the contrastive one; 0: no captioner
     caption_layers: int = Field(2, gt=0)
     soften: float = Field(0.0, ge=0, le=1)  # share of pictures that are shown warped and blurred
@@ -99,7 +99,7 @@ class ClipTask(Task[Learner]):
         }
         torch.manual_seed(recipe.train.seed)
         clip = built(CLIPModel, "text, vision", {"config": built(CLIPConfig, "text, vision", options)})
-        clip.set_attn_implementation(recipe.attention)
+        use_attention(clip, recipe.attention)
         self.caption_weight, self.soften = recipe.caption_weight, recipe.soften
         captioner = None
         if recipe.caption_weight:
@@ -125,8 +125,7 @@ class ClipTask(Task[Learner]):
 
     def groups(self) -> list[list[int]]:
         """All but the examples kept for `measure`."""
-        last = len(self.dataset) - self.held
-        groups = ([index for index in group if index < last] for group in self.dataset.groups())
+        groups = ([index for index in group if index < self.held_indices.start] for group in self.dataset.groups())
         return [group for group in groups if group]
 
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
@@ -155,7 +154,7 @@ class ClipTask(Task[Learner]):
     @torch.no_grad()
     def measure(self, network: Learner) -> dict[str, float]:
         """Text to image retrieval, top 1 of 100 held-back pairs, averaged over as many hundreds as there are."""
-        pixels, captions = self._held_batch(self.held)
+        pixels, captions = self.batch_of(self.held_indices)
         image, text = self._embed(network, pixels / 255, self._tokens(captions))
         pool = min(100, len(captions))
         whole = len(captions) // pool * pool
@@ -164,7 +163,7 @@ class ClipTask(Task[Learner]):
     @torch.no_grad()
     def sheet(self, network: Learner) -> Image.Image:
         """Held-back captions, each under the picture that the network thinks it tells of."""
-        pixels, captions = self._held_batch(32)
+        pixels, captions = self.batch_of(self.held_indices[:32])
         image, text = self._embed(network, pixels / 255, self._tokens(captions))
         best = (F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T).argmax(dim=1)
         return grid(pixels[best].float() / 127.5 - 1, columns=8, captions=captions, scale=3)
@@ -190,11 +189,6 @@ class ClipTask(Task[Learner]):
         """(B, E) each, not normalised; pixels (B, 3, H, W) in [0, 1]."""
         clip = self.clip(network)
         return clip.image(pixels), clip.text(tokens).embedding
-
-    def _held_batch(self, most: int) -> tuple[Tensor, list[str]]:
-        first = len(self.dataset) - self.held
-        pairs = [self.dataset[index] for index in range(first, first + min(most, self.held))]
-        return torch.stack([pixels for pixels, _ in pairs]).to(self.network.clip.device), [text for _, text in pairs]
 
 
 class Gathered(torch.autograd.Function):

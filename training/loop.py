@@ -40,7 +40,7 @@ from training.checkpoints import (
 from training.optimizer import make_optimizer
 from training.order import Order
 from training.recipe import Recipe, TrainSection, changes
-from training.task import Task
+from training.task import Task, moved
 
 logger = logging.getLogger(__name__)
 
@@ -289,17 +289,7 @@ def _batches(
     )
     for number, batch in zip(range(start, stop, world), loader, strict=True):
         rng = torch.Generator(accelerator.device).manual_seed((config.seed * 1_000_003 + number) % 2**32)
-        yield _move(batch, accelerator.device), rng
-
-
-def _move(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: _move(value, device) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_move(value, device) for value in batch)
-    return batch
+        yield moved(batch, accelerator.device), rng
 
 
 def _average(network: nn.Module, decay: float | None) -> AveragedModel | None:

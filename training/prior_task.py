@@ -6,12 +6,12 @@ drops its text at random for guidance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, PriorTransformer
-from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -26,14 +26,15 @@ from gen.conditioning import stacked
 from gen.prior import Prior
 from gen.scheduler import NoiseLevels
 from gen.settings import Settings
+from training.attention import AttentionRecipe, use_attention
 from training.data.pictures import Pictures
 from training.frozen import image_embeddings, load_clip, place, reads, transformers_model
-from training.recipe import Recipe, built, options_of
+from training.recipe import built, options_of
 from training.sheets import grid
 from training.task import Task, held_back
 
 
-class PriorRecipe(Recipe):
+class PriorRecipe(AttentionRecipe):
     """Keys of a recipe with `task: prior`."""
 
     task: Literal["prior"]
@@ -44,7 +45,6 @@ class PriorRecipe(Recipe):
     ]
     scheduler: Annotated[dict[str, Any], options_of(DDIMScheduler)]  # prediction_type is `sample`
     drop_text: float = Field(0.1, ge=0, lt=1)
-    attention: Literal["eager", "sdpa"] = "sdpa"  # eager trains faster in bfloat16 on the CPU
 
 
 class Embedded(Dataset[tuple[Tensor, str]]):
@@ -69,7 +69,7 @@ class PriorTask(Task[PriorTransformer]):
         self.recipe = recipe
         clip = load_clip(recipe.clip, place())
         network = transformers_model(clip)
-        network.set_attn_implementation(recipe.attention)
+        use_attention(network, recipe.attention)
         self.text_encoder, self.tokenizer = with_projection(network), clip.tokenizer
         self.pictures = Pictures(recipe.data, recipe.resolution)
         self.skipped, self.reads = self.pictures.skipped, reads(self.pictures, recipe.clip)
@@ -85,8 +85,7 @@ class PriorTask(Task[PriorTransformer]):
         torch.manual_seed(recipe.train.seed)
         sizes = {"embedding_dim": width, "num_embeddings": clip.tokenizer.model_max_length}
         self.network = built(PriorTransformer, "network", {**recipe.network, **sizes})
-        if recipe.attention == "eager":
-            self.network.set_attn_processor(AttnProcessor())
+        use_attention(self.network, recipe.attention)
         # normalisation is measured from the data and saved with the weights; it is not trained
         self.network.clip_mean.requires_grad_(False).copy_(embeddings.mean(dim=0, keepdim=True))
         self.network.clip_std.requires_grad_(False).copy_(embeddings.std(dim=0, keepdim=True).clamp(min=1e-6))
@@ -122,7 +121,7 @@ class PriorTask(Task[PriorTransformer]):
     @torch.no_grad()
     def measure(self, network: PriorTransformer) -> dict[str, float]:
         """Cosine between sampled and true embeddings of held-back pictures, and top 1 of 100 by it."""
-        embeddings, captions = self._held(200)
+        embeddings, captions = self.batch_of(self.held_indices[:200])
         sampled, true = self._sample(network, captions) - network.clip_mean, embeddings - network.clip_mean
         pool = min(100, len(captions))
         whole = len(captions) // pool * pool
@@ -134,12 +133,11 @@ class PriorTask(Task[PriorTransformer]):
     @torch.no_grad()
     def sheet(self, network: PriorTransformer) -> Image.Image:
         """Held-back captions, each under the held-back picture nearest to its sampled embedding."""
-        embeddings, _ = self._held(self.held)
-        captions = self._held(24)[1]
+        embeddings, captions = self.batch_of(self.held_indices)
+        captions = captions[:24]
         sampled = F.normalize(self._sample(network, captions) - network.clip_mean, dim=-1)
         nearest = (sampled @ F.normalize(embeddings - network.clip_mean, dim=-1).T).argmax(dim=1)
-        first = len(self.dataset) - self.held
-        pixels = torch.stack([self.pictures[first + int(index)][0] for index in nearest])
+        pixels = torch.stack([self.pictures[self.held_indices[index]][0] for index in nearest.tolist()])
         return grid(pixels.float() / 127.5 - 1, columns=8, captions=captions, scale=3)
 
     def save(self, network: PriorTransformer, folder: Path) -> None:
@@ -147,12 +145,7 @@ class PriorTask(Task[PriorTransformer]):
         network.save_pretrained(folder)
         self.levels.stock.save_pretrained(folder / "scheduler")
 
-    def _held(self, most: int) -> tuple[Tensor, list[str]]:
-        first = len(self.dataset) - self.held
-        items = [self.dataset[index] for index in range(first, first + min(most, self.held))]
-        return torch.stack([embedding for embedding, _ in items]).to(self.network.device), [text for _, text in items]
-
-    def _sample(self, network: PriorTransformer, captions: list[str]) -> Tensor:
+    def _sample(self, network: PriorTransformer, captions: Sequence[str]) -> Tensor:
         settings = Settings(prior=True, prior_num_inference_steps=20, prior_guidance_scale=1.0)
         asked = [Candidate(prompt=text, seed=seed, settings=settings) for seed, text in enumerate(captions)]
         return self.prior(network).sample(asked)

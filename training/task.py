@@ -15,12 +15,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from training.checkpoints import load_weights
 from training.data.examples import Skipped
 
 Network = TypeVar("Network", bound=nn.Module)
+
+TOGETHER = 64  # held-back examples whose error is measured at once
 
 
 class Task(nn.Module, ABC, Generic[Network]):
@@ -43,7 +45,32 @@ class Task(nn.Module, ABC, Generic[Network]):
 
     def groups(self) -> list[list[int]]:
         """Indices of examples that must share a batch, but for those that are held; by default each stands alone."""
-        return [[index] for index in range(len(self.dataset) - self.held)]  # type: ignore[arg-type]
+        return [[index] for index in range(self.held_indices.start)]
+
+    @property
+    def held_indices(self) -> range:
+        """The examples that are kept for `measure`."""
+        number = len(self.dataset)  # type: ignore[arg-type]
+        return range(number - self.held, number)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def batch_of(self, indices: range) -> Any:
+        """These examples as `forward` takes them, where the network is."""
+        return moved(default_collate([self.dataset[index] for index in indices]), self.device)
+
+    @torch.no_grad()
+    def held_error(self, network: Network, name: str) -> float:
+        """The mean of one of the losses over all that is held, by this network; its noise is the same every time."""
+        losses = []
+        with self.asking(network):
+            for first in self.held_indices[::TOGETHER]:
+                batch = self.batch_of(range(first, min(first + TOGETHER, self.held_indices.stop)))
+                losses.append(self(batch, torch.Generator(self.device).manual_seed(first))[name])
+        return torch.stack(losses).mean().item()
 
     @contextmanager
     def asking(self, network: Network) -> Iterator[None]:
@@ -69,6 +96,17 @@ class Task(nn.Module, ABC, Generic[Network]):
     @abstractmethod
     def save(self, network: Network, folder: Path) -> None:
         """Write `network` into the empty `folder` in its ecosystem's format."""
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch on a device; what lies in pinned memory may still be on its way."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
 
 
 def held_back(num_examples: int, share: float = 0.02, most: int = 512) -> int:

@@ -83,13 +83,13 @@ class VaeTask(Task[AutoencoderKL]):
     @torch.no_grad()
     def sheet(self, network: AutoencoderKL) -> Image.Image:
         """Held-back pictures above their reconstructions."""
-        pixels = self._held_pixels(network, 16)
+        pixels = self._held_pixels(16)
         return grid(torch.cat([pixels, _reconstruct(network, pixels)]), columns=16)
 
     @torch.no_grad()
     def measure(self, network: AutoencoderKL) -> dict[str, float]:
         """Peak signal-to-noise ratio of held-back reconstructions, in dB over the range [-1, 1]."""
-        pixels = self._held_pixels(network, 64)
+        pixels = self._held_pixels(64)
         error = (_reconstruct(network, pixels) - pixels).square().mean(dim=(1, 2, 3))
         return {"psnr": (10 * torch.log10(4 / error)).mean().item()}
 
@@ -97,7 +97,7 @@ class VaeTask(Task[AutoencoderKL]):
     def save(self, network: AutoencoderKL, folder: Path) -> None:
         """The autoencoder with its `scaling_factor`: measured on held-back pictures, or kept with a frozen encoder."""
         if not self.recipe.freeze_encoder:
-            latents = network.encode(self._held_pixels(network, 256)).latent_dist.mean
+            latents = network.encode(self._held_pixels(256)).latent_dist.mean
             network.register_to_config(scaling_factor=1 / latents.std().item())
         network.save_pretrained(folder)
 
@@ -106,11 +106,8 @@ class VaeTask(Task[AutoencoderKL]):
         risen = self.progress / self.recipe.kl_warmup if self.recipe.kl_warmup else 1.0
         return self.recipe.kl_weight * 100 ** (min(risen, 1.0) - 1)
 
-    def _held_pixels(self, network: AutoencoderKL, most: int) -> Tensor:
-        first = len(self.dataset) - self.held
-        chosen = range(first, first + min(most, self.held))
-        device = next(network.parameters()).device
-        return to_signed(torch.stack([self.dataset[index][0] for index in chosen]).to(device))
+    def _held_pixels(self, most: int) -> Tensor:
+        return to_signed(self.batch_of(self.held_indices[:most])[0])
 
 
 def to_signed(pixels: Tensor) -> Tensor:
