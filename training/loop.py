@@ -10,25 +10,21 @@ import logging
 import math
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import is_tensorboard_available
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from gen.weights import quiet
+from training.average import Average
 from training.checkpoints import (
     CheckpointError,
     latest,
@@ -41,6 +37,7 @@ from training.optimizer import make_optimizer
 from training.order import Order
 from training.recipe import Recipe, TrainSection, changes
 from training.task import Task, moved
+from training.terminal import bar, deferred_interrupt, ignore_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +87,133 @@ def check_place(recipe: Recipe) -> None:
         )
 
 
+@dataclass(eq=False)
+class Run:
+    """A task in training: how far it is, and what it leaves in the recipe's `out`.
+
+    Of many processes each has one, and only the main one's writes.
+    """
+
+    task: Task
+    recipe: Recipe
+    accelerator: Accelerator
+    model: nn.Module  # the task, as accelerate wraps it
+    optimizer: Any  # AcceleratedOptimizer, untyped upstream
+    average: Average | None  # None: there is none, and the trained weights are kept
+    step: int = 0  # optimiser steps done, over all resumed runs
+    saved: int | None = None  # the step of the newest checkpoint
+    started: float = field(default_factory=time.monotonic)  # moved back by what former runs took
+
+    @property
+    def out(self) -> Path:
+        """Where all is written."""
+        return Path(self.recipe.out)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is looked at and saved."""
+        return self.task.network if self.average is None else self.average.module
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all resumed runs."""
+        return time.monotonic() - self.started
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint; CheckpointError when it is damaged or of other data."""
+        state = load_checkpoint(
+            checkpoint, network=self.task.network, average=self.average, optimizer=self.optimizer.optimizer
+        )
+        if state.get("reads") != self.task.reads:
+            raise CheckpointError(
+                f"{checkpoint} was trained on other pictures, captions or frozen networks than are in place now;"
+                f" choose another `out` or remove {self.out / 'checkpoints'}"
+            )
+        if (before := state.get("processes", 1)) != self.accelerator.num_processes:
+            logger.warning(
+                "%s was trained by %d processes and goes on with %d: batches and noise are not those of one run",
+                *(checkpoint, before, self.accelerator.num_processes),
+            )
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = self.saved = state["step"]
+        self.started = time.monotonic() - state["seconds"]
+
+    def advance(self, batches: Iterator[tuple[Any, torch.Generator]]) -> dict[str, Tensor]:
+        """One optimiser step over `accumulate` batches; the last batch's losses, detached."""
+        config = self.recipe.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.task.progress = self.step / config.steps
+        losses: dict[str, Tensor] = {}
+        for _ in range(config.accumulate):
+            batch, rng = next(batches)
+            with self.accelerator.accumulate(self.model):
+                losses = self.model(batch, rng)
+                self.accelerator.backward(losses["loss"])
+                if self.accelerator.sync_gradients and config.max_grad_norm is not None:
+                    parameters = self.model.parameters()
+                    losses["grad_norm"] = self.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.step += 1
+        if self.average is not None:
+            self.average.update_parameters(self.task.network)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def save(self) -> None:
+        """Write the model and a checkpoint, unless those of this very step are there."""
+        if self.saved == self.step and (self.out / "model").exists():
+            return
+        self.saved = self.step
+        if not self.accelerator.is_main_process:
+            return
+        # the model first: a kill between the two must not leave the last checkpoint beside an older model
+        with _evaluating(self.kept), quiet():
+            replace_folder(self.out / "model", lambda folder: self.task.save(self.kept, folder))
+        extra: dict[str, Any] = {"recipe": self.recipe.digest(), "recipe_keys": self.recipe.counted()}
+        extra |= {"reads": self.task.reads, "seconds": self.seconds, "processes": self.accelerator.num_processes}
+        if self.accelerator.scaler is not None:
+            extra["scaler"] = self.accelerator.scaler.state_dict()
+        save_checkpoint(
+            self.out / "checkpoints",
+            self.step,
+            network=self.task.network,
+            average=self.average,
+            optimizer=self.optimizer.optimizer,
+            extra=extra,
+            keep=self.recipe.train.keep_checkpoints,
+        )
+
+    def write_sheet(self, name: str) -> None:
+        """Show what the network does now in `sheets/`."""
+        if not self.accelerator.is_main_process:
+            return
+        path = self.out / "sheets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.png")
+        with _evaluating(self.kept):
+            self.task.sheet(self.kept).save(partial)
+        shutil.move(partial, path)
+
+    def finish(self) -> Outcome:
+        """Save, measure and leave; of many processes the main one alone measures."""
+        self.save()
+        scores: dict[str, float] = {}
+        if self.accelerator.is_main_process:
+            with _evaluating(self.kept):
+                scores = self.task.measure(self.kept)
+            self.write_sheet("final")
+            self.accelerator.log(scores, step=self.step)
+        self.leave()
+        return Outcome(self.out / "model", self.step, self.seconds, scores)
+
+    def leave(self) -> None:
+        """Wait for every process, then end what joins them: threads of a group left open can abort an interpreter."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
 def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     """Train `task` by its recipe in `recipe.out`, going on from the newest checkpoint there.
 
@@ -101,8 +225,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     and FloatingPointError when the loss is no longer a number; nothing is saved then.
     """
     check_place(recipe)
-    config = recipe.train
-    out = Path(recipe.out)
+    config, out = recipe.train, Path(recipe.out)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulate,
@@ -114,120 +237,37 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     checkpoint = latest(out / "checkpoints")
     if recipe.init is not None and checkpoint is None:
         task.start_from(Path(recipe.init))
-    average = _average(task.network, config.ema_decay)
+    average = None if config.ema_decay is None else Average(task.network, config.ema_decay)
     optimizer = make_optimizer(task.network, config, fused=accelerator.device.type in ("cpu", "cuda"))
     if config.compile:
         task.network.compile()
-
-    step, seconds = 0, 0.0
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, network=task.network, average=average, optimizer=optimizer)
-        if state.get("reads") != task.reads:
-            raise CheckpointError(
-                f"{checkpoint} was trained on other pictures, captions or frozen networks than are in place now;"
-                f" choose another `out` or remove {out / 'checkpoints'}"
-            )
-        step, seconds = state["step"], state["seconds"]
-        if (before := state.get("processes", 1)) != accelerator.num_processes:
-            logger.warning(
-                "%s was trained by %d processes and goes on with %d: batches and noise are not those of one run",
-                *(checkpoint, before, accelerator.num_processes),
-            )
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-
     model, optimizer = accelerator.prepare(task, optimizer)
+    run = Run(task, recipe, accelerator, model, optimizer, average)
+    if checkpoint is not None:
+        run.resume(checkpoint)
     accelerator.init_trackers(recipe.task)
-    kept = average.module if average is not None else task.network
-    started = time.monotonic() - seconds
-    saved = None if checkpoint is None else step  # the step of the newest checkpoint
-
-    def save() -> None:
-        nonlocal saved
-        saved = step
-        if accelerator.is_main_process:
-            # the model first: a kill between the two must not leave the last checkpoint beside an older model
-            with _evaluating(kept), quiet():
-                replace_folder(out / "model", lambda folder: task.save(kept, folder))
-            extra: dict[str, Any] = {"recipe": recipe.digest(), "recipe_keys": recipe.counted(), "reads": task.reads}
-            extra["seconds"] = time.monotonic() - started
-            extra["processes"] = accelerator.num_processes
-            if accelerator.scaler is not None:
-                extra["scaler"] = accelerator.scaler.state_dict()
-            save_checkpoint(
-                out / "checkpoints",
-                step,
-                network=task.network,
-                average=average,
-                optimizer=optimizer.optimizer,
-                extra=extra,
-                keep=config.keep_checkpoints,
-            )
-
-    batches = _batches(task, order, config, accelerator, first_step=step)
+    batches = _batches(task, order, config, accelerator, first_step=run.step)
     shown = progress and accelerator.is_main_process
-    with _bar(shown, recipe.task, step, config.steps) as show, _deferred_interrupt() as interrupted:
-        while step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            task.progress = step / config.steps
-            losses = _step(model, batches, optimizer, accelerator, config)
-            step += 1
-            if average is not None:
-                _follow(average, task.network, config.ema_decay or 0.0)
-            logged = step % config.log_every == 0 or step == config.steps
-            saves = step % config.save_every == 0 and step < config.steps
+    with bar(shown, recipe.task, run.step, config.steps) as show, deferred_interrupt() as interrupted:
+        while run.step < config.steps:
+            losses = run.advance(batches)
+            is_last = run.step == config.steps
+            logged = run.step % config.log_every == 0 or is_last
+            saves = run.step % config.save_every == 0 and not is_last
             if logged or saves:
-                values = _finite(losses, step, accelerator)
+                values = _finite(losses, run.step, accelerator)
             if logged:
-                accelerator.log({**values, "learning_rate": learning_rate(config, step - 1)}, step=step)
-                show(step, values, time.monotonic() - started)
+                accelerator.log({**values, "learning_rate": learning_rate(config, run.step - 1)}, step=run.step)
+                show(run.step, values, run.seconds)
             if saves:
-                save()
-            if step % config.sheet_every == 0 and step < config.steps and accelerator.is_main_process:
-                _write_sheet(task, kept, out / "sheets" / f"{step:08d}.png")
+                run.save()
+            if run.step % config.sheet_every == 0 and not is_last:
+                run.write_sheet(f"{run.step:08d}")
             if _all_stop(accelerator, interrupted(), logged):
-                if saved != step:
-                    save()
-                _leave(accelerator)
+                run.save()
+                run.leave()
                 raise KeyboardInterrupt
-    scores: dict[str, float] = {}
-    if accelerator.is_main_process:
-        if saved != step or not (out / "model").exists():
-            save()
-        with _evaluating(kept):
-            scores = task.measure(kept)
-        _write_sheet(task, kept, out / "sheets" / "final.png")
-        accelerator.log(scores, step=step)
-    _leave(accelerator)
-    return Outcome(out / "model", step, time.monotonic() - started, scores)
-
-
-def _leave(accelerator: Accelerator) -> None:
-    """Wait for every process, then end what joins them: threads of a group left open can abort an interpreter."""
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
-def _step(
-    model: nn.Module,
-    batches: Iterator[tuple[Any, torch.Generator]],
-    optimizer: Any,  # AcceleratedOptimizer, untyped upstream
-    accelerator: Accelerator,
-    config: TrainSection,
-) -> dict[str, Tensor]:
-    """One optimiser step over `accumulate` batches; the last batch's losses, detached."""
-    losses: dict[str, Tensor] = {}
-    for _ in range(config.accumulate):
-        batch, rng = next(batches)
-        with accelerator.accumulate(model):
-            losses = model(batch, rng)
-            accelerator.backward(losses["loss"])
-            if accelerator.sync_gradients and config.max_grad_norm is not None:
-                losses["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    return {name: value.detach() for name, value in losses.items()}
+    return run.finish()
 
 
 def _finite(losses: dict[str, Tensor], step: int, accelerator: Accelerator) -> dict[str, float]:
@@ -247,32 +287,6 @@ def _all_stop(accelerator: Accelerator, interrupted: bool, meet: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(interrupted), device=accelerator.device)).item() > 0)
 
 
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of the step, so that no checkpoint holds half of one; a second Ctrl-C does not wait."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the processes that read data too; they stop when the training process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _batches(
     task: Task, order: Order, config: TrainSection, accelerator: Accelerator, first_step: int
 ) -> Iterator[tuple[Any, torch.Generator]]:
@@ -284,39 +298,12 @@ def _batches(
         batch_sampler=order.batches(start, stop, world),
         num_workers=config.workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # or every start would draw from the state that dropout reads
     )
     for number, batch in zip(range(start, stop, world), loader, strict=True):
         rng = torch.Generator(accelerator.device).manual_seed((config.seed * 1_000_003 + number) % 2**32)
         yield moved(batch, accelerator.device), rng
-
-
-def _average(network: nn.Module, decay: float | None) -> AveragedModel | None:
-    """A copy of the network that will follow it; None without a decay."""
-    return None if decay is None else AveragedModel(network)
-
-
-@torch.no_grad()
-def _follow(average: AveragedModel, network: nn.Module, decay: float) -> None:
-    """An exponential moving average whose decay warms up as (1 + n) / (10 + n), so early weights fade.
-
-    Not AveragedModel's own update, which waits for the device at every step.
-    """
-    count = int(average.n_averaged)  # on the CPU
-    kept = min(decay, (1 + count) / (10 + count)) if count else 0.0
-    torch._foreach_lerp_(list(average.module.parameters()), list(network.parameters()), 1 - kept)
-    for held, current in zip(average.module.buffers(), network.buffers(), strict=True):
-        held.copy_(current)
-    average.n_averaged += 1
-
-
-def _write_sheet(task: Task, network: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.png")
-    with _evaluating(network):
-        task.sheet(network).save(partial)
-    shutil.move(partial, path)
 
 
 @contextmanager
@@ -330,35 +317,3 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             yield
     finally:
         network.train(training)
-
-
-@contextmanager
-def _bar(shown: bool, name: str, step: int, steps: int) -> Iterator[Any]:
-    """A progress bar on a terminal, a line every so often in a log file, nothing when not asked for."""
-    console = Console(stderr=True)
-    if not shown:
-        yield lambda *_: None
-    elif not console.is_terminal:
-        yield lambda step, values, seconds: logger.info(
-            "%s %d/%d %.0f s  %s",
-            name,
-            step,
-            steps,
-            seconds,
-            "  ".join(f"{key} {value:.4f}" for key, value in values.items()),
-        )
-    else:
-        columns = (
-            TextColumn(name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=console) as bar:
-            handle = bar.add_task(name, total=steps, completed=step, note="")
-
-            def show(step: int, values: dict[str, float], seconds: float) -> None:
-                bar.update(handle, completed=step, note=f"loss {values['loss']:.4f}")
-
-            yield show

@@ -449,10 +449,10 @@ def test_a_terminal_shows_a_bar(
 def test_a_file_gets_lines(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, "training.loop"):
+    with caplog.at_level(logging.INFO, "training.terminal"):
         train(Line(), recipe(tmp_path / "told", log_every=6))
         train(Line(), recipe(tmp_path / "quiet"), progress=False)
-    lines = [record.getMessage() for record in caplog.records if record.name == "training.loop"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "training.terminal"]
     assert len(lines) == 2 and lines[0].startswith("line 6/12 ") and " loss " in lines[0]
     assert capsys.readouterr() == ("", "")
 
