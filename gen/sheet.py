@@ -22,16 +22,19 @@ FONTS = (
 
 def contact_sheet(
     pictures: Sequence[Image.Image],
-    captions: Sequence[str],
+    captions: Sequence[str] | None = None,  # None: pictures alone
     *,
     num_kept: int = 0,  # the first so many are framed
     title: str = "",
     columns: int | None = None,  # None: about as wide as high, at least 4
+    num_lines: int = 1,  # of a caption, at most
 ) -> Image.Image:
     """All pictures in rows, each with its caption below, the kept ones framed and first.
 
     Small pictures are enlarged by a whole factor without smoothing, so the sheet shows what was painted.
     """
+    if captions is None:
+        captions, num_lines = [""] * len(pictures), 0
     if not pictures or len(pictures) != len(captions):
         raise ValueError(f"{len(pictures)} pictures with {len(captions)} captions; give one caption per picture")
     columns = columns or max(4, round(len(pictures) ** 0.5))
@@ -39,18 +42,15 @@ def contact_sheet(
     width, height = _tile_size(pictures[0].size)
     font = ImageFont.load_default(size=LETTERS)
     top = GAP + (LINE + GAP if title else 0)
+    below = height + num_lines * LINE + GAP  # from one row to the next
     rows = -(-len(pictures) // columns)
-    sheet = Image.new(
-        "RGB",
-        (GAP + columns * (width + GAP), top + rows * (height + LINE + GAP)),
-        PAPER,
-    )
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), top + rows * below), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
         heading = _font_for(title[: sheet.width])  # more do not fit
         draw.text((GAP, GAP), _fit(draw, title, heading, sheet.width - 2 * GAP), INK, heading)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x, y = GAP + index % columns * (width + GAP), top + index // columns * (height + LINE + GAP)
+        x, y = GAP + index % columns * (width + GAP), top + index // columns * below
         larger = width >= picture.width
         tile = picture.resize((width, height), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
         sheet.paste(tile, (x, y))
@@ -58,7 +58,8 @@ def contact_sheet(
         kept = index < num_kept
         outline = (x - 3, y - 3, x + width + 2, y + height + 2) if kept else (x - 1, y - 1, x + width, y + height)
         draw.rectangle(outline, outline=FRAME if kept else (200, 200, 200), width=3 if kept else 1)
-        draw.text((x, y + height + 3), _fit(draw, caption, font, width), INK, font)
+        for number, line in enumerate(_lines(draw, caption, font, width, num_lines)):
+            draw.text((x, y + height + 3 + number * LINE), line, INK, font)
     return sheet
 
 
@@ -95,6 +96,19 @@ def _num_lacking(font: Font, text: str) -> int:
 def _drawn(font: Font, letter: str) -> tuple[tuple[int, int], bytes]:
     mask = font.getmask(letter)
     return mask.size, bytes(mask)
+
+
+def _lines(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int, most: int) -> list[str]:
+    """Text in at most so many lines, broken between words; the last is cut where more is left."""
+    lines: list[str] = []
+    words = text.split()
+    while words and len(lines) < most:
+        taken = len(words) if len(lines) == most - 1 else 1  # the last line is given all that is left
+        while taken < len(words) and draw.textlength(" ".join(words[: taken + 1]), font) <= width:
+            taken += 1
+        lines.append(_fit(draw, " ".join(words[:taken]), font, width))
+        words = words[taken:]
+    return lines
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:

@@ -32,7 +32,7 @@ from training.captioner import Captioner
 from training.checkpoints import load_weights
 from training.data.pictures import Pictures
 from training.recipe import built, options_of
-from training.sheets import grid
+from training.sheets import captioned, pictures_of
 from training.soften import soften
 from training.task import Task, held_back
 from training.vision_start import place_patches_, whiten_patches_
@@ -166,7 +166,7 @@ class ClipTask(Task[Learner]):
         pixels, captions = self.batch_of(self.held_indices[:32])
         image, text = self._embed(network, pixels / 255, self._tokens(captions))
         best = (F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T).argmax(dim=1)
-        return grid(pixels[best].float() / 127.5 - 1, columns=8, captions=captions, scale=3)
+        return captioned(pictures_of(pixels[best]), captions)
 
     def save(self, network: Learner, folder: Path) -> None:
         """A transformers CLIP folder with tokenizer and preprocessing."""

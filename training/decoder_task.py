@@ -38,7 +38,7 @@ from training.frozen import (
     transformers_model,
 )
 from training.recipe import RecipeError, Section, built, options_of
-from training.sheets import grid
+from training.sheets import captioned
 from training.task import Task, held_back
 
 FILLED_IN = (  # options of the UNet that CLIP and the autoencoder decide
@@ -186,9 +186,9 @@ class DecoderTask(Task[Aligned]):
         """Held-back captions painted from text alone."""
         captions = [self.dataset.captions[index] for index in self.held_indices[-24:]]
         painter = TextToImage(self.model(network.unet))
-        painted = painter(captions, num_inference_steps=20, guidance_scale=4.0, seed=0, output_type="pt", rerank=False)
-        assert isinstance(painted.images, Tensor), "output_type is pt"
-        return grid(painted.images * 2 - 1, columns=8, captions=captions, scale=2)
+        painted = painter(captions, num_inference_steps=20, guidance_scale=4.0, seed=0, rerank=False)
+        assert isinstance(painted.images, list), "they are Pillow's"
+        return captioned(painted.images, captions)
 
     def save(self, network: Aligned, folder: Path) -> None:
         """The UNet in `folder`; what belongs to it (scheduler, image normaliser and noising) in folders inside."""

@@ -38,7 +38,7 @@ from training.data.cache import weights_digest
 from training.data.examples import DataError, Skipped
 from training.data.pictures import find_examples
 from training.recipe import RecipeError
-from training.sheets import grid
+from training.sheets import captioned
 from training.task import Task, held_back
 from training.trajectories import Ways, trajectories
 
@@ -158,9 +158,9 @@ class DraftTask(Task[UNet2DConditionModel]):
         captions = list(dict.fromkeys(self.dataset.captions[index] for index in self.held_indices))[:24]
         painter = TextToImage(replace(self.painter, unet=self._saved(network), clip=None, drafter=None))
         asked: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "sampler": SAMPLER}
-        painted = painter(captions, **asked, prior=False, seed=0, output_type="pt", rerank=False)
-        assert isinstance(painted.images, Tensor), "output_type is pt"
-        return grid(painted.images * 2 - 1, columns=8, captions=captions, scale=2)
+        painted = painter(captions, **asked, prior=False, seed=0, rerank=False)
+        assert isinstance(painted.images, list), "they are Pillow's"
+        return captioned(painted.images, captions)
 
     def save(self, network: UNet2DConditionModel, folder: Path) -> None:
         """The UNet or its LoRA, and what it was trained for."""

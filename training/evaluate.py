@@ -25,6 +25,7 @@ from torch import Tensor
 
 from clip_core.retrieval import ranks
 from clip_core.weights import content_hash
+from gen.sheet import contact_sheet
 from training.data import checker
 from training.data.checker import FACTS, faults, read
 from training.data.suite import Prompt
@@ -32,6 +33,7 @@ from training.provenance import provenance
 
 MODES = {"prior": True, "no_prior": False}  # through an image embedding (unCLIP), or from the text alone
 MAX_SEED = 2**31  # added to a prompt's own, which is below 2^31, it stays below the 2^32 that a seed may be
+COLUMNS = 16  # candidates of a prompt in a row
 _RESAMPLES = 10_000
 _Z = 1.959964  # 97.5 % point of the normal distribution
 
@@ -211,7 +213,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Strips:
-    """Keeps each prompt's candidates as one row of pictures, best first: `strips/MODE/PROMPT.png`."""
+    """Keeps each prompt's candidates in rows under its words, best first: `strips/MODE/PROMPT.png`."""
 
     folder: Path
 
@@ -219,7 +221,7 @@ class Strips:
         """Write one."""
         path = self.folder / mode / f"{prompt.id}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1)).save(path)
+        contact_sheet(images, title=prompt.text, columns=COLUMNS).save(path)
 
 
 def digest(path: Path) -> str:

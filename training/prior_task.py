@@ -30,7 +30,7 @@ from training.attention import AttentionRecipe, use_attention
 from training.data.pictures import Pictures
 from training.frozen import image_embeddings, load_clip, place, reads, transformers_model
 from training.recipe import built, options_of
-from training.sheets import grid
+from training.sheets import captioned, pictures_of
 from training.task import Task, held_back
 
 
@@ -138,7 +138,7 @@ class PriorTask(Task[PriorTransformer]):
         sampled = F.normalize(self._sample(network, captions) - network.clip_mean, dim=-1)
         nearest = (sampled @ F.normalize(embeddings - network.clip_mean, dim=-1).T).argmax(dim=1)
         pixels = torch.stack([self.pictures[self.held_indices[index]][0] for index in nearest.tolist()])
-        return grid(pixels.float() / 127.5 - 1, columns=8, captions=captions, scale=3)
+        return captioned(pictures_of(pixels), captions)
 
     def save(self, network: PriorTransformer, folder: Path) -> None:
         """The prior in `folder`, its scheduler in a folder inside."""

@@ -15,10 +15,11 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gen.sheet import contact_sheet
 from training.data.pictures import Pictures
 from training.frozen import load_vae
 from training.recipe import Recipe, built, options_of
-from training.sheets import grid
+from training.sheets import pictures_of
 from training.task import Task, held_back
 
 
@@ -84,7 +85,8 @@ class VaeTask(Task[AutoencoderKL]):
     def sheet(self, network: AutoencoderKL) -> Image.Image:
         """Held-back pictures above their reconstructions."""
         pixels = self._held_pixels(16)
-        return grid(torch.cat([pixels, _reconstruct(network, pixels)]), columns=16)
+        pictures = pictures_of(torch.cat([pixels, _reconstruct(network, pixels)]) / 2 + 0.5)
+        return contact_sheet(pictures, columns=len(pixels))
 
     @torch.no_grad()
     def measure(self, network: AutoencoderKL) -> dict[str, float]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from gen.sheet import TILE, _fit, _font_for, _num_lacking, contact_sheet
+from gen.sheet import GAP, LINE, TILE, _fit, _font_for, _lines, _num_lacking, contact_sheet
 from tests.gen.test_picture import noise
 
 
@@ -45,6 +45,20 @@ def test_a_title_in_another_script_is_drawn_where_a_font_has_it(monkeypatch: pyt
     assert _num_lacking(found, "grüne, красная звезда") == 0
     boxes, letters = (np.asarray(contact_sheet([noise(0)], ["c"], title=each)) for each in ("\uffff" * 7, "красная"))
     assert not np.array_equal(boxes, letters)
+
+
+def test_a_caption_may_have_several_lines_or_none() -> None:
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(size=12)
+    said = "a large purple triangle on the right of a star"
+    first, second = _lines(draw, said, font, 100, 2)
+    assert said.startswith(first) and second.endswith("…") and said.startswith(f"{first} {second[:-1]}")
+    assert " ".join(_lines(draw, said, font, 100, 9)) == said
+    assert all(draw.textlength(line, font) <= 100 for line in _lines(draw, said, font, 100, 9))
+    assert _lines(draw, said, font, 100, 1) == [_fit(draw, said, font, 100)]
+    assert _lines(draw, " ", font, 100, 2) == []
+    assert "".join(_lines(draw, "w" * 99, font, 100, 3)) == _fit(draw, "w" * 99, font, 100)
+    heights = [contact_sheet([noise(0)], captions, num_lines=3).height for captions in (None, ["a star"])]
+    assert heights == [2 * GAP + TILE, 2 * GAP + TILE + 3 * LINE]
 
 
 def test_a_line_is_cut_where_it_would_be_too_wide_and_in_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:

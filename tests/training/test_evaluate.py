@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from clip_core.clip import CLIP
+from gen.sheet import GAP, TILE
 from tests.tiny import tiny_clip, tiny_tokenizer
 from training.data.shapes import full_claim, place, render
 from training.data.suite import Prompt, load
@@ -186,7 +187,7 @@ def test_each_prompt_keeps_its_candidates_as_a_strip(clip: CLIP, tmp_path: Path)
     names = ("count-000", "held_out-000", "one-000", "relation-000")
     assert strips == [f"{mode}/{name}.png" for mode in ("no_prior", "prior") for name in names]
     with Image.open(tmp_path / "strips" / strips[0]) as strip:
-        assert strip.size == (4 * 64, 64)
+        assert strip.width == GAP + 4 * (TILE + GAP) and TILE < strip.height < 2 * TILE
 
 
 def test_wilson_is_the_textbook_interval() -> None:
