@@ -11,7 +11,7 @@ from gen.model_folder import find
 from samplers.noise import noise
 from training.data.checker import read, right
 from training.data.suite import load
-from training.evaluate import retrieval
+from training.evaluation.rates import retrieval
 
 FOLDER = find("shapes64")
 
