@@ -125,7 +125,7 @@ class Bucket:
         self._is_relieved = False
 
     def halve(self, count: int) -> bool:
-        """After memory ran out at `count` evaluations, ask half from now on; False where one alone was too many.
+        """After memory ran out in a call of `count` evaluations, ask half from now on; False where one was too many.
 
         Before that is said others make room, if they can, once until something has come of it; sizes are tried anew.
         """
@@ -137,7 +137,7 @@ class Bucket:
             self.size = UNBOUNDED
             self.refresh()
             return True
-        self.ceiling = count // 2
+        self.ceiling = min(self.ceiling, count // 2)
         self.size = min(self.size, self.ceiling)
         logger.warning("%s: memory ran out at %d evaluations, %d at once from here on", self.name, count, self.ceiling)
         return True

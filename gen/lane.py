@@ -55,8 +55,8 @@ class Walk:
         """One step further."""
         return Walk(self.sigmas, self.last, self.index + 1)
 
-    def select(self, rows: Tensor) -> Walk:
-        """The rows (K,) that go on."""
+    def select(self, rows: Tensor | slice) -> Walk:
+        """The rows (K,) that go on; a slice of them is a view."""
         return Walk(self.sigmas[rows], self.last[rows], self.index[rows])
 
     def cat(self, other: Walk) -> Walk:
@@ -80,6 +80,7 @@ class Lane:
     walk: Walk
     bucket: Bucket
     plan: Plan | None = None  # of the coming step; None where the rows have changed
+    apart: object = None  # lanes that have one take their steps with those of the same; memory ran out over more
 
     @property
     def num_evaluations(self) -> int:

@@ -81,9 +81,10 @@ class Tick:
 class StepFailed(Exception):
     """What rows needed for their step raised; `__cause__` says what."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], *, in_call: bool) -> None:
         super().__init__()
         self.members = members  # a row as often as it has evaluations in a call that failed
+        self.in_call = in_call  # whether one call of the network failed, which may be asked in smaller ones
 
 
 class Question(Exception):
@@ -92,6 +93,15 @@ class Question(Exception):
     def __init__(self, x: Tensor, sigma: Tensor) -> None:
         super().__init__()
         self.x, self.sigma = x, sigma  # (B, ...) and (B,)
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """Where a lane's step has come to."""
+
+    state: State
+    walk: Walk
+    x0: Tensor  # (B, ...) the latest estimates
 
 
 @dataclass(eq=False)
@@ -103,13 +113,7 @@ class Attempt:
     noise: Tensor | None  # (B, ...); None where no row of the lane takes any
     momentum: Tensor | None  # (B, ...), the running differences of rows that follow apg; None: no row has one
     told: list[Prediction] = field(default_factory=list)  # what its denoiser has said so far
-    state: State | None = None  # None: not worked out yet
-
-    @property
-    def x0(self) -> Tensor:
-        """The latest estimate (B, ...)."""
-        said = self.told[-1].x0
-        return said if self.plan.held is None else torch.where(self.plan.held.is_painted, said, self.plan.held.known)
+    end: End | None = None  # None: not worked out yet
 
     def play(self) -> Question | None:
         """Work the step out as far as it has been told; what it asks next, or None where it is done.
@@ -128,11 +132,14 @@ class Attempt:
         now, then = lane.walk.level(0), lane.walk.level(1)
         asking = denoise if self.plan.held is None else held(denoise, self.plan.held)
         try:
-            self.state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
+            state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
         except Question as asked:
             return asked
         if self.momentum is not None:
-            self.state = self.state.remember(**{MOMENTUM: self.momentum})
+            state = state.remember(**{MOMENTUM: self.momentum})
+        x0, holds = self.told[-1].x0, self.plan.held
+        x0 = x0 if holds is None else torch.where(holds.is_painted, x0, holds.known)
+        self.end = End(state, lane.walk.on(), x0)
         return None
 
 
@@ -147,6 +154,7 @@ class Rows:
     buckets: Buckets = field(default_factory=Buckets)  # what is known of the memory that calls take
     lanes: dict[Hashable, Lane] = field(default_factory=dict)
     passes: list[Pass] = field(default_factory=list)  # those whose plans hold
+    lost: list[Failed] = field(default_factory=list)  # when others were taken out of their lane; the next tick tells
 
     def __post_init__(self) -> None:
         self.scaling = self.scaling.to(self.device)
@@ -187,10 +195,10 @@ class Rows:
         """Let a lane's rows in as they stand."""
         if key in self.lanes:
             here = self.lanes[key]
+            state = alike(here.state, lane.state).cat(alike(lane.state, here.state))
+            walk = here.walk.cat(lane.walk)
             self._unplan(here)
-            here.rows = here.rows + lane.rows
-            here.state = alike(here.state, lane.state).cat(alike(lane.state, here.state))
-            here.walk = here.walk.cat(lane.walk)
+            here.rows, here.state, here.walk = here.rows + lane.rows, state, walk
         else:
             self.lanes[key] = lane
 
@@ -198,18 +206,27 @@ class Rows:
         """Take every row one step; the rows that reached their last level leave, and so do those that failed."""
         tick, together = Tick(), dict[Hashable, list[Lane]]()
         for lane in self.lanes.values():
-            together.setdefault(batch_of(lane.rows[0].row), []).append(lane)
-        for lanes in together.values():
-            tick.taken += self._step(lanes, tick.failed)
+            together.setdefault((batch_of(lane.rows[0].row), lane.apart), []).append(lane)
+        groups = deque(together.values())
+        while groups:
+            lanes = groups.popleft()
+            try:
+                attempts = self._worked_out(lanes)
+            except StepFailed as failure:
+                groups.extendleft(reversed(self._after(failure, lanes, tick.failed)))
+            else:
+                tick.taken += [self._taken(attempt) for attempt in attempts]
         for lane in list(self.lanes.values()):
             ended = {slot for slot, one in enumerate(lane.rows) if one.steps_left == 0}
             for slot in sorted(ended):
                 row = lane.rows[slot].row
-                x = lane.state.x[slot] * row.schedule.end_scale
-                if row.hold is not None:  # as it was handed in, also where the last level is not 0
-                    x = torch.where(row.hold.is_painted.to(x.device), x, row.hold.known.to(x.device))
-                tick.finished.append(Finished(row, x))
+                try:
+                    tick.finished.append(Finished(row, end_of(row, lane.state.x[slot])))
+                except Exception as error:
+                    tick.failed.append(Failed([row], error))
             self._take_out(lane, ended)
+        tick.failed += self.lost
+        self.lost = []
         return tick
 
     def drop(self, keys: AbstractSet[Hashable]) -> None:
@@ -217,15 +234,19 @@ class Rows:
         for lane in list(self.lanes.values()):
             self._take_out(lane, {slot for slot, one in enumerate(lane.rows) if one.row.key in keys})
 
+    def clear(self) -> list[Row]:
+        """Give up all rows, as an interrupted tick may have left them half way."""
+        given_up = [one.row for one in self.live]
+        self.lanes.clear()
+        self.passes.clear()
+        return given_up
+
     def halt(self, keys: AbstractSet[Hashable]) -> dict[Hashable, Lane]:
         """Take the rows of these keys out as they stand, each a lane of its own that `resume` takes."""
         halted: dict[Hashable, Lane] = {}
         for lane in list(self.lanes.values()):
             out = {slot: one for slot, one in enumerate(lane.rows) if one.row.key in keys}
-            for slot, one in out.items():
-                at = sent(torch.tensor([slot]), self.device)
-                state, walk = lane.state.select(at), lane.walk.select(at)
-                halted[one.row.key] = replace(lane, rows=[one], state=state, walk=walk, plan=None)
+            halted |= {one.row.key: self._those(lane, [slot]) for slot, one in out.items()}
             self._take_out(lane, out.keys())
         return halted
 
@@ -257,55 +278,80 @@ class Rows:
                 raise failed.error
             yield tick.finished
 
+    def _those(self, lane: Lane, slots: Sequence[int]) -> Lane:
+        """A copy of some of a lane's rows."""
+        at = sent(torch.tensor(slots), self.device)
+        rows = [lane.rows[slot] for slot in slots]
+        return replace(lane, rows=rows, state=lane.state.select(at), walk=lane.walk.select(at), plan=None)
+
     def _take_out(self, lane: Lane, slots: AbstractSet[int]) -> None:
+        """Give up these of a lane's rows; where there is no memory for the others by themselves, these are lost too."""
         if not slots:
             return
         kept = [slot for slot in range(len(lane.rows)) if slot not in slots]
         self._unplan(lane)
-        lane.rows = [lane.rows[slot] for slot in kept]
-        if kept:
-            rows = sent(torch.tensor(kept), self.device)
-            lane.state, lane.walk = lane.state.select(rows), lane.walk.select(rows)
+        try:
+            rest = self._those(lane, kept) if kept else None
+        except Exception as error:
+            self.lost.append(Failed([lane.rows[slot].row for slot in kept], error))
+            rest = None
+        if rest is not None:
+            lane.rows, lane.state, lane.walk = rest.rows, rest.state, rest.walk
         else:
+            lane.rows = []
             self.lanes = {key: other for key, other in self.lanes.items() if other is not lane}
+
+    def _put_apart(self, lanes: Sequence[Lane]) -> list[Lane]:
+        """Have the later half of these rows take their steps after the others from now on; it takes no memory."""
+        apart, later = object(), list[Lane]()
+        left = sum(len(lane.rows) for lane in lanes) // 2
+        for lane in lanes:
+            cut, left = min(left, len(lane.rows)), max(0, left - len(lane.rows))
+            if cut < len(lane.rows):
+                later.append(lane if cut == 0 else self._cut(lane, cut))
+                later[-1].apart = apart
+        return later
+
+    def _cut(self, lane: Lane, at: int) -> Lane:
+        """A lane of its own for the rows behind its first `at`."""
+        self._unplan(lane)
+        first, rest = (
+            replace(lane, rows=lane.rows[part], state=lane.state.select(part), walk=lane.walk.select(part))
+            for part in (slice(at), slice(at, None))
+        )
+        lane.rows, lane.state, lane.walk = first.rows, first.state, first.walk
+        self.lanes[object()] = rest
+        return rest
 
     def _unplan(self, lane: Lane) -> None:
         """Its rows change, or what they ask."""
         self.passes = [each for each in self.passes if lane.plan not in each.plans]
         lane.plan = None
 
-    def _step(self, lanes: Sequence[Lane], failed: list[Failed]) -> list[Taken]:
-        """One step of lanes that share network calls; the same again without the rows of what failed."""
-        while lanes:
-            try:
-                attempts = self._worked_out(lanes)
-            except StepFailed as failure:
-                self._give_up(failure, failed)
-                lanes = [lane for lane in lanes if lane.rows]
-            else:
-                return [self._taken(attempt) for attempt in attempts]
-        return []
-
     def _worked_out(self, lanes: Sequence[Lane]) -> list[Attempt]:
         """The step of each lane; those that ask the network at one time ask it together."""
-        attempts = []
-        for lane in lanes:
-            with blaming(members_of(lane)):
-                attempts.append(self._attempt(lane))
-        asking = attempts
-        while True:
-            questions: list[tuple[Attempt, Question]] = []
-            for attempt in asking:
-                with blaming(members_of(attempt.lane)):
-                    asked = attempt.play()
-                if asked is not None:
-                    questions.append((attempt, asked))
-            if not questions:
-                return attempts
-            asking = [attempt for attempt, _ in questions]
-            for (attempt, asked), each in zip(questions, self._estimates(questions), strict=True):
-                with blaming(members_of(attempt.lane)):
-                    attempt.told.append(self._denoise(attempt, each)(asked.x, asked.sigma))
+        with blaming(members_of(lanes)):
+            attempts = []
+            for lane in lanes:
+                with blaming(members_of([lane])):
+                    attempts.append(self._attempt(lane))
+            asking = attempts
+            while questions := self._questions(asking):
+                for (attempt, asked), each in zip(questions, self._estimates(questions), strict=True):
+                    with blaming(members_of([attempt.lane])):
+                        attempt.told.append(self._denoise(attempt, each)(asked.x, asked.sigma))
+                asking = [attempt for attempt, _ in questions]
+            return attempts
+
+    def _questions(self, asking: Sequence[Attempt]) -> list[tuple[Attempt, Question]]:
+        """What these ask next, each as far as it has been told; who asks nothing is through."""
+        questions = []
+        for attempt in asking:
+            with blaming(members_of([attempt.lane])):
+                asked = attempt.play()
+            if asked is not None:
+                questions.append((attempt, asked))
+        return questions
 
     def _attempt(self, lane: Lane) -> Attempt:
         if lane.plan is None or lane.plan.asking != [one.asking for one in lane.rows]:
@@ -317,31 +363,40 @@ class Rows:
     def _taken(self, attempt: Attempt) -> Taken:
         """Take a step that has been worked out."""
         lane, num_asked = attempt.lane, len(attempt.told)
-        assert attempt.state is not None and num_asked, "every step asks at least once"
+        assert attempt.end is not None and num_asked, "every step asks at least once"
         lane.bucket.succeed()
         evaluations = [num_asked * len(one.terms) for one in lane.rows]
         gradients = [num_asked * one.is_steered for one in lane.rows]
-        lane.state, lane.walk = attempt.state, lane.walk.on()
+        lane.state, lane.walk = attempt.end.state, attempt.end.walk
         for one in lane.rows:
             one.index += 1
-        return Taken(lane.rows, attempt.x0, evaluations, gradients)
+        return Taken(lane.rows, attempt.end.x0, evaluations, gradients)
 
-    def _give_up(self, failure: StepFailed, failed: list[Failed]) -> None:
-        """Take out the rows that something failed for, unless memory ran out and smaller calls may do."""
-        error = failure.__cause__
+    def _after(self, failure: StepFailed, lanes: list[Lane], failed: list[Failed]) -> list[list[Lane]]:
+        """What is tried where a step of lanes failed: without the rows it failed for, those in flight together.
+
+        Where memory ran out all are tried again, in smaller calls if it was a call, or else in two parts; rows are out
+        that have none by themselves.
+        """
+        error, members = failure.__cause__, failure.members
         assert isinstance(error, Exception)
-        (bucket,) = {id(lane.bucket): lane.bucket for lane, _ in failure.members}.values()
+        (bucket,) = {id(lane.bucket): lane.bucket for lane, _ in members}.values()
         if is_out_of_memory(error):
             failure.__traceback__ = error.__traceback__ = None  # its frames hold what the call had made
-            if bucket.halve(len(failure.members)):
-                return
+            if not failure.in_call and len(members) > 1:
+                later = self._put_apart(list({id(lane): lane for lane, _ in members}.values()))
+                return [[lane for lane in lanes if lane not in later], later]
+            if bucket.halve(len(members)):
+                return [lanes]
             error = bucket.overflow(error)
         out: dict[int, tuple[Lane, set[int]]] = {}
-        for lane, slot in failure.members:
+        for lane, slot in members:
             out.setdefault(id(lane), (lane, set()))[1].add(slot)
         failed.append(Failed([lane.rows[slot].row for lane, slots in out.values() for slot in sorted(slots)], error))
         for lane, slots in out.values():
             self._take_out(lane, slots)
+        left = [lane for lane in lanes if lane.rows]
+        return [left] if left else []
 
     def _noise(self, lane: Lane, options: dict[str, Tensor]) -> Tensor | None:
         """Fresh noise (B, ...) of the coming step; None where no row of the lane takes any."""
@@ -404,23 +459,23 @@ class Rows:
     def _estimates(self, questions: Sequence[tuple[Attempt, Question]]) -> list[Prediction]:
         """What the network says of every evaluation of each lane, (M, ...), in as few calls as the bucket allows."""
         lanes = [attempt.lane for attempt, _ in questions]
-        with blaming([member for lane in lanes for member in members_of(lane)]):
-            ask = self._pass(lanes, [attempt.plan for attempt, _ in questions])
-            members = [(lanes[number], slot) for number, slot in ask.owners]
-            x, sigma = (
-                torch.cat(parts) for parts in zip(*((each.x, each.sigma) for _, each in questions), strict=True)
-            )
+        ask = self._pass(lanes, [attempt.plan for attempt, _ in questions])
+        members = [(lanes[number], slot) for number, slot in ask.owners]
+        x, sigma = (torch.cat(parts) for parts in zip(*((each.x, each.sigma) for _, each in questions), strict=True))
+
+        def asked(call: Call) -> Prediction:
+            with blaming(members[call.start : call.stop], in_call=True):
+                at = ask.rows[call.start : call.stop]
+                # by index_select here and below, for x[at] wakes a thread per core, in milliseconds on some machines
+                return self._asked(call.told, x.index_select(0, at), sigma.index_select(0, at))
+
         bucket, answers, start = lanes[0].bucket, list[Prediction](), 0
         if bucket.wants_probe(len(members)):
-            first = Call(0, PROBE, Conditions(tuple(condition.twin() for condition in ask.conditions[:PROBE])))
-            at = ask.rows[:PROBE]
-            bucket.probe(lambda: self._asked(first, members, x.index_select(0, at), sigma.index_select(0, at)))
+            twins = Conditions(tuple(condition.twin() for condition in ask.conditions[:PROBE]))
+            bucket.probe(partial(asked, Call(0, PROBE, twins)))
         while start < len(members):
             call = ask.call(len(answers), start, bucket.size)
-            at = ask.rows[call.start : call.stop]
-            # by index_select here and below, for x[at] wakes a thread per core, in milliseconds on some machines
-            given = x.index_select(0, at), sigma.index_select(0, at)
-            answers.append(bucket.ask(len(at), partial(self._asked, call, members, *given)))
+            answers.append(bucket.ask(call.stop - call.start, partial(asked, call)))
             start = call.stop
         x0, variances = torch.cat([each.x0 for each in answers]), [each.variance for each in answers]
         variance = torch.cat([each for each in variances if each is not None]) if variances[0] is not None else None
@@ -436,26 +491,33 @@ class Rows:
         self.passes.append(Pass.of(lanes, plans, self.device))
         return self.passes[-1]
 
-    def _asked(self, call: Call, members: Sequence[Member], x: Tensor, sigma: Tensor) -> Prediction:
-        estimate = denoiser(lambda noisy, timestep: self.network(noisy, timestep, call.told), self.scaling)
-        with blaming(members[call.start : call.stop]):
-            return estimate(x, sigma)
+    def _asked(self, told: Conditions, x: Tensor, sigma: Tensor) -> Prediction:
+        return denoiser(lambda noisy, timestep: self.network(noisy, timestep, told), self.scaling)(x, sigma)
 
 
 @contextmanager
-def blaming(members: Sequence[Member]) -> Iterator[None]:
+def blaming(members: Sequence[Member], *, in_call: bool = False) -> Iterator[None]:
     """What goes wrong in here is these rows', unless somebody within knows better."""
     try:
         yield
     except StepFailed:
         raise
     except Exception as error:
-        raise StepFailed(members) from error
+        raise StepFailed(members, in_call=in_call) from error
 
 
-def members_of(lane: Lane) -> list[Member]:
-    """All rows of a lane."""
-    return [(lane, slot) for slot in range(len(lane.rows))]
+def members_of(lanes: Sequence[Lane]) -> list[Member]:
+    """All rows of these lanes."""
+    return [(lane, slot) for lane in lanes for slot in range(len(lane.rows))]
+
+
+def end_of(row: Row, x: Tensor) -> Tensor:
+    """What a row has come to, of its x (...) at its last level."""
+    x = x * row.schedule.end_scale
+    if row.hold is None:
+        return x
+    # as it was handed in, also where the last level is not 0
+    return torch.where(row.hold.is_painted.to(x.device), x, row.hold.known.to(x.device))
 
 
 def _said(x0: Tensor, x: Tensor, sigma: Tensor) -> Prediction:

@@ -21,8 +21,8 @@ class State:
     x: Tensor  # (B, ...) float32, x0 + sigma * eps
     memory: dict[str, Tensor] = field(default_factory=dict)  # every value (B, ...)
 
-    def select(self, rows: Tensor) -> State:
-        """The rows that go on: indices (K,) in any order, or a mask (B,)."""
+    def select(self, rows: Tensor | slice) -> State:
+        """The rows that go on: indices (K,) in any order, a mask (B,), or a slice, which is a view."""
         return State(self.x[rows], {name: value[rows] for name, value in self.memory.items()})
 
     def cat(self, other: State) -> State:

@@ -14,9 +14,10 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gen import Request, TextToImage
-from gen.bucket import PROBE, Bucket, Buckets, Footprint, next_cut
+from gen.bucket import PROBE, UNBOUNDED, Bucket, Buckets, Footprint, next_cut
 from gen.candidate import Candidate
 from gen.conditioning import Conditions, Table
 from gen.dispatch import dispatched
@@ -29,7 +30,7 @@ from samplers.guidance import Guide
 from samplers.noise import noise
 from samplers.sample import advance, start
 from samplers.scaling import denoiser
-from samplers.state import Prediction
+from samplers.state import Prediction, State
 from tests.tiny import WIDTH
 
 LEVEL = 1 / 255  # one 8-bit level
@@ -485,6 +486,87 @@ def test_when_memory_runs_out_the_same_step_goes_on_in_halves(
     assert same(finish(together, rows), whole)
     assert short.refused == len(caplog.records) == 2  # 10 and 5, never again
     assert "decoder (4, 8, 8): memory ran out at 10 evaluations, 5 at once from here on" in caplog.text
+
+
+class ShortOf(TorchFunctionMode):
+    """No memory for more than `room` latents of what an operation makes, while it is on."""
+
+    def __init__(self, operation: object, room: int) -> None:
+        super().__init__()
+        self.operation, self.room, self.refused = operation, room, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is self.operation and made.shape[1:] == (4, 8, 8) and len(made) > self.room:
+            self.refused += 1
+            raise SHORT[0]
+        return made
+
+
+@pytest.mark.parametrize("operation", [torch.cat, Tensor.index_select, Tensor.view])
+def test_where_memory_runs_out_beside_a_call_fewer_rows_are_together(tiny: TextToImage, operation: object) -> None:
+    """As they came, in halves, down to one; who is apart stays so, and nothing is tried in vain at every step."""
+    rows = [*rows_of(tiny, 5), *(replace(row, key=5 + row.key) for row in rows_of(tiny, 2, sampler="heun"))]
+    whole = finish(rows_over(tiny), rows)
+    together = rows_over(tiny, buckets_of(16))
+    with torch.no_grad():
+        together.admit(rows)
+        with ShortOf(operation, 3) as short:
+            tick = together.tick()
+        assert short.refused and not tick.failed
+        first = short.refused
+        with short:
+            tick = together.tick()
+        assert short.refused == first and not tick.failed and len(together.live) == 7
+    assert same(finish(together, []), whole)
+
+
+def test_a_lane_that_never_has_memory_ends_and_the_others_go_on(
+    tiny: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*rows_of(tiny, 3), *(replace(row, key=3 + row.key) for row in rows_of(tiny, 4, sampler="heun"))]
+    whole = finish(rows_over(tiny), rows[:3])
+    tried: list[int] = []
+
+    def short(sampler: str, denoise: Any, state: State, *told: Any) -> State:
+        if sampler == "heun":
+            tried.append(len(state.x))
+            raise SHORT[0]
+        return advance(sampler, denoise, state, *told)
+
+    monkeypatch.setattr("gen.rows.advance", short)
+    together = rows_over(tiny)
+    with torch.no_grad():
+        together.admit(rows)
+        tick = together.tick()
+    assert sorted(row.key for failed in tick.failed for row in failed.rows) == [3, 4, 5, 6]
+    assert all("not even one fits in memory" in str(failed.error) for failed in tick.failed)
+    assert tried == [4, 2, 1, 1, 2, 1, 1]
+    (bucket,) = together.buckets.known.values()
+    assert bucket.ceiling == UNBOUNDED  # no call was too large
+    assert same(finish(together, []), whole)
+
+
+def test_rows_that_there_is_no_memory_to_keep_are_lost_with_the_next_step(
+    tiny: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(tiny, 5)
+    rows[4] = replace(rows[4], sampler="heun")
+    whole = finish(rows_over(tiny), rows[4:])
+    together = rows_over(tiny)
+
+    def short(state: State, rows: Tensor) -> State:
+        raise SHORT[0]
+
+    with torch.no_grad():
+        together.admit(rows)
+        together.tick()
+        with monkeypatch.context() as patched:
+            patched.setattr(State, "select", short)
+            together.drop({1})
+        tick = together.tick()
+    assert [[row.key for row in failed.rows] for failed in tick.failed] == [[0, 2, 3]]
+    assert same(finish(together, []), whole)
 
 
 def test_one_evaluation_that_does_not_fit_fails_the_rows_it_was_of(tiny: TextToImage) -> None:
