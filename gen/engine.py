@@ -34,7 +34,7 @@ from gen.model import Family
 from gen.request import Job, Request
 from gen.resolve import resolve
 from gen.row import Row
-from gen.rows import Rows
+from gen.rows import Failed, Rows, Tick
 from gen.stages import Stages
 
 R = TypeVar("R")
@@ -197,7 +197,7 @@ class Engine(Generic[R]):
         with self._changed:
             self._is_closed = True
         for rows in self._stages.rows.values():  # first, for an interrupted tick may have left them half way
-            rows.lanes.clear()
+            rows.clear()
         for flight in list(self._unsettled.values()):
             if error is None:
                 flight.future.cancel()
@@ -308,7 +308,10 @@ class Engine(Generic[R]):
 
     def _step(self, stage: Stage, rows: Rows) -> None:
         """One step of a stage's rows, and what follows from it for their requests."""
-        tick = rows.tick()
+        try:
+            tick = rows.tick()
+        except Exception as error:  # nobody's in particular, and nobody knows how the rows stand
+            tick = Tick(failed=[Failed(rows.clear(), error)])
         for failed in tick.failed:
             for flight, _ in self._by_request(failed.rows):
                 self._fail(flight, failed.error)

@@ -27,6 +27,7 @@ from gen.request import Job
 from gen.row import Live, Row
 from gen.search import Field, Go, Moves
 from samplers.sample import SAMPLERS
+from samplers.state import State
 
 LEVEL = 1 / 255  # one 8-bit level
 SECONDS = 120  # a wait that should never be needed
@@ -479,6 +480,48 @@ def test_a_network_call_that_fails_takes_its_requests_along_and_no_others(
     again = engine.submit(KINDS[0])
     run(engine)
     assert same(again.result(timeout=0), expected[0])
+
+
+def test_what_goes_wrong_beside_a_call_ends_no_other_request(
+    tiny: TextToImage, expected: list[Latents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a stage's own work all who are in it fail, and who comes later is painted."""
+    for stage in ("prior", "decoder"):
+        engine = engine_of(tiny)
+        early = engine.submit(KINDS[0])
+        run(engine, ticks=4)  # it is in the decoder
+        late = engine.submit(KINDS[1])
+        run(engine, ticks=1)
+        broken = engine._stages.rows[stage]
+        with monkeypatch.context() as patched:
+            patched.setattr(broken, "tick", lambda: next(iter([])))
+            engine.tick()
+        assert not broken.live
+        run(engine)
+        failed, whole = (late, early) if stage == "prior" else (early, late)
+        assert isinstance(failed.exception(timeout=0), StopIteration)
+        assert same(whole.result(timeout=0), expected[1 if whole is late else 0])
+        again = engine.submit(KINDS[0])
+        run(engine)
+        assert same(again.result(timeout=0), expected[0])
+
+
+def test_a_request_that_leaves_where_there_is_no_memory_ends_no_engine(
+    tiny: TextToImage, expected: list[Latents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(state: State, rows: Tensor) -> State:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    engine = engine_of(tiny)
+    gone, beside, other = (engine.submit(KINDS[kind]) for kind in (0, 1, 8))
+    run(engine, ticks=5)
+    gone.cancel()
+    with monkeypatch.context() as patched:
+        patched.setattr(State, "select", short)
+        engine.tick()
+    run(engine)
+    assert isinstance(beside.exception(timeout=0), torch.OutOfMemoryError)
+    assert same(other.result(timeout=0), expected[8])
 
 
 def test_a_gradient_that_fails_takes_its_request_along_and_not_its_batch(
