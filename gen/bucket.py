@@ -1,8 +1,9 @@
 """How many evaluations a network is asked at once, measured, so that nobody picks a micro-batch.
 
 A `Bucket` belongs to one network and one shape. A small call is measured first; from then on its size is what the
-memory that is free just now has room for, and half of what was asked when memory ran out all the same. Every call is
-timed, which tells from how many evaluations on a larger call is hardly faster. It knows neither networks nor rows.
+memory that is free just now has room for, and half of what was asked when memory ran out all the same, until that has
+passed. Every call is timed, which tells from how many evaluations on a larger call is hardly faster. It knows neither
+networks nor rows.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ SHARE = {"cuda": 0.8, "cpu": 0.5}
 UNBOUNDED = sys.maxsize
 HARDLY = 0.9  # of the seconds for an evaluation: what twice as many must fall below to be worth their while
 SURE = 5  # calls of a size that were timed before it is compared; a busy machine makes some of them slow
+# Steps that come before twice as many are asked again where memory has run out: at first, and at most, for each time
+# that twice as many were too many again doubles them.
+PATIENCE, MOST_PATIENCE = 64, 4096
 
 T = TypeVar("T")
 # What allocators say that have no exception of their own: the CPU's, cuBLAS's and cuDNN's, and the driver's.
@@ -62,10 +66,13 @@ class Bucket:
     device: torch.device
     size: int = UNBOUNDED  # a power of two once it is known, so that it does not follow every change of what is free
     cost: float | None = None  # bytes of one evaluation; None: not measured
-    ceiling: int = UNBOUNDED  # lower once memory has run out
+    ceiling: int = UNBOUNDED  # lower once memory has run out, until it has not for a while
     paces: dict[int, Pace] = field(default_factory=dict)  # of calls of 2^(k-1) to 2^k - 1 evaluations, by k
     relief: Callable[[], bool] | None = None  # has others leave the device's memory; whether any did; None: nobody can
     _is_relieved: bool = False  # since something last came of its calls
+    _calm: int = 0  # how often something has come of its calls since the ceiling last changed
+    _patience: int = PATIENCE  # how often it has to before the ceiling is raised
+    _has_risen: bool = False  # whether it was, since memory last ran out
     _running: deque[tuple[int, Mark, Mark]] = field(default_factory=deque)  # evaluations, from when to when
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -121,8 +128,16 @@ class Bucket:
             self.size = min(1 << (max(room, 1).bit_length() - 1), self.ceiling)
 
     def succeed(self) -> None:
-        """What was asked for has come of its calls."""
+        """What was asked for has come of its calls; once it has for a while, twice as many are asked at once again."""
         self._is_relieved = False
+        if self.ceiling == UNBOUNDED:
+            return
+        self._calm += 1
+        if self._calm >= self._patience:
+            self._calm, self._has_risen = 0, True
+            self.ceiling = min(2 * self.ceiling, UNBOUNDED)
+            self.size = self.ceiling
+            self.refresh()
 
     def halve(self, count: int) -> bool:
         """After memory ran out in a call of `count` evaluations, ask half from now on; False where one was too many.
@@ -133,10 +148,13 @@ class Bucket:
             if self._is_relieved or self.relief is None or not self.relief():
                 self._is_relieved = False  # for whoever is next
                 return False
-            self._is_relieved, self.ceiling = True, UNBOUNDED
+            self._is_relieved, self._has_risen, self.ceiling = True, False, UNBOUNDED
             self.size = UNBOUNDED
             self.refresh()
             return True
+        if self._has_risen:
+            self._patience = min(2 * self._patience, MOST_PATIENCE)
+        self._calm, self._has_risen = 0, False
         self.ceiling = min(self.ceiling, count // 2)
         self.size = min(self.size, self.ceiling)
         logger.warning("%s: memory ran out at %d evaluations, %d at once from here on", self.name, count, self.ceiling)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import random
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gen import Request, TextToImage
-from gen.bucket import PROBE, UNBOUNDED, Bucket, Buckets, Footprint, next_cut
+from gen.bucket import PROBE, UNBOUNDED, Bucket, Buckets
 from gen.candidate import Candidate
 from gen.conditioning import Conditions, Table
 from gen.dispatch import dispatched
@@ -436,25 +433,6 @@ def test_rows_asked_in_chunks_are_the_same(tiny: TextToImage, sampler: str, size
     assert len(calls[: passes * -(-10 // size)]) == passes * -(-10 // size) and sum(calls[: -(-10 // size)]) == 10
 
 
-def test_cuts_make_the_fewest_calls_and_part_no_group_where_they_need_not() -> None:
-    def cuts(counts: list[int], size: int) -> list[int]:
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        found = [0]
-        while found[-1] < ends[-1]:
-            found.append(next_cut(ends, found[-1], size))
-        return [stop - start for start, stop in pairwise(found)]
-
-    assert cuts([4, 4, 4], 8) == [8, 4]
-    assert cuts([3, 3, 3, 3], 8) == [6, 6]
-    assert cuts([6, 6], 8) == [6, 6]  # and not 8 and 4
-    assert cuts([5, 5, 5], 8) == [8, 7]  # two calls leave no choice
-    assert cuts([20], 8) == [8, 8, 4]
-    assert cuts([1, 1, 1], 1) == [1, 1, 1]
-    for size in range(1, 12):
-        assert len(cuts([3, 1, 4, 1, 5], size)) == -(-14 // size)
-        assert max(cuts([3, 1, 4, 1, 5], size)) <= size
-
-
 class Exhausted:
     """A network for more than `room` evaluations of which there is no memory."""
 
@@ -606,47 +584,6 @@ def test_a_call_that_fails_takes_its_own_rows_along_and_no_others(tiny: TextToIm
     assert set(found) == set(whole) - lost and len(found) >= 4 and same(found, whole)
 
 
-def test_a_bucket_is_what_memory_holds_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket = Bucket("decoder", torch.device("cpu"))
-    assert bucket.wants_probe(3) and not bucket.wants_probe(PROBE)
-    weight = torch.ones(1000, 1000)
-
-    def call() -> Tensor:
-        x = torch.ones(PROBE, 1000) @ weight  # 8 kB, and as much for the ones
-        return x.view(-1)[1:].mul_(2)  # nothing new
-
-    bucket.probe(call)
-    assert bucket.cost == 8000.0 and not bucket.wants_probe(3)
-    monkeypatch.setattr("gen.bucket.free_memory", lambda device: 2 * 8000 * 100)
-    bucket.refresh()
-    assert bucket.size == 64  # the power of two below 100
-    assert bucket.halve(50) and (bucket.size, bucket.ceiling) == (25, 25)
-    bucket.refresh()
-    assert bucket.size == 25
-    monkeypatch.setattr("gen.bucket.free_memory", lambda device: 0)
-    bucket.refresh()
-    assert bucket.size == 1 and not bucket.halve(1)
-
-
-def test_enough_is_where_twice_as_many_are_hardly_faster() -> None:
-    """A call takes 8 units and 1 more for each evaluation: from 64 on, twice as many save less than a tenth of each."""
-    bucket = Bucket("decoder", torch.device("cpu"), size=256)
-    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        assert bucket.enough == 256
-        for _ in range(4):
-            bucket.note(count, 8.0 + count)
-    for _ in range(2):
-        for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            bucket.note(count, 80.0 + 10 * count)  # a busy moment does not count
-    assert bucket.enough == 64
-    bucket.size = 32
-    assert bucket.enough == 32
-    uneven = Bucket("decoder", torch.device("cpu"))
-    for count in [3, 5, 7, 15, 31, 40] * 5:
-        uneven.note(count, 8.0 + count)
-    assert uneven.enough == 31  # not the 16 that its class begins with
-
-
 def test_every_call_is_timed(tiny: TextToImage) -> None:
     together = rows_over(tiny)
     finish(together, rows_of(tiny, 3))
@@ -654,24 +591,3 @@ def test_every_call_is_timed(tiny: TextToImage) -> None:
     # five evaluations for six steps, then two and three rows' leavings; none of them is the measured one
     assert bucket.paces[3].calls == 6 and sum(pace.calls for pace in bucket.paces.values()) == 8
     assert all(0 < pace.seconds < 60 for pace in bucket.paces.values())
-
-
-def test_a_footprint_is_no_less_than_what_is_in_use_at_once() -> None:
-    with Footprint() as footprint:
-        kept = [torch.zeros(1000) for _ in range(5)]
-        for _ in range(50):
-            torch.zeros(1000)
-    assert 4 * 1000 * 6 <= footprint.bytes < 4 * 1000 * 56 and len(kept) == 5
-
-
-def test_engines_of_several_threads_share_a_bucket() -> None:
-    bucket = Bucket("decoder", torch.device("cpu"))
-    often = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # so that threads meet where they could hurt each other
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda k: bucket.ask(1, lambda: k), range(20_000)))
-    finally:
-        sys.setswitchinterval(often)
-    assert answers == list(range(20_000))
-    assert bucket.paces[1].calls == 20_000
