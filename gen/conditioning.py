@@ -77,6 +77,19 @@ class Conditions:
         """(M, C', h, w)."""
         return stacked([condition.channels for condition in self.each])
 
+    @cached_property
+    def places(self) -> dict[Asks, list[int]]:
+        """Which of the evaluations ask each network."""
+        places: dict[Asks, list[int]] = {}
+        for place, condition in enumerate(self.each):
+            places.setdefault(condition.asks, []).append(place)
+        return places
+
+    @cached_property
+    def parts(self) -> dict[Asks, Conditions]:
+        """Those that ask each network by themselves; what a network keeps of a call is found beside them again."""
+        return {name: Conditions(tuple(self.each[place] for place in here)) for name, here in self.places.items()}
+
     def beside(self, x: Tensor) -> Tensor:
         """What the network sees: x (M, C, h, w), and behind it what it is told beside it."""
         return x if self.channels is None else torch.cat([x, self.channels], dim=1)

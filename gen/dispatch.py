@@ -14,15 +14,12 @@ from gen.rows import Network
 
 def dispatched(networks: Mapping[Asks, Network], x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
     """The answers to M evaluations, in their order; each network is asked once, and one that nobody asks, never."""
-    places: dict[Asks, list[int]] = {}
-    for place, condition in enumerate(told.each):
-        places.setdefault(condition.asks, []).append(place)
-    if len(places) == 1:
-        (only,) = places
+    if len(told.places) == 1:
+        (only,) = told.places
         return networks[only](x, timestep, told)
     answers = []
-    for name, here in places.items():
+    for name, here in told.places.items():
         at = sent(torch.tensor(here), x.device)
-        answers.append(networks[name](x[at], timestep[at], Conditions(tuple(told.each[place] for place in here))))
-    order = torch.tensor([place for here in places.values() for place in here])
+        answers.append(networks[name](x[at], timestep[at], told.parts[name]))
+    order = torch.tensor([place for here in told.places.values() for place in here])
     return torch.cat(answers)[sent(order.argsort(), x.device)]

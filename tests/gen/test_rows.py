@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -278,6 +279,26 @@ def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
             estimate = denoiser(lambda x, t, told=told: -model.call(x, t, told), together.scaling)(before, now).x0
         # a step of DDIM to level 0 ends at the estimate
         assert (ours[row.key] - estimate[0]).abs().max() < 1e-4 * estimate.abs().max()
+
+
+def test_what_several_networks_are_told_is_put_together_once(tiny: TextToImage) -> None:
+    """Each is told the same object at every step, by which it finds what it keeps of a call."""
+    rows = [
+        replace(row, null=replace(row.prompt, asks="weak"), guidance_scale=3.0, schedule=rows_of(tiny, 1)[0].schedule)
+        for row in rows_of(tiny, 3)
+    ]
+    told: dict[str, list[Conditions]] = {"own": [], "weak": []}
+
+    def network(name: str, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        told[name].append(conditions)
+        return tiny.model.asked(tiny.model.unet, x, timestep, conditions)
+
+    networks = {name: partial(network, name) for name in told}
+    together = Rows(partial(dispatched, networks), tiny.model.levels.scaling, "decoder", buckets=buckets_of(16))
+    finish(together, rows)
+    for name, each in told.items():
+        assert len(each) == 6 and all(one is each[0] for one in each)
+        assert [condition.asks for condition in each[0].each] == [name] * 3
 
 
 def test_rows_of_several_samplers_share_calls(tiny: TextToImage) -> None:
