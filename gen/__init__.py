@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gen.engine import Engine
     from gen.flight import Cancelled, Step
-    from gen.pipeline import Result, TextToImage
+    from gen.pipeline import Interrupted, Result, TextToImage
     from gen.request import Request
     from gen.settings import Settings
 
 _HOMES = {
     "Cancelled": "gen.flight",
     "Engine": "gen.engine",
+    "Interrupted": "gen.pipeline",
     "Request": "gen.request",
     "Result": "gen.pipeline",
     "Settings": "gen.settings",
@@ -24,7 +25,7 @@ _HOMES = {
     "TextToImage": "gen.pipeline",
 }
 
-__all__ = ["Cancelled", "Engine", "Request", "Result", "Settings", "Step", "TextToImage"]
+__all__ = ["Cancelled", "Engine", "Interrupted", "Request", "Result", "Settings", "Step", "TextToImage"]
 
 
 def __getattr__(name: str) -> Any:

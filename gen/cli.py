@@ -72,7 +72,8 @@ def generate(
     """Paint N candidates of PROMPT, let CLIP rank them and keep the best K.
 
     Writes the kept pictures, best first, and sheet.png: with every candidate, or with the kept ones alone where
-    --budget, --diverse or a --search other than best_of was given. Other defaults are the model's.
+    --budget, --diverse or a --search other than best_of was given. Ctrl-C writes what is painted by then. Other
+    defaults are the model's.
     """
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
@@ -91,6 +92,7 @@ def generate(
         if shown is not None:
             painter.load_ip_adapter(*shown, image_encoder)
         loaded = time.perf_counter()
+        from gen.pipeline import Interrupted
         from gen.request import Request
         from gen.resolve import resolve
 
@@ -120,7 +122,14 @@ def generate(
         # Of a plain best-of-N all come back, best first, for the sheet shows them all; the first `keep` become files.
         shows_all = request.search in (None, "best_of") and budget is None and not diverse
         show = not quiet and sys.stderr.isatty()
-        (result,) = painter.paint([replace(request, keep=None) if shows_all else request], progress=show)
+        interrupted = False
+        try:
+            (result,) = painter.paint([replace(request, keep=None) if shows_all else request], progress=show)
+        except Interrupted as stopped:
+            (so_far,) = stopped.results()
+            if so_far is None:
+                raise
+            result, interrupted = so_far, True
         painted = time.perf_counter()
         images = result.images
         assert isinstance(images, list)  # Pillow's, as was asked for
@@ -146,6 +155,7 @@ def generate(
         "sheet": str(sheet),
         "pictures": pictures,  # the kept ones, best first
         "candidates": _candidates(result, {one["seed"] for one in pictures}),
+        "interrupted": interrupted,  # by Ctrl-C, with these painted
         "shown": len(images),  # on the sheet
         "account": vars(result.account),
         "seconds": {
@@ -161,6 +171,11 @@ def generate(
         print(*(one["path"] for one in pictures), sep="\n")
     else:
         print(*_summary(answer), sep="\n")
+    if interrupted:
+        num_painted = sum(each.painted for each in result.candidates)
+        wanted = "as many as fit" if num_images_per_prompt is None else num_images_per_prompt
+        say("generate", f"interrupted with {num_painted} of {wanted} candidates painted")
+        raise typer.Abort  # so that no more is said of it
 
 
 def score(

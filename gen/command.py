@@ -106,7 +106,7 @@ def _run(verb: Verb, arguments: list[str]) -> int:
             status = shown.main(arguments, prog_name=program, standalone_mode=False)
         except typer.TyperException as error:
             return _tell(who, f"{error.format_message()} (see {who} --help)", error.exit_code)
-        except typer.Abort:
+        except typer.Abort:  # of a verb that has said what it could still do
             return INTERRUPTED
         if status == INTERRUPTED:  # typer's word for Ctrl-C while the verb ran
             return _tell(who, "interrupted", INTERRUPTED)

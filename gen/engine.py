@@ -119,6 +119,16 @@ class Engine(Generic[R]):
             self._changed.notify_all()
         return flight.future
 
+    def so_far(self, future: Future[R]) -> Callable[[], R] | None:
+        """What makes the answer to a request of what is painted of it by now; None: nothing is.
+
+        Not while the engine runs in a thread. What is given holds these pictures alone, and works once it is closed.
+        """
+        for flight in self._unsettled.values():
+            if flight.future is future:
+                return self._concluding(flight) if flight.painted else None
+        return future.result if future.done() else None
+
     @torch.no_grad()
     def tick(self) -> bool:
         """Take every row one step and answer what is done; False where nothing is left to do."""
@@ -337,9 +347,11 @@ class Engine(Generic[R]):
         with self._alone(flight):
             self._lead.ask(flight)
             if flight.is_done:
-                job = replace(flight.job, candidates=tuple(flight.candidates))
-                answer = self._conclude(job, flight.painted, flight.account)
-                self._settle(flight, partial(flight.future.set_result, answer))
+                self._settle(flight, partial(flight.future.set_result, self._concluding(flight)()))
+
+    def _concluding(self, flight: Flight[R]) -> Callable[[], R]:
+        job = replace(flight.job, candidates=tuple(flight.candidates))
+        return partial(self._conclude, job, flight.painted, flight.account)
 
 
 def _note_cancelled(cancelled: deque[int], number: int, future: Future[R]) -> None:

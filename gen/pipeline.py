@@ -80,6 +80,21 @@ class Result:
     account: Account  # what they took
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a call of a model; what was painted by then can be had."""
+
+    def __init__(self, answers: Sequence[Callable[[], Result] | None]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def results(self) -> list[Result | None]:
+        """Of each request the answer that its painted candidates make, ranked among themselves; None: there are none.
+
+        They are made now: until somebody asks, nothing of it is waited for.
+        """
+        return [None if answer is None else answer() for answer in self._answers]
+
+
 class TextToImage:
     """A text-to-image model with the CLIP that ranks its pictures."""
 
@@ -300,7 +315,7 @@ class TextToImage:
         """Paint candidates of every prompt, rank them and keep the best; `Request` says what each word is.
 
         Raises ValueError, before any network runs, for what this model cannot paint; `Cancelled` when the
-        callback cancels.
+        callback cancels; `Interrupted`, which is a KeyboardInterrupt, on Ctrl-C.
         """
         return self.paint([words], batch_size=words.batch_size, callback=words.callback, progress=words.progress)[0]
 
@@ -314,7 +329,8 @@ class TextToImage:
     ) -> list[Result]:
         """Many requests at once: their pictures share every network call, whatever their settings.
 
-        The callback sees each request's pictures by themselves; when it cancels one, the whole call is over.
+        The callback sees each request's pictures by themselves; when it cancels one, the whole call is over. So it is
+        on Ctrl-C, and `Interrupted` has what was painted by then.
         """
         if batch_size is not None:
             batch_size = whole("batch_size", batch_size, 1, hint="None: as memory allows")
@@ -412,19 +428,7 @@ class TextToImage:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""
         engine = self.engine(max_rows=max_rows)
         try:
-            futures = [engine.submit(job, callback=callback) for job in jobs]
-            failed: list[Future[Result]] = []
-
-            def note(future: Future[Result]) -> None:
-                if not future.cancelled() and future.exception() is not None:
-                    failed.append(future)
-
-            for future in futures:
-                future.add_done_callback(note)
-            while engine.tick():
-                for future in failed:
-                    future.result()
-            return [future.result() for future in futures]
+            return answers(engine, [engine.submit(job, callback=callback) for job in jobs])
         finally:
             engine.close(cancel=True)
 
@@ -517,6 +521,25 @@ class TextToImage:
         return candidate.to_json() | made | {"score": score}
 
 
+def answers(engine: Engine[Result], futures: Sequence[Future[Result]]) -> list[Result]:
+    """Tick until all of an engine's futures are there; the first that goes wrong is raised at once."""
+    failed: list[Future[Result]] = []
+
+    def note(future: Future[Result]) -> None:
+        if not future.cancelled() and future.exception() is not None:
+            failed.append(future)
+
+    for future in futures:
+        future.add_done_callback(note)
+    try:
+        while engine.tick():
+            for future in failed:
+                future.result()
+        return [future.result() for future in futures]
+    except KeyboardInterrupt:
+        raise Interrupted([engine.so_far(future) for future in futures]) from None
+
+
 def computed(record: Mapping[str, Any]) -> tuple[torch.dtype, str]:
     """The dtype and attention that a record's picture was painted with; ValueError for a dtype that is none.
 
@@ -544,6 +567,8 @@ def diverse(painted: Mapping[int, Painted], ranked: Sequence[int], keep: int) ->
     """The best `keep` of candidates, given best first, no two of them near-copies as far as there are others."""
     seen = {index: each.embedding for index, each in painted.items() if each.embedding is not None}
     found = [index for index in ranked if index in seen]
+    if not found:
+        return []
     return [found[place] for place in diverse_first(torch.stack([seen[index] for index in found]), keep)]
 
 

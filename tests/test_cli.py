@@ -191,7 +191,7 @@ def test_generate_writes_the_best_and_a_sheet_of_all(
         assert record["model_hash"] == told["model"]["hash"] and len(record["model_hash"]) == 64
     with Image.open(told["sheet"]) as sheet:
         assert sheet.width > 4 * 64 and sheet.height > 2 * 64
-    assert told["seconds"]["total"] > 0
+    assert told["seconds"]["total"] > 0 and told["interrupted"] is False
     assert told["peak_memory_bytes"]["host"] > 10**8, "torch alone is more"
 
 
@@ -469,6 +469,61 @@ def test_interrupted_leaves_whole_files_only(seconds: float, tiny: Path, tmp_pat
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "unclip generate: interrupted" and "Traceback" not in said
     assert not out.exists(), "nothing was painted yet, so not even the folder stays"
+
+
+# A verb whose process says when it has painted a picture, and then waits for what comes of it.
+PAINTS = """
+import sys
+from gen import command
+from gen.flight import Flight
+
+def paint(self, *given):
+    noted(self, *given)
+    print("painted", file=sys.stderr, flush=True)
+
+noted, Flight.paint = Flight.paint, paint
+sys.exit(command.main())
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["--json"], ["--quiet", "-n", "4000", "--keep", "2"]])
+def test_interrupted_writes_what_is_painted(words: list[str], tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["generate", PROMPT, "--budget", "600", "--steps", "50", "--model", str(tiny), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PAINTS, *arguments, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line == "painted\n":
+                break
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    *others, last = said.splitlines()
+    assert process.returncode == 130 and set(others) <= {"painted"}, said
+    told = re.fullmatch(r"unclip generate: interrupted with (\d+) of (as many as fit|4000) candidates painted", last)
+    assert told is not None and told[2] == ("4000" if "-n" in words else "as many as fit"), last
+    number = int(told[1])
+    names = sorted(path.name for path in out.iterdir())
+    pictures = [out / name for name in names if name != "sheet.png"]
+    assert len(names) == len(pictures) + 1 and len(pictures) == min(number, 2 if "--keep" in words else 4)
+    scores = [read_png(path)[1]["score"] for path in pictures]
+    assert scores == sorted(scores, reverse=True)
+    if "--json" in words:
+        answer = json.loads(printed)
+        assert answer["interrupted"] is True and len(answer["candidates"]) == number
+        assert [each["path"] for each in answer["pictures"]] == [str(path) for path in pictures]
+    else:
+        assert [line.split()[0] for line in printed.splitlines()][: len(pictures)] == [str(path) for path in pictures]
+    assert command.main(["reproduce", str(pictures[0])]) == 0
 
 
 def test_interrupted_inside_an_exec_ends_with_the_same_status(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gen import Cancelled, Engine, Request, Result, Step, TextToImage
+from gen import Cancelled, Engine, Interrupted, Request, Result, Step, TextToImage
 from gen.bucket import Bucket, Buckets
 from gen.conditioning import Condition, Conditions
 from gen.flight import Account, Flight, Painted
@@ -604,10 +604,33 @@ def test_ctrl_c_ends_a_call_and_the_model_paints_on(tiny: TextToImage, expected:
     def interrupt(step: Step) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         tiny.paint([PLAIN, KINDS[1]], callback=interrupt)
+    assert isinstance(caught.value, Interrupted) and caught.value.results() == [None, None]
     (result,) = tiny.paint([PLAIN])
     assert same(dict(enumerate(result.images)), expected[0])
+
+
+@pytest.mark.parametrize("words", [{}, {"diverse": True}, {"rerank": False, "keep": None, "output_type": "latent"}])
+def test_ctrl_c_leaves_what_was_painted(tiny: TextToImage, words: dict[str, Any]) -> None:
+    """A budget's third round, of 16, is lost; the first two, of 1 and 4, are not, nor is another request."""
+
+    def interrupt(step: Step) -> None:
+        if len(step.seeds) == 16 and step.steps_left[0] == 1:
+            raise KeyboardInterrupt
+
+    plain = replace(PLAIN, prior=False)
+    asked = replace(plain, **({"keep": 2, "rerank": None, "output_type": "pt"} | words))
+    short, long = replace(plain, num_inference_steps=2), replace(plain, num_inference_steps=900)
+    with pytest.raises(Interrupted) as caught:
+        tiny.paint([replace(asked, budget=1000.0), short, long], callback=interrupt)
+    result, other, none = caught.value.results()
+    assert result is not None and other is not None and none is None
+    expected = tiny.paint([replace(asked, num_images_per_prompt=5)])[0]
+    assert result.seeds == expected.seeds and result.scores == pytest.approx(expected.scores)
+    assert torch.allclose(result.images, expected.images, atol=LEVEL)
+    assert [each.seed for each in result.candidates if each.painted] == [7, 8, 9, 10, 11]
+    assert other.seeds == [7]
 
 
 def test_ctrl_c_while_requests_begin_resolves_them_all(tiny: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
