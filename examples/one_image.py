@@ -5,8 +5,8 @@ import sys
 import torch
 
 from gen import Request, TextToImage
+from gen.answer import as_output
 from gen.conditioning import Conditions, Table
-from gen.pipeline import as_output
 from gen.resolve import resolve
 from samplers.guidance import combine
 from samplers.noise import noise

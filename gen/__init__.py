@@ -8,18 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gen.answer import Interrupted, Result
     from gen.engine import Engine
     from gen.flight import Cancelled, Step
-    from gen.pipeline import Interrupted, Result, TextToImage
+    from gen.pipeline import TextToImage
     from gen.request import Request
     from gen.settings import Settings
 
 _HOMES = {
     "Cancelled": "gen.flight",
     "Engine": "gen.engine",
-    "Interrupted": "gen.pipeline",
+    "Interrupted": "gen.answer",
     "Request": "gen.request",
-    "Result": "gen.pipeline",
+    "Result": "gen.answer",
     "Settings": "gen.settings",
     "Step": "gen.flight",
     "TextToImage": "gen.pipeline",

@@ -28,7 +28,8 @@ from gen.wording import check_text, say, speaking
 if TYPE_CHECKING:
     import torch
 
-    from gen.pipeline import Result, TextToImage
+    from gen.answer import Result
+    from gen.pipeline import TextToImage
 
 DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
@@ -92,7 +93,7 @@ def generate(
         if shown is not None:
             painter.load_ip_adapter(*shown, image_encoder)
         loaded = time.perf_counter()
-        from gen.pipeline import Interrupted
+        from gen.answer import Interrupted
         from gen.request import Request
         from gen.resolve import resolve
 
@@ -278,8 +279,9 @@ def reproduce(
         for name, kind in (("settings", dict), *((each, str) for each in texts)):
             if not isinstance(record.get(name, kind()), kind):
                 raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
+        from gen.answer import as_output
         from gen.candidate import asks_clip
-        from gen.pipeline import as_output, computed
+        from gen.pipeline import computed
 
         if asks_clip(record):
             clip = clip or record.get("clip")

@@ -8,91 +8,46 @@ put in order and the answer is made; each step itself is another module's.
 from __future__ import annotations
 
 import gc
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from gen import checkpoint
 from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
+from gen.answer import Interrupted, Result, answer
 from gen.attention.kernels import AUTO, check_attention
 from gen.attention.network import adds_keys, set_attention
 from gen.bucket import Buckets, is_out_of_memory
 from gen.candidate import Candidate, asks_clip, check_shown
 from gen.card import Card
 from gen.checks import check_callback, check_name, whole
-from gen.edit import schedule_of
 from gen.engine import Engine
 from gen.families import Painter
 from gen.families.reader import Reader
-from gen.flight import Account, Callback, Painted, Step, scores_of
+from gen.flight import Account, Callback, Painted
 from gen.offload import Offload
 from gen.origins import Origins
+from gen.progress import bar, moving
 from gen.request import Job, Request
 from gen.resolve import resolve
 from gen.room import NoRoom, check_picture
-from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run
-from gen.search import BestOf, best_first, diverse_first, drawing_order
+from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run, usable
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
 from gen.weights import files_hash, folder_hash
 from gen.whole_folder import whole_folder
 from gen.words import Words, called_with
 
-Images = list[Image.Image] | Tensor | np.ndarray
 RECORD_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A candidate, kept or not."""
-
-    prompt_index: int
-    seed: int
-    score: float | None  # cosine of CLIP's picture and text embeddings; None: not ranked
-    kept: bool
-    painted: bool = True  # False: given up before its end
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """The kept pictures, flat: prompt by prompt, best first within a prompt."""
-
-    images: Images  # as output_type says; "pt" is (K, 3, H, W), "np" (K, H, W, 3), in [0, 1]
-    scores: list[float] | None  # None: not ranked
-    seeds: list[int]
-    prompts: list[str]
-    records: list[dict[str, JSON]]  # of each picture all that paints it again, JSON
-    candidates: list[Ranked]  # all there were, in drawing order
-    account: Account  # what they took
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended a call of a model; what was painted by then can be had."""
-
-    def __init__(self, answers: Sequence[Callable[[], Result] | None]) -> None:
-        super().__init__()
-        self._answers = answers
-
-    def results(self) -> list[Result | None]:
-        """Of each request the answer that its painted candidates make, ranked among themselves; None: there are none.
-
-        They are made now: until somebody asks, nothing of it is waited for.
-        """
-        return [None if answer is None else answer() for answer in self._answers]
 
 
 class TextToImage:
@@ -339,9 +294,10 @@ class TextToImage:
             if not isinstance(request, Request):
                 raise TypeError(f"request is of type {type(request).__name__}; give a Request")
         jobs = [resolve(request, self.model.abilities) for request in requests]
-        with ExitStack() as stack:
-            moved = self._moving(jobs, stack.enter_context(bar())) if progress else None
-            return self._paint(jobs, batch_size, both(moved, callback))
+        if not progress:
+            return self._paint(jobs, batch_size, callback)
+        with bar() as shown:
+            return self._paint(jobs, batch_size, moving(shown, self.model, jobs, callback))
 
     def engine(self, *, max_rows: int | None = None) -> Engine[Result]:
         """What paints requests as they come: `with model.engine() as engine: future = engine.submit(request)`.
@@ -428,76 +384,12 @@ class TextToImage:
         """The engine's loop in the calling thread; what goes wrong with one job ends it, and so does Ctrl-C."""
         engine = self.engine(max_rows=max_rows)
         try:
-            return answers(engine, [engine.submit(job, callback=callback) for job in jobs])
+            return tick_until_done(engine, [engine.submit(job, callback=callback) for job in jobs])
         finally:
             engine.close(cancel=True)
 
-    def _moving(self, jobs: Sequence[Job], shown: Progress) -> Callback:
-        """A callback that moves a bar for each stage."""
-        totals = {"prior": 0, "decoder": 0, "super_resolution": 0}
-        for candidate in (candidate for job in jobs for candidate in job.candidates):
-            settings = candidate.settings
-            totals["decoder"] += schedule_of(self.model.levels, settings).num_steps
-            if settings.prior and self.model.prior is not None:
-                levels = self.model.prior.levels
-                steps = levels.schedule(levels.sampler, settings.prior_num_inference_steps).num_steps
-                totals["prior"] += steps * self.model.prior.num_answers(candidate)
-            if self.model.upscaler is not None:
-                levels, steps = self.model.upscaler.levels, settings.super_res_num_inference_steps
-                totals["super_resolution"] += levels.schedule(levels.sampler, steps).num_steps
-        unknown = any(job.budget is not None or not isinstance(job.search, BestOf) for job in jobs)
-        tasks = {
-            name: shown.add_task(name, total=None if unknown else number) for name, number in totals.items() if number
-        }
-        return lambda step: shown.advance(tasks[step.stage], len(step.seeds))
-
     def _result(self, job: Job, painted: Mapping[int, Painted], account: Account) -> Result:
-        """The pictures of one request: the best of those painted, as it wants them."""
-        candidates, n = job.candidates, job.num_images_per_prompt
-        scores = scores_of(painted) if job.rank else None
-        for index, score in (scores or {}).items():  # whether these are numbers says whether the pictures are
-            if not math.isfinite(score):
-                raise self._not_finite(candidates[index])
-        if scores is None:
-            order = drawing_order(len(candidates), n)
-        else:
-            found = [scores.get(index, math.nan) for index in range(len(candidates))]
-            order = best_first(found, n, n if job.diverse else job.keep)
-        if job.diverse:
-            order = [diverse(painted, group, job.keep) for group in order]
-        kept = [index for group in order for index in group if index in painted]
-        among = set(kept)
-        found_of = {i: painted[i].latents if job.output_type == "latent" else painted[i].pixels for i in kept}
-        pictures = {i: each for i, each in found_of.items() if each is not None}
-        whole = torch.stack([each.isfinite().all() for each in pictures.values()]).tolist()  # waited for once
-        for index, is_finite in zip(pictures, whole, strict=True):
-            if not is_finite:
-                raise self._not_finite(candidates[index])
-        return Result(
-            images=as_output([*pictures.values()], job.output_type),
-            scores=None if scores is None else [scores[i] for i in kept],
-            seeds=[candidates[i].seed for i in kept],
-            prompts=[candidates[i].prompt for i in kept],
-            records=[self._record(candidates[i], None if scores is None else scores[i]) for i in kept],
-            candidates=[
-                Ranked(i // n, candidate.seed, (scores or {}).get(i), i in among, i in painted)
-                for i, candidate in enumerate(candidates)
-            ],
-            account=account,
-        )
-
-    def _not_finite(self, candidate: Candidate) -> ValueError:
-        """What is said of a picture in which numbers are NaN or infinite: what may have made them so."""
-        settings = candidate.settings
-        names = ["guidance_scale", "clip_guidance_scale", "s_churn", "s_noise"]
-        names += ["prior_guidance_scale"] * settings.prior
-        factors = {f"{name}={value:g}": value for name in names if (value := getattr(settings, name)) is not None}
-        factors |= {f"the scale of {each}": abs(each.scale) for each in self.adapters if each.scale is not None}
-        largest = max(factors, key=lambda told: factors[told])
-        ways = [f"lower {largest}"] if factors[largest] > 1 else []
-        ways += [f"compute in float32, not {name_of(self.dtype)}"] if self.dtype != torch.float32 else []
-        told = f"the picture of seed {candidate.seed} came out as numbers that are not finite"
-        return ValueError(f"{told}; {', or '.join(ways) or 'the weights of its model may be damaged'}")
+        return answer(job, painted, account, self._record, self.adapters, self.dtype)
 
     @cached_property
     def _computed(self) -> dict[str, str]:
@@ -521,7 +413,7 @@ class TextToImage:
         return candidate.to_json() | made | {"score": score}
 
 
-def answers(engine: Engine[Result], futures: Sequence[Future[Result]]) -> list[Result]:
+def tick_until_done(engine: Engine[Result], futures: Sequence[Future[Result]]) -> list[Result]:
     """Tick until all of an engine's futures are there; the first that goes wrong is raised at once."""
     failed: list[Future[Result]] = []
 
@@ -561,50 +453,3 @@ def adapters_of(record: Mapping[str, Any]) -> list[Adapter]:
     if not isinstance(told, list):
         raise ValueError(f"the record is damaged: its adapters are {told!r}")
     return [Adapter.from_json(each) for each in told]
-
-
-def diverse(painted: Mapping[int, Painted], ranked: Sequence[int], keep: int) -> list[int]:
-    """The best `keep` of candidates, given best first, no two of them near-copies as far as there are others."""
-    seen = {index: each.embedding for index, each in painted.items() if each.embedding is not None}
-    found = [index for index in ranked if index in seen]
-    if not found:
-        return []
-    return [found[place] for place in diverse_first(torch.stack([seen[index] for index in found]), keep)]
-
-
-def both(first: Callback | None, second: Callback | None) -> Callback | None:
-    """One callback of two, each of which may be missing."""
-    if first is None or second is None:
-        return first or second
-
-    def call(step: Step) -> None:
-        first(step)
-        second(step)
-
-    return call
-
-
-def usable(device: torch.device | str | int) -> torch.device:
-    """The device; ValueError where torch does not know it, cannot reach it, or cannot compute there what is needed."""
-    try:
-        level = torch.zeros((), dtype=torch.float64, device=device)  # as noise levels are; MPS has no float64
-        level.item()  # which "meta", a device without memory, cannot tell
-        return level.device
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"device '{device}' cannot be used ({reason}); give cpu, cuda, ..., or leave it out") from None
-
-
-def bar() -> Progress:
-    """A progress bar on standard error, which leaves standard output to the results."""
-    return Progress(console=Console(stderr=True))
-
-
-def as_output(pictures: Sequence[Tensor], output_type: str) -> Images:
-    """Pictures (3, H, W) in [0, 1], or latents, as the user asked for them; all are of one size."""
-    stacked = torch.stack(list(pictures))
-    if output_type == "pil":
-        levels = (stacked * 255).round().to(torch.uint8)  # on the device: a quarter of the bytes to fetch
-        return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
-    stacked = stacked.cpu()
-    return stacked.permute(0, 2, 3, 1).numpy() if output_type == "np" else stacked

@@ -1,4 +1,4 @@
-"""What networks are computed by, and in which precision, by the names that people and records give them."""
+"""What networks are computed by, where, and in which precision, by the names that people and records give them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
 def name_of(dtype: torch.dtype) -> str:
     """A precision's name."""
     return str(dtype).removeprefix("torch.")
+
+
+def usable(device: torch.device | str | int) -> torch.device:
+    """The device; ValueError where torch does not know it, cannot reach it, or cannot compute there what is needed."""
+    try:
+        level = torch.zeros((), dtype=torch.float64, device=device)  # as noise levels are; MPS has no float64
+        level.item()  # which "meta", a device without memory, cannot tell
+        return level.device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"device '{device}' cannot be used ({reason}); give cpu, cuda, ..., or leave it out") from None
 
 
 def check_runtime(name: str, device: torch.device, dtype: torch.dtype, attention: str = AUTO) -> None:

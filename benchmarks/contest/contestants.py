@@ -20,8 +20,8 @@ from contest.tasks import PROMPT, SEED, Task
 from contest.ways import Way
 from gauges import now
 from gen import TextToImage
+from gen.answer import as_output
 from gen.model_folder import find
-from gen.pipeline import as_output
 
 FEW = 2  # steps by which a batch size is tried, and by which all is compiled and planned
 

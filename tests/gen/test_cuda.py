@@ -116,7 +116,7 @@ def test_what_a_request_waits_for(gpu: TextToImage) -> None:
         watch.waits.clear()
         painted(gpu, num_images_per_prompt=4, keep=2)
     places = {wait.partition(":")[0] for wait in watch.waits}
-    assert places == {"gen/prior_prefix.py", "gen/flight.py", "gen/pipeline.py", "samplers/scaling.py"}
+    assert places == {"gen/prior_prefix.py", "gen/flight.py", "gen/answer.py", "samplers/scaling.py"}
 
 
 def test_waits_and_mixed_devices_are_seen() -> None:

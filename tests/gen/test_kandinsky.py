@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gen import Request, TextToImage
+from gen.answer import as_output
 from gen.command import main
 from gen.facts import facts_of
 from gen.picture import largest_difference
-from gen.pipeline import as_output
 from gen.resolve import resolve
 from samplers.noise import SEEDS, STAGES, noise
 from schedulers import MendedUnCLIP

@@ -1,4 +1,4 @@
-"""The Python face: what comes back, in which order, and how it is painted again."""
+"""The Python face: calls, callbacks, and how a picture is painted again."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import sys
 import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from gen import Cancelled, Request, Step, TextToImage
+from gen import Cancelled, Step, TextToImage
 from gen.card import Card
 from gen.pipeline import computed
 from gen.search import best_first, drawing_order
@@ -22,83 +20,14 @@ LEVEL = 1 / 255
 PROMPTS = ["a small red circle", "a large blue square"]
 
 
-def test_ranked_flat_and_best_first(tiny: TextToImage) -> None:
-    everything = tiny(PROMPTS, num_images_per_prompt=6, seed=3, output_type="pt")
-    assert everything.images.shape == (12, 3, 64, 64) and everything.scores is not None
-    kept = tiny(PROMPTS, num_images_per_prompt=6, keep=2, seed=3, output_type="pt")
-    assert kept.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2 and kept.scores is not None
-    for first in (0, 6):
-        scores = everything.scores[first : first + 6]
-        assert scores == sorted(scores, reverse=True) and len(set(scores)) == 6
-    assert kept.seeds == everything.seeds[:2] + everything.seeds[6:8]
-    assert kept.scores == pytest.approx(everything.scores[:2] + everything.scores[6:8], abs=1e-5)
-    assert torch.allclose(kept.images, everything.images[[0, 1, 6, 7]], atol=LEVEL)
-    # every score and every seed of all that were painted, kept or not
-    assert [each.seed for each in kept.candidates] == [*range(3, 9)] * 2
-    assert sum(each.kept for each in kept.candidates) == 4
-    assert sorted(each.score for each in kept.candidates) == pytest.approx(sorted(everything.scores), abs=1e-5)
-
-
-def test_scores_are_clips_own_of_the_picture_on_file(tiny: TextToImage) -> None:
-    result = tiny(PROMPTS, seed=3)
-    clip = tiny.model.clip
-    assert clip is not None and result.scores is not None
-    for image, prompt, score in zip(result.images, result.prompts, result.scores, strict=True):
-        assert isinstance(image, Image.Image)
-        pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 255
-        assert clip.score(pixels, prompt).item() == pytest.approx(score, abs=1e-5)
-
-
 def test_sizes_the_unet_halves_unevenly(tiny: TextToImage) -> None:
     assert tiny("a star", seed=1, height=72, width=40, output_type="pt").images.shape == (1, 3, 72, 40)
-
-
-def test_without_ranking_drawing_order(tiny: TextToImage) -> None:
-    result = tiny(PROMPTS, num_images_per_prompt=3, seed=[10, 20], rerank=False)
-    assert result.scores is None and result.seeds == [10, 11, 12, 20, 21, 22]
-    assert all(record["score"] is None for record in result.records)
-
-
-@pytest.mark.parametrize("output_type", ["pil", "pt", "np", "latent"])
-@pytest.mark.parametrize("rerank", [True, False])
-def test_numbers_that_are_not_finite_are_an_error_of_their_request(
-    tiny: TextToImage, output_type: str, rerank: bool
-) -> None:
-    asked = {"num_inference_steps": 2, "seed": 3, "output_type": output_type, "rerank": rerank}
-    with warnings.catch_warnings(), tiny.engine() as engine:
-        warnings.simplefilter("error")
-        bad = engine.submit(Request(prompt=PROMPTS[0], guidance_scale=1e38, **asked))
-        good = engine.submit(Request(prompt=PROMPTS[1], num_images_per_prompt=2, **asked))
-        message = r"the picture of seed 3 came out as numbers that are not finite; lower guidance_scale=1e\+38$"
-        with pytest.raises(ValueError, match=message):
-            bad.result()
-        assert good.result().seeds in ([3, 4], [4, 3])
-
-
-def test_one_candidate_that_is_not_finite_is_told_though_others_are_kept(tiny: TextToImage) -> None:
-    latents = torch.randn(2, 4, 8, 8)
-    latents[1, 0, 0, 0] = 1e38
-    asked = {"num_images_per_prompt": 2, "latents": latents, "num_inference_steps": 2, "guidance_scale": 1.0}
-    with pytest.raises(ValueError, match=r"picture of seed 8 .*; the weights of its model may be damaged"):
-        tiny(PROMPTS[0], keep=1, seed=7, prior=False, **asked)
 
 
 def test_no_seed_draws_one_and_reports_it(tiny: TextToImage) -> None:
     drawn = tiny("a star", num_images_per_prompt=2, rerank=False, output_type="pt")
     again = tiny("a star", num_images_per_prompt=2, rerank=False, output_type="pt", seed=drawn.seeds[0])
     assert torch.equal(drawn.images, again.images)
-
-
-def test_output_types_show_one_picture(tiny: TextToImage) -> None:
-    asked: dict[str, Any] = {"seed": 4, "num_images_per_prompt": 2, "height": 32, "width": 48}
-    pil, pt, np_, latent = (tiny("a star", output_type=kind, **asked).images for kind in ("pil", "pt", "np", "latent"))
-    assert pt.shape == (2, 3, 32, 48) and np_.shape == (2, 32, 48, 3) and latent.shape == (2, 4, 4, 6)
-    assert pt.min() >= 0 and pt.max() <= 1
-    assert np.array_equal(np_, pt.permute(0, 2, 3, 1).numpy())
-    assert [picture.size for picture in pil] == [(48, 32)] * 2
-    assert np.array_equal(np.stack([np.asarray(p) for p in pil]), (np_ * 255).round().astype(np.uint8))
-    with torch.no_grad():
-        assert torch.allclose(tiny.model.decode(latent), pt, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -186,16 +115,6 @@ def test_a_callback_cancels(tiny: TextToImage, stage: str) -> None:
         tiny("a star", seed=1, callback=stop)
     assert (seen[-1].stage, seen[-1].steps_left) == (stage, [1])
     assert tiny("a star", seed=1).seeds == [1]  # and the model paints on
-
-
-def test_progress_goes_to_standard_error_and_only_when_asked(
-    tiny: TextToImage, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tiny("a star", seed=1)
-    assert capfd.readouterr() == ("", "")
-    tiny("a star", seed=1, progress=True)
-    told = capfd.readouterr()
-    assert told.out == "" and "decoder" in told.err and "prior" in told.err
 
 
 def test_one_text_is_encoded_once(tiny: TextToImage) -> None:

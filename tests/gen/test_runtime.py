@@ -328,3 +328,37 @@ def test_float32_is_alike_by_any_runtime(tiny: TextToImage, fast: TextToImage) -
     with pytest.warns(UserWarning, match="was painted with runtime openvino, and this is torch"):
         again = tiny.repaint(record)
     assert (again - painted.images[0]).abs().max() <= LEVEL
+
+
+# --- devices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_used(tiny_folder: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used") as caught:
+        TextToImage.from_pretrained(tiny_folder, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_without_float64_is_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MPS is; noise levels are float64."""
+
+    def zeros(*shape: object, dtype: torch.dtype | None = None, **options: object) -> torch.Tensor:
+        assert dtype == torch.float64
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match=r"device 'mps' cannot be used .*float64"):
+        TextToImage.from_pretrained(tiny_folder, device="mps")
+
+
+def test_device_0_is_a_gpu_and_not_the_default(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def usable(device: object) -> torch.device:
+        asked.append(device)
+        return torch.device("cpu")
+
+    monkeypatch.setattr("gen.pipeline.usable", usable)
+    TextToImage.from_pretrained(tiny_folder, 0)
+    assert asked == [0]

@@ -22,7 +22,6 @@ from gen import Request, Result, Step, TextToImage
 from gen.bucket import Bucket, Buckets
 from gen.candidate import Before
 from gen.engine import Engine
-from gen.pipeline import diverse
 from gen.search import (
     SEARCHES,
     BestOf,
@@ -536,7 +535,6 @@ def test_near_copies_are_passed_over() -> None:
     assert diverse_first(ranked, 6) == [0, 1, 2, 3, 4, 5]
     assert diverse_first(one.expand(4, 3), 2) == [0, 1]
     assert diverse_first(ranked[:1], 3) == [0]
-    assert diverse({}, [0, 1], 2) == []  # of a prompt that Ctrl-C left without a picture
 
 
 def test_thousands_of_pictures_have_a_quartile() -> None:

@@ -1,0 +1,17 @@
+"""The progress bar."""
+
+from __future__ import annotations
+
+import pytest
+
+from gen import TextToImage
+
+
+def test_progress_goes_to_standard_error_and_only_when_asked(
+    tiny: TextToImage, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny("a star", seed=1)
+    assert capfd.readouterr() == ("", "")
+    tiny("a star", seed=1, progress=True)
+    told = capfd.readouterr()
+    assert told.out == "" and "decoder" in told.err and "prior" in told.err
