@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from gen.adapters.file import Adapter
+from gen.candidate import Candidate
 from gen.flight import Account, Painted, scores_of
-from gen.request import Candidate, Job
+from gen.request import Job
 from gen.runtime import name_of
 from gen.search import best_first, diverse_first, drawing_order
 from gen.settings import JSON
