@@ -36,6 +36,7 @@ from gen.resolve import resolve
 from gen.row import Row
 from gen.rows import Failed, Rows, Tick
 from gen.stages import Stages
+from gen.tf32 import without_tf32
 
 R = TypeVar("R")
 
@@ -67,6 +68,7 @@ class Engine(Generic[R]):
         self.model = model
         self._check = check
         self._turn = nullcontext() if turn is None else turn
+        self._exact = without_tf32 if model.device.type == "cuda" else nullcontext
         self._conclude = conclude
         self._max_rows = max_rows
         self._clock = clock
@@ -134,7 +136,7 @@ class Engine(Generic[R]):
         """Take every row one step and answer what is done; False where nothing is left to do."""
         if self._thread not in (None, threading.current_thread()):
             raise RuntimeError("the engine runs in a thread of its own; submit, and wait for the future")
-        with self._turn:
+        with self._turn, self._exact():
             return self._tick()
 
     def _tick(self) -> bool:

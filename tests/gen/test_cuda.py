@@ -73,6 +73,22 @@ def test_no_step_waits_for_the_gpu(gpu: TextToImage, tiny: TextToImage, settings
     assert (images - expected.images).abs().max() < 1e-4
 
 
+def test_float32_is_not_tf32_there(gpu: TextToImage) -> None:
+    """Torch rounds what convolutions multiply unless it is told not to; whoever else computes is left alone."""
+    seen = []
+    watches = [
+        network.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+        for network in (gpu.model.unet, gpu.model.vae.decoder, gpu.model.clip.towers.image_network)
+    ]
+    assert torch.backends.cudnn.allow_tf32, "torch's own default"
+    with pretended():
+        painted(gpu)
+    for watch in watches:
+        watch.remove()
+    assert len(seen) >= 6 + 2 and not any(seen)
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("search", SEARCHES)
 def test_searches_keep_the_same_there(gpu: TextToImage, tiny: TextToImage, search: str) -> None:
     asked: dict[str, Any] = {"num_images_per_prompt": 4, "keep": 2, "search": search, "output_type": "pil", "eta": 1.0}
