@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,21 +138,6 @@ def to_transformers(clip: CLIP) -> CLIP:
     return CLIP(converted, tokenizer, clip.preprocess).to(clip.device)
 
 
-def to_open_clip(clip: CLIP) -> CLIP:
-    """A transformers CLIP as open_clip's CLIP and HFTokenizer, weights copied; an open_clip one is returned as is."""
-    if not isinstance(clip.model, PreTrainedModel):
-        return clip
-    _refuse_siglip(clip)
-    config = _open_clip_model_config(clip.model.config, clip.max_length)
-    model = open_clip.CLIP(**config).to(clip.dtype)
-    model.load_state_dict(_rename_back(clip.model.state_dict()))
-    model.train(clip.model.training).requires_grad_(clip.logit_scale.requires_grad)
-    with tempfile.TemporaryDirectory() as folder:  # open_clip's tokenizer is read from files alone
-        clip.tokenizer.save_pretrained(folder)
-        tokenizer = HFTokenizer(folder, context_length=clip.max_length)
-    return CLIP(model, tokenizer, clip.preprocess).to(clip.device)
-
-
 def save_transformers(clip: CLIP, folder: str | Path) -> None:
     """Write a CLIP as a transformers folder: model, tokenizer and preprocessor_config.json."""
     clip = to_transformers(clip)
@@ -165,7 +149,7 @@ def save_transformers(clip: CLIP, folder: str | Path) -> None:
 
 def save_open_clip(clip: CLIP, folder: str | Path) -> None:
     """Write a transformers CLIP as a folder for open_clip: `open_clip.create_model("local-dir:FOLDER")`."""
-    _refuse_siglip(clip)
+    _refuse_unless(not isinstance(clip.model, SiglipModel), "it is a SigLIP")
     if not isinstance(clip.model, CLIPModel):
         raise ValueError("an open_clip model does not carry its config; convert it to transformers first")
     preprocess, size = clip.preprocess, clip.image_size[0]
@@ -206,10 +190,6 @@ def largest_difference(a: CLIP, b: CLIP, texts: Sequence[str], pixels: Tensor) -
         (a.logit_scale, b.logit_scale),
     ]
     return max((x.float().cpu() - y.float().cpu()).abs().max().item() for x, y in pairs)
-
-
-def _refuse_siglip(clip: CLIP) -> None:
-    _refuse_unless(not isinstance(clip.model, SiglipModel), "it is a SigLIP")
 
 
 def _refuse_unless(holds: bool, why: str) -> None:

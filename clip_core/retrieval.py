@@ -1,6 +1,10 @@
 """How well CLIP finds the right one among many: recall at k, and top 1 of n. Embeddings in, rates out.
 
 A tie counts as not found, so embeddings that all collapsed to one point score zero, not a hundred per cent.
+
+>>> text, image = clip.text(captions).embedding, clip.image(pixels)  # (B, E) each, of pairs
+>>> recall_at_k(text, image, (1, 5))[5] > 0.9  # text to image
+True
 """
 
 from collections.abc import Sequence

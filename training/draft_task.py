@@ -87,7 +87,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         model, defaults = painter.model, painter.model.abilities.defaults
         if not isinstance(model, KLModel):
             raise RecipeError(f"model {recipe.model!r} has no KL autoencoder; drafts of such models are not taught yet")
-        self.painter = model
+        self.model = model
         self.steps = recipe.num_inference_steps
         self.scale = defaults.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
         taught = defaults.num_inference_steps if recipe.teacher_steps is None else recipe.teacher_steps
@@ -130,8 +130,8 @@ class DraftTask(Task[UNet2DConditionModel]):
         if self.recipe.rank is None:
             super().start_from(folder)
         else:
-            other = drafts.read(folder, self.painter.unet).unet
-            low_rank.start_from(self.network, lora.between(self.painter.unet, other, self.recipe.rank))
+            other = drafts.read(folder, self.model.unet).unet
+            low_rank.start_from(self.network, lora.between(self.model.unet, other, self.recipe.rank))
 
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """How far the student's step ends from where the model's own guided steps did, in the network's output."""
@@ -142,10 +142,10 @@ class DraftTask(Task[UNet2DConditionModel]):
         sigma, after = (self.levels[place + further].to(x.device) for further in (0, 1))
         # The clean estimate by which one step from x ends there.
         share = per_row(after / sigma, x)
-        scaling = self.painter.levels.scaling
+        scaling = self.model.levels.scaling
         wanted = scaling.output((there - share * x) / (1 - share), x, sigma)
         given = scaling.network_input(x, sigma), scaling.timestep(sigma)
-        output = self.painter.asked(self.network, *given, Conditions(tuple(self._told(captions)))).float()
+        output = self.model.asked(self.network, *given, Conditions(tuple(self._told(captions)))).float()
         return {"loss": (output - wanted).square().mean()}
 
     def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
@@ -156,7 +156,7 @@ class DraftTask(Task[UNet2DConditionModel]):
     def sheet(self, network: UNet2DConditionModel) -> Image.Image:
         """Drafts of held-back captions, by what is saved."""
         captions = list(dict.fromkeys(self.dataset.captions[index] for index in self.held_indices))[:24]
-        painter = TextToImage(replace(self.painter, unet=self._saved(network), clip=None, drafter=None))
+        painter = TextToImage(replace(self.model, unet=self._saved(network), clip=None, drafter=None))
         asked: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "sampler": SAMPLER}
         painted = painter(captions, **asked, prior=False, seed=0, rerank=False)
         assert isinstance(painted.images, list), "they are Pillow's"
@@ -168,7 +168,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         if self.recipe.rank is None:
             drafts.save(drafter, folder)
         else:
-            drafts.save_low_rank(drafter, self.painter.unet, self.recipe.rank, folder)
+            drafts.save_low_rank(drafter, self.model.unet, self.recipe.rank, folder)
 
     def _saved(self, network: UNet2DConditionModel) -> UNet2DConditionModel:
         """The network as its users load it: a LoRA is written, and read again, in fewer bits."""
@@ -176,7 +176,7 @@ class DraftTask(Task[UNet2DConditionModel]):
             return network
         with tempfile.TemporaryDirectory() as folder:
             self.save(network, Path(folder))
-            return drafts.read(Path(folder), self.painter.unet).unet
+            return drafts.read(Path(folder), self.model.unet).unet
 
     @torch.no_grad()
     def _told(self, captions: list[str]) -> list[Condition]:
@@ -185,9 +185,9 @@ class DraftTask(Task[UNet2DConditionModel]):
         for start in range(0, len(said), TOLD_TOGETHER):
             some = said[start : start + TOLD_TOGETHER]
             asked = Request(prompt=some, guidance_scale=1.0, seed=0, prior=False, rerank=False)
-            candidates = resolve(asked, self.painter.abilities).candidates
-            with torch.autocast(self.painter.device.type, enabled=False):
-                told = self.painter.tell(candidates, Table())
+            candidates = resolve(asked, self.model.abilities).candidates
+            with torch.autocast(self.model.device.type, enabled=False):
+                told = self.model.tell(candidates, Table())
             self.told |= {caption: prompt for caption, (prompt, _) in zip(some, told, strict=True)}
         return [self.told[caption] for caption in captions]
 

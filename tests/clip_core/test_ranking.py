@@ -1,15 +1,21 @@
 """Scores, retrieval and zero-shot: exact answers by hand, and a CLIP whose embeddings are known."""
 
+import doctest
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_core import retrieval, zero_shot
 from clip_core.clip import CLIP
 from clip_core.retrieval import ranks, recall_at_k, top1_of_n
 from clip_core.score import cosine, keep_best
 from clip_core.zero_shot import accuracy, class_weights, classify
+from gen.checkpoint import find
 from tests.tiny import tiny_clip, tiny_tokenizer
+from training.data.shapes import SHAPES
+from training.data.suite import load
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -110,6 +116,20 @@ def test_templates_are_averaged_as_unit_vectors(clip: CLIP) -> None:
     single = torch.stack([class_weights(clip, ["star", "circle"], [one]) for one in templates])
     torch.testing.assert_close(both, F.normalize(single.mean(dim=0), dim=-1))
     torch.testing.assert_close(both.norm(dim=1), torch.ones(2))
+
+
+@torch.no_grad()
+def test_the_examples_in_both_modules_are_true() -> None:
+    """Of the bundled CLIP and true pictures."""
+    clip = CLIP.from_pretrained(find("shapes64") / "clip")
+    pairs = [prompt for prompt in load() if prompt.group == "retrieval"]
+    single = [prompt for prompt in pairs if prompt.claim.kind == "one"]
+    labels = torch.tensor([SHAPES.index(prompt.claim.first.shape) for prompt in single])
+    for module, prompts in ((zero_shot, single), (retrieval, pairs)):
+        pixels = torch.stack([torch.from_numpy(prompt.picture()) for prompt in prompts]).permute(0, 3, 1, 2) / 255
+        words = {"clip": clip, "pixels": pixels, "labels": labels, "captions": [prompt.text for prompt in prompts]}
+        done = doctest.testmod(module, extraglobs=words)
+        assert done.attempted >= 2 and not done.failed
 
 
 def test_bad_zero_shot_input(clip: CLIP) -> None:

@@ -170,10 +170,9 @@ def test_every_example_is_seen_once_an_epoch(tmp_path: Path) -> None:
         assert sorted(index for batch in epoch for index in batch) == list(range(NUM_POINTS))
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path: Path, precision: str) -> None:
+def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
     task = Line()
-    train(task, recipe(tmp_path, steps=40, mixed_precision=precision), progress=False)
+    train(task, recipe(tmp_path, steps=40, mixed_precision="bf16"), progress=False)
     losses = [value for _, value in scalars(tmp_path)["loss"]]
     assert losses[-1] < 0.7 * losses[0]
     assert {value.dtype for value in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.float32}
