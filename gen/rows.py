@@ -134,7 +134,7 @@ class Attempt:
         try:
             state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
         except Question as asked:
-            return asked
+            return asked.with_traceback(None)  # its frames hold all that asks, and would be held by it
         if self.momentum is not None:
             state = state.remember(**{MOMENTUM: self.momentum})
         x0, holds = self.told[-1].x0, self.plan.held

@@ -20,6 +20,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    PreTrainedModel,
 )
 
 from gen.model_index import part_class
@@ -63,6 +64,15 @@ def tiny_super_res() -> UNet2DModel:
     ).eval()
 
 
+def drawn(tower: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A tower with weights that are the same whatever version of transformers made it."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(tower.named_parameters()):
+            weight.fill_("norm" in name).add_(torch.randn(weight.shape, generator=rng), alpha=0.05)
+    return tower.eval()
+
+
 def make_tiny_karlo(folder: str | Path, seed: int = 0, prior: bool = True) -> Path:
     """Write a tiny random Karlo, or the one for variations of pictures, by diffusers; a seed fixes the model."""
     folder, tokenizer = Path(folder), tiny_tokenizer()
@@ -76,7 +86,7 @@ def make_tiny_karlo(folder: str | Path, seed: int = 0, prior: bool = True) -> Pa
         parts: dict[str, Any] = {
             "decoder": tiny_decoder(),
             "tokenizer": tokenizer,
-            "text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(**tiny_text_config(tokenizer))).eval(),
+            "text_encoder": drawn(CLIPTextModelWithProjection(CLIPTextConfig(**tiny_text_config(tokenizer))), seed),
             "text_proj": text_proj,
             "super_res_first": tiny_super_res(),
             "super_res_last": tiny_super_res(),
@@ -91,7 +101,7 @@ def make_tiny_karlo(folder: str | Path, seed: int = 0, prior: bool = True) -> Pa
             tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
             vision = CLIPVisionConfig(**tiny, image_size=16, patch_size=8, projection_dim=WIDTH)
             parts |= {"feature_extractor": CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)}
-            parts |= {"image_encoder": CLIPVisionModelWithProjection(vision).eval()}
+            parts |= {"image_encoder": drawn(CLIPVisionModelWithProjection(vision), seed)}
             pipeline = UnCLIPImageVariationPipeline(**parts)
     pipeline.save_pretrained(folder)
     return folder

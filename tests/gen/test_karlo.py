@@ -240,7 +240,7 @@ def test_a_picture_does_not_depend_on_its_batch(model: TextToImage) -> None:
 
 
 def test_a_search_looks_at_small_pictures_and_a_record_paints_again(ranked: TextToImage) -> None:
-    asked: dict[str, Any] = {"seed": 3, "num_images_per_prompt": 4, "keep": 2, "output_type": "pt"} | STEPS
+    asked: dict[str, Any] = {"seed": 7, "num_images_per_prompt": 4, "keep": 2, "output_type": "pt"} | STEPS
     result = ranked(SHORT, search="halving", **(asked | {"num_inference_steps": 10}))
     account = result.account
     assert account.previews > 0 and account.decodes == sum(one.painted for one in result.candidates) == 2
