@@ -204,10 +204,3 @@ def check_shown(able: Abilities) -> None:
         raise ValueError(f"{SHOWN_PICTURE} was given, but this model has no IP-Adapter; load one with load_ip_adapter")
     if not able.ip_adapter_sees:
         raise ValueError(f"the IP-Adapter has no image encoder; load it with image_encoder=FOLDER, or give {SHOWN}")
-
-
-def asks_clip(record: Mapping[str, Any]) -> bool:
-    """Whether a picture's pixels, and not its rank alone, depend on the CLIP that its record names."""
-    settings = record.get("settings")
-    guided = isinstance(settings, Mapping) and bool(settings.get("clip_guidance_scale"))
-    return guided or "variation_of" in record

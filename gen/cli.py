@@ -26,10 +26,7 @@ from gen.sheet import contact_sheet
 from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:
-    import torch
-
     from gen.answer import Result
-    from gen.pipeline import TextToImage
 
 DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
@@ -83,7 +80,19 @@ def generate(
         shown = None if ip_adapter is None else _scaled("--ip-adapter", ip_adapter)
         if (ip_adapter is None) != (ip_adapter_image is None):
             raise ValueError("--ip-adapter and --ip-image go together; give both or none")
-        painter = _load(model, attention, weak_unet, clip, dtype, runtime, config, prior_model, draft_unet)
+        from gen.pipeline import TextToImage
+
+        painter = TextToImage.from_pretrained(
+            model,
+            dtype=dtype,
+            runtime=runtime,
+            attention=attention,
+            weak_unet=weak_unet,
+            draft_unet=draft_unet,
+            prior_model=prior_model,
+            clip=clip,
+            config=config,
+        )
         if runtime != "torch" and not quiet:
             say("generate", f"{runtime} reads and compiles each network when it is first asked, which takes a while")
         for file, scale in scaled:
@@ -270,31 +279,21 @@ def reproduce(
     """Paint FILE.png again from its own record; exit status 1 when a pixel is more than one level off."""
     with speaking("reproduce"):
         before, record = read_png(picture)
-        recorded = record.get("model")
-        if model is None and not isinstance(recorded, str):
-            raise ValueError(f"the record of {picture} names no model; give it with --model NAME")
-        if not record.get("model_hash"):
-            raise ValueError(f"the record of {picture} has no model_hash, so no model can be told to be its own")
-        texts = ("weak_unet", "clip", "clip_hash", "attention", "runtime", "config", "prior_model")
-        for name, kind in (("settings", dict), *((each, str) for each in texts)):
-            if not isinstance(record.get(name, kind()), kind):
-                raise ValueError(f"the record of {picture} is damaged: its {name} is {record[name]!r}")
         from gen.answer import as_output
-        from gen.candidate import asks_clip
-        from gen.pipeline import computed
+        from gen.pipeline import TextToImage
 
-        if asks_clip(record):
-            clip = clip or record.get("clip")
-        elif clip is not None:
-            raise ValueError(f"--clip was given, but CLIP ranked {picture} and did not paint it; leave it out")
-        dtype, attention = computed(record)
-        if attention != record.get("attention", attention):
-            say("reproduce", f"attention '{record['attention']}' does not run here; pixels may differ by torch's own")
-        weak, config = weak_unet or record.get("weak_unet"), config or record.get("config")
-        name, runtime = model or str(recorded), runtime or record.get("runtime", "torch")
-        prior_model = prior_model or record.get("prior_model")
-        painter = _load(name, attention, weak, clip, dtype, runtime, config, prior_model)
-        painter.load_again(record)
+        painter = TextToImage.of_record(
+            record,
+            model=model,
+            weak_unet=weak_unet,
+            clip=clip,
+            config=config,
+            prior_model=prior_model,
+            runtime=runtime,
+        )
+        made = record.get("attention", painter.compute.attention)
+        if made != painter.compute.attention:
+            say("reproduce", f"attention '{made}' does not run here; pixels may differ by torch's own")
         again = as_output([painter.repaint(record, image or ())], "pil")
         assert isinstance(again, list)
         difference = largest_difference(before, again[0])
@@ -312,33 +311,6 @@ def reproduce(
         print(f"{picture}: {verdict}; largest pixel difference {difference} of 255 {levels}")
     if difference > TOLERANCE:
         raise typer.Exit(1)
-
-
-def _load(
-    name: str,
-    attention: str = "auto",
-    weak_unet: Path | str | None = None,
-    clip: str | None = None,
-    dtype: "torch.dtype | str" = "float32",
-    runtime: str = "torch",
-    config: str | None = None,
-    prior_model: str | None = None,
-    draft_unet: Path | None = None,
-) -> "TextToImage":
-    """The model, on the GPU where there is one that the runtime takes."""
-    from gen.pipeline import TextToImage
-
-    return TextToImage.from_pretrained(
-        name,
-        dtype=dtype,
-        runtime=runtime,
-        attention=attention,
-        weak_unet=weak_unet,
-        clip=clip,
-        config=config,
-        prior_model=prior_model,
-        draft_unet=draft_unet,
-    )
 
 
 def _scaled(option: str, given: str) -> tuple[str, float]:

@@ -6,7 +6,10 @@ fits what, the families'. It knows no runtime and nothing that is done with a mo
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +18,12 @@ from diffusers import UNet2DConditionModel
 from clip_core.clip import CLIP
 from gen import checkpoint, single_file
 from gen.adapters import drafts
+from gen.bucket import is_out_of_memory
 from gen.checks import check_name
 from gen.families import FAMILIES, Painter
 from gen.part import load_part
-from gen.weights import named_folder
+from gen.room import NoRoom
+from gen.weights import files_hash, named_folder
 
 
 @dataclass(frozen=True)
@@ -26,20 +31,20 @@ class Loaded:
     """A model on a device."""
 
     model: Painter
-    parts: checkpoint.Parts  # of its files
-    ranking: CLIP | None  # what was named to rank; None: nothing was
+    hash: Callable[[], str]  # SHA-256 of its files
+    clip_hash: Callable[[], str] | None  # of those of the CLIP that was named to rank; None: none was
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origins:
     """Where a model and what stands beside it come from; None: from the model's own folder, or there is none."""
 
-    name_or_path: str | Path
-    config: str | Path | None
-    prior_model: str | Path | None
-    clip: str | Path | None
-    weak_unet: str | Path | None
-    draft_unet: str | Path | None
+    name_or_path: str | Path = ""  # empty: it was put together in memory
+    config: str | Path | None = None
+    prior_model: str | Path | None = None
+    clip: str | Path | None = None
+    weak_unet: str | Path | None = None
+    draft_unet: str | Path | None = None
 
     def check(self) -> None:
         """Refuse what can be no name (ValueError)."""
@@ -64,7 +69,25 @@ class Origins:
         place = draft_folder or parts.folder / drafts.FOLDER
         if draft_folder is not None or place.exists():
             model = model.with_drafter(drafts.read(place, model.unet), str(place))
-        return Loaded(model, parts, ranking)
+        return Loaded(model, lambda: parts.hash, None if ranking is None else partial(files_hash, ranking.files))
+
+    def read_where_it_fits(self, device: torch.device, dtype: torch.dtype) -> tuple[Loaded, bool]:
+        """Read it all on a device, or in host memory where a GPU has no room; whether its networks are to take turns.
+
+        NoRoom, a ValueError, where there is no room for that either.
+        """
+        try:
+            return self.read(device, dtype), False
+        except Exception as error:
+            is_short = isinstance(error, NoRoom) or (is_out_of_memory(error) and not isinstance(error, MemoryError))
+            if not is_short or device.type != "cuda":
+                raise
+            short = str(error)
+        gc.collect()  # behind the error, which kept what had been read
+        try:
+            return self.read(torch.device("cpu"), dtype), True
+        except NoRoom as error:
+            raise NoRoom(f"{short}; nor can its networks take turns there: {error}") from None
 
     def _parts(self, device: torch.device, dtype: torch.dtype) -> checkpoint.Parts:
         """The parts of the model's own files, and of its prior's."""

@@ -2,18 +2,17 @@
 
 A call becomes a `Request`, checked before any network runs; an engine paints its candidates, decodes them and lets
 CLIP score them; a search says which are kept. Every picture has a record that paints it again. Here the parts are
-put in order and the answer is made; each step itself is another module's.
+put in order; each step itself, and the answer, is another module's.
 """
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from gen import checkpoint
 from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
 from gen.answer import Interrupted, Result, answer
-from gen.attention.kernels import AUTO, check_attention
-from gen.attention.network import adds_keys, set_attention
-from gen.bucket import Buckets, is_out_of_memory
-from gen.candidate import Candidate, asks_clip, check_shown
+from gen.attention.kernels import AUTO
+from gen.attention.network import set_attention
+from gen.bucket import Buckets
+from gen.candidate import Candidate, check_shown
 from gen.card import Card
 from gen.checks import check_callback, check_name, whole
 from gen.engine import Engine
@@ -37,17 +36,16 @@ from gen.flight import Account, Callback, Painted
 from gen.offload import Offload
 from gen.origins import Origins
 from gen.progress import bar, moving
+from gen.record import Record
 from gen.request import Job, Request
 from gen.resolve import resolve
-from gen.room import NoRoom, check_picture
-from gen.runtime import DTYPES, OPENVINO, TORCH, attention_of, check_runtime, dtype_of, name_of, run, usable
+from gen.room import check_picture
+from gen.runtime import TORCH, Compute, dtype_of
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
-from gen.weights import files_hash, folder_hash
+from gen.weights import folder_hash
 from gen.whole_folder import whole_folder
 from gen.words import Words, called_with
-
-RECORD_VERSION = 1
 
 
 class TextToImage:
@@ -56,31 +54,19 @@ class TextToImage:
     def __init__(
         self,
         model: Painter,
-        name: str = "",
-        model_hash: Callable[[], str] | None = None,
-        weak_unet: str = "",  # where the weaker UNet came from
-        clip: str = "",  # where the CLIP that ranks came from, if not from the model's own folder
-        clip_hash: Callable[[], str] | None = None,
-        attention: str = AUTO,  # the UNet's kernel, as it was asked for
-        config: str = "",  # where a single file's configurations came from, if not with this package
-        prior_model: str = "",  # where the prior came from, if not from the model's own folder
-        runtime: str = TORCH,  # who computes the networks
-        dtype: torch.dtype | None = None,  # what they compute in; None: as their weights are
+        origins: Origins = Origins(),  # noqa: B008 - frozen
+        compute: Compute | None = None,  # None: by torch, in the precision of its weights
+        model_hash: Callable[[], str] | None = None,  # None: it was not read from files
+        clip_hash: Callable[[], str] | None = None,  # of the CLIP that `origins` names; None: it names none
     ) -> None:
         self.model = model
-        self.name = name
-        self.weak_unet = weak_unet
-        self.clip = clip
-        self.attention = attention
-        self.config = config
-        self.prior_model = prior_model
-        self.runtime = runtime
-        self.dtype = model.unet.dtype if dtype is None else dtype
+        self.origins = origins
+        self.compute = Compute(model.unet.dtype) if compute is None else compute
         self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
         self._hash, self._clip_hash = model_hash, clip_hash
         self._offload = Offload(model.modules(), model.device)
         # Compiled networks are asked where their weights were.
-        self._buckets = Buckets(relief=self._offload.relieve if runtime == TORCH else None)
+        self._buckets = Buckets(relief=self._offload.relieve if self.compute.runtime == TORCH else None)
 
     @classmethod
     def from_pretrained(
@@ -115,51 +101,60 @@ class TextToImage:
             weak_unet=weak_unet,
             draft_unet=draft_unet,
         )
-        origins.check()
-        dtype = dtype_of(dtype)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() and runtime != OPENVINO else "cpu"
-        device = usable(device)
-        check_runtime(runtime, device, dtype, attention)
-        check_attention(attention, device, dtype)
-        weights_in = torch.float32 if runtime == OPENVINO else dtype  # a lower precision is that runtime's to make
-        try:
-            loaded = origins.read(device, weights_in)
-        except Exception as error:
-            is_short = isinstance(error, NoRoom) or (is_out_of_memory(error) and not isinstance(error, MemoryError))
-            if not is_short or device.type != "cuda" or runtime != TORCH:
-                raise
-            loaded, short = None, str(error)
-        is_apart = loaded is None
-        if loaded is None:  # behind the error, which kept what had been read
-            gc.collect()
-            try:
-                loaded = origins.read(torch.device("cpu"), weights_in)
-            except NoRoom as error:
-                raise NoRoom(f"{short}; nor can its networks take turns there: {error}") from None
-        model, parts, ranking = loaded.model, loaded.parts, loaded.ranking
-        if runtime == OPENVINO and any(adds_keys(unet) for unet in model.unets):
-            told = (
-                f"runtime '{runtime}' cannot compute the UNet of a {model.saved_as}, whose layers see text and picture"
-            )
-            raise ValueError(f"{told} at once (OpenVINO crashes on them); give runtime 'torch'")
-        painter = cls(
-            model,
-            str(name_or_path),
-            lambda: parts.hash,
-            weak_unet=str(weak_unet or ""),
-            clip=str(clip or ""),
-            clip_hash=None if ranking is None else partial(files_hash, ranking.files),
-            attention=attention,
-            config=str(config or ""),
-            prior_model=str(prior_model or ""),
-            runtime=runtime,
-            dtype=dtype,
+        return cls._read(origins, Compute(dtype_of(dtype), runtime, attention), device)
+
+    @classmethod
+    def of_record(
+        cls,
+        record: Mapping[str, Any],  # of a picture, as `Result.records` or its PNG has it
+        device: torch.device | str | int | None = None,  # None: CUDA where there is one
+        *,  # what lies elsewhere now, or is to be computed otherwise; None: as the record says
+        model: str | Path | None = None,
+        weak_unet: str | Path | None = None,
+        clip: str | Path | None = None,
+        config: str | Path | None = None,
+        prior_model: str | Path | None = None,
+        runtime: str | None = None,
+    ) -> TextToImage:
+        """Load the model that painted a picture, with its adapters, as it was computed, for `repaint`.
+
+        Where the device cannot run the record's kernel of attention it is 'auto'. ValueError for a record that is
+        damaged or says too little, and as `from_pretrained`.
+        """
+        made = Record.from_json(record)
+        if model is None and not made.model:
+            raise ValueError("the record names no model; give it with model=NAME")
+        if not made.model_hash:
+            raise ValueError("the record has no model_hash, so no model can be told to be its own")
+        if clip is not None and not made.asks_clip:
+            raise ValueError("clip was given, but CLIP ranked the picture and did not paint it; leave it out")
+        origins = replace(
+            made.origins,
+            name_or_path=model or made.model,
+            config=config or made.origins.config,
+            prior_model=prior_model or made.origins.prior_model,
+            clip=clip or made.origins.clip,
+            weak_unet=weak_unet or made.origins.weak_unet,
         )
-        if is_apart:
+        compute = replace(made.compute, runtime=runtime or made.compute.runtime).possible_on(device)
+        painter = cls._read(origins, compute, device)
+        painter.load_again(record)
+        return painter
+
+    @classmethod
+    def _read(cls, origins: Origins, compute: Compute, device: torch.device | str | int | None) -> TextToImage:
+        origins.check()
+        device = compute.on(device)
+        if compute.runtime == TORCH:
+            loaded, takes_turns = origins.read_where_it_fits(device, compute.weights_in)
+        else:
+            loaded, takes_turns = origins.read(device, compute.weights_in), False
+        compute.check_unets(loaded.model.unets, loaded.model.saved_as)
+        painter = cls(loaded.model, origins, compute, loaded.hash, loaded.clip_hash)
+        if takes_turns:
             painter._offload.begin_on(device)
-        for unet in model.unets:
-            set_attention(unet, attention_of(runtime, attention, device))
+        for unet in loaded.model.unets:
+            set_attention(unet, compute.kernel(device))
         painter._hand_over()
         return painter
 
@@ -178,7 +173,7 @@ class TextToImage:
     def _hand_over(self) -> None:
         """Let the runtime read the networks, anew where their weights have changed."""
         for network in self.model.networks():
-            run(network, self.runtime, self.dtype)
+            self.compute.run(network)
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Merge a LoRA into the weights, `scale` times: a file, a folder or a hub id; see `gen.adapters.lora`.
@@ -216,8 +211,10 @@ class TextToImage:
         """
         if not isinstance(self.model, Reader):
             raise ValueError(f"a {self.model.saved_as} takes no IP-Adapter; its UNet reads no text by cross-attention")
-        if self.runtime != TORCH:
-            raise ValueError(f"an IP-Adapter is computed by runtime 'torch' alone, and this is '{self.runtime}'")
+        if self.compute.runtime != TORCH:
+            raise ValueError(
+                f"an IP-Adapter is computed by runtime 'torch' alone, and this is '{self.compute.runtime}'"
+            )
         with self._changing():
             loaded, adapter = ip_adapter.load(self.model.unet, path, scale, image_encoder)
             self.model = replace(self.model, ip_adapter=loaded)
@@ -235,7 +232,7 @@ class TextToImage:
 
     def load_again(self, record: Mapping[str, Any]) -> None:
         """Add what the model of a record had been given, from where its record says it lies."""
-        for each in adapters_of(record):
+        for each in Record.from_json(record).adapters:
             if each.kind == "lora" and each.scale is not None:
                 self.load_lora(each.name, each.scale)
             elif each.kind == "ip_adapter" and each.scale is not None:
@@ -246,6 +243,11 @@ class TextToImage:
                 raise ValueError(f"the record names an adapter of kind '{each.kind}', which is not known here")
 
     @property
+    def name(self) -> str:
+        """What it was loaded by; empty for a model that was not."""
+        return str(self.origins.name_or_path)
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the model's files as loaded; empty for a model that was not loaded from any."""
         return "" if self._hash is None else self._hash()
@@ -253,7 +255,8 @@ class TextToImage:
     @cached_property
     def weak_hash(self) -> str:
         """SHA-256 of the weaker UNet's files; empty where there is none."""
-        return folder_hash(Path(self.weak_unet).expanduser(), [""]) if self.weak_unet else ""
+        weak = self.origins.weak_unet
+        return folder_hash(Path(weak).expanduser(), [""]) if weak else ""
 
     @cached_property
     def clip_hash(self) -> str:
@@ -313,7 +316,7 @@ class TextToImage:
             max_rows=max_rows,
             buckets=self._buckets,
             check=self._check_room,
-            turn=self._offload.turn if self.runtime == TORCH and self.model.device.type == "cuda" else None,
+            turn=self._offload.turn if self.compute.runtime == TORCH and self.model.device.type == "cuda" else None,
         )
 
     def _check_room(self, job: Job) -> None:
@@ -322,8 +325,8 @@ class TextToImage:
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             numbers = self.model.held_at_once(settings, is_decoded)
             tiled = self.model.held_at_once(replace(settings, vae_tiling=self.model.abilities.can_tile), is_decoded)
-            width = min(self.dtype.itemsize, self.model.unet.dtype.itemsize)
-            leaving = self._offload.could_leave if self.runtime == TORCH else 0
+            width = min(self.compute.dtype.itemsize, self.model.unet.dtype.itemsize)
+            leaving = self._offload.could_leave if self.compute.runtime == TORCH else 0
             check_picture(numbers * width, tiled * width, self.model.device, settings, leaving)
 
     @torch.no_grad()
@@ -334,37 +337,43 @@ class TextToImage:
         ValueError where the record lacks something, a file has changed or the model has another hash. Warns where it
         was painted in another dtype, by another kernel or by another runtime, which may change pixels.
         """
-        made_by = record.get("model_hash")
-        if made_by and self.hash and made_by != self.hash:
-            raise ValueError(
-                f"the picture was painted by model '{record.get('model', '')}' of hash {str(made_by)[:12]}, "
-                f"and this is '{self.name}' of hash {self.hash[:12]}; load the one it was painted by"
-            )
-        given = adapters_of(record)
-        if len(given) != len(self.adapters) or not all(map(Adapter.is_same, given, self.adapters)):
-            wanted, has = (", ".join(map(str, each)) or "none" for each in (given, self.adapters))
-            raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
-        candidate = Candidate.from_json(record, self.model.abilities, [either("image", one) for one in images])
-        if candidate.settings.guidance_rule == "autoguidance" and record.get("weak_unet_hash") != self.weak_hash:
-            raise ValueError(f"the picture was guided by another weak_unet than '{self.weak_unet}'; load that one")
-        if asks_clip(record):
-            self._check_clip(record)
-        for name, here in self._computed.items():
-            if (made := record.get(name, here)) != here:
-                warnings.warn(f"the picture was painted with {name} {made}, and this is {here}", stacklevel=2)
+        made = Record.from_json(record)
+        self._check_model(made)
+        candidate = Candidate.from_json(made.picture, self.model.abilities, [either("image", one) for one in images])
+        if candidate.settings.guidance_rule == "autoguidance" and made.weak_unet_hash != self.weak_hash:
+            weak = self.origins.weak_unet or ""
+            raise ValueError(f"the picture was guided by another weak_unet than '{weak}'; load that one")
+        if made.asks_clip:
+            self._check_clip(made)
+        here = self.compute.to_json()
+        for name, told in made.compute.to_json().items():
+            if told != here[name]:
+                warnings.warn(f"the picture was painted with {name} {told}, and this is {here[name]}", stacklevel=2)
         job = Job(candidates=(candidate,), num_images_per_prompt=1, keep=1, rank=False, output_type="pt")
         (result,) = self._paint([job], None, None)
         assert isinstance(result.images, Tensor), "output_type is pt"
         return result.images[0]
 
-    def _check_clip(self, record: Mapping[str, Any]) -> None:
+    def _check_model(self, made: Record) -> None:
+        """ValueError where the model here, or what was added to it, is another than painted a record's picture."""
+        if made.model_hash and self.hash and made.model_hash != self.hash:
+            raise ValueError(
+                f"the picture was painted by model '{made.model}' of hash {made.model_hash[:12]}, "
+                f"and this is '{self.name}' of hash {self.hash[:12]}; load the one it was painted by"
+            )
+        given = made.adapters
+        if len(given) != len(self.adapters) or not all(map(Adapter.is_same, given, self.adapters)):
+            wanted, has = (", ".join(map(str, each)) or "none" for each in (given, self.adapters))
+            raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
+
+    def _check_clip(self, made: Record) -> None:
         """ValueError where the CLIP here is another than the one that a record's picture was painted by."""
-        name, wanted = record.get("clip", ""), record.get("clip_hash", "")
-        if name and not wanted:
-            raise ValueError(f"the record names CLIP '{name}' and has no clip_hash, so none can be told to be it")
-        if wanted != self.clip_hash:
-            told = f"CLIP '{name}' of hash {wanted[:12]}" if wanted else "the model's own CLIP"
-            here = f"'{self.clip}' of hash {self.clip_hash[:12]}" if self.clip else "the model's own"
+        if made.clip and not made.clip_hash:
+            raise ValueError(f"the record names CLIP '{made.clip}' and has no clip_hash, so none can be told to be it")
+        if made.clip_hash != self.clip_hash:
+            told = f"CLIP '{made.clip}' of hash {made.clip_hash[:12]}" if made.clip_hash else "the model's own CLIP"
+            own = self.origins.clip
+            here = f"'{own}' of hash {self.clip_hash[:12]}" if own else "the model's own"
             raise ValueError(f"the picture was painted by {told}, and this is {here}; load the one it was painted by")
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -389,28 +398,25 @@ class TextToImage:
             engine.close(cancel=True)
 
     def _result(self, job: Job, painted: Mapping[int, Painted], account: Account) -> Result:
-        return answer(job, painted, account, self._record, self.adapters, self.dtype)
-
-    @cached_property
-    def _computed(self) -> dict[str, str]:
-        """How the networks compute, as far as it shows in pixels."""
-        return {"dtype": name_of(self.dtype), "attention": self.attention, "runtime": self.runtime}
+        return answer(job, painted, account, self._record, self.adapters, self.compute.dtype)
 
     def _record(self, candidate: Candidate, score: float | None) -> dict[str, JSON]:
         """All that paints a picture again, and how it scored."""
-        made: dict[str, JSON] = {"version": RECORD_VERSION, "model": self.name, "model_hash": self.hash}
-        if candidate.settings.guidance_rule == "autoguidance":
-            made |= {"weak_unet": self.weak_unet, "weak_unet_hash": self.weak_hash}
-        if self.clip:
-            made |= {"clip": self.clip, "clip_hash": self.clip_hash}
-        if self.config:
-            made["config"] = self.config
-        if self.prior_model:
-            made["prior_model"] = self.prior_model
-        if self.adapters:
-            made["adapters"] = [each.to_json() for each in self.adapters]
-        made |= self._computed
-        return candidate.to_json() | made | {"score": score}
+        origins, is_weak = self.origins, candidate.settings.guidance_rule == "autoguidance"
+        record = Record(
+            picture=candidate.to_json(),
+            model=self.name,
+            model_hash=self.hash,
+            weak_unet=str(origins.weak_unet or "") if is_weak else "",
+            weak_unet_hash=self.weak_hash if is_weak else "",
+            clip=str(origins.clip or ""),
+            clip_hash=self.clip_hash,
+            config=str(origins.config or ""),
+            prior_model=str(origins.prior_model or ""),
+            adapters=self.adapters,
+            compute=self.compute,
+        )
+        return record.to_json() | {"score": score}
 
 
 def tick_until_done(engine: Engine[Result], futures: Sequence[Future[Result]]) -> list[Result]:
@@ -430,26 +436,3 @@ def tick_until_done(engine: Engine[Result], futures: Sequence[Future[Result]]) -
         return [future.result() for future in futures]
     except KeyboardInterrupt:
         raise Interrupted([engine.so_far(future) for future in futures]) from None
-
-
-def computed(record: Mapping[str, Any]) -> tuple[torch.dtype, str]:
-    """The dtype and attention that a record's picture was painted with; ValueError for a dtype that is none.
-
-    Attention is 'auto' where this machine cannot run that kernel, or the record does not say.
-    """
-    name, attention = record.get("dtype", "float32"), record.get("attention", AUTO)
-    if name not in DTYPES:
-        raise ValueError(f"the record is damaged: its dtype is {name!r}; ours are: {', '.join(DTYPES)}")
-    try:
-        check_attention(attention, usable("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[name])
-    except ValueError:
-        attention = AUTO
-    return DTYPES[name], attention
-
-
-def adapters_of(record: Mapping[str, Any]) -> list[Adapter]:
-    """What the model of a record had been given; ValueError where the record is damaged."""
-    told = record.get("adapters", [])
-    if not isinstance(told, list):
-        raise ValueError(f"the record is damaged: its adapters are {told!r}")
-    return [Adapter.from_json(each) for each in told]

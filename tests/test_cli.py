@@ -669,6 +669,8 @@ def test_reproduce_refuses_what_it_cannot_repaint(
     ):
         said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"{name}.png", record | {name: damage}))
         assert "is damaged: its " in said
+    later = rewrite(source, tmp_path / "later.png", record | {"version": 2})
+    assert "the record is of version 2, and here 1 is the last" in refused(capsys, "reproduce", later)
     gone = rewrite(source, tmp_path / "gone.png", record | {"model": "nowhere"})
     assert "'nowhere' is unknown" in refused(capsys, "reproduce", gone)
     assert answer(capsys, "reproduce", gone, "--model", tiny)["reproduced"] is True

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 
 from gen import Cancelled, Step, TextToImage
 from gen.card import Card
-from gen.pipeline import computed
 from gen.search import best_first, drawing_order
+from tests.tiny import make_tiny_clip
 
 LEVEL = 1 / 255
 PROMPTS = ["a small red circle", "a large blue square"]
@@ -78,11 +79,6 @@ def test_what_was_ignored_is_not_in_the_record(tiny: TextToImage) -> None:
 def test_a_record_says_how_it_was_computed(tiny: TextToImage) -> None:
     (record,) = tiny("a star", seed=1).records
     assert (record["dtype"], record["attention"]) == ("float32", "auto")
-    assert computed(record) == computed({}) == (torch.float32, "auto")
-    assert computed(record | {"dtype": "bfloat16", "attention": "math"}) == (torch.bfloat16, "math")
-    assert computed(record | {"attention": "xformers"}) == (torch.float32, "auto")  # not on the CPU
-    with pytest.raises(ValueError, match="the record is damaged: its dtype is 'int3'"):
-        computed(record | {"dtype": "int3"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.repaint(record)
@@ -172,3 +168,27 @@ def test_a_model_in_memory_has_no_hash(tiny: TextToImage) -> None:
     assert bare.hash == "" and bare.card == tiny.card and isinstance(bare.card, Card)
     record = bare("a star", seed=1, output_type="pt").records[0]
     assert record["model_hash"] == "" and bare.repaint(record).shape == (3, 64, 64)
+
+
+def test_a_model_is_loaded_from_a_record(tiny_folder: Path, tmp_path: Path) -> None:
+    """As it was computed, with its adapters; what lies elsewhere is said."""
+    make_tiny_clip(tmp_path / "clip", seed=3)
+    model = TextToImage.from_pretrained(tiny_folder, "cpu", attention="math", clip=tmp_path / "clip")
+    words: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "output_type": "pt"}
+    ranked = model("a star", **words)
+    guided = model("a star", clip_guidance_scale=1.0, **words)
+    for result in (ranked, guided):
+        record = json.loads(json.dumps(result.records[0]))
+        again = TextToImage.of_record(record, "cpu")
+        assert again.compute == model.compute and again.clip_hash == (model.clip_hash if result is guided else "")
+        assert torch.equal(again.repaint(record), result.images[0])
+    (tmp_path / "clip").rename(tmp_path / "moved")
+    again = TextToImage.of_record(record | {"model": "nowhere"}, "cpu", model=tiny_folder, clip=tmp_path / "moved")
+    assert torch.equal(again.repaint(record), guided.images[0])
+    elsewhere = TextToImage.of_record(ranked.records[0] | {"attention": "cudnn"}, "cpu")
+    assert elsewhere.compute.attention == "auto"
+    for lacking, told in (("model", "names no model; give it with model="), ("model_hash", "has no model_hash")):
+        with pytest.raises(ValueError, match=f"the record {told}"):
+            TextToImage.of_record({name: value for name, value in record.items() if name != lacking})
+    with pytest.raises(ValueError, match="clip was given, but CLIP ranked the picture"):
+        TextToImage.of_record(ranked.records[0], clip=tmp_path / "moved")

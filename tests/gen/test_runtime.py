@@ -359,6 +359,6 @@ def test_device_0_is_a_gpu_and_not_the_default(tiny_folder: Path, monkeypatch: p
         asked.append(device)
         return torch.device("cpu")
 
-    monkeypatch.setattr("gen.pipeline.usable", usable)
+    monkeypatch.setattr("gen.runtime.usable", usable)
     TextToImage.from_pretrained(tiny_folder, 0)
     assert asked == [0]

@@ -1,0 +1,95 @@
+"""A picture's record: the JSON beside it that paints it again, with every check of what it says of its model.
+
+What it says of the picture itself (prompt, seed, settings, ...) is `gen.candidate.Candidate`'s to write and to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from gen.adapters.file import Adapter
+from gen.origins import Origins
+from gen.runtime import DTYPES, Compute
+from gen.settings import JSON
+
+VERSION = 1
+READ = DTYPES | {"float64": torch.float64}  # which people name as torch's own object alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What painted a picture; a text that is empty says nothing."""
+
+    picture: Mapping[str, Any]  # what a `Candidate` says of it
+    model: str = ""  # what it was loaded by
+    model_hash: str = ""
+    weak_unet: str = ""  # of a picture that was guided by one
+    weak_unet_hash: str = ""
+    clip: str = ""  # where it was not the model's own
+    clip_hash: str = ""
+    config: str = ""
+    prior_model: str = ""
+    adapters: tuple[Adapter, ...] = ()
+    compute: Compute = Compute()  # noqa: RUF009 - frozen
+
+    def to_json(self) -> dict[str, JSON]:
+        """As it stands beside a picture."""
+        said: dict[str, JSON] = {"version": VERSION, "model": self.model, "model_hash": self.model_hash}
+        said |= {name: text for name in TEXTS if name not in said and (text := getattr(self, name))}
+        if self.adapters:
+            said["adapters"] = [each.to_json() for each in self.adapters]
+        return {**self.picture, **said, **self.compute.to_json()}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Record:
+        """As it was read; ValueError for one that is damaged, or of a version to come."""
+        version = told.get("version", VERSION)
+        if not isinstance(version, int) or version < 1:
+            raise damaged("version", version)
+        if version > VERSION:
+            raise ValueError(f"the record is of version {version}, and here {VERSION} is the last; use a newer unclip")
+        for name in (*TEXTS, "dtype", "attention", "runtime"):
+            if not isinstance(told.get(name, ""), str):
+                raise damaged(name, told[name])
+        if not isinstance(told.get("settings", {}), dict):
+            raise damaged("settings", told["settings"])
+        if not isinstance(adapters := told.get("adapters", []), list):
+            raise ValueError(f"the record is damaged: its adapters are {adapters!r}")
+        usual, dtype = Compute(), told.get("dtype", "float32")
+        if dtype not in READ:
+            raise ValueError(f"the record is damaged: its dtype is {dtype!r}; ours are: {', '.join(DTYPES)}")
+        return cls(
+            picture={name: value for name, value in told.items() if name not in OURS},
+            **{name: told[name] for name in TEXTS if name in told},
+            adapters=tuple(Adapter.from_json(each) for each in adapters),
+            compute=Compute(READ[dtype], told.get("runtime", usual.runtime), told.get("attention", usual.attention)),
+        )
+
+    @property
+    def asks_clip(self) -> bool:
+        """Whether its pixels, and not its rank alone, depend on the CLIP that it names."""
+        return bool(self.picture.get("settings", {}).get("clip_guidance_scale")) or "variation_of" in self.picture
+
+    @property
+    def origins(self) -> Origins:
+        """What its model is put together from; a CLIP that only ranked is no part of that."""
+        return Origins(
+            name_or_path=self.model,
+            config=self.config or None,
+            prior_model=self.prior_model or None,
+            clip=(self.asks_clip and self.clip) or None,
+            weak_unet=self.weak_unet or None,
+        )
+
+
+TEXTS = tuple(item.name for item in fields(Record) if item.type == "str")
+OURS = {*TEXTS, "version", "adapters", "dtype", "attention", "runtime", "score"}
+
+
+def damaged(name: str, value: object) -> ValueError:
+    """What is said of a record with a value that it cannot have."""
+    return ValueError(f"the record is damaged: its {name} is {value!r}")
