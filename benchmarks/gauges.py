@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from gen.memory import peak_memory
+
 ROOF_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices that are multiplied, by kind of device
 ROOF_CALLS = 10
 
@@ -61,7 +63,4 @@ def reset_peak(device: torch.device | str) -> bool:
 
 def peak_mb(device: torch.device | str) -> float:
     """The peak of memory: what torch held on the GPU, or what of this process was resident."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e6
+    return peak_memory(device) / 1e6

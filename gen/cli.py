@@ -6,7 +6,6 @@ elsewhere. Standard output has the answer (with --json one object and nothing el
 """
 
 import json
-import re
 import sys
 import time
 from dataclasses import replace
@@ -423,22 +422,6 @@ def _peak_memory() -> dict[str, int]:
     """Most bytes this process ever held: `host`, and `device` where there is a GPU."""
     import torch
 
-    peak = {"host": _peak_host_memory()}
-    if torch.cuda.is_available():
-        peak["device"] = torch.cuda.max_memory_allocated()
-    return peak
+    from gen.memory import peak_memory
 
-
-def _peak_host_memory() -> int:
-    """Largest resident set of this process; 0 where the system does not tell."""
-    try:
-        told = Path("/proc/self/status").read_text()  # Linux; unlike getrusage not inherited from the parent
-    except OSError:
-        told = ""
-    if found := re.search(r"VmHWM:\s+(\d+) kB", told):
-        return int(found[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return {"host": peak_memory("cpu")} | ({"device": peak_memory("cuda")} if torch.cuda.is_available() else {})

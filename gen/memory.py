@@ -1,4 +1,7 @@
-"""What memory is free on a device: of the machine, of what its container may take, of what torch holds in store."""
+"""What memory is free on a device: of the machine, of what its container may take, of what torch holds in store.
+
+And the most that this process has held.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+STATUS = Path("/proc/self/status")
 MEMINFO = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 _APART: dict[torch.device, int] = {}
@@ -26,6 +35,16 @@ def reserve() -> int:
     """Bytes that a machine may find beyond what is free: on a disk, and in files that a container has read of late."""
     swap, files = said(MEMINFO, "SwapFree:"), said(CONTROL_GROUP / "memory.stat", "active_file")
     return (swap or 0) * 1024 + (files or 0)
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Most bytes that this process ever held: what torch did of a GPU, or what was resident; 0 where nobody says."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = said(STATUS, "VmHWM:")  # Linux; unlike getrusage not inherited from the parent
+    if resident is not None:
+        return resident * 1024
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def in_store(device: torch.device) -> int:

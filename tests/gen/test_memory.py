@@ -63,3 +63,13 @@ def test_what_a_machine_may_find_beyond(tmp_path: Path, monkeypatch: pytest.Monk
     assert memory.reserve() == 3 * 1024 + 7
     (tmp_path / "meminfo").unlink()
     assert memory.reserve() == 7
+
+
+def test_the_most_that_was_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    assert memory.peak_memory("cpu") > 10**5, "as getrusage has it, on Linux in kilobytes"
+    (tmp_path / "status").write_text("VmPeak:\t 9 kB\nVmHWM:\t  5 kB\n")
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    assert memory.peak_memory(torch.device("cpu")) == 5 * 1024
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert memory.peak_memory("cuda:1") == 7
