@@ -8,7 +8,7 @@ elsewhere. Standard output has the answer (with --json one object and nothing el
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import dropwhile
 from os.path import isfile
 from pathlib import Path
@@ -26,9 +26,14 @@ from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:
     from gen.answer import Result
+    from gen.pipeline import TextToImage
+    from gen.request import Request
 
 DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
+SHEET = "sheet.png"
+CANDIDATES = 16  # where neither their number nor a budget is given
+KEPT = 4  # of those that are ranked, where it is not said
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -75,11 +80,12 @@ def generate(
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
         check_text(prompt, *(word for word in words.values() if isinstance(word, str)))
-        scaled = [_scaled("--lora", given) for given in lora or []]
-        shown = None if ip_adapter is None else _scaled("--ip-adapter", ip_adapter)
+        added = Added.typed(lora, embedding, ip_adapter, image_encoder)
         if (ip_adapter is None) != (ip_adapter_image is None):
             raise ValueError("--ip-adapter and --ip-image go together; give both or none")
         from gen.pipeline import TextToImage
+        from gen.request import Request
+        from gen.resolve import resolve
 
         painter = TextToImage.from_pretrained(
             model,
@@ -94,24 +100,10 @@ def generate(
         )
         if runtime != "torch" and not quiet:
             say("generate", f"{runtime} reads and compiles each network when it is first asked, which takes a while")
-        for file, scale in scaled:
-            painter.load_lora(file, scale)
-        for file, token in map(_called, embedding or []):
-            painter.load_textual_inversion(file, token)
-        if shown is not None:
-            painter.load_ip_adapter(*shown, image_encoder)
+        added.to(painter)
         loaded = time.perf_counter()
-        from gen.answer import Interrupted
-        from gen.request import Request
-        from gen.resolve import resolve
-
-        can_rank = painter.model.abilities.can_rank
-        if num_images_per_prompt is None and budget is None:
-            num_images_per_prompt = 16
-        if keep is None and num_images_per_prompt is not None:
-            keep = min(4, num_images_per_prompt) if rerank and can_rank else num_images_per_prompt
-        elif keep is None and rerank and can_rank:
-            keep = 4
+        able = painter.model.abilities
+        num_images_per_prompt, keep = _how_many(num_images_per_prompt, keep, budget, rerank and able.can_rank)
         request = Request(
             prompt=prompt,
             num_images_per_prompt=num_images_per_prompt,
@@ -123,50 +115,23 @@ def generate(
             ip_adapter_image=ip_adapter_image,
             **words,
         )
-        resolve(request, painter.model.abilities)  # every mistake, before the note on words
+        resolve(request, able)  # every mistake, before the note on words
         foreign = painter.card.unknown_words(plain(prompt) if request.prompt_weights else prompt)
         note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
         if note:
             say("generate", note)
         # Of a plain best-of-N all come back, best first, for the sheet shows them all; the first `keep` become files.
         shows_all = request.search in (None, "best_of") and budget is None and not diverse
-        show = not quiet and sys.stderr.isatty()
-        interrupted = False
-        try:
-            (result,) = painter.paint([replace(request, keep=None) if shows_all else request], progress=show)
-        except Interrupted as stopped:
-            (so_far,) = stopped.results()
-            if so_far is None:
-                raise
-            result, interrupted = so_far, True
+        asked = replace(request, keep=None) if shows_all else request
+        result, interrupted = _painted(painter, asked, not quiet and sys.stderr.isatty())
         painted = time.perf_counter()
-        images = result.images
-        assert isinstance(images, list)  # Pillow's, as was asked for
-        scores: list[float | None] = [*result.scores] if result.scores else [None] * len(images)
-        pictures = []
-        with Writer() as writer:
-            for index, (picture, record) in enumerate(zip(images[:keep], result.records, strict=False)):
-                path = folder / f"{index + 1:04d}-seed{result.seeds[index]}.png"
-                writer.write(picture, path, record)
-                pictures.append({"path": str(path), "score": scores[index], "seed": result.seeds[index]})
-            captions = [_caption(score, one) for score, one in zip(scores, result.seeds, strict=True)]
-            sheet = folder / "sheet.png"
-            num_kept = len(pictures) if len(pictures) < len(images) else 0
-            writer.write(contact_sheet(images, captions, num_kept=num_kept, title=prompt), sheet)
-    first = result.records[0]
+        pictures = _written(result, keep, folder, prompt)
     answer = {
         "prompt": prompt,
-        "model": {"name": first["model"], "hash": first["model_hash"], "knows": painter.card.knows},
         "unknown_words": foreign,
         "note": note,
-        "settings": first["settings"],
-        "out": str(folder),
-        "sheet": str(sheet),
-        "pictures": pictures,  # the kept ones, best first
-        "candidates": _candidates(result, {one["seed"] for one in pictures}),
+        **_told(painter, result, folder, pictures),
         "interrupted": interrupted,  # by Ctrl-C, with these painted
-        "shown": len(images),  # on the sheet
-        "account": vars(result.account),
         "seconds": {
             "load": round(loaded - started, 3),
             "paint": round(painted - loaded, 3),
@@ -176,13 +141,11 @@ def generate(
     }
     if as_json:
         print(json.dumps(answer))
-    elif quiet:
-        print(*(one["path"] for one in pictures), sep="\n")
     else:
-        print(*_summary(answer), sep="\n")
+        print(*([one["path"] for one in pictures] if quiet else _summary(answer)), sep="\n")
     if interrupted:
-        num_painted = sum(each.painted for each in result.candidates)
         wanted = "as many as fit" if num_images_per_prompt is None else num_images_per_prompt
+        num_painted = sum(each.painted for each in result.candidates)
         say("generate", f"interrupted with {num_painted} of {wanted} candidates painted")
         raise typer.Abort  # so that no more is said of it
 
@@ -312,6 +275,75 @@ def reproduce(
         raise typer.Exit(1)
 
 
+@dataclass(frozen=True)
+class Added:
+    """What is added to a model, as it was typed."""
+
+    loras: list[tuple[str, float]]  # file and scale
+    embeddings: list[tuple[str, str | None]]  # file and token
+    ip_adapter: tuple[str, float] | None
+    image_encoder: Path | None
+
+    @classmethod
+    def typed(
+        cls, lora: list[str] | None, embedding: list[str] | None, ip_adapter: str | None, image_encoder: Path | None
+    ) -> "Added":
+        """Of the options; ValueError for a scale that is none."""
+        loras = [_scaled("--lora", given) for given in lora or []]
+        shown = None if ip_adapter is None else _scaled("--ip-adapter", ip_adapter)
+        return cls(loras, [_called(given) for given in embedding or []], shown, image_encoder)
+
+    def to(self, painter: "TextToImage") -> None:
+        """Load it all."""
+        for file, scale in self.loras:
+            painter.load_lora(file, scale)
+        for file, token in self.embeddings:
+            painter.load_textual_inversion(file, token)
+        if self.ip_adapter is not None:
+            painter.load_ip_adapter(*self.ip_adapter, self.image_encoder)
+
+
+def _how_many(
+    num_images_per_prompt: int | None, keep: int | None, budget: float | None, is_ranked: bool
+) -> tuple[int | None, int | None]:
+    """Candidates to paint (None: as many as fit the budget) and to keep (None: all), where these were left out."""
+    if num_images_per_prompt is None and budget is None:
+        num_images_per_prompt = CANDIDATES
+    if keep is None:
+        keep = min(KEPT, num_images_per_prompt or KEPT) if is_ranked else num_images_per_prompt
+    return num_images_per_prompt, keep
+
+
+def _painted(painter: "TextToImage", request: "Request", shows_progress: bool) -> tuple["Result", bool]:
+    """The answer, or on Ctrl-C what is painted by then, and whether it was that."""
+    from gen.answer import Interrupted
+
+    try:
+        return painter.paint([request], progress=shows_progress)[0], False
+    except Interrupted as stopped:
+        (result,) = stopped.results()
+        if result is None:
+            raise
+        return result, True
+
+
+def _written(result: "Result", keep: int | None, folder: Path, title: str) -> list[dict[str, Any]]:
+    """Write the best `keep` pictures (None: all) and the sheet of all; what is told of those pictures, best first."""
+    images = result.images
+    assert isinstance(images, list)  # Pillow's, as was asked for
+    scores: list[float | None] = [*result.scores] if result.scores else [None] * len(images)
+    pictures = []
+    with Writer() as writer:
+        for index, (picture, record) in enumerate(zip(images[:keep], result.records, strict=False)):
+            path = folder / f"{index + 1:04d}-seed{result.seeds[index]}.png"
+            writer.write(picture, path, record)
+            pictures.append({"path": str(path), "score": scores[index], "seed": result.seeds[index]})
+        captions = [_caption(score, one) for score, one in zip(scores, result.seeds, strict=True)]
+        num_kept = len(pictures) if len(pictures) < len(images) else 0
+        writer.write(contact_sheet(images, captions, num_kept=num_kept, title=title), folder / SHEET)
+    return pictures
+
+
 def _scaled(option: str, given: str) -> tuple[str, float]:
     """FILE[:SCALE] as file and scale, which is 1 where it is left out; ValueError where that is no number."""
     path, _, scale = given.rpartition(":")
@@ -336,6 +368,21 @@ def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:
     told = f"model '{model}' has never seen: {unseen}. It paints all the same, from what it knows"
     told += f": {knows.strip().rstrip('.')}." if knows else "."
     return f"{told} For other pictures choose another model with --model (a diffusers folder or a hub id)."
+
+
+def _told(painter: "TextToImage", result: "Result", folder: Path, pictures: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `generate` tells of the model and of its pictures; `pictures` are those written."""
+    first = result.records[0]
+    return {
+        "model": {"name": first["model"], "hash": first["model_hash"], "knows": painter.card.knows},
+        "settings": first["settings"],
+        "out": str(folder),
+        "sheet": str(folder / SHEET),
+        "pictures": pictures,  # the kept ones, best first
+        "candidates": _candidates(result, {one["seed"] for one in pictures}),
+        "shown": len(result.images),  # on the sheet
+        "account": vars(result.account),
+    }
 
 
 def _candidates(result: "Result", kept: set[Any]) -> list[dict[str, Any]]:
