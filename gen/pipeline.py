@@ -7,7 +7,6 @@ put in order; each step itself, and the answer, is another module's.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -338,43 +337,14 @@ class TextToImage:
         was painted in another dtype, by another kernel or by another runtime, which may change pixels.
         """
         made = Record.from_json(record)
-        self._check_model(made)
+        here = self._recorded(made.picture, made.asks_weak)
+        made.check_model(here)  # first, for another may not be able to paint it at all
         candidate = Candidate.from_json(made.picture, self.model.abilities, [either("image", one) for one in images])
-        if candidate.settings.guidance_rule == "autoguidance" and made.weak_unet_hash != self.weak_hash:
-            weak = self.origins.weak_unet or ""
-            raise ValueError(f"the picture was guided by another weak_unet than '{weak}'; load that one")
-        if made.asks_clip:
-            self._check_clip(made)
-        here = self.compute.to_json()
-        for name, told in made.compute.to_json().items():
-            if told != here[name]:
-                warnings.warn(f"the picture was painted with {name} {told}, and this is {here[name]}", stacklevel=2)
+        made.check_beside(here)
         job = Job(candidates=(candidate,), num_images_per_prompt=1, keep=1, rank=False, output_type="pt")
         (result,) = self._paint([job], None, None)
         assert isinstance(result.images, Tensor), "output_type is pt"
         return result.images[0]
-
-    def _check_model(self, made: Record) -> None:
-        """ValueError where the model here, or what was added to it, is another than painted a record's picture."""
-        if made.model_hash and self.hash and made.model_hash != self.hash:
-            raise ValueError(
-                f"the picture was painted by model '{made.model}' of hash {made.model_hash[:12]}, "
-                f"and this is '{self.name}' of hash {self.hash[:12]}; load the one it was painted by"
-            )
-        given = made.adapters
-        if len(given) != len(self.adapters) or not all(map(Adapter.is_same, given, self.adapters)):
-            wanted, has = (", ".join(map(str, each)) or "none" for each in (given, self.adapters))
-            raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
-
-    def _check_clip(self, made: Record) -> None:
-        """ValueError where the CLIP here is another than the one that a record's picture was painted by."""
-        if made.clip and not made.clip_hash:
-            raise ValueError(f"the record names CLIP '{made.clip}' and has no clip_hash, so none can be told to be it")
-        if made.clip_hash != self.clip_hash:
-            told = f"CLIP '{made.clip}' of hash {made.clip_hash[:12]}" if made.clip_hash else "the model's own CLIP"
-            own = self.origins.clip
-            here = f"'{own}' of hash {self.clip_hash[:12]}" if own else "the model's own"
-            raise ValueError(f"the picture was painted by {told}, and this is {here}; load the one it was painted by")
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a stock diffusers folder with CLIP, card and network for drafts beside; see `checkpoint.save`.
@@ -402,21 +372,24 @@ class TextToImage:
 
     def _record(self, candidate: Candidate, score: float | None) -> dict[str, JSON]:
         """All that paints a picture again, and how it scored."""
-        origins, is_weak = self.origins, candidate.settings.guidance_rule == "autoguidance"
-        record = Record(
-            picture=candidate.to_json(),
+        asks_weak = candidate.settings.guidance_rule == "autoguidance"
+        return self._recorded(candidate.to_json(), asks_weak).to_json() | {"score": score}
+
+    def _recorded(self, picture: Mapping[str, Any], asks_weak: bool) -> Record:
+        """The record of a picture that this model paints, guided by the weaker UNet or not."""
+        return Record(
+            picture=picture,
             model=self.name,
             model_hash=self.hash,
-            weak_unet=str(origins.weak_unet or "") if is_weak else "",
-            weak_unet_hash=self.weak_hash if is_weak else "",
-            clip=str(origins.clip or ""),
+            weak_unet=str(self.origins.weak_unet or "") if asks_weak else "",
+            weak_unet_hash=self.weak_hash if asks_weak else "",
+            clip=str(self.origins.clip or ""),
             clip_hash=self.clip_hash,
-            config=str(origins.config or ""),
-            prior_model=str(origins.prior_model or ""),
+            config=str(self.origins.config or ""),
+            prior_model=str(self.origins.prior_model or ""),
             adapters=self.adapters,
             compute=self.compute,
         )
-        return record.to_json() | {"score": score}
 
 
 def tick_until_done(engine: Engine[Result], futures: Sequence[Future[Result]]) -> list[Result]:

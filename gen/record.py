@@ -5,6 +5,7 @@ What it says of the picture itself (prompt, seed, settings, ...) is `gen.candida
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -75,6 +76,11 @@ class Record:
         return bool(self.picture.get("settings", {}).get("clip_guidance_scale")) or "variation_of" in self.picture
 
     @property
+    def asks_weak(self) -> bool:
+        """Whether it was guided by the weaker UNet."""
+        return self.picture.get("settings", {}).get("guidance_rule") == "autoguidance"
+
+    @property
     def origins(self) -> Origins:
         """What its model is put together from; a CLIP that only ranked is no part of that."""
         return Origins(
@@ -84,6 +90,40 @@ class Record:
             clip=(self.asks_clip and self.clip) or None,
             weak_unet=self.weak_unet or None,
         )
+
+    def check_model(self, here: Record) -> None:
+        """ValueError where the model that would paint the picture here, or what was added to it, is another."""
+        if self.model_hash and here.model_hash and self.model_hash != here.model_hash:
+            raise ValueError(
+                f"the picture was painted by model '{self.model}' of hash {self.model_hash[:12]}, "
+                f"and this is '{here.model}' of hash {here.model_hash[:12]}; load the one it was painted by"
+            )
+        given, own = self.adapters, here.adapters
+        if len(given) != len(own) or not all(map(Adapter.is_same, given, own)):
+            wanted, has = (", ".join(map(str, each)) or "none" for each in (given, own))
+            raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
+
+    def check_beside(self, here: Record) -> None:
+        """ValueError where the networks that are asked beside the model are others.
+
+        A warning where they are computed otherwise, which may change pixels.
+        """
+        if self.asks_weak and self.weak_unet_hash != here.weak_unet_hash:
+            raise ValueError(f"the picture was guided by another weak_unet than '{here.weak_unet}'; load that one")
+        if self.asks_clip:
+            self._check_clip(here)
+        computed = here.compute.to_json()
+        for name, made in self.compute.to_json().items():
+            if made != computed[name]:
+                warnings.warn(f"the picture was painted with {name} {made}, and this is {computed[name]}", stacklevel=3)
+
+    def _check_clip(self, here: Record) -> None:
+        if self.clip and not self.clip_hash:
+            raise ValueError(f"the record names CLIP '{self.clip}' and has no clip_hash, so none can be told to be it")
+        if self.clip_hash != here.clip_hash:
+            told = f"CLIP '{self.clip}' of hash {self.clip_hash[:12]}" if self.clip_hash else "the model's own CLIP"
+            own = f"'{here.clip}' of hash {here.clip_hash[:12]}" if here.clip else "the model's own"
+            raise ValueError(f"the picture was painted by {told}, and this is {own}; load the one it was painted by")
 
 
 TEXTS = tuple(item.name for item in fields(Record) if item.type == "str")

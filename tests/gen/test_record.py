@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,3 +70,38 @@ def test_a_clip_that_only_ranked_is_not_asked_for() -> None:
 def test_what_is_wrong_is_named(told: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^the record {message}"):
         Record.from_json(FULL.to_json() | told)
+
+
+ASKING = replace(FULL, picture=PICTURE | {"settings": {"clip_guidance_scale": 2.0, "guidance_rule": "autoguidance"}})
+
+
+def test_what_paints_the_same_is_known_by_its_hashes() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ASKING.check_model(replace(ASKING, model="elsewhere"))
+        ASKING.check_beside(replace(ASKING, clip="elsewhere", weak_unet="elsewhere"))
+        FULL.check_beside(replace(FULL, clip_hash="", weak_unet_hash=""))  # which it does not ask
+
+
+@pytest.mark.parametrize(
+    ("here", "told"),
+    [
+        ({"model_hash": "9" * 64}, "by model 'some/model' of hash 0{12}, and this is 'some/model' of hash 9{12}; load"),
+        ({"adapters": ()}, "other adapters: lora 'a.safetensors' x 0.5 .*; here are none; load those"),
+        ({"weak_unet_hash": ""}, "guided by another weak_unet than 'weak'; load that one"),
+        (
+            {"clip_hash": "9" * 64},
+            "by CLIP 'open_clip:.*' of hash 2{12}, and this is 'open_clip:.*' of hash 9{12}; load",
+        ),
+        ({"clip": "", "clip_hash": ""}, "by CLIP 'open_clip:.*' of hash 2{12}, and this is the model's own; load"),
+    ],
+)
+def test_what_paints_otherwise_is_refused(here: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        ASKING.check_model(replace(ASKING, **here))
+        ASKING.check_beside(replace(ASKING, **here))
+
+
+def test_what_computes_otherwise_is_told() -> None:
+    with pytest.warns(UserWarning, match="painted with runtime openvino, and this is torch"):
+        FULL.check_beside(replace(FULL, compute=replace(FULL.compute, runtime="torch")))
