@@ -34,6 +34,7 @@ PROBE = 2  # evaluations that are measured before more are asked: what guidance 
 SHARE = {"cuda": 0.8, "cpu": 0.5}
 UNBOUNDED = sys.maxsize
 HARDLY = 0.9  # of the seconds for an evaluation: what twice as many must fall below to be worth their while
+FEW = 128  # evaluations that are let into flight wherever memory allows, before it is known how many go fast
 SURE = 5  # calls of a size that were timed before it is compared; a busy machine makes some of them slow
 # Steps that come before twice as many are asked again where memory has run out: at first, and at most, for each time
 # that twice as many were too many again doubles them.
@@ -84,6 +85,16 @@ class Bucket:
             if min(pace.calls, twice.calls) >= SURE and twice.seconds > HARDLY * pace.seconds:
                 return min(pace.count, self.size)
         return self.size
+
+    @property
+    def most(self) -> int:
+        """Evaluations worth having in flight: further ones would only hold memory, and make each step longer.
+
+        Where it is not known what is enough, twice as many as have been tried.
+        """
+        tried = max((pace.count for pace in self.paces.values() if pace.calls >= SURE), default=0)
+        wanted = self.enough if self.enough < self.size else 2 * tried
+        return min(max(wanted, FEW), self.size)
 
     def ask(self, count: int, call: Callable[[], T]) -> T:
         """What a call of so many evaluations answers; it is timed, without waiting for it."""

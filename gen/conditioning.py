@@ -8,7 +8,7 @@ which numbers mean "null", is a family's to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, Literal, TypeVar
@@ -112,7 +112,9 @@ class Conditions:
 
 
 T = TypeVar("T")
+M = TypeVar("M")
 N = TypeVar("N", bound=Hashable)
+MOST_TEXTS = 32  # that a text tower reads at once: as fast as many more, and what it holds meanwhile stays small
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +138,13 @@ def each_read(
     """A condition of its own for each text, each text read once; the empty one, which most ask for, was read before."""
     known = {"": empty()} if "" in texts else {}
     unknown = [text for text in dict.fromkeys(texts) if text not in known]
-    known |= dict(zip(unknown, read(unknown), strict=True)) if unknown else {}
+    known |= zip(unknown, in_turns(unknown, read), strict=True)
     return [known[text].twin() for text in texts]
+
+
+def in_turns(texts: Sequence[T], read: Callable[[list[T]], Iterable[M]]) -> list[M]:
+    """What is read of each text, a bounded number of them at once."""
+    return [one for first in range(0, len(texts), MOST_TEXTS) for one in read(list(texts[first : first + MOST_TEXTS]))]
 
 
 class Table:

@@ -22,6 +22,7 @@ from clip_core.device import fetched
 from clip_core.score import cosine
 from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory
 from gen.candidate import Candidate
+from gen.conditioning import in_turns
 from gen.embeds import slerp
 from gen.flight import Flight, Painted
 from gen.model import Family, tiling
@@ -76,7 +77,8 @@ class Darkroom:
                 said[flight.number] = dict.fromkeys(text for one in flight.job.candidates for text in _said(one))
         texts = list(dict.fromkeys(text for each in said.values() for text in each))
         if texts:
-            found = dict(zip(texts, self.clip.text(texts).embedding.unbind(0), strict=True))
+            read = in_turns(texts, lambda some: self.clip.text(some).embedding.unbind(0))
+            found = dict(zip(texts, read, strict=True))
             for flight in flights:
                 flight.texts = flight.texts or {text: found[text] for text in said[flight.number]}
 

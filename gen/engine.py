@@ -50,8 +50,9 @@ class Engine(Generic[R]):
     """Requests over one model; see the module.
 
     It runs in the calling thread, tick by tick, or, once started (`with engine:`), in a thread of its own. Requests
-    are let in whole, first come first served, for as long as the rows in flight do not fill a network call: it is full
-    where memory is, or where more would hardly go faster for being asked together.
+    begin first come first served, for as long as the rows in flight do not fill a network call: it is full where memory
+    is, or where more would hardly go faster for being asked together. Of one that has begun, rows come in as memory
+    allows.
     """
 
     def __init__(
@@ -240,11 +241,12 @@ class Engine(Generic[R]):
         """The requests at the front of the queue that there is room for, begun."""
         chosen = list[Flight[R]]()
         with self._changed:
-            shapes = set(self._queue)  # those that there may be room for
+            waiting = {self._stages.shape_of(each) for each in self._flights.values() if each.waiting}
+            shapes = self._queue.keys() - waiting  # those that there may be room for
             while shapes:
                 shape = min(shapes, key=lambda each: self._queue[each][0].number)
                 flight = self._queue[shape][0]
-                if self._stages.room(flight, chosen, self._max_rows) > 0:
+                if self._stages.has_room(flight, chosen, self._max_rows):
                     chosen.append(flight)
                     self._unqueue(flight)
                     shapes &= self._queue.keys()
@@ -288,8 +290,11 @@ class Engine(Generic[R]):
         return []
 
     def _admit(self, flight: Flight[R]) -> None:
-        while flight.waiting and (room := self._stages.room(flight, [], self._max_rows)) > 0:
-            chosen = [flight.waiting.popleft() for _ in range(min(room, len(flight.waiting)))]
+        """Let rows of a request in that wait, in their order."""
+        while flight.waiting and (room := self._stages.room(flight, self._max_rows)) > 0:
+            stage = flight.waiting[0].stage
+            same = next((place for place, one in enumerate(flight.waiting) if one.stage != stage), len(flight.waiting))
+            chosen = [flight.waiting.popleft() for _ in range(min(room, same))]
             with self._alone(flight):
                 self._stages.admit(chosen)
 

@@ -76,6 +76,8 @@ class Lead:
                     if len(unpainted) == len(trail.candidates):
                         raise ValueError("the search gave up every candidate; one at least has to be painted") from None
                     self.give_up(flight, [index for index in unpainted if index not in flight.given_up])
+                    for index in trail.candidates:  # with all that networks keep beside it
+                        del flight.told[index]
                 else:
                     trail.awaited = list(move.candidates)
                     self._set_going(flight, trail, move)

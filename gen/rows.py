@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clip_core.device import sent
-from gen.bucket import PROBE, Buckets, is_out_of_memory
+from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
 from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of
 from gen.row import Live, Row
@@ -169,11 +169,13 @@ class Rows:
         """How many network calls the rows fill: from 1 on, further ones would hardly make each faster."""
         return sum(lane.num_evaluations / lane.bucket.enough for lane in self.lanes.values())
 
-    def filling_of(self, shape: tuple[int, ...], more: int) -> float:
-        """The same of the rows of one shape, with so many evaluations more."""
-        here = [lane for lane in self.lanes.values() if lane.rows[0].row.shape == shape]
-        evaluations = more + sum(lane.num_evaluations for lane in here)
-        return evaluations / self.buckets.of(self.stage, shape, self.device).enough
+    def num_evaluations(self, shape: tuple[int, ...]) -> int:
+        """Of the rows of one shape, each time that the network is asked on the coming step."""
+        return sum(lane.num_evaluations for lane in self.lanes.values() if lane.rows[0].row.shape == shape)
+
+    def bucket_of(self, shape: tuple[int, ...]) -> Bucket:
+        """Of the rows of one shape."""
+        return self.buckets.of(self.stage, shape, self.device)
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Let rows in at their first level, beside whatever is in flight."""
@@ -188,8 +190,7 @@ class Rows:
             x0 = torch.stack([nothing if origin is None else origin.to(self.device) for origin in origins])
             scales = [one.row.schedule.start_scale if one.row.origin is None else one.first_sigma for one in live]
             state = start_from(first.sampler, x0, unit, sent(torch.tensor(scales), self.device))
-            bucket = self.buckets.of(self.stage, first.shape, self.device)
-            self.join(key, Lane(first.sampler, live, state, Walk.of(live, self.device), bucket))
+            self.join(key, Lane(first.sampler, live, state, Walk.of(live, self.device), self.bucket_of(first.shape)))
 
     def join(self, key: Hashable, lane: Lane) -> None:
         """Let a lane's rows in as they stand."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gen.bucket import UNBOUNDED, Buckets
+from gen.bucket import Buckets
 from gen.conditioning import Condition, Table
 from gen.darkroom import Darkroom
 from gen.drafter import SAMPLER
@@ -23,6 +23,7 @@ from gen.embeds import decided, tell, thoughts, with_embeds
 from gen.flight import DECODER, NULL, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
 from gen.lane import Lane
 from gen.model import Family, WithImage
+from gen.request import Candidate
 from gen.row import Row
 from gen.rows import Finished, Rows
 from samplers.schedule import Schedule
@@ -48,22 +49,39 @@ class Stages:
         """Of its rows in the decoder; a request's pictures are of one size."""
         return self.model.latent_shape(flight.job.candidates[0].settings)
 
-    def room(self, flight: Flight[Any], coming: Sequence[Flight[Any]], max_rows: int | None) -> int:
-        """How many rows of a request may come in where all of `coming` do, and so many may be in flight (None: any).
+    def has_room(self, flight: Flight[Any], coming: Sequence[Flight[Any]], max_rows: int | None) -> bool:
+        """Whether a request may begin where all of `coming` do, and so many rows may be in flight (None: any).
 
         There is room while the calls that its rows will be in are not full: so far they are the faster for its coming,
         and from there on all would wait for each other. Pictures of another size are in other calls of the decoder.
         """
-        shape = self.shape_of(flight)
+        shape, decoder = self.shape_of(flight), self.rows[DECODER]
         beside = [candidate for each in coming if self.shape_of(each) == shape for candidate in each.job.candidates]
-        more = sum(1 + (one.settings.guidance_scale != 1) for one in beside)
+        evaluations = decoder.num_evaluations(shape) + sum(map(num_evaluations, beside))
         others = sum(rows.filling for stage, rows in self.rows.items() if stage != DECODER)
-        if self.rows[DECODER].filling_of(shape, more) + others >= 1:
-            return 0
-        if max_rows is None:
-            return UNBOUNDED
-        in_flight = sum(len(rows.live) for rows in self.rows.values())
-        return max(0, max_rows - in_flight - sum(len(each.job.candidates) for each in coming))
+        if evaluations / decoder.bucket_of(shape).enough + others >= 1:
+            return False
+        return max_rows is None or self._num_rows + sum(len(each.job.candidates) for each in coming) < max_rows
+
+    def room(self, flight: Flight[Any], max_rows: int | None) -> int:
+        """How many rows of a request that has begun may come in where those do that wait longest.
+
+        They come in while more evaluations of the decoder are worth having in flight. What a prior has answered goes on
+        to the decoder unasked, so rows of both count there, and as many again may be in the prior meanwhile.
+        """
+        shape, decoder = self.shape_of(flight), self.rows[DECODER]
+        evaluations = num_evaluations(flight.job.candidates[0])
+        most = decoder.bucket_of(shape).most
+        free = most - decoder.num_evaluations(shape)
+        if flight.waiting[0].stage == PRIOR:
+            free += most - evaluations * len(self.rows[PRIOR].live)
+        room = max(0, -(-free // evaluations))
+        return room if max_rows is None else max(0, min(room, max_rows - self._num_rows))
+
+    @property
+    def _num_rows(self) -> int:
+        """In flight, of all stages."""
+        return sum(len(rows.live) for rows in self.rows.values())
 
     def tell(self, flights: Sequence[Flight[Any]]) -> list[Condition]:
         """Encode the texts of requests that begin, together.
@@ -76,7 +94,7 @@ class Stages:
         candidates = [candidate for flight in flights for candidate in flight.candidates]
         told = iter(tell(self.model, candidates, self.table))
         for flight in flights:
-            flight.told = list(islice(told, len(flight.candidates)))
+            flight.told = dict(enumerate(islice(told, len(flight.candidates))))
             flight.read = read(self.model, flight.candidates)
         asking = [thought for one in candidates if one.settings.prior for thought in thoughts(one)]
         if not asking:
@@ -236,6 +254,11 @@ class Stages:
             origin=begins.origin,
             hold=begins.hold,
         )
+
+
+def num_evaluations(candidate: Candidate) -> int:
+    """Of the decoder, each time that a candidate's row asks it where it is guided."""
+    return 1 + (candidate.settings.guidance_scale != 1)
 
 
 def inner_levels(schedule: Schedule) -> tuple[float, float] | None:

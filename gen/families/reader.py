@@ -22,7 +22,7 @@ from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
 from gen.attention.network import reading, seeing
 from gen.candidate import Candidate
-from gen.conditioning import Condition, Conditions, Table, Told
+from gen.conditioning import Condition, Conditions, Table, Told, in_turns
 from gen.families.painter import Painter, own
 from gen.prompts import parse
 from gen.settings import Abilities, Settings
@@ -188,19 +188,21 @@ class Reader(Painter):
             yield self._null_of(candidate)
 
     def _encoded(self, words: Sequence[Words]) -> list[Condition]:
-        """The conditions of these words; one call of the text tower for each `clip_skip`, and for each in pieces."""
+        """The conditions of these words; those of one `clip_skip` are read together, and each in pieces by itself."""
         asked = dict.fromkeys(each._replace(sizes=()) for each in words if not each.pieces)
         found = {EMPTY: self._empty} if EMPTY in asked else {}
         for clip_skip in dict.fromkeys(each.clip_skip for each in asked):
             new = [each for each in asked if each.clip_skip == clip_skip and each not in found]
-            if new:
-                second = [each.text if each.text_2 is None else each.text_2 for each in new]
-                found |= zip(new, self.read([each.text for each in new], clip_skip, second), strict=True)
+            found |= zip(new, in_turns(new, partial(self._read_whole, clip_skip)), strict=True)
         told = [
             self._in_pieces(each.pieces, each.clip_skip) if each.pieces else found[each._replace(sizes=())].twin()
             for each in words
         ]
         return [self._sized(condition, each.sizes) for condition, each in zip(told, words, strict=True)]
+
+    def _read_whole(self, clip_skip: int | None, words: Sequence[Words]) -> list[Condition]:
+        second = [each.text if each.text_2 is None else each.text_2 for each in words]
+        return self.read([each.text for each in words], clip_skip, second)
 
     def _in_pieces(self, pieces: Sequence[Piece], clip_skip: int | None) -> Condition:
         """A text read piece by piece: the states one behind the other, moved from the empty prompt's by their weights.
@@ -210,7 +212,7 @@ class Reader(Painter):
         if (needed := self.text.num_pieces(pieces[0].parts)) > len(pieces):
             text = "".join(said for said, _ in pieces[0].parts)
             logger.warning("a text of %d pieces is cut to %d: %s", needed, len(pieces), quoted(text))
-        return self.joined(pieces, self.read(pieces, clip_skip))
+        return self.joined(pieces, in_turns(pieces, lambda some: self.read(some, clip_skip)))
 
     def weighed(self, pieces: Sequence[Piece], states: Sequence[Tensor | None], empty: Tensor | None) -> Tensor:
         """The states (L, D) of each piece moved from the empty prompt's by their weights, and one behind the other."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gen.bucket import MOST_PATIENCE, PATIENCE, PROBE, Bucket, Footprint, next_cut
+from gen.bucket import FEW, MOST_PATIENCE, PATIENCE, PROBE, Bucket, Footprint, next_cut
 
 
 def test_cuts_make_the_fewest_calls_and_part_no_group_where_they_need_not() -> None:
@@ -104,6 +104,18 @@ def test_enough_is_where_twice_as_many_are_hardly_faster() -> None:
     for count in [3, 5, 7, 15, 31, 40] * 5:
         uneven.note(count, 8.0 + count)
     assert uneven.enough == 31  # not the 16 that its class begins with
+
+
+def test_more_are_let_into_flight_as_long_as_that_is_faster() -> None:
+    """From a few on twice as many, until twice as many are hardly faster: here from 512 on."""
+    bucket = Bucket("decoder", torch.device("cpu"))
+    asked = []
+    while len(asked) < 40:
+        asked.append(bucket.most)
+        bucket.note(bucket.most, 100.0 + bucket.most)
+    assert asked == [FEW] * 5 + [256] * 5 + [512] * 5 + [1024] * 5 + [512] * 20
+    bucket.size = 32
+    assert bucket.most == 32
 
 
 def test_a_footprint_is_no_less_than_what_is_in_use_at_once() -> None:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from gen import Cancelled, Engine, Interrupted, Request, Result, Step, TextToImage
-from gen.bucket import Bucket, Buckets
-from gen.conditioning import Condition, Conditions
-from gen.flight import Account, Flight, Painted
+from gen.bucket import FEW, Bucket, Buckets
+from gen.conditioning import MOST_TEXTS, Condition, Conditions
+from gen.flight import Account, Flight, Painted, place_of
 from gen.request import Job
 from gen.row import Live, Row
 from gen.search import Field, Go, Moves
@@ -301,6 +301,42 @@ def test_requests_wait_their_turn_once_a_call_is_full(tiny: TextToImage) -> None
     assert same(second.result(timeout=0), alone(tiny, replace(request, seed=1)))
 
 
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("room", [8, None])
+def test_rows_of_one_request_come_in_as_memory_allows(tiny: TextToImage, prior: bool, room: int | None) -> None:
+    """Many prompts of four: in flight are as many as a call has room for, and as many again in the prior."""
+    prompts = [f"a star number {k}" for k in range(40 if room is None else 30)]
+    request = replace(PLAIN, prompt=prompts, num_images_per_prompt=4, num_inference_steps=2, prior=prior)
+    request = replace(request, prior_num_inference_steps=3 if prior else None)
+    engine = engine_of(tiny, buckets=None if room is None else buckets_of(room))
+    future, seen, held = engine.submit(request), list[int](), list[int]()
+    engine.tick()
+    following = engine.submit(replace(PLAIN, seed=9))
+    while not future.done():
+        if 0 in engine._flights:
+            flight = engine._flights[0]
+            assert len(engine._flights) == 1 or not flight.waiting
+            live = [one for rows in engine._stages.rows.values() for one in rows.live]
+            seen.append(sum(place_of(one.row).request == 0 for one in live))
+            held.append(len(flight.told))
+        engine.tick()
+    most = (FEW if room is None else room) // 2  # guided, a row is two evaluations
+    assert most <= max(seen) <= most * (1 + prior)
+    assert held == sorted(held, reverse=True) and held[-1] < held[0]  # let go of with the search of their prompt
+    run(engine)
+    some = replace(request, prompt=prompts[20])
+    assert same({k: future.result(timeout=0)[20 * 4 + k] for k in range(4)}, alone(tiny, some))
+    assert same(following.result(timeout=0), alone(tiny, replace(PLAIN, seed=9)))
+
+
+def test_the_best_of_some_are_painted_in_one_batch(tiny: TextToImage) -> None:
+    for number in (16, 64):
+        engine = engine_of(tiny)
+        engine.submit(replace(PLAIN, num_images_per_prompt=number, prior=False))
+        engine.tick()
+        assert len(decoder_rows(engine)) == number
+
+
 def test_a_full_call_keeps_no_picture_of_another_size_waiting(tiny: TextToImage) -> None:
     engine = engine_of(tiny, buckets=buckets_of(3))
     request = replace(PLAIN, prior=False, num_images_per_prompt=2)
@@ -422,6 +458,24 @@ def test_texts_of_requests_that_come_together_are_read_together(tiny: TextToImag
     assert read == [3, 3, 3]
     for future, request in zip(futures, asked, strict=True):
         assert (future.result(timeout=0).images - tiny.paint([request])[0].images).abs().max() <= LEVEL
+
+
+def test_a_text_tower_is_asked_for_a_bounded_number_of_texts(tiny: TextToImage) -> None:
+    """By the decoder, by the prior and by CLIP, of a request with many prompts."""
+    model, read = tiny.model, list[int]()
+    towers = [model.text.encoder, model.prior.text_encoder, model.clip.model]
+    embeddings = {
+        module for tower in towers for name, module in tower.named_modules() if name.endswith("token_embedding")
+    }
+    hooks = [each.register_forward_hook(lambda module, given, out: read.append(len(out))) for each in embeddings]
+    prompts = [f"a star number {k}" for k in range(MOST_TEXTS + 3)]
+    short = {"num_inference_steps": 1, "prior_num_inference_steps": 1, "prior": True, "output_type": "pt"}
+    many = tiny.paint([Request(prompt=prompts, seed=1, **short)])[0]
+    for hook in hooks:
+        hook.remove()
+    assert sum(read) >= 3 * len(prompts) and max(read) == MOST_TEXTS
+    (last,) = tiny.paint([Request(prompt=prompts[-1], seed=1, **short)])
+    assert (many.images[-1] - last.images[0]).abs().max() <= LEVEL
 
 
 def test_a_text_that_cannot_be_encoded_fails_its_request_alone(tiny: TextToImage, expected: list[Latents]) -> None:
@@ -641,9 +695,9 @@ def test_ctrl_c_while_requests_begin_resolves_them_all(tiny: TextToImage, monkey
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    first = engine._stages.room  # asked again for the second, when the first is out of the queue
+    first = engine._stages.has_room  # asked again for the second, when the first is out of the queue
     asked = iter([first, interrupt])
-    monkeypatch.setattr(engine._stages, "room", lambda *given: next(asked)(*given))
+    monkeypatch.setattr(engine._stages, "has_room", lambda *given: next(asked)(*given))
     with pytest.raises(KeyboardInterrupt):
         engine.tick()
     engine.close(cancel=True)
