@@ -17,6 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from clip_core.device import sent
+
 Asks = Literal["own", "weak", "draft", "last"]
 """Which of a model's networks: its own, the weaker one of autoguidance, that of drafts, or of a row's last step"""
 
@@ -51,6 +53,7 @@ class Conditions:
     """
 
     each: tuple[Condition, ...]  # M of them
+    rows: tuple[Hashable, ...] | None = None  # (M,) whose x each evaluation sees; None: nobody says
 
     @cached_property
     def tokens(self) -> Tensor | None:
@@ -88,7 +91,13 @@ class Conditions:
     @cached_property
     def parts(self) -> dict[Asks, Conditions]:
         """Those that ask each network by themselves; what a network keeps of a call is found beside them again."""
-        return {name: Conditions(tuple(self.each[place] for place in here)) for name, here in self.places.items()}
+        return {name: self.some(here) for name, here in self.places.items()}
+
+    def some(self, places: Iterable[int]) -> Conditions:
+        """Those of some evaluations."""
+        here = list(places)
+        rows = None if self.rows is None else tuple(self.rows[place] for place in here)
+        return Conditions(tuple(self.each[place] for place in here), rows)
 
     def beside(self, x: Tensor) -> Tensor:
         """What the network sees: x (M, C, h, w), and behind it what it is told beside it."""
@@ -106,9 +115,42 @@ class Conditions:
         assert len(tokens) == len(self.each), "asked of a network that takes no tokens"
         return Distinct.among(tokens)
 
+    @cached_property
+    def alike(self) -> Alike | None:
+        """Which evaluations are one until their texts are read, as prompt and null of a row; None: no two are."""
+        if self.rows is None or self.tokens is None:
+            return None
+        kinds: dict[Hashable, int] = {}
+        first, of = list[int](), list[int]()
+        for place, (row, one) in enumerate(zip(self.rows, self.each, strict=True)):
+            kind = (row, *map(id, (one.vector, one.mask, one.sizes, one.channels)))
+            if kind not in kinds:
+                kinds[kind] = len(kinds)
+                first.append(place)
+            of.append(kinds[kind])
+        if len(first) == len(of):
+            return None
+        return Alike(*(sent(torch.tensor(each), self.tokens.device) for each in (first, of)))
+
     def distinct_pictures(self, blank: Tensor) -> Distinct[Tensor]:
         """Every picture's tokens (T, D) once; those of no picture are `blank`."""
         return Distinct.among([blank if each.picture is None else each.picture for each in self.each])
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """M evaluations that are U different ones until their texts are read."""
+
+    first: Tensor  # (U,) int64, the first evaluation of each kind
+    of: Tensor  # (M,) int64, the kind of each
+
+    def once(self, states: Tensor) -> Tensor:
+        """Of what is there for each evaluation (M, ...) that of each kind (U, ...)."""
+        return states.index_select(0, self.first)
+
+    def each(self, states: Tensor) -> Tensor:
+        """What there is for each kind (U, ...), for each evaluation (M, ...)."""
+        return states.index_select(0, self.of)
 
 
 T = TypeVar("T")

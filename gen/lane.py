@@ -203,7 +203,8 @@ class Pass:
             former = self.calls[place]
             if (former.start, former.stop) == (start, stop):
                 return former
-        self.calls[place:] = [Call(start, stop, Conditions(tuple(self.conditions[start:stop])))]
+        told = Conditions(tuple(self.conditions[start:stop]), tuple(self.owners[start:stop]))
+        self.calls[place:] = [Call(start, stop, told)]
         return self.calls[place]
 
 

@@ -68,6 +68,11 @@ def stand_in(network: nn.Module, answer: Callable[[Call], Any]) -> None:
     network.forward = forward
 
 
+def is_stood_in(network: nn.Module) -> bool:
+    """Whether something stands in a network's place."""
+    return "forward" in vars(network)
+
+
 def kind_of(leaf: object) -> Hashable:
     """What the network that is traced depends on, of one of its arguments."""
     if isinstance(leaf, Tensor):

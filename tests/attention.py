@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 from torch import Tensor
 
 from gen.attention.network import attentions, reading
-from gen.conditioning import Distinct
+from gen.conditioning import Alike, Distinct
 
 ON_CPU = ["auto", "sdpa", "flash", "math"]
 ROWS, HEADS, CHANNELS, SIDE, LENGTH = 3, 2, 32, 4, 5
@@ -121,12 +121,18 @@ def inputs(kind: str, of: Sequence[int]) -> dict[str, Any]:
     return given
 
 
-def painted(unet: UNet2DConditionModel, given: dict[str, Any], texts: Distinct[Tensor] | None = None) -> Tensor:
-    told = None
+def painted(
+    unet: UNet2DConditionModel,
+    given: dict[str, Any],
+    texts: Distinct[Tensor] | None = None,
+    alike: Alike | None = None,
+) -> Tensor:
+    told: dict[str, Any] | None = None
     if texts is not None:
         states = unet.process_encoder_hidden_states(given["encoder_hidden_states"], given.get("added_cond_kwargs"))
         of_text = {id(text): states[texts.of.index(place)] for place, text in enumerate(texts.unique)}
         told = reading(unet, texts, lambda new: torch.stack([of_text[id(text)] for text in new]))
+        told = told and (told if alike is None else {**told, "alike": alike})
     return unet(**given, cross_attention_kwargs=told).sample
 
 

@@ -39,9 +39,12 @@ def set_attention(network: nn.Module, name: str = AUTO) -> None:
             raise ValueError(f"attention '{name}' would replace a {kind}, which does more; take that one out first")
     restore_attention(network)
     places, kept = count(), Kept()
+    down = getattr(network, "down_blocks", None)  # which compute in the order that they are listed in, and first
+    first = None if down is None else next(attentions(down), None)
     for layer in layers:
         place = next(places) if layer.is_cross_attention else None
-        layer.set_processor(Processor(name, layer.processor, place, kept))
+        is_first = layer is first and place is None
+        layer.set_processor(Processor(name, layer.processor, place, kept, is_first))
 
 
 def restore_attention(network: nn.Module) -> None:

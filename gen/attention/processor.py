@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gen.attention.kernels import ANYWHERE, KERNELS, kernel_for
 from gen.attention.texts import Kept, Reading
+from gen.conditioning import Alike
 
 # What ours stands in for. Others carry weights or do more (IP-Adapter, PAG, ...) and are not replaced.
 STOCK = (
@@ -47,6 +48,7 @@ class Processor:
     former: Any  # the processor it stands in for
     place: int | None  # among the layers that read the text; None: this one does not
     kept: Kept  # the network's
+    is_first: bool = False  # whether no layer before this one reads the text
 
     def __call__(
         self,
@@ -57,8 +59,12 @@ class Processor:
         temb: Tensor | None = None,  # what a spatial norm reads
         texts: Reading | None = None,  # None: nothing is known to be shared
         pictures: Reading | None = None,  # seen beside the text; None: none
+        alike: Alike | None = None,  # which evaluations are one until they read their texts; None: none is known to be
     ) -> Tensor:
         """Attention with all that `attn` has around it; arguments are named as `Attention.forward` names them."""
+        if alike is not None and self.is_first:
+            assert attention_mask is None, "the first layer sees all of a picture"
+            return alike.each(self(attn, alike.once(hidden_states), temb=temb))
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         spatial, added = x.shape, attn.added_kv_proj_dim is not None
         x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (M, N, C)

@@ -26,6 +26,7 @@ from gen.conditioning import Condition, Conditions, Table, Told, in_turns
 from gen.families.painter import Painter, own
 from gen.prompts import parse
 from gen.settings import Abilities, Settings
+from gen.traced import is_stood_in
 
 logger = logging.getLogger(__name__)
 
@@ -237,12 +238,14 @@ class Reader(Painter):
 
     def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
-        read = reading(network, told.distinct_tokens, torch.stack)
+        read: dict[str, Any] | None = reading(network, told.distinct_tokens, torch.stack)
         if self.ip_adapter is not None and network is self.unet:
             pictures = told.distinct_pictures(self.ip_adapter.blank)
             if any(picture is not self.ip_adapter.blank for picture in pictures.unique):
                 seen = seeing(network, pictures, partial(self.ip_adapter.pairs, network))
                 read = {**(read or {}), **seen}
+        if read is not None and not is_stood_in(network) and told.alike is not None:
+            read = {**read, "alike": told.alike}
         return network(
             told.beside(x).to(network.conv_in.weight.dtype),  # network.dtype walks all modules
             timestep,

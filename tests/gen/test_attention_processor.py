@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor
 from torch import Tensor
 
 from gen.attention.network import reading, restore_attention, set_attention
-from gen.conditioning import Distinct
+from gen.conditioning import Alike, Distinct
 from tests.attention import (
     ADDED,
     CHANNELS,
+    COMMON,
     HEADS,
     LAYERS,
     LENGTH,
@@ -97,6 +99,31 @@ def test_a_unet_equals_diffusers(kind: str, name: str) -> None:
     other = given | {"encoder_hidden_states": -given["encoder_hidden_states"]}
     shows = kind != "Kandinsky 2.2"  # which reads its image embedding in place of a text
     assert (apart(painted(unet, other), theirs) > 1e-3) == shows
+
+
+MIDDLE = COMMON | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["SD 1", "SD 2", "text in every attention", "middle"])
+def test_evaluations_that_are_alike_until_they_read_are_one_in_the_first_layer(kind: str) -> None:
+    of = [0, 0, 1, 1, 1]
+    unet = randomised(UNet2DConditionModel(**MIDDLE).eval()) if kind == "middle" else unet_of(kind)
+    given, rows = inputs("SD 1", of), torch.tensor([0, 1, 0, 1, 2])
+    given |= {name: given[name][rows] for name in ("sample", "timestep")}
+    theirs = painted(unet, given)
+    set_attention(unet)
+    seen: dict[str, int] = {}
+    for name, module in unet.named_modules():
+        if name.endswith("to_q"):
+            module.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: len(x[0])}))
+    assert apart(painted(unet, given, texts_of(of)), theirs) < 1e-5
+    assert set(seen.values()) == {5}
+    alike = Alike(torch.tensor([0, 1, 4]), rows)
+    assert apart(painted(unet, given, texts_of(of), alike), theirs) < 1e-5
+    fewer = [name for name, number in seen.items() if number == 3]
+    first = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]
+    assert fewer == (first if kind.startswith("SD") else [])
 
 
 @torch.no_grad()

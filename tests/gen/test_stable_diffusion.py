@@ -332,3 +332,18 @@ def test_a_scheduler_of_another_kind_is_the_models_own(tmp_path: Path) -> None:
     model = TextToImage.from_pretrained(folder, device="cpu")
     assert model.model.abilities.defaults.sampler == "euler"
     assert_same_sampled(model, stock_of(StableDiffusionPipeline, folder), None)
+
+
+def test_prompt_and_null_are_one_until_they_are_read(models: dict[str, TextToImage]) -> None:
+    """Attention before the first text is computed once for both, whatever guidance other rows have."""
+    seen: dict[str, list[int]] = {"attn1": [], "attn2": []}
+    block = models["1"].model.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    hooks = [
+        getattr(block, name).to_q.register_forward_pre_hook(lambda _, x, name=name: seen[name].append(len(x[0])))
+        for name in seen
+    ]
+    asked = {"prompt": "a star", "num_inference_steps": 2, "rerank": False}
+    models["1"].paint([Request(seed=seed, guidance_scale=scale, **asked) for seed, scale in ((0, 5), (1, 1))])
+    for hook in hooks:
+        hook.remove()
+    assert max(zip(*seen.values(), strict=True)) == (2, 3)
