@@ -149,6 +149,8 @@ class TextToImage:
         else:
             loaded, takes_turns = origins.read(device, compute.weights_in), False
         compute.check_unets(loaded.model.unets, loaded.model.saved_as)
+        for network in loaded.model.networks():
+            compute.lay_out(network, device)
         painter = cls(loaded.model, origins, compute, loaded.hash, loaded.clip_hash)
         if takes_turns:
             painter._offload.begin_on(device)

@@ -86,6 +86,14 @@ class Compute:
             told = f"runtime '{self.runtime}' cannot compute the UNet of a {family}, whose layers see text and picture"
             raise ValueError(f"{told} at once (OpenVINO crashes on them); give runtime 'torch'")
 
+    def lay_out(self, network: nn.Module, device: torch.device) -> None:
+        """Have convolutions' weights lie as the device reads them: with channels last on CUDA, as is asked of cuDNN.
+
+        What is compiled for CUDA is laid out by whom compiles it; on CPUs it gains nothing that was measured.
+        """
+        if self.runtime == TORCH and device.type == "cuda":
+            nn.Module.to(network, memory_format=torch.channels_last)
+
     def run(self, network: nn.Module) -> None:
         """Let the runtime compute a network, anew where its weights have changed.
 

@@ -73,6 +73,16 @@ def test_no_step_waits_for_the_gpu(gpu: TextToImage, tiny: TextToImage, settings
     assert (images - expected.images).abs().max() < 1e-4
 
 
+def test_convolutions_have_channels_last_there(gpu: TextToImage, tiny: TextToImage) -> None:
+    def layouts(model: TextToImage) -> set[bool]:
+        weights = [each for network in model.model.networks() for each in network.parameters() if each.ndim == 4]
+        large = [each for each in weights if each.shape[1] > 1 and each.shape[2] > 1]
+        assert len(large) > 10
+        return {each.is_contiguous(memory_format=torch.channels_last) for each in large}
+
+    assert layouts(gpu) == {True} and layouts(tiny) == {False}
+
+
 def test_float32_is_not_tf32_there(gpu: TextToImage) -> None:
     """Torch rounds what convolutions multiply unless it is told not to; whoever else computes is left alone."""
     seen = []
