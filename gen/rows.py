@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,19 +19,16 @@ import torch
 from torch import Tensor
 
 from clip_core.device import sent
+from gen.attempt import Attempt, Question, StepFailed, blaming, members_of
 from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
 from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of
 from gen.row import Live, Row
-from samplers.guidance import combine, in_interval, rescale
-from samplers.inpaint import held
-from samplers.sample import advance, needs_noise, start_from
+from gen.weighing import weighed
+from samplers.sample import needs_noise, start_from
 from samplers.scaling import Scaling, denoiser
-from samplers.state import Denoise, Prediction, State, per_row
-from samplers.wrap import thresholded, towards
+from samplers.state import Prediction
 
-Member = tuple[Lane, int]
-"""A lane and a slot of it"""
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]
 """network(input (M, ...), timestep (M,), conditions of M) -> output (M, ...)"""
 
@@ -76,71 +72,6 @@ class Tick:
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------
-
-
-class StepFailed(Exception):
-    """What rows needed for their step raised; `__cause__` says what."""
-
-    def __init__(self, members: Sequence[Member], *, in_call: bool) -> None:
-        super().__init__()
-        self.members = members  # a row as often as it has evaluations in a call that failed
-        self.in_call = in_call  # whether one call of the network failed, which may be asked in smaller ones
-
-
-class Question(Exception):
-    """A step has come to where it asks the network what it has not been told yet."""
-
-    def __init__(self, x: Tensor, sigma: Tensor) -> None:
-        super().__init__()
-        self.x, self.sigma = x, sigma  # (B, ...) and (B,)
-
-
-@dataclass(frozen=True, eq=False)
-class End:
-    """Where a lane's step has come to."""
-
-    state: State
-    walk: Walk
-    x0: Tensor  # (B, ...) the latest estimates
-
-
-@dataclass(eq=False)
-class Attempt:
-    """A lane's step being worked out; nothing of it is taken before all of it is there."""
-
-    lane: Lane
-    plan: Plan
-    noise: Tensor | None  # (B, ...); None where no row of the lane takes any
-    momentum: Tensor | None  # (B, ...), the running differences of rows that follow apg; None: no row has one
-    told: list[Prediction] = field(default_factory=list)  # what its denoiser has said so far
-    end: End | None = None  # None: not worked out yet
-
-    def play(self) -> Question | None:
-        """Work the step out as far as it has been told; what it asks next, or None where it is done.
-
-        It begins anew each time, which is nothing to a pure function, so that lanes of several samplers, some of which
-        ask twice, can share network calls.
-        """
-        told, lane = iter(self.told), self.lane
-
-        def denoise(x: Tensor, sigma: Tensor) -> Prediction:
-            prediction = next(told, None)
-            if prediction is None:
-                raise Question(x, sigma)
-            return prediction
-
-        now, then = lane.walk.level(0), lane.walk.level(1)
-        asking = denoise if self.plan.held is None else held(denoise, self.plan.held)
-        try:
-            state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
-        except Question as asked:
-            return asked.with_traceback(None)  # its frames hold all that asks, and would be held by it
-        if self.momentum is not None:
-            state = state.remember(**{MOMENTUM: self.momentum})
-        x0, holds = self.told[-1].x0, self.plan.held
-        x0 = x0 if holds is None else torch.where(holds.is_painted, x0, holds.known)
-        self.end = End(state, lane.walk.on(), x0)
-        return None
 
 
 @dataclass(eq=False)
@@ -340,7 +271,7 @@ class Rows:
             while questions := self._questions(asking):
                 for (attempt, asked), each in zip(questions, self._estimates(questions), strict=True):
                     with blaming(members_of([attempt.lane])):
-                        attempt.told.append(self._denoise(attempt, each)(asked.x, asked.sigma))
+                        attempt.told.append(weighed(attempt, each, self.scaling)(asked.x, asked.sigma))
                 asking = [attempt for attempt, _ in questions]
             return attempts
 
@@ -410,53 +341,6 @@ class Rows:
         ]
         return sent(torch.cat(blocks), self.device)
 
-    def _denoise(self, attempt: Attempt, each: Prediction) -> Denoise:
-        """The lane's rows as a denoiser, once the network has said this of their M evaluations."""
-        plan = attempt.plan
-
-        def guided(x: Tensor, sigma: Tensor) -> Prediction:
-            def mixed(values: Tensor, weights: Tensor) -> Tensor:
-                return combine(values, weights, plan.rows, len(x))
-
-            inside = in_interval(sigma, plan.interval)
-            weights = torch.where(inside.index_select(0, plan.rows), plan.weights, plan.alone)
-            x0 = mixed(each.x0, weights)
-            if plan.guides is not None:
-                prompt, null, before = mixed(each.x0, plan.alone), mixed(each.x0, 1 - plan.alone), attempt.momentum
-                index = attempt.lane.walk.index
-                ruled, momentum = plan.guides.apply(x0, prompt, null, x, sigma, index, before, self.scaling)
-                held = per_row(inside & plan.away, x)
-                x0 = torch.where(held, ruled, x0)
-                if momentum is not None:
-                    attempt.momentum = torch.where(held, momentum, 0.0 if before is None else before)
-            if plan.rescale is not None:
-                changed = rescale(x0, mixed(each.x0, plan.alone), x, sigma, plan.rescale, self.scaling)
-                x0 = torch.where(per_row((plan.rescale > 0) & inside, x0), changed, x0)
-            # guidance says where to go; how sure that is, the prompt's evaluation says alone, as in diffusers
-            return Prediction(x0, None if each.variance is None else mixed(each.variance, plan.alone))
-
-        denoise: Denoise = self._steered(guided, attempt) if plan.steered else guided
-        if plan.thresholding is not None:
-            percentile, bound = plan.thresholding
-            denoise = thresholded(denoise, percentile, bound=bound)
-        return denoise
-
-    def _steered(self, guided: Denoise, attempt: Attempt) -> Denoise:
-        """Rows with a likeness led up its gradient, within their interval."""
-        plan = attempt.plan
-
-        def steered(x: Tensor, sigma: Tensor) -> Prediction:
-            prediction, inside = guided(x, sigma), in_interval(sigma, plan.interval)
-            x0 = list(prediction.x0.split(1))
-            for slot, scale, likeness in plan.steered:  # one by one, for a gradient through a picture takes much memory
-                one = slice(slot, slot + 1)
-                climb = towards(partial(_said, x0[slot]), likeness, scale * inside[one])
-                with blaming([(attempt.lane, slot)]):
-                    x0[slot] = climb(x[one], sigma[one]).x0
-            return Prediction(torch.cat(x0), prediction.variance)
-
-        return steered
-
     def _estimates(self, questions: Sequence[tuple[Attempt, Question]]) -> list[Prediction]:
         """What the network says of every evaluation of each lane, (M, ...), in as few calls as the bucket allows."""
         lanes = [attempt.lane for attempt, _ in questions]
@@ -496,22 +380,6 @@ class Rows:
         return denoiser(lambda noisy, timestep: self.network(noisy, timestep, told), self.scaling)(x, sigma)
 
 
-@contextmanager
-def blaming(members: Sequence[Member], *, in_call: bool = False) -> Iterator[None]:
-    """What goes wrong in here is these rows', unless somebody within knows better."""
-    try:
-        yield
-    except StepFailed:
-        raise
-    except Exception as error:
-        raise StepFailed(members, in_call=in_call) from error
-
-
-def members_of(lanes: Sequence[Lane]) -> list[Member]:
-    """All rows of these lanes."""
-    return [(lane, slot) for lane in lanes for slot in range(len(lane.rows))]
-
-
 def end_of(row: Row, x: Tensor) -> Tensor:
     """What a row has come to, of its x (...) at its last level."""
     x = x * row.schedule.end_scale
@@ -519,8 +387,3 @@ def end_of(row: Row, x: Tensor) -> Tensor:
         return x
     # as it was handed in, also where the last level is not 0
     return torch.where(row.hold.is_painted.to(x.device), x, row.hold.known.to(x.device))
-
-
-def _said(x0: Tensor, x: Tensor, sigma: Tensor) -> Prediction:
-    """A denoiser that has spoken."""
-    return Prediction(x0)

@@ -533,7 +533,7 @@ def test_a_lane_that_never_has_memory_ends_and_the_others_go_on(
             raise SHORT[0]
         return advance(sampler, denoise, state, *told)
 
-    monkeypatch.setattr("gen.rows.advance", short)
+    monkeypatch.setattr("gen.attempt.advance", short)
     together = rows_over(tiny)
     with torch.no_grad():
         together.admit(rows)

@@ -1,0 +1,103 @@
+"""A lane's step being worked out: what it asks, how far it has come, and whose it is when something goes wrong.
+
+A step is played until it asks the network, and again from its beginning with what was said. It asks no network itself,
+and knows neither how answers are weighed nor what becomes of rows that failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gen.lane import MOMENTUM, Lane, Plan, Walk
+from samplers.inpaint import held
+from samplers.sample import advance
+from samplers.state import Prediction, State
+
+Member = tuple[Lane, int]
+"""A lane and a slot of it"""
+
+
+class StepFailed(Exception):
+    """What rows needed for their step raised; `__cause__` says what."""
+
+    def __init__(self, members: Sequence[Member], *, in_call: bool) -> None:
+        super().__init__()
+        self.members = members  # a row as often as it has evaluations in a call that failed
+        self.in_call = in_call  # whether one call of the network failed, which may be asked in smaller ones
+
+
+class Question(Exception):
+    """A step has come to where it asks the network what it has not been told yet."""
+
+    def __init__(self, x: Tensor, sigma: Tensor) -> None:
+        super().__init__()
+        self.x, self.sigma = x, sigma  # (B, ...) and (B,)
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """Where a lane's step has come to."""
+
+    state: State
+    walk: Walk
+    x0: Tensor  # (B, ...) the latest estimates
+
+
+@dataclass(eq=False)
+class Attempt:
+    """A lane's step being worked out; nothing of it is taken before all of it is there."""
+
+    lane: Lane
+    plan: Plan
+    noise: Tensor | None  # (B, ...); None where no row of the lane takes any
+    momentum: Tensor | None  # (B, ...), the running differences of rows that follow apg; None: no row has one
+    told: list[Prediction] = field(default_factory=list)  # what its denoiser has said so far
+    end: End | None = None  # None: not worked out yet
+
+    def play(self) -> Question | None:
+        """Work the step out as far as it has been told; what it asks next, or None where it is done.
+
+        It begins anew each time, which is nothing to a pure function, so that lanes of several samplers, some of which
+        ask twice, can share network calls.
+        """
+        told, lane = iter(self.told), self.lane
+
+        def denoise(x: Tensor, sigma: Tensor) -> Prediction:
+            prediction = next(told, None)
+            if prediction is None:
+                raise Question(x, sigma)
+            return prediction
+
+        now, then = lane.walk.level(0), lane.walk.level(1)
+        asking = denoise if self.plan.held is None else held(denoise, self.plan.held)
+        try:
+            state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
+        except Question as asked:
+            return asked.with_traceback(None)  # its frames hold all that asks, and would be held by it
+        if self.momentum is not None:
+            state = state.remember(**{MOMENTUM: self.momentum})
+        x0, holds = self.told[-1].x0, self.plan.held
+        x0 = x0 if holds is None else torch.where(holds.is_painted, x0, holds.known)
+        self.end = End(state, lane.walk.on(), x0)
+        return None
+
+
+@contextmanager
+def blaming(members: Sequence[Member], *, in_call: bool = False) -> Iterator[None]:
+    """What goes wrong in here is these rows', unless somebody within knows better."""
+    try:
+        yield
+    except StepFailed:
+        raise
+    except Exception as error:
+        raise StepFailed(members, in_call=in_call) from error
+
+
+def members_of(lanes: Sequence[Lane]) -> list[Member]:
+    """All rows of these lanes."""
+    return [(lane, slot) for lane in lanes for slot in range(len(lane.rows))]
