@@ -81,3 +81,15 @@ def test_only_the_command_line_imports_inside_functions(package: str, path: Path
     late = {name for function in functions for name in imported(ast.unparse(function))} - set(sys.stdlib_module_names)
     assert path.name.endswith(LATE) or not late - extras
     assert not (imported(source) - late) & extras
+
+
+def test_the_design_has_every_module() -> None:
+    """Its table says who owns what: by the file's name, or by the folder's where all in it are of one kind."""
+    told = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    kinds = ("gen/families", "training/data")
+    missing = [
+        where
+        for where in (path.relative_to(ROOT).as_posix() for _, path in MODULES)
+        if not where.endswith("__init__.py") and not where.startswith(kinds) and f"{Path(where).name}`" not in told
+    ]
+    assert missing == []

@@ -291,7 +291,7 @@ def test_one_step_goes_from_noise_to_the_estimate(model: TextToImage) -> None:
 
 def test_stock_cannot_load_what_it_saves(folder: Path) -> None:
     """The day this fails, take stock's own loader above."""
-    with pytest.raises(ValueError, match="UnCLIPTextProjModel"):
+    with pytest.raises((ValueError, AttributeError), match="UnCLIPTextProjModel"):  # before 0.42 the latter
         pipeline_unclip.UnCLIPPipeline.from_pretrained(folder)
 
 
