@@ -69,7 +69,6 @@ class Engine(Generic[R]):
         self.model = model
         self._check = check
         self._turn = nullcontext() if turn is None else turn
-        self._exact = without_tf32 if model.device.type == "cuda" else nullcontext
         self._conclude = conclude
         self._max_rows = max_rows
         self._clock = clock
@@ -125,19 +124,20 @@ class Engine(Generic[R]):
     def so_far(self, future: Future[R]) -> Callable[[], R] | None:
         """What makes the answer to a request of what is painted of it by now; None: nothing is.
 
-        Not while the engine runs in a thread. What is given holds these pictures alone, and works once it is closed.
+        Not while the engine runs in a thread. What is given works once the engine is closed, too.
         """
         for flight in self._unsettled.values():
             if flight.future is future:
                 return self._concluding(flight) if flight.painted else None
-        return future.result if future.done() else None
+        is_answered = future.done() and not future.cancelled() and future.exception() is None
+        return future.result if is_answered else None
 
     @torch.no_grad()
     def tick(self) -> bool:
         """Take every row one step and answer what is done; False where nothing is left to do."""
         if self._thread not in (None, threading.current_thread()):
             raise RuntimeError("the engine runs in a thread of its own; submit, and wait for the future")
-        with self._turn, self._exact():
+        with self._turn, without_tf32(self.model.device):
             return self._tick()
 
     def _tick(self) -> bool:

@@ -42,6 +42,7 @@ from gen.room import check_picture
 from gen.runtime import TORCH, Compute, dtype_of
 from gen.settings import JSON
 from gen.source import Picture, either, num_of, sources
+from gen.tf32 import without_tf32
 from gen.weights import folder_hash
 from gen.whole_folder import whole_folder
 from gen.words import Words, called_with
@@ -228,7 +229,7 @@ class TextToImage:
         if not (number := num_of(images)):
             raise ValueError("ip_adapter_image is empty; give at least one picture")
         given = [one for one in sources("ip_adapter_image", images, number) if one is not None]
-        with self._offload.turn:
+        with self._offload.turn, without_tf32(self.model.device):
             return torch.stack([self.model.see_beside(one.sized(*one.size)) for one in given])
 
     def load_again(self, record: Mapping[str, Any]) -> None:

@@ -6,12 +6,18 @@ and this is a lower precision that nobody asked for. Matrix products are not rou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 
 import torch
+from torch.backends import cudnn
+
+
+def without_tf32(device: torch.device) -> AbstractContextManager[None]:
+    """While it lasts, what computes on the device computes without; elsewhere than on CUDA nothing else does."""
+    return SWITCH.off() if device.type == "cuda" else nullcontext()
 
 
 @dataclass(eq=False)
@@ -19,7 +25,7 @@ class Switch:
     """Torch's switch for the process: off while any of its threads computes, and then as it was."""
 
     inside: int = 0  # how many compute now
-    before: bool = False  # whether it was on before the first of these
+    restore: Callable[[], None] = lambda: None  # as the first of these found it
     _lock: Lock = field(default_factory=Lock)
 
     @contextmanager
@@ -27,8 +33,7 @@ class Switch:
         """Off at least until this ends."""
         with self._lock:
             if self.inside == 0:
-                self.before = torch.backends.cudnn.allow_tf32
-                torch.backends.cudnn.allow_tf32 = False
+                self.restore = turned_off()
             self.inside += 1
         try:
             yield
@@ -36,7 +41,27 @@ class Switch:
             with self._lock:
                 self.inside -= 1
                 if self.inside == 0:
-                    torch.backends.cudnn.allow_tf32 = self.before
+                    self.restore()
 
 
-without_tf32 = Switch().off
+SWITCH = Switch()
+
+
+def turned_off() -> Callable[[], None]:
+    """Turn it off; what is returned puts it back.
+
+    Torch has two interfaces to it, of which the older one raises where the newer one has told convolutions and other
+    layers apart, and does nothing where the newer one has spoken for all of them.
+    """
+    try:
+        before = cudnn.allow_tf32
+    except RuntimeError:
+        pass
+    else:
+        cudnn.allow_tf32 = False
+        if cudnn.conv.fp32_precision != "tf32":
+            return lambda: setattr(cudnn, "allow_tf32", before)
+        cudnn.allow_tf32 = before
+    precision = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    return lambda: setattr(cudnn.conv, "fp32_precision", precision)

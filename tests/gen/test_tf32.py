@@ -2,33 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch.backends import cudnn
 
 from gen.tf32 import without_tf32
 
-
-@pytest.fixture(autouse=True, params=[True, False])
-def before(request: pytest.FixtureRequest) -> Iterator[bool]:
-    was = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = request.param
-    yield request.param
-    torch.backends.cudnn.allow_tf32 = was
+CUDA = torch.device("cuda")
 
 
-def test_the_last_to_leave_restores_it(before: bool) -> None:
-    first, second = without_tf32(), without_tf32()
+def both_ways() -> None:
+    cudnn.allow_tf32 = False
+    cudnn.conv.fp32_precision = "tf32"
+
+
+SAID: dict[str, Callable[[], None]] = {
+    "nothing": lambda: None,
+    "off": lambda: setattr(cudnn, "allow_tf32", False),
+    "convolutions off": lambda: setattr(cudnn.conv, "fp32_precision", "ieee"),
+    "all of them on": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "off, and convolutions on": both_ways,
+}
+
+
+def state() -> tuple[object, ...]:
+    try:
+        old: object = cudnn.allow_tf32
+    except RuntimeError as error:
+        old = type(error)
+    return old, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+
+@pytest.fixture(params=SAID.values(), ids=SAID)
+def before(request: pytest.FixtureRequest) -> Iterator[tuple[object, ...]]:
+    """The switch as a user of torch may have left it, by either interface."""
+    everywhere = torch.backends.fp32_precision
+    request.param()
+    yield state()
+    torch.backends.fp32_precision = everywhere
+    cudnn.allow_tf32 = True
+    assert cudnn.conv.fp32_precision == "tf32", "torch's own default"
+
+
+def test_the_last_to_leave_restores_it(before: tuple[object, ...]) -> None:
+    first, second = without_tf32(CUDA), without_tf32(CUDA)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)  # as two threads may meet, not one within the other
-    assert torch.backends.cudnn.allow_tf32 is False
+    assert cudnn.conv.fp32_precision != "tf32"
     second.__exit__(None, None, None)
-    assert torch.backends.cudnn.allow_tf32 is before
+    assert state() == before
 
 
-def test_an_error_restores_it(before: bool) -> None:
-    with pytest.raises(RuntimeError, match="out of luck"), without_tf32():
+def test_an_error_restores_it(before: tuple[object, ...]) -> None:
+    with pytest.raises(RuntimeError, match="out of luck"), without_tf32(CUDA):
+        assert cudnn.conv.fp32_precision != "tf32"
         raise RuntimeError("out of luck")
-    assert torch.backends.cudnn.allow_tf32 is before
+    assert state() == before
+
+
+def test_on_a_cpu_nothing_is_switched(before: tuple[object, ...]) -> None:
+    with without_tf32(torch.device("cpu")):
+        assert state() == before
