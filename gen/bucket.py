@@ -34,6 +34,7 @@ PROBE = 2  # evaluations that are measured before more are asked: what guidance 
 SHARE = {"cuda": 0.8, "cpu": 0.5}
 UNBOUNDED = sys.maxsize
 HARDLY = 0.9  # of the seconds for an evaluation: what twice as many must fall below to be worth their while
+APART = 1.25  # times as many evaluations, from where on two calls tell what twice as many would give
 FEW = 128  # evaluations that are let into flight wherever memory allows, before it is known how many go fast
 SURE = 5  # calls of a size that were timed before it is compared; a busy machine makes some of them slow
 # Steps that come before twice as many are asked again where memory has run out: at first, and at most, for each time
@@ -82,7 +83,9 @@ class Bucket:
         """Evaluations that use the device about as well as any larger call; all that fit where that is not known."""
         for k, pace in sorted(self.paces.items()):
             twice = self.paces.get(k + 1, Pace())
-            if min(pace.calls, twice.calls) >= SURE and twice.seconds > HARDLY * pace.seconds:
+            if min(pace.calls, twice.calls) < SURE or (times := twice.count / pace.count) < APART:
+                continue
+            if twice.seconds > HARDLY ** math.log2(times) * pace.seconds:
                 return min(pace.count, self.size)
         return self.size
 
@@ -90,9 +93,11 @@ class Bucket:
     def most(self) -> int:
         """Evaluations worth having in flight: further ones would only hold memory, and make each step longer.
 
-        Where it is not known what is enough, twice as many as have been tried.
+        Where it is not known what is enough, twice as many as have been tried; all that fit where no call is timed.
         """
-        tried = max((pace.count for pace in self.paces.values() if pace.calls >= SURE), default=0)
+        if self.device.type not in MEASURES:
+            return self.size
+        tried = max((pace.count for pace in tuple(self.paces.values()) if pace.calls >= SURE), default=0)
         wanted = self.enough if self.enough < self.size else 2 * tried
         return min(max(wanted, FEW), self.size)
 
@@ -116,7 +121,8 @@ class Bucket:
 
     def wants_probe(self, count: int) -> bool:
         """Whether `PROBE` evaluations have to be measured before so many are asked."""
-        return count > PROBE and self.cost is None and self.ceiling == UNBOUNDED and self.device.type in MEASURES
+        has_room = self.ceiling == UNBOUNDED or (self._has_risen and self.ceiling >= PROBE)
+        return count > PROBE and self.cost is None and has_room and self.device.type in MEASURES
 
     def probe(self, call: Callable[[], object]) -> None:
         """Measure a call of `PROBE` evaluations.
@@ -138,10 +144,13 @@ class Bucket:
             room = int(SHARE[self.device.type] * free / max(self.cost, 1.0))
             self.size = min(1 << (max(room, 1).bit_length() - 1), self.ceiling)
 
-    def succeed(self) -> None:
-        """What was asked for has come of its calls; once it has for a while, twice as many are asked at once again."""
+    def succeed(self, count: int) -> None:
+        """A step has come of calls that asked so many evaluations in all.
+
+        Once that has been for a while, twice as many are asked at once again; steps that ask far less tell nothing.
+        """
         self._is_relieved = False
-        if self.ceiling == UNBOUNDED:
+        if self.ceiling == UNBOUNDED or 2 * count < self.ceiling:
             return
         self._calm += 1
         if self._calm >= self._patience:

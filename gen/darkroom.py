@@ -112,7 +112,7 @@ class Darkroom:
                 pixels = self._decode(kind, latents) if small else self.model.preview(latents)
                 texts = torch.stack([self.text(flight, index) for index in chunk])
                 scores.append(cosine(self._seen(pixels), texts))
-                bucket.succeed()
+                bucket.succeed(len(chunk))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -137,7 +137,7 @@ class Darkroom:
                     latents = [flight.latents[index] for flight, index in chunk[:PROBE]]
                     bucket.probe(partial(self._decode, kind, torch.stack(latents)))
                 self._paint(kind, chunk)
-                bucket.succeed()
+                bucket.succeed(len(chunk))
             except Exception as error:
                 if not is_out_of_memory(error):
                     self._find_fault(kind, chunk, error, fail)

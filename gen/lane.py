@@ -81,6 +81,7 @@ class Lane:
     bucket: Bucket
     plan: Plan | None = None  # of the coming step; None where the rows have changed
     apart: object = None  # lanes that have one take their steps with those of the same; memory ran out over more
+    apart_for: int = 0  # steps, and then with all others again
 
     @property
     def num_evaluations(self) -> int:

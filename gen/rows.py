@@ -2,9 +2,9 @@
 
 `Rows` holds rows of any prompts, settings and noise levels. A tick takes every row one step: it lists the evaluations
 (row, condition, weight), asks the network for them in as few calls as memory allows, those of all samplers together,
-weighs the answers back into their rows and lets `samplers.advance` move the state. Rows are admitted, dropped and
-finished one by one, and none ever depends on the others; when a call fails, the rows in it are out and the others go
-on. Nothing here waits for the device. It knows no requests, no prompts, no autoencoder and no ranking.
+weighs the answers back into their rows and lets `samplers.sample.advance` move the state. Rows are admitted, dropped
+and finished one by one, and none ever depends on the others; when a call fails, the rows in it are out and the others
+go on. Nothing here waits for the device. It knows no requests, no prompts, no autoencoder and no ranking.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clip_core.device import sent
 from gen.attempt import Attempt, Question, StepFailed, blaming, members_of
-from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory
+from gen.bucket import PATIENCE, PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
 from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of
 from gen.row import Live, Row
@@ -147,7 +147,9 @@ class Rows:
             except StepFailed as failure:
                 groups.extendleft(reversed(self._after(failure, lanes, tick.failed)))
             else:
+                lanes[0].bucket.succeed(sum(len(attempt.plan.slots) for attempt in attempts))
                 tick.taken += [self._taken(attempt) for attempt in attempts]
+                del attempts  # and all they hold, before the next are worked out
         for lane in list(self.lanes.values()):
             ended = {slot for slot, one in enumerate(lane.rows) if one.steps_left == 0}
             for slot in sorted(ended):
@@ -214,7 +216,8 @@ class Rows:
         """A copy of some of a lane's rows."""
         at = sent(torch.tensor(slots), self.device)
         rows = [lane.rows[slot] for slot in slots]
-        return replace(lane, rows=rows, state=lane.state.select(at), walk=lane.walk.select(at), plan=None)
+        state, walk = lane.state.select(at), lane.walk.select(at)
+        return replace(lane, rows=rows, state=state, walk=walk, plan=None, apart=None)
 
     def _take_out(self, lane: Lane, slots: AbstractSet[int]) -> None:
         """Give up these of a lane's rows; where there is no memory for the others by themselves, these are lost too."""
@@ -234,14 +237,14 @@ class Rows:
             self.lanes = {key: other for key, other in self.lanes.items() if other is not lane}
 
     def _put_apart(self, lanes: Sequence[Lane]) -> list[Lane]:
-        """Have the later half of these rows take their steps after the others from now on; it takes no memory."""
+        """Have the later half of these rows take their steps after the others for a while; it takes no memory."""
         apart, later = object(), list[Lane]()
         left = sum(len(lane.rows) for lane in lanes) // 2
         for lane in lanes:
             cut, left = min(left, len(lane.rows)), max(0, left - len(lane.rows))
             if cut < len(lane.rows):
                 later.append(lane if cut == 0 else self._cut(lane, cut))
-                later[-1].apart = apart
+                later[-1].apart, later[-1].apart_for = apart, PATIENCE
         return later
 
     def _cut(self, lane: Lane, at: int) -> Lane:
@@ -296,12 +299,14 @@ class Rows:
         """Take a step that has been worked out."""
         lane, num_asked = attempt.lane, len(attempt.told)
         assert attempt.end is not None and num_asked, "every step asks at least once"
-        lane.bucket.succeed()
         evaluations = [num_asked * len(one.terms) for one in lane.rows]
         gradients = [num_asked * one.is_steered for one in lane.rows]
         lane.state, lane.walk = attempt.end.state, attempt.end.walk
         for one in lane.rows:
             one.index += 1
+        if lane.apart is not None:
+            lane.apart_for -= 1
+            lane.apart = lane.apart if lane.apart_for else None
         return Taken(lane.rows, attempt.end.x0, evaluations, gradients)
 
     def _after(self, failure: StepFailed, lanes: list[Lane], failed: list[Failed]) -> list[list[Lane]]:

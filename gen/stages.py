@@ -67,16 +67,23 @@ class Stages:
         """How many rows of a request that has begun may come in where those do that wait longest.
 
         They come in while more evaluations of the decoder are worth having in flight. What a prior has answered goes on
-        to the decoder unasked, so rows of both count there, and as many again may be in the prior meanwhile.
+        to the decoder unasked: so many may be in the prior meanwhile, and twice as many in both.
         """
-        shape, decoder = self.shape_of(flight), self.rows[DECODER]
-        evaluations = num_evaluations(flight.job.candidates[0])
-        most = decoder.bucket_of(shape).most
-        free = most - decoder.num_evaluations(shape)
+        shape, decoder, first = self.shape_of(flight), self.rows[DECODER], flight.job.candidates[0]
+        most, painted, rows = decoder.bucket_of(shape).most, decoder.num_evaluations(shape), 1
+        free = most - painted
         if flight.waiting[0].stage == PRIOR:
-            free += most - evaluations * len(self.rows[PRIOR].live)
-        room = max(0, -(-free // evaluations))
+            assert self.model.prior is not None, "a request for a prior is refused where there is none"
+            places = {(place.request, place.candidate) for place in map(place_of, self._thinking)}
+            coming = num_evaluations(first) * len(places)
+            free, rows = min(most - coming, 2 * most - painted - coming), self.model.prior.num_answers(first)
+        room = max(0, -(-free // num_evaluations(first))) * rows
         return room if max_rows is None else max(0, min(room, max_rows - self._num_rows))
+
+    @property
+    def _thinking(self) -> list[Row]:
+        """The rows in the prior."""
+        return [one.row for one in self.rows[PRIOR].live]
 
     @property
     def _num_rows(self) -> int:
@@ -114,6 +121,8 @@ class Stages:
             guided = {index: one for index in asking if prior.speaks_of_null(one := flight.candidates[index])}
             keys = [Place(flight.number, index, thought=NULL) for index in guided]
             rows += prior.null_rows(list(guided.values()), keys, self.table)
+            order = {index: place for place, index in enumerate(asking)}
+            rows.sort(key=lambda row: order[place_of(row).candidate])  # so that a candidate's come in together
             yield from (Waiting(PRIOR, row) for row in rows)
         for index in candidates:
             if index not in flight.unspoken:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import torch
 from torch.backends import cudnn
@@ -45,6 +46,7 @@ class Switch:
 
 
 SWITCH = Switch()
+CONVOLUTIONS: Any = cudnn.conv  # type: ignore[attr-defined]  # torch's newer interface
 
 
 def turned_off() -> Callable[[], None]:
@@ -59,9 +61,9 @@ def turned_off() -> Callable[[], None]:
         pass
     else:
         cudnn.allow_tf32 = False
-        if cudnn.conv.fp32_precision != "tf32":
+        if CONVOLUTIONS.fp32_precision != "tf32":
             return lambda: setattr(cudnn, "allow_tf32", before)
         cudnn.allow_tf32 = before
-    precision = cudnn.conv.fp32_precision
-    cudnn.conv.fp32_precision = "ieee"
-    return lambda: setattr(cudnn.conv, "fp32_precision", precision)
+    precision = CONVOLUTIONS.fp32_precision
+    CONVOLUTIONS.fp32_precision = "ieee"
+    return lambda: setattr(CONVOLUTIONS, "fp32_precision", precision)

@@ -61,16 +61,27 @@ def test_a_ceiling_rises_again_once_memory_has_lasted_for_a_while(monkeypatch: p
     assert bucket.size == 64
     assert bucket.halve(64) and bucket.halve(32) and bucket.size == 16
     sizes = []
+    for _ in range(PATIENCE):
+        bucket.succeed(7)  # of which more than twice as many are known to fit
+    assert bucket.size == 16
     for _ in range(3 * PATIENCE):
-        bucket.succeed()
+        bucket.succeed(2 * bucket.size)
         sizes.append(bucket.size)
     assert [sizes.count(size) for size in (16, 32, 64)] == [PATIENCE - 1, PATIENCE, PATIENCE + 1]  # and no more
     unmeasured = Bucket("decoder", torch.device("mps"))
     assert unmeasured.halve(8)
     for _ in range(PATIENCE):
         assert unmeasured.size == 4
-        unmeasured.succeed()
+        unmeasured.succeed(4)
     assert unmeasured.size == 8
+
+
+def test_a_bucket_that_had_no_room_to_be_measured_is_once_it_has() -> None:
+    bucket = Bucket("decoder", torch.device("cpu"))
+    assert bucket.wants_probe(8) and bucket.halve(PROBE) and not bucket.wants_probe(8)
+    for _ in range(PATIENCE):
+        bucket.succeed(8)
+    assert bucket.wants_probe(8)
 
 
 def test_where_memory_runs_out_again_it_is_waited_for_longer() -> None:
@@ -81,7 +92,7 @@ def test_where_memory_runs_out_again_it_is_waited_for_longer() -> None:
             assert bucket.halve(10) and bucket.size == 5
             failed.append(count)
         count += 1
-        bucket.succeed()
+        bucket.succeed(10)
     waits = [after - before for before, after in pairwise(failed)]
     doubling = [min(PATIENCE * 2**k, MOST_PATIENCE) for k in range(len(waits))]
     assert waits == doubling and len(waits) == 9 and waits[-1] == MOST_PATIENCE
@@ -101,9 +112,9 @@ def test_enough_is_where_twice_as_many_are_hardly_faster() -> None:
     bucket.size = 32
     assert bucket.enough == 32
     uneven = Bucket("decoder", torch.device("cpu"))
-    for count in [3, 5, 7, 15, 31, 40] * 5:
+    for count in [3, 5, 7, 15, 31, 63, 100] * 5:
         uneven.note(count, 8.0 + count)
-    assert uneven.enough == 31  # not the 16 that its class begins with
+    assert uneven.enough == 63  # not the 32 that its class begins with
 
 
 def test_more_are_let_into_flight_as_long_as_that_is_faster() -> None:
@@ -116,6 +127,19 @@ def test_more_are_let_into_flight_as_long_as_that_is_faster() -> None:
     assert asked == [FEW] * 5 + [256] * 5 + [512] * 5 + [1024] * 5 + [512] * 20
     bucket.size = 32
     assert bucket.most == 32
+
+
+@pytest.mark.parametrize("counts", [(126, 128), (120, 128), (124, 130), (200, 256)])
+def test_calls_of_nearly_one_size_do_not_say_that_larger_ones_are_no_faster(counts: tuple[int, int]) -> None:
+    bucket = Bucket("decoder", torch.device("cpu"))
+    for count in counts * 5:
+        bucket.note(count, 100.0 + count)
+    assert bucket.most == 2 * max(counts)
+
+
+def test_where_no_call_is_timed_all_that_fit_are_worth_having() -> None:
+    bucket = Bucket("decoder", torch.device("xpu"))
+    assert bucket.most == bucket.size > FEW
 
 
 def test_a_footprint_is_no_less_than_what_is_in_use_at_once() -> None:
@@ -132,8 +156,8 @@ def test_engines_of_several_threads_share_a_bucket() -> None:
     sys.setswitchinterval(1e-6)  # so that threads meet where they could hurt each other
     try:
         with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda k: bucket.ask(1, lambda: k), range(20_000)))
+            answers = list(pool.map(lambda k: bucket.ask(1 << k % 40, lambda: (k, bucket.most)[0]), range(20_000)))
     finally:
         sys.setswitchinterval(often)
     assert answers == list(range(20_000))
-    assert bucket.paces[1].calls == 20_000
+    assert [pace.calls for _, pace in sorted(bucket.paces.items())] == [500] * 40

@@ -229,7 +229,7 @@ def test_a_bucket_asks_for_relief_once_between_calls_that_succeed() -> None:
     bucket.ask(1, lambda: None)
     assert not bucket.halve(1) and len(asked) == 1, "a call that succeeds is not yet a step"
     assert bucket.halve(1) and len(asked) == 2, "who is next is relieved again"
-    bucket.succeed()
+    bucket.succeed(1)
     assert not bucket.halve(1) and len(asked) == 3, "nobody is left"
 
 
