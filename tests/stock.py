@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen import TextToImage
 from gen.picture import largest_difference
@@ -56,6 +56,11 @@ def assert_same_sampled(model: TextToImage, stock: Any, sampler: str | None) -> 
     # without latents stock draws block 0 as the start, and then a block for each step, as we do
     theirs = stock(PROMPTS, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **asked).images
     assert apart(model(PROMPTS, seed=SEED, sampler=sampler, **asked).images, theirs) <= LATENTS
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of all that a network keeps, by its names."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def edited(path: Path, **change: object) -> None:

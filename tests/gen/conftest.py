@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,12 @@ def stock_tiny(tiny_folder: Path) -> TextToImage:
     model = TextToImage.from_pretrained(tiny_folder, device="cpu")
     restore_attention(model.model.unet)
     return model
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[Any, Path]) -> dict[Any, TextToImage]:
+    """Of a test file's own `folders`."""
+    return {name: TextToImage.from_pretrained(folder, device="cpu") for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from gen.candidate import Candidate
 from gen.conditioning import Conditions, Distinct, Table
 from gen.lane import Pass, Plan
 from gen.row import Row
-from gen.rows import Rows
 from tests.attention import UNETS, apart, drawn, inputs, painted, texts_of, unet_of
+from tests.engines import rows_over
 from tests.tiny import WIDTH
 
 WORDS = ["a small red circle", "a large blue square above a star"]
@@ -95,10 +95,6 @@ def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> list
         Row(seed, seed, shape, schedule, asked.sampler, prompt, null=null, guidance_scale=asked.guidance_scale)
         for seed, (prompt, null) in enumerate(told)
     ]
-
-
-def rows_over(model: TextToImage) -> Rows:
-    return Rows(model.model.call, model.model.levels.scaling, "decoder")
 
 
 def kept_by(unet: nn.Module) -> Kept:

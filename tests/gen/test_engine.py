@@ -9,7 +9,7 @@ import random
 import runpy
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gen import Cancelled, Engine, Interrupted, Request, Result, Step, TextToImage
-from gen.bucket import FEW, Bucket, Buckets
+from gen.bucket import FEW
 from gen.conditioning import MOST_TEXTS, Condition, Conditions
 from gen.flight import Account, Flight, Painted, place_of
 from gen.request import Job
@@ -28,6 +28,7 @@ from gen.row import Live, Row
 from gen.search import Field, Go, Moves
 from samplers.sample import SAMPLERS
 from samplers.state import State
+from tests.engines import altered, buckets_of, run
 
 LEVEL = 1 / 255  # one 8-bit level
 SECONDS = 120  # a wait that should never be needed
@@ -58,18 +59,10 @@ def engine_of(model: TextToImage, **settings: Any) -> Engine[Latents]:
     return Engine(model.model, latents_of, **settings)
 
 
-def altered(model: TextToImage, **methods: Callable[..., Any]) -> TextToImage:
-    """The same networks, with some methods of the family wrapped."""
-    family = copy.copy(model.model)
-    vars(family).update(methods)
-    return TextToImage(family)
-
-
 def alone(model: TextToImage, request: Request) -> Latents:
     engine = engine_of(model)
     future = engine.submit(request)
-    while engine.tick():
-        pass
+    run(engine)
     return future.result(timeout=0)
 
 
@@ -81,14 +74,6 @@ def same(ours: Latents, theirs: Latents, within: float = 1e-5) -> bool:
 
 def decoder_rows(engine: Engine[Any]) -> list[Live]:
     return engine._stages.rows["decoder"].live
-
-
-def run(engine: Engine[Any], ticks: int | None = None) -> None:
-    while ticks is None or ticks > 0:
-        more = engine.tick()
-        if ticks is None and not more:
-            return
-        ticks = None if ticks is None else ticks - 1
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +182,6 @@ class Refused(Exception):
 def refuse(step: Step) -> None:
     if step.stage == "decoder" and step.steps_left[0] == 1:
         raise Refused("no more")
-
-
-def buckets_of(size: int) -> Buckets:
-    """As if memory held so many evaluations of the square pictures."""
-    device, shape = torch.device("cpu"), (4, 8, 8)
-    return Buckets({("decoder", shape, device): Bucket("decoder", device, size, ceiling=size)})
 
 
 def test_pictures_and_scores_are_those_of_a_plain_call(tiny: TextToImage) -> None:
@@ -818,8 +797,8 @@ def test_the_benchmark_of_arrivals_runs(tiny_folder: Path, tmp_path: Path, capsy
     assert list(found["runs"]) == ["static", "in flight", "in flight, 1.5 times the rate"]
     for runs in found["runs"].values():
         assert len(runs) == 2
-        for run in runs:
-            assert all(value > 0 for value in run.values()) and len(run) == 3
+        for each in runs:
+            assert all(value > 0 for value in each.values()) and len(each) == 3
     out = capsys.readouterr().out
     assert out.count("\n| ") == 4  # the heading and three rows
     assert out.count("times static's pictures a second") == 2

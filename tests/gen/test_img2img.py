@@ -48,11 +48,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
-def models(folders: dict[str, Path]) -> dict[str, TextToImage]:
-    return {name: TextToImage.from_pretrained(folder, device="cpu") for name, folder in folders.items()}
-
-
 def stock(folder: Path, kind: str) -> Any:
     if kind != "xl":
         return stock_of(StableDiffusionImg2ImgPipeline, folder)

@@ -51,11 +51,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
-def models(folders: dict[str, Path]) -> dict[str, TextToImage]:
-    return {name: TextToImage.from_pretrained(folder, device="cpu") for name, folder in folders.items()}
-
-
 def stock(folder: Path, kind: str) -> Any:
     return stock_of(StableDiffusionInpaintPipeline if kind in ("4", "9") else StableDiffusionXLInpaintPipeline, folder)
 

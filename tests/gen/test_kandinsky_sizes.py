@@ -25,6 +25,7 @@ from gen.families.painter import Painter
 from gen.model_index import part_class
 from gen.request import Request
 from gen.resolve import resolve
+from tests.stock import shapes
 from tests.tiny import tiny_tokenizer
 from tests.tiny_kandinsky import BETAS, tiny_tokenizer_2_1
 
@@ -79,10 +80,6 @@ FULL: dict[str, dict[str, Any]] = {
     },
 }
 XLM = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
-
-
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def at_full_size(version: str, in_channels: int = 4) -> dict[str, Any]:

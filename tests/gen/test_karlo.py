@@ -31,7 +31,7 @@ from gen.resolve import resolve
 from gen.rows import Rows
 from gen.upscale import STAGE as SUPER_RESOLUTION
 from samplers.noise import noise
-from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SHORT, apart, edited
+from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SHORT, apart, edited, shapes
 from tests.tiny import WIDTH, make_tiny_clip, tiny_tokenizer
 from tests.tiny_karlo import LARGE, SMALL, make_tiny_karlo, stock_karlo
 
@@ -422,10 +422,6 @@ def test_variations_need_an_image(variation: TextToImage) -> None:
 BLOCKS = {"block_out_channels": (320, 640, 960, 1280), "layers_per_block": 3}
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 CLIP_L |= {"vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 768, "eos_token_id": 49407}
-
-
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gen import Request, TextToImage
-from gen.bucket import PROBE, UNBOUNDED, Bucket, Buckets
+from gen.bucket import PROBE, UNBOUNDED
 from gen.candidate import Candidate
 from gen.conditioning import Conditions, Table
 from gen.dispatch import dispatched
@@ -29,6 +29,7 @@ from samplers.noise import noise
 from samplers.sample import advance, start
 from samplers.scaling import denoiser
 from samplers.state import Prediction, State
+from tests.engines import buckets_of, rows_over
 from tests.tiny import WIDTH
 
 LEVEL = 1 / 255  # one 8-bit level
@@ -107,10 +108,6 @@ def vary(settings: Settings, k: int) -> Settings:
     return replace(settings, num_inference_steps=6 + k % 3, guidance_scale=[3.0, 1.0, 5.0][k % 3])
 
 
-def rows_over(model: TextToImage, buckets: Buckets | None = None) -> Rows:
-    return Rows(model.model.call, model.model.levels.scaling, "decoder", buckets=buckets or Buckets())
-
-
 def counting(rows: Rows) -> list[int]:
     """How many evaluations each network call makes, from now on."""
     network, counts = rows.network, list[int]()
@@ -121,12 +118,6 @@ def counting(rows: Rows) -> list[int]:
 
     rows.network = counted
     return counts
-
-
-def buckets_of(size: int) -> Buckets:
-    """As if memory held so many evaluations."""
-    device, shape = torch.device("cpu"), (4, 8, 8)
-    return Buckets({("decoder", shape, device): Bucket("decoder", device, size, ceiling=size)})
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gen import Request, Result, Step, TextToImage
-from gen.bucket import Bucket, Buckets
 from gen.candidate import Before
 from gen.engine import Engine
 from gen.search import (
@@ -37,6 +36,7 @@ from gen.search import (
     diverse_first,
 )
 from gen.search.rules import LINE, overtaking, resampled
+from tests.engines import altered, buckets_of, run
 
 LEVEL = 1 / 255  # one 8-bit level
 STEPS = 10
@@ -72,18 +72,6 @@ def plain(tiny: TextToImage) -> dict[int, Tensor]:
     """Every candidate's picture, by its seed; all are painted and kept."""
     result = tiny.paint([replace(ASKED, keep=None)])[0]
     return dict(zip(result.seeds, result.images, strict=True))
-
-
-def run(engine: Engine[Any]) -> None:
-    while engine.tick():
-        pass
-
-
-def altered(model: TextToImage, **methods: Callable[..., Any]) -> TextToImage:
-    """The same networks, with some methods of the family wrapped."""
-    family = copy.copy(model.model)
-    vars(family).update(methods)
-    return TextToImage(family)
 
 
 # --- what a search may not change --------------------------------------------------------------------------------
@@ -205,9 +193,7 @@ def test_a_draft_asks_the_prior_once(tiny: TextToImage) -> None:
 
 
 def test_the_places_of_those_given_up_are_taken_at_the_next_step(tiny: TextToImage) -> None:
-    device = torch.device("cpu")
-    buckets = Buckets({("decoder", (4, 8, 8), device): Bucket("decoder", device, 64, ceiling=64)})  # room for all
-    engine = Engine(tiny.model, tiny._result, max_rows=8, buckets=buckets)
+    engine = Engine(tiny.model, tiny._result, max_rows=8, buckets=buckets_of(64))  # room for all
     one = replace(ASKED, prompt="a star", seed=0, prior=False)
     engine.submit(replace(one, search=Halving(rungs=(0.3,))))
     engine.submit(replace(one, seed=100, rerank=False, keep=None))

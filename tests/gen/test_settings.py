@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gen import Request, TextToImage
 from samplers.noise import noise
+from tests.attention import apart
 from tests.tiny import WIDTH, tiny_unet
 
 LEVEL = 1 / 255  # one 8-bit level
@@ -75,11 +76,6 @@ def latents(model: TextToImage, **asked: Any) -> Tensor:
     images = model("a star", **(ASKED | {"output_type": "latent"} | asked)).images
     assert isinstance(images, Tensor)
     return images
-
-
-def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
 
 
 # --- churn -------------------------------------------------------------------------------------------------------

@@ -55,11 +55,6 @@ def ranking_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
-@pytest.fixture(scope="session")
-def models(folders: dict[str, Path]) -> dict[str, TextToImage]:
-    return {name: TextToImage.from_pretrained(folder, device="cpu") for name, folder in folders.items()}
-
-
 # --- the same pictures ----------------------------------------------------------------------------------------------
 
 

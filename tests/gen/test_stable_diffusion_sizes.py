@@ -37,6 +37,7 @@ from gen.request import Request
 from gen.resolve import resolve
 from gen.scheduler import NoiseLevels
 from gen.single_file import CONFIGS
+from tests.stock import shapes
 from tests.tiny import tiny_tokenizer
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -131,10 +132,6 @@ FULL: dict[str, dict[str, Any]] = {
         "words": {"image": Image.new("RGB", (1024, 1024))},
     },
 }
-
-
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def at_full_size(full: dict[str, Any]) -> dict[str, Any]:

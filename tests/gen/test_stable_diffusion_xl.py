@@ -37,11 +37,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return {zeros: make_tiny_stable_diffusion_xl(root / str(zeros), empty_is_zeros=zeros) for zeros in (True, False)}
 
 
-@pytest.fixture(scope="session")
-def models(folders: dict[bool, Path]) -> dict[bool, TextToImage]:
-    return {zeros: TextToImage.from_pretrained(folder, device="cpu") for zeros, folder in folders.items()}
-
-
 @pytest.fixture
 def xl(models: dict[bool, TextToImage]) -> TextToImage:
     return models[True]

@@ -29,11 +29,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 
 @pytest.fixture(scope="module")
-def models(folders: dict[bool, Path]) -> dict[bool, TextToImage]:
-    return {zeros: TextToImage.from_pretrained(folder, device="cpu") for zeros, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
 def stocks(folders: dict[bool, Path]) -> dict[bool, Any]:
     return {zeros: stock_of(StableDiffusionXLImg2ImgPipeline, folder) for zeros, folder in folders.items()}
 

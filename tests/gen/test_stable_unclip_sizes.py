@@ -33,7 +33,8 @@ from gen.families.stable_unclip import StableUnCLIP
 from gen.model_index import IMAGE_PARTS, part_class
 from gen.request import Request
 from gen.resolve import resolve
-from tests.gen.test_stable_diffusion_sizes import CLIP_L, FULL, at_full_size, shapes
+from tests.gen.test_stable_diffusion_sizes import CLIP_L, FULL, at_full_size
+from tests.stock import shapes
 
 EYES: dict[int, dict[str, Any]] = {  # by the width of the embedding
     768: {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24},
