@@ -1,6 +1,7 @@
-"""What every test runs under: one thread (two workers share the cores), no network, quiet libraries."""
+"""What every test runs under: one thread (two workers share the cores), no network, quiet libraries; a tiny model."""
 
 import os
+from pathlib import Path
 
 # Before any library reads them: subprocesses that the tests start inherit these too.
 os.environ.update(
@@ -13,6 +14,14 @@ os.environ.update(
     COLUMNS="110",
 )
 
+import pytest
 import torch
 
+from tests.tiny import make_tiny_stable_unclip
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_stable_unclip(tmp_path_factory.mktemp("models") / "tiny")

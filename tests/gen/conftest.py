@@ -7,13 +7,8 @@ import pytest
 
 from gen import TextToImage
 from gen.attention.network import restore_attention
-from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl, make_tiny_stable_unclip
+from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_kandinsky import make_tiny_kandinsky
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_stable_unclip(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import random
-import runpy
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -781,50 +778,3 @@ def test_the_account_is_exact(tiny: TextToImage) -> None:
     for stage, number in asked.items():
         assert sum(result.account.evaluations[stage] for result in results) == number > 0
     assert results[4].account.evaluations["decoder"] == 2 * 3 * 2 * 2  # pictures, steps, of Heun's, guided
-
-
-# --- the benchmarks ----------------------------------------------------------------------------------------------
-
-
-def benchmark(name: str) -> dict[str, Any]:
-    return runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / f"{name}.py"))
-
-
-def test_the_benchmark_of_arrivals_runs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark("arrivals")["main"](str(tiny_folder), 4, 2.0, 1.5, 2, 2, "cpu", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["machine"] and found["versions"]
-    assert list(found["runs"]) == ["static", "in flight", "in flight, 1.5 times the rate"]
-    for runs in found["runs"].values():
-        assert len(runs) == 2
-        for each in runs:
-            assert all(value > 0 for value in each.values()) and len(each) == 3
-    out = capsys.readouterr().out
-    assert out.count("\n| ") == 4  # the heading and three rows
-    assert out.count("times static's pictures a second") == 2
-
-
-def test_a_static_batch_is_of_one_kind(tiny_folder: Path) -> None:
-    """The oldest, and what one call of a pipeline can paint beside it without waste."""
-    batch_of = benchmark("arrivals")["batch_of"]
-    first = Request(num_images_per_prompt=2, sampler="ddim", num_inference_steps=8, guidance_scale=3.0)
-    longer, unguided = replace(first, num_inference_steps=9), replace(first, guidance_scale=1.0)
-    waiting = [
-        first,
-        longer,
-        replace(first, guidance_scale=5.0),
-        unguided,
-        replace(first, sampler="heun"),
-        first,
-        first,
-    ]
-    assert batch_of(waiting, 16) == [0, 5, 6]
-    assert batch_of(waiting, 5) == [0, 5]
-    assert batch_of(waiting[1:], 1) == [0]
-
-
-def test_the_soak_leaves_nothing(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark("soak")["main"](str(tiny_folder), 40, 4, "cpu", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert sum(found["ends"].values()) == 40 and set(found["ends"]) == {"painted", "cancelled", "failed"}
-    assert len(found["rounds"]) == 10 and "left behind" not in capsys.readouterr().out

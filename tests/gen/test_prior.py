@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import logging
 import math
 import random
-import runpy
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -456,20 +453,3 @@ def test_folds_hold_every_evaluation_once(seed: int) -> None:
         each = len(evaluations) // len(conditions)
         assert [of[evaluation] for evaluation in evaluations] == [one for one in conditions for _ in range(each)]
     assert len(folds) == len({of.count(one) for one in set(of)})
-
-
-# --- the benchmark ---------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_runs_and_keeps_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "prior.py"))
-    sizes = {"layers": 2, "heads": 2, "head_width": 8, "embedding_width": 16, "text_tokens": 12}
-    asked: dict[str, Any] = {"candidates": [1, 3], "prompts": 2, "steps": 3, "repeats": 2, "device": "cpu"}
-    with torch.random.fork_rng(devices=[]):
-        script["main"](**sizes, **asked, result=tmp_path / "prior.json")
-    found = json.loads((tmp_path / "prior.json").read_text())
-    assert found["sizes"].items() > sizes.items() and found["machine"] and found["versions"]
-    for one in found["measured"]:
-        assert one["max_difference"] < 1e-5 < one["largest"]
-        assert [len(seconds) for seconds in one["seconds"].values()] == [2, 2]
-    assert capsys.readouterr().out.count("\n| ") == 3  # the heading and two rows
