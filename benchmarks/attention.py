@@ -26,7 +26,8 @@ from torch.utils.benchmark import Timer
 
 from gauges import now, peak_mb, reset_peak
 from gen.attention.kernels import AUTO, KERNELS, TORCHS_CHOICE, Shape, chosen, refusal
-from options import DTYPES, known
+from gen.runtime import DTYPES
+from options import known
 from report import RESULTS, markdown, save
 from training.provenance import provenance
 

@@ -23,10 +23,11 @@ import typer
 
 from contest.comparison import contest
 from contest.tables import profile_table, table
-from contest.tasks import PROMPT, SEED, USUAL, WORKLOADS, task_of
+from contest.tasks import SEED, USUAL, WORKLOADS, task_of
 from contest.ways import WAYS, entrants_of
 from contest.workers import quiet
-from options import DTYPES, chosen, known
+from gen.runtime import DTYPES
+from options import PROMPT, chosen, known
 from report import RESULTS, save
 from training.provenance import provenance
 

@@ -21,7 +21,8 @@ from gauges import now
 from gen.attention.network import reading, set_attention
 from gen.conditioning import Condition, Conditions
 from gen.model_folder import ASSETS
-from options import DTYPES, known
+from gen.runtime import DTYPES
+from options import known
 from report import RESULTS, markdown, save, spread
 from training.provenance import provenance
 

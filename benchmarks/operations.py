@@ -16,12 +16,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from contest.tasks import PROMPT, WORKLOADS, task_of
+from contest.tasks import WORKLOADS, task_of
 from gen import TextToImage
 from gen.openvino_runtime import PRECISIONS, compiled, convert, read_of
 from gen.openvino_weights import Kept
+from gen.runtime import DTYPES
 from gen.traced import Call
-from options import DTYPES, chosen, known
+from options import PROMPT, chosen, known
 from report import RESULTS, markdown, save
 from training.provenance import provenance
 

@@ -1,11 +1,13 @@
-"""What a benchmark's command line takes by name: precisions, and one line for a name that is unknown."""
+"""What a benchmark is asked: the sentence that is painted, and one line for a name that is unknown.
+
+Knows nothing of models: `speed.py` reads the peaks of processes that it starts, and these count what it held itself.
+"""
 
 from collections.abc import Collection, Sequence
 
-import torch
 import typer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROMPT = "a small red circle above a large blue square"
 
 
 def known(name: str, names: Collection[str], what: str) -> str:

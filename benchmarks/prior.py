@@ -27,8 +27,9 @@ from gen.prior import STAGE
 from gen.prior_prefix import CachedPrior
 from gen.row import Row
 from gen.rows import Rows
+from gen.runtime import DTYPES
 from gen.scheduler import NoiseLevels
-from options import DTYPES, known
+from options import known
 from report import RESULTS, markdown, save, spread
 from samplers.noise import noise
 from training.provenance import provenance

@@ -17,10 +17,9 @@ from typing import Annotated
 
 import typer
 
+from options import PROMPT
 from report import RESULTS, markdown, save, spread
 from training.provenance import provenance
-
-PROMPT = "a small red circle above a large blue square"
 
 
 def main(

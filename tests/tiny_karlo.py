@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from gen.model_index import part_class
-from schedulers import MendedUnCLIP
+from mended import MendedUnCLIP
 from tests.tiny import WIDTH, tiny_prior, tiny_text_config, tiny_tokenizer
 
 SMALL, LARGE = 8, 16  # pixels of the decoder's pictures and of those that are enlarged

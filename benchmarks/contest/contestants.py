@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from contest.models import no_image_encoder
-from contest.tasks import PROMPT, SEED, Task
+from contest.tasks import SEED, Task
 from contest.ways import Way
 from gauges import now
 from gen import TextToImage
 from gen.answer import as_output
 from gen.model_folder import find
+from options import PROMPT
 
 FEW = 2  # steps by which a batch size is tried, and by which all is compiled and planned
 

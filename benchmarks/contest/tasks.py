@@ -10,8 +10,8 @@ from torch import Tensor
 from contest.models import MEDIUM, SMALL, STABLE_DIFFUSION, TINY, Shape, write_random
 from gen.card import Card
 from gen.model_folder import find
+from options import PROMPT
 
-PROMPT = "a small red circle above a large blue square"
 SEED = 0  # of the first candidate; the k-th has k more
 
 

@@ -14,7 +14,7 @@ from contest.contestants import Contestant, Ours, Peer
 from contest.tasks import Task
 from contest.ways import WAYS, Entrant
 from gauges import Moment, moment, now, peak_mb, reset_peak, seconds_between
-from options import DTYPES
+from gen.runtime import DTYPES
 
 
 def ready(entrant: Entrant, task: Task) -> tuple[Contestant, dict[str, Any]]:

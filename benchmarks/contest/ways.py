@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from options import DTYPES
+from gen.runtime import DTYPES
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from contest.tasks import Task
 from contest.turns import operations, profile, ready, turn
 from contest.ways import Entrant
 from gauges import roof
-from options import DTYPES
+from gen.runtime import DTYPES
 
 # What a contestant's process can be asked; tensors go between processes as arrays.
 ASKED: dict[str, Callable[..., Any]] = {

@@ -10,9 +10,10 @@ import torch
 from diffusers import DDIMScheduler, UnCLIPScheduler, UniPCMultistepScheduler
 
 from gen.scheduler import STOCK
+from peers import PEERS, Peer, compare, network_of, our_run, stock_run
 from report import RESULTS
 from samplers.sample import SAMPLERS
-from schedulers import PEERS, Peer, compare, network_of, our_run, stock_run, table
+from schedulers import table
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -28,8 +28,8 @@ from gen.command import main
 from gen.facts import facts_of
 from gen.picture import largest_difference
 from gen.resolve import resolve
+from mended import MendedUnCLIP
 from samplers.noise import SEEDS, STAGES, noise
-from schedulers import MendedUnCLIP
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, edited
 from tests.tiny import WIDTH
 from tests.tiny_kandinsky import BETAS

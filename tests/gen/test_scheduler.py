@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from diffusers.configuration_utils import ConfigMixin
 
 from gen.scheduler import ALLOWED, CLASSES, HONOURED, IDLE, NoiseLevels
-from schedulers import apart, network_of, our_run, stock_of
+from peers import apart, network_of, our_run, stock_of
 
 
 def scheduler_classes() -> list[type]:

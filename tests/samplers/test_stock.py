@@ -17,6 +17,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from gen.scheduler import NoiseLevels
+from mended import Mended3M, MendedUnCLIP
+from peers import BETAS, PREDICTION, SEEDS, SHAPE, network_of, our_run, stock_of, stock_run
 from samplers.scaling import Scaling, denoiser
 from samplers.schedule import (
     EXACT_ZERO_SNR_SIGMA,
@@ -28,18 +30,6 @@ from samplers.schedule import (
     spaced_timesteps,
     training_sigmas,
     zero_terminal_snr,
-)
-from schedulers import (
-    BETAS,
-    PREDICTION,
-    SEEDS,
-    SHAPE,
-    Mended3M,
-    MendedUnCLIP,
-    network_of,
-    our_run,
-    stock_of,
-    stock_run,
 )
 from tests.samplers.exact import mixture, pictures, run
 
