@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from gen import Cancelled, Engine, Interrupted, Request, Result, Step, TextToImage
-from gen.bucket import FEW
+from gen.bucket import FEW, Bucket, Buckets
 from gen.conditioning import MOST_TEXTS, Condition, Conditions
-from gen.flight import Account, Flight, Painted, place_of
+from gen.flight import DECODER, PRIOR, Account, Flight, Painted, place_of
 from gen.request import Job
+from gen.resolve import resolve
 from gen.row import Live, Row
 from gen.search import Field, Go, Moves
 from samplers.sample import SAMPLERS
@@ -303,6 +304,28 @@ def test_rows_of_one_request_come_in_as_memory_allows(tiny: TextToImage, prior: 
     some = replace(request, prompt=prompts[20])
     assert same({k: future.result(timeout=0)[20 * 4 + k] for k in range(4)}, alone(tiny, some))
     assert same(following.result(timeout=0), alone(tiny, replace(PLAIN, seed=9)))
+
+
+def test_a_priors_answers_count_as_the_pictures_they_become(kandinskys: dict[str, TextToImage]) -> None:
+    """Several answers and a null for each: the decoder's calls are full all the same, and do not wait for all."""
+    model, device = kandinskys["2.2"], torch.device("cpu")
+    asked: dict[str, Any] = {"negative_prompt": "blue", "prior_best_of": 3, "prior_num_inference_steps": 4}
+    asked |= {"num_images_per_prompt": 24, "num_inference_steps": 4, "rerank": False, "seed": 1}
+    job = resolve(Request(prompt="a star", **asked), model.model.abilities)
+    shape = model.model.latent_shape(job.candidates[0].settings)
+    buckets = Buckets({("decoder", shape, device): Bucket("decoder", device, 16, ceiling=16)})
+    engine, seen, most_thinking = (
+        Engine(model.model, lambda job, painted, account: len(painted), buckets=buckets),
+        [],
+        0,
+    )
+    future = engine.submit(job)
+    while engine.tick():
+        seen.append(engine._stages.rows[DECODER].num_evaluations(shape))
+        most_thinking = max(most_thinking, len(engine._stages.rows[PRIOR].live))
+    assert future.result(timeout=0) == 24
+    assert 0 < most_thinking <= 8 * 4  # eight pictures' worth, of three answers and a null
+    assert max(seen) >= 16 and max(seen[:5]) >= 16
 
 
 def test_the_best_of_some_are_painted_in_one_batch(tiny: TextToImage) -> None:

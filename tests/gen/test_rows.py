@@ -493,9 +493,39 @@ class ShortOf(TorchFunctionMode):
         return made
 
 
+def test_rows_that_were_put_apart_are_together_again_after_a_while(
+    tiny: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so are those that come into their lane meanwhile."""
+    monkeypatch.setattr("gen.rows.PATIENCE", 2)
+    rows = [
+        replace(row, key=f"{name} {row.key}", sampler=name) for name in ("ddim", "dpmpp_2m") for row in rows_of(tiny, 2)
+    ]
+    together, sizes = rows_over(tiny, buckets_of(32)), list[int]()
+    network = together.network
+
+    def counted(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+        sizes.append(len(x))
+        return network(x, timestep, told)
+
+    together.network = counted
+    calls = []
+    with torch.no_grad():
+        together.admit(rows)
+        with ShortOf(torch.cat, 3):
+            together.tick()
+        late = [replace(row, key=f"late {row.key}") for row in rows[2:]]
+        together.admit(late)
+        for _ in range(2):
+            sizes.clear()
+            together.tick()
+            calls.append(len(sizes))
+    assert calls == [2, 1]
+
+
 @pytest.mark.parametrize("operation", [torch.cat, Tensor.index_select, Tensor.view])
 def test_where_memory_runs_out_beside_a_call_fewer_rows_are_together(tiny: TextToImage, operation: object) -> None:
-    """As they came, in halves, down to one; who is apart stays so, and nothing is tried in vain at every step."""
+    """As they came, in halves, down to one, and nothing is tried in vain at every step."""
     rows = [*rows_of(tiny, 5), *(replace(row, key=5 + row.key) for row in rows_of(tiny, 2, sampler="heun"))]
     whole = finish(rows_over(tiny), rows)
     together = rows_over(tiny, buckets_of(16))
