@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -87,14 +87,19 @@ class Darkroom:
 
         `flights` are the requests in flight by their numbers; one that fails is out of them once `fail` was told.
         """
-        ready: dict[Kind, list[Member]] = {}
-        for flight in flights.values():
-            for index, latents in flight.latents.items():
-                ready.setdefault(kind_of(flight, index, latents), []).append((flight, index))
-        for kind, members in ready.items():
+        for kind, members in _by_kind(flights.values()).items():
             here = [(flight, index) for flight, index in members if flight.number in flights]
             if len(here) >= chunk_of(kind.shape) or any(flight.is_through for flight, _ in here):
                 self._develop(kind, here, flights, fail)
+
+    def finish(self, flight: Flight[Any]) -> None:
+        """Decode and score at once what has finished of a request that nobody paints any more; raises what fails."""
+
+        def fail(flight: Flight[Any], error: Exception) -> None:
+            raise error
+
+        for kind, members in _by_kind([flight]).items():
+            self._develop(kind, members, {flight.number: flight}, fail)
 
     def look(self, flight: Flight[Any], candidates: Sequence[int]) -> list[float]:
         """CLIP's cosine of candidates as they stand; the device is waited for.
@@ -204,6 +209,15 @@ class Darkroom:
 def kind_of(flight: Flight[Any], index: int, latents: Tensor) -> Kind:
     """Of a candidate's latents (C, h, w)."""
     return Kind(tuple(latents.shape), flight.candidates[index].settings.vae_tiling)
+
+
+def _by_kind(flights: Iterable[Flight[Any]]) -> dict[Kind, list[Member]]:
+    """What has finished of these requests and is not decoded."""
+    found: dict[Kind, list[Member]] = {}
+    for flight in flights:
+        for index, latents in flight.latents.items():
+            found.setdefault(kind_of(flight, index, latents), []).append((flight, index))
+    return found
 
 
 def chunk_of(shape: Sequence[int]) -> int:

@@ -124,11 +124,12 @@ class Engine(Generic[R]):
     def so_far(self, future: Future[R]) -> Callable[[], R] | None:
         """What makes the answer to a request of what is painted of it by now; None: nothing is.
 
-        Not while the engine runs in a thread. What is given works once the engine is closed, too.
+        What has taken all of its steps and waits to be decoded is painted: it is decoded when the answer is made. Not
+        while the engine runs in a thread. What is given works once the engine is closed, too.
         """
         for flight in self._unsettled.values():
             if flight.future is future:
-                return self._concluding(flight) if flight.painted else None
+                return partial(self._answer_so_far, flight) if flight.painted or flight.latents else None
         is_answered = future.done() and not future.cancelled() and future.exception() is None
         return future.result if is_answered else None
 
@@ -355,6 +356,12 @@ class Engine(Generic[R]):
             self._lead.ask(flight)
             if flight.is_done:
                 self._settle(flight, partial(flight.future.set_result, self._concluding(flight)()))
+
+    @torch.no_grad()
+    def _answer_so_far(self, flight: Flight[R]) -> R:
+        with self._turn, without_tf32(self.model.device):
+            self._darkroom.finish(flight)
+        return self._concluding(flight)()
 
     def _concluding(self, flight: Flight[R]) -> Callable[[], R]:
         job = replace(flight.job, candidates=tuple(flight.candidates))

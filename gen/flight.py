@@ -213,9 +213,9 @@ class Flight(Generic[R]):
 
     def paint(self, index: int, painted: Painted) -> None:
         """Note a candidate's end."""
+        self.painted[index] = painted  # first: Ctrl-C can come behind each
         del self.latents[index], self.goals[index]
         self.estimates.pop(index, None)
-        self.painted[index] = painted
         self.account.decodes += painted.pixels is not None
         self.account.scores += painted.score is not None
 

@@ -686,6 +686,27 @@ def test_ctrl_c_leaves_what_was_painted(tiny: TextToImage, words: dict[str, Any]
     assert other.seeds == [7]
 
 
+@pytest.mark.parametrize("words", [{}, {"rerank": False, "keep": None}])
+def test_ctrl_c_leaves_what_waits_to_be_decoded(tiny: TextToImage, words: dict[str, Any]) -> None:
+    """Pictures that have taken all of their steps are kept, though they are too few for a whole chunk."""
+    seen: list[int] = []
+
+    def interrupt(step: Step) -> None:
+        seen.extend(step.seeds if step.steps_left[0] == 0 else [])
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+
+    asked = replace(PLAIN, **({"prior": False, "keep": 6, "rerank": None, "output_type": "pt"} | words))
+    with pytest.raises(Interrupted) as caught:
+        tiny.paint([replace(asked, num_images_per_prompt=8)], batch_size=2, callback=interrupt)
+    (result,) = caught.value.results()
+    assert result is not None
+    expected = tiny.paint([replace(asked, num_images_per_prompt=6)])[0]
+    assert result.seeds == expected.seeds and result.scores == pytest.approx(expected.scores)
+    assert torch.allclose(result.images, expected.images, atol=LEVEL)
+    assert caught.value.results()[0].seeds == result.seeds, "it can be asked for again"
+
+
 def test_ctrl_c_while_requests_begin_resolves_them_all(tiny: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny.engine()
     futures = [engine.submit(request) for request in KINDS[:3]]
