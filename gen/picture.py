@@ -55,8 +55,9 @@ def write_png(picture: Image.Image, path: Path, record: dict[str, Any] | None = 
 class Writer:
     """Writes PNG files in threads, while what comes next is painted or laid out: `with Writer() as writer`.
 
-    However the block ends, by an error or Ctrl-C too, all that was handed over by then is written before it is left. An
-    error of a file is raised there, the first one's, where the block itself raised none.
+    However the block ends, by an error or Ctrl-C too, all that was handed over by then is written before it is left.
+    Ctrl-C meanwhile waits too, and one more does not. An error of a file is raised there, the first one's, where the
+    block itself raised none.
     """
 
     def __init__(self, num_threads: int = 4) -> None:  # zlib takes most of the time, and lets other threads run
@@ -73,7 +74,11 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown()
+        try:
+            self._pool.shutdown()
+        except KeyboardInterrupt:
+            self._pool.shutdown()
+            raise
         if error is None:
             for file in self._files:
                 file.result()

@@ -1,6 +1,7 @@
 """PNG records survive the file and its failures; pictures are read upright."""
 
 import json
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,6 +73,22 @@ def test_all_that_was_handed_over_is_written_however_the_block_ends(tmp_path: Pa
         for seed in range(9):
             picture, record = read_png(folder / f"{seed}.png")
             assert record == RECORD and largest_difference(picture, noise(seed, (300, 300))) == 0
+
+
+def test_ctrl_c_while_the_last_are_written_waits_for_them(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Writer(num_threads=1) as writer:
+        waited, begun = writer._pool.shutdown, threading.Event()
+
+        def interrupted() -> None:
+            writer._pool.shutdown = waited  # type: ignore[method-assign]
+            begun.set()
+            raise KeyboardInterrupt
+
+        writer._pool.shutdown = interrupted  # type: ignore[assignment, method-assign]
+        writer._pool.submit(begun.wait)  # so that nothing is written before
+        for seed in range(3):
+            writer.write(noise(seed), tmp_path / f"{seed}.png", RECORD)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
 
 
 def test_a_file_that_fails_is_told_of_and_the_others_are_written(tmp_path: Path) -> None:
