@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
+from gen.interrupt import deferred_interrupt
 from gen.options import Config, with_options
 from gen.output_folder import output_folder
 from gen.picture import Writer, largest_difference, read_picture, read_png
@@ -125,7 +126,9 @@ def generate(
         asked = replace(request, keep=None) if shows_all else request
         result, interrupted = _painted(painter, asked, not quiet and sys.stderr.isatty())
         painted = time.perf_counter()
-        pictures = _written(result, keep, folder, prompt)
+        with deferred_interrupt() as came:
+            pictures = _written(result, keep, folder, prompt)
+            interrupted = interrupted or came()
     answer = {
         "prompt": prompt,
         "unknown_words": foreign,
@@ -144,9 +147,9 @@ def generate(
     else:
         print(*([one["path"] for one in pictures] if quiet else _summary(answer)), sep="\n")
     if interrupted:
-        wanted = "as many as fit" if num_images_per_prompt is None else num_images_per_prompt
+        wanted = "" if num_images_per_prompt is None else f" of {num_images_per_prompt}"
         num_painted = sum(each.painted for each in result.candidates)
-        say("generate", f"interrupted with {num_painted} of {wanted} candidates painted")
+        say("generate", f"interrupted with {num_painted}{wanted} candidates painted")
         raise typer.Abort  # so that no more is said of it
 
 

@@ -23,6 +23,7 @@ from accelerate.utils import is_tensorboard_available
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gen.interrupt import deferred_interrupt
 from gen.weights import quiet
 from training.average import Average
 from training.checkpoints import (
@@ -37,7 +38,7 @@ from training.optimizer import make_optimizer
 from training.order import Order
 from training.recipe import Recipe, TrainSection, changes
 from training.task import Task, moved
-from training.terminal import bar, deferred_interrupt, ignore_interrupts
+from training.terminal import bar, ignore_interrupts
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,11 @@
-"""A training run at a terminal: what it shows there, and how it hears Ctrl-C."""
+"""A training run at a terminal: what it shows there, and that Ctrl-C is heard by the loop alone."""
 
 from __future__ import annotations
 
 import logging
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,27 +46,6 @@ def bar(shown: bool, name: str, step: int, steps: int) -> Iterator[Show]:
                 progress.update(handle, completed=step, note=f"loss {values['loss']:.4f}")
 
             yield show
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of the step, so that no checkpoint holds half of one; a second Ctrl-C does not wait."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def ignore_interrupts(worker: int) -> None:
