@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -367,8 +367,13 @@ class TextToImage:
         engine = self.engine(max_rows=max_rows)
         try:
             return tick_until_done(engine, [engine.submit(job, callback=callback) for job in jobs])
-        finally:
+        except Interrupted:
+            with suppress(KeyboardInterrupt):  # one more would hide what was painted
+                engine.close(cancel=True)
+            raise
+        except BaseException:
             engine.close(cancel=True)
+            raise
 
     def _result(self, job: Job, painted: Mapping[int, Painted], account: Account) -> Result:
         return answer(job, painted, account, self._record, self.adapters, self.compute.dtype)

@@ -707,6 +707,22 @@ def test_ctrl_c_leaves_what_waits_to_be_decoded(tiny: TextToImage, words: dict[s
     assert caught.value.results()[0].seeds == result.seeds, "it can be asked for again"
 
 
+def test_ctrl_c_while_a_call_ends_loses_nothing(tiny: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(engine: Engine[Result], *, cancel: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt(step: Step) -> None:
+        if step.seeds == [9] and step.steps_left == [1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "close", interrupted)
+    asked = replace(PLAIN, prior=False, num_images_per_prompt=3)
+    assert len(tiny.paint([asked])[0].images) == 3
+    with pytest.raises(Interrupted) as caught:
+        tiny.paint([asked], batch_size=1, callback=interrupt)
+    assert [result.seeds for result in caught.value.results() if result] == [[7, 8]]
+
+
 def test_ctrl_c_while_requests_begin_resolves_them_all(tiny: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny.engine()
     futures = [engine.submit(request) for request in KINDS[:3]]
