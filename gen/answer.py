@@ -146,7 +146,12 @@ def as_output(pictures: Sequence[Tensor], output_type: str) -> Images:
     """Pictures (3, H, W) in [0, 1], or latents, as the user asked for them; all are of one size."""
     stacked = torch.stack(list(pictures))
     if output_type == "pil":
-        levels = (stacked * 255).round().to(torch.uint8)  # on the device: a quarter of the bytes to fetch
-        return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+        return as_pillow(stacked)
     stacked = stacked.cpu()
     return stacked.permute(0, 2, 3, 1).numpy() if output_type == "np" else stacked
+
+
+def as_pillow(pictures: Tensor) -> list[Image.Image]:
+    """Pictures (N, 3, H, W) in [0, 1] as Pillow's."""
+    levels = (pictures * 255).round().to(torch.uint8)  # on the device: a quarter of the bytes to fetch
+    return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]

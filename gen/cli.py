@@ -244,7 +244,7 @@ def reproduce(
     """Paint FILE.png again from its own record; exit status 1 when a pixel is more than one level off."""
     with speaking("reproduce"):
         before, record = read_png(picture)
-        from gen.answer import as_output
+        from gen.answer import as_pillow
         from gen.pipeline import TextToImage
 
         painter = TextToImage.of_record(
@@ -259,9 +259,8 @@ def reproduce(
         made = record.get("attention", painter.compute.attention)
         if made != painter.compute.attention:
             say("reproduce", f"attention '{made}' does not run here; pixels may differ by torch's own")
-        again = as_output([painter.repaint(record, image or ())], "pil")
-        assert isinstance(again, list)
-        difference = largest_difference(before, again[0])
+        (again,) = as_pillow(painter.repaint(record, image or ())[None])
+        difference = largest_difference(before, again)
     answer = {
         "picture": str(picture),
         "largest_difference": difference,

@@ -299,7 +299,7 @@ class Engine(Generic[R]):
             with self._alone(flight):
                 self._stages.admit(chosen)
 
-    def _settle(self, flight: Flight[R], resolve: Callable[[], object]) -> None:
+    def _settle(self, flight: Flight[R], answer: Callable[[], object]) -> None:
         """Take a request out, and resolve its future unless it was cancelled."""
         has_begun = self._flights.pop(flight.number, None) is not None
         with self._changed:
@@ -309,7 +309,7 @@ class Engine(Generic[R]):
         self._stages.drop(flight.places(range(len(flight.candidates))))
         flight.end()
         if flight.future.set_running_or_notify_cancel():
-            resolve()
+            answer()
 
     @contextmanager
     def _alone(self, flight: Flight[R]) -> Iterator[None]:

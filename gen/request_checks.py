@@ -66,7 +66,7 @@ def check_conditions(request: Request, settings: Settings, able: Abilities) -> N
         raise ValueError("clip_guidance_scale needs the prompt as text; give prompt as well, or leave it out")
 
 
-def check_embedding(request: Request) -> None:
+def check_variation(request: Request) -> None:
     """Refuse what makes or moves an image embedding, where it lacks what it goes with or meets what it stands for."""
     for name, wanted in (("interpolate_image", "variation_of"), ("edit_from", "variation_of")):
         if getattr(request, name) is not None and getattr(request, wanted) is None:
@@ -105,7 +105,7 @@ def check_pictures(request: Request, settings: Settings, able: Abilities, pictur
             check_mask(mask, image, settings.height, settings.width, able.size_multiple)
 
 
-def check_words(request: Request, settings: Settings, said: Sequence[str]) -> None:
+def check_reading(request: Request, settings: Settings, said: Sequence[str]) -> None:
     """Refuse texts that cannot be weighed, and embeddings in their place where they are to be read in pieces."""
     if settings.prompt_weights:
         for text in dict.fromkeys(said):

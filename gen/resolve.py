@@ -24,10 +24,10 @@ from gen.request_checks import (
     Pictures,
     check_beginning,
     check_conditions,
-    check_embedding,
     check_pictures,
+    check_reading,
     check_tensors,
-    check_words,
+    check_variation,
     ignored,
 )
 from gen.search import BestOf, Search, by_name
@@ -61,7 +61,7 @@ def resolve(request: Request, able: Abilities) -> Job:
     for name, reason in unread:
         warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=2)
     check_pictures(request, shared, able, pictures)
-    check_embedding(request)
+    check_variation(request)
     settings = settings_of_each(request, prompts, shared)
     seeds = candidate_seeds(request.seed, len(prompts), n)
     check_tensors(request, shared, able, len(prompts), n)
@@ -233,7 +233,7 @@ def size_of_latents(latents: Tensor, cell: int, height: int | None, width: int |
 def settings_of_each(request: Request, prompts: Sequence[str], shared: Settings) -> list[Settings]:
     """The settings of each prompt: those that all share, with texts beside the prompt."""
     negatives = negatives_of(request, len(prompts))
-    check_words(request, shared, [*prompts, *negatives, shared.interpolate_prompt])
+    check_reading(request, shared, [*prompts, *negatives, shared.interpolate_prompt])
     second = [each_of(name, getattr(request, name), len(prompts)) for name in SECOND]
     return [
         replace(shared, negative_prompt=negative, prompt_2=prompt, negative_prompt_2=null)

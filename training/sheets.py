@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gen.answer import as_pillow
 from gen.sheet import contact_sheet
 
 
 def pictures_of(pixels: Tensor) -> list[Image.Image]:
     """Pixels (N, 3, H, W), of 8 bits or in [0, 1], as Pillow's pictures."""
-    levels = pixels if pixels.dtype == torch.uint8 else (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+    return as_pillow(pixels / 255 if pixels.dtype == torch.uint8 else pixels.float().clamp(0, 1))
 
 
 def captioned(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
