@@ -21,7 +21,7 @@ _Z = 1.959964  # 97.5 % point of the normal distribution
 
 
 class TwoTowers(Protocol):
-    """A CLIP, as `clip_core.CLIP`."""
+    """A CLIP, as `clip_core.clip.CLIP`."""
 
     def text(self, texts: list[str]) -> Any:
         """Features whose `embedding` is (B, E)."""
