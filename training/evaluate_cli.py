@@ -47,9 +47,6 @@ def evaluate(
     each prompt's candidates best first. An interrupted evaluation goes on when the same command is given
     again.
     """
-    for name, value in (("-n", number), ("--limit", limit), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more")
     from training.evaluation.measure import measure
     from training.evaluation.tables import fault_table, table
 

@@ -47,8 +47,9 @@ def test_json_is_all_that_standard_output_holds(model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("-n", 0), "-n is 0; give 1 or more"),
-        (("--limit", 0), "--limit is 0; give 1 or more"),
+        (("-n", 0), "number=0 is out of range; give a whole number of 1 or more"),
+        (("--limit", 0), "limit=0 is out of range; give a whole number of 1 or more"),
+        (("--batch-size", 0), "batch_size=0 is out of range; give a whole number of 1 or more"),
         (("--model", "no such model"), "model 'no such model' is unknown"),
         (("--seed", -1), "seed is -1; give one from 0 to"),
     ],

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from clip_core.weights import content_hash
 from gen import TextToImage
+from gen.checks import whole
 from training.data import checker
 from training.data.suite import SHAPES_TEST, Prompt, load
 from training.evaluation.ledger import Ledger
@@ -38,7 +39,13 @@ def measure(
     device: str | None = None,  # None: a GPU where there is one
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Load the model, evaluate it under a bar and write `result.json`."""
+    """Load the model, evaluate it under a bar and write `result.json`.
+
+    ValueError, before anything is loaded, where a number is below 1.
+    """
+    for name, value in (("number", number), ("limit", limit), ("batch_size", batch_size)):
+        if value is not None:
+            whole(name, value, 1)
     prompts = load() if limit is None else first_of_each_group(load(), limit)
     painter = TextToImage.from_pretrained(model, device)
     clip = painter.model.clip
