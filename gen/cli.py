@@ -8,6 +8,8 @@ elsewhere. Standard output has the answer (with --json one object and nothing el
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import dropwhile
 from os.path import isfile
@@ -244,6 +246,7 @@ def reproduce(
     """Paint FILE.png again from its own record; exit status 1 when a pixel is more than one level off."""
     with speaking("reproduce"):
         before, record = read_png(picture)
+    with _naming(picture), speaking("reproduce"):
         from gen.answer import as_pillow
         from gen.pipeline import TextToImage
 
@@ -275,6 +278,16 @@ def reproduce(
         print(f"{picture}: {verdict}; largest pixel difference {difference} of 255 {levels}")
     if difference > TOLERANCE:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _naming(picture: Path) -> Iterator[None]:
+    """What cannot be painted again is told with the file it is of."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (f"{picture}: {error}",)
+        raise
 
 
 @dataclass(frozen=True)

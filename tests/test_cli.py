@@ -682,6 +682,7 @@ def test_reproduce_refuses_what_it_cannot_repaint(
         lacking = {key: value for key, value in record.items() if key != name}
         said = refused(capsys, "reproduce", rewrite(source, tmp_path / f"no-{name}.png", lacking))
         assert f"no {name}" in said or f"no '{name}'" in said
+        assert said.count(f"no-{name}.png") == 1, "it says which file's record that is, once"
     for name, damage in (
         *(("settings", [1]), ("weak_unet", 3), ("clip", {}), ("clip_hash", 1), ("noise_path", 7)),
         *(("attention", 5), ("dtype", "float3"), ("runtime", 2)),
