@@ -1,6 +1,6 @@
 """Requests that arrive at random: rows in flight against static batching, on the same model and the same requests.
 
-    python benchmarks/arrivals.py [MODEL] [--requests 40] [--load 1.1] [--faster 1.35] [--repeats 2] ...
+    python benchmarks/arrivals.py [MODEL] [--requests 40] [--load 1.1] [--faster 1.35] [--repeats 5] ...
 
 Requests of mixed lengths, guidance, samplers and numbers of candidates arrive one by one (a Poisson process at `load`
 of what the model paints when it is given all at once). Either an engine takes each as it comes, or a static batcher
@@ -159,7 +159,7 @@ def main(
     load: Annotated[float, typer.Option(min=0.01, help="Share of what is painted when all is given at once.")] = 1.1,
     faster: Annotated[float, typer.Option(min=1.0, help="How much faster they come to the engine alone.")] = 1.35,
     largest: Annotated[int, typer.Option(min=1, help="Pictures in a static batch, at most.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1)] = 2,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
     device: Annotated[str | None, typer.Option(help="cuda where there is one.")] = None,
     result: Annotated[Path, typer.Option(help="The file kept.")] = RESULTS / "arrivals.json",
 ) -> None:
