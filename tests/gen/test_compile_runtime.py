@@ -39,7 +39,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 def by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few sizes, and torch.compile without its code generator, which takes minutes for a model; the rest as it is."""
     monkeypatch.setattr(compile_runtime, "SIZES", (4, 1))
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 def latents(results: list[Any]) -> Tensor:
