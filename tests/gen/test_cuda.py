@@ -123,7 +123,7 @@ def test_other_families_paint_the_same_there(family: str, tmp_path: Path) -> Non
             images = painted(model, steps, rerank=False).images
             waits.append(Counter(watch.waits))
     assert waits[0] == waits[1]
-    assert (images - expected).abs().max() < 1e-2
+    assert (images - expected).abs().max() < (1e-2 if family == "karlo" else 1e-3)  # it starts at a level of 20,291
 
 
 @pytest.mark.parametrize("version", ["2.2", "2.1"])
