@@ -225,7 +225,7 @@ class Preprocess:
     def _normalised(self, levels: Tensor) -> Tensor:
         levels = levels.float()
         mean, std = _moments(self.mean, self.std, levels.device)
-        return (levels / 255 - mean) / std
+        return (levels / 255).sub_(mean).div_(std)
 
 
 @cache
@@ -248,7 +248,7 @@ class _EightBit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, levels: Tensor) -> Tensor:
-        return (levels + 0.5).floor().clamp(0, 255)  # Pillow's clip8
+        return (levels + 0.5).floor_().clamp_(0, 255)  # Pillow's clip8
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ and knows neither how answers are weighed nor what becomes of rows that failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from gen.lane import MOMENTUM, Lane, Plan, Walk
 from samplers.inpaint import held
 from samplers.sample import advance
+from samplers.scaling import Preconditioning
 from samplers.state import Prediction, State
 
 Member = tuple[Lane, int]
@@ -34,9 +35,10 @@ class StepFailed(Exception):
 class Question(Exception):
     """A step has come to where it asks the network what it has not been told yet."""
 
-    def __init__(self, x: Tensor, sigma: Tensor) -> None:
+    def __init__(self, x: Tensor, sigma: Tensor, preconditioning: Preconditioning | None) -> None:
         super().__init__()
         self.x, self.sigma = x, sigma  # (B, ...) and (B,)
+        self.preconditioning = preconditioning  # of the network there; None: it is no level of the rows' schedules
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +67,16 @@ class Attempt:
         It begins anew each time, which is nothing to a pure function, so that lanes of several samplers, some of which
         ask twice, can share network calls.
         """
-        told, lane = iter(self.told), self.lane
+        told, lane, ends = iter(self.told), self.lane, self.lane.walk.step
 
         def denoise(x: Tensor, sigma: Tensor) -> Prediction:
             prediction = next(told, None)
             if prediction is None:
-                raise Question(x, sigma)
+                known = (end.preconditioning for end in ends if end.level.sigma is sigma)
+                raise Question(x, sigma, next(known, None))
             return prediction
 
-        now, then = lane.walk.level(0), lane.walk.level(1)
+        now, then = (end.level for end in ends)
         asking = denoise if self.plan.held is None else held(denoise, self.plan.held)
         try:
             state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
@@ -87,15 +90,24 @@ class Attempt:
         return None
 
 
-@contextmanager
-def blaming(members: Sequence[Member], *, in_call: bool = False) -> Iterator[None]:
-    """What goes wrong in here is these rows', unless somebody within knows better."""
-    try:
-        yield
-    except StepFailed:
-        raise
-    except Exception as error:
-        raise StepFailed(members, in_call=in_call) from error
+@dataclass(frozen=True, eq=False)
+class Blaming:
+    """What goes wrong within is these rows', unless somebody further within knows better."""
+
+    members: Callable[[], Sequence[Member]]
+    in_call: bool = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, StepFailed):
+            raise StepFailed(self.members(), in_call=self.in_call) from error
+
+
+def blaming(*lanes: Lane) -> Blaming:
+    """What goes wrong within is these lanes'."""
+    return Blaming(partial(members_of, lanes))
 
 
 def members_of(lanes: Sequence[Lane]) -> list[Member]:

@@ -203,7 +203,7 @@ class Darkroom:
 
     def _seen(self, pixels: Tensor) -> Tensor:
         """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""
-        return self.clip.image((pixels * 255).round() / 255)
+        return self.clip.image((pixels * 255).round_().div_(255))
 
 
 def kind_of(flight: Flight[Any], index: int, latents: Tensor) -> Kind:

@@ -184,8 +184,9 @@ class Flight(Generic[R]):
         self.account.evaluations[stage] += sum(taken.evaluations[slot] for slot in slots)
         self.account.gradients += sum(taken.gradients[slot] for slot in slots)
         if stage == DECODER:
+            estimates = taken.x0.unbind(0)
             for slot, one in zip(slots, rows, strict=True):
-                self.estimates[place_of(one.row).candidate] = taken.x0[slot]
+                self.estimates[place_of(one.row).candidate] = estimates[slot]
                 self.step(one)
         if self.callback is not None:
             everyone = len(slots) == len(taken.rows)

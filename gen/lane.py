@@ -8,66 +8,86 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from clip_core.device import sent
 from gen.bucket import Bucket, next_cut
 from gen.conditioning import Condition, Conditions
 from gen.row import Likeness, Live, Row
-from samplers.guidance import Guides
+from samplers.guidance import Guides, spread
 from samplers.inpaint import Held
 from samplers.sample import SAMPLERS
+from samplers.scaling import Preconditioning, Scaling
 from samplers.state import Level, State
 
+EVERYWHERE = (-math.inf, math.inf)  # a guidance interval
 MOMENTUM = "momentum"  # what a state remembers of rows that follow apg
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
-    """Where each row stands in its own schedule, on the device, so that no tick has to send it there."""
+class Standing:
+    """A level of each row, and how the network is asked there."""
 
-    sigmas: Tensor  # (B, N + 1) float32, each row's levels; zeros behind its last
-    last: Tensor  # (B,) int64, the index of each row's last level
-    index: Tensor  # (B,) int64
+    level: Level
+    preconditioning: Preconditioning
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Where each row stands in its own schedule and will stand, on the device, so that no tick has to work it out."""
+
+    levels: Tensor  # (T, 5, B) float32, the level of each row so many steps on, and how the network is asked there
+    places: Tensor  # (T, 2, B) int64, of each level its index and how many are left
+    at: int  # how many steps have been taken
+    standings: tuple[Standing, ...]  # T views of all this
 
     @classmethod
-    def of(cls, live: Sequence[Live], device: torch.device) -> Walk:
-        """As the rows stand."""
-        longest = max(one.row.schedule.last for one in live)
-        levels = [one.row.schedule.sigmas.float() for one in live]
-        sigmas = torch.stack([F.pad(each, (0, longest + 1 - len(each))) for each in levels])
-        last = torch.tensor([one.row.schedule.last for one in live])
-        index = torch.tensor([one.index for one in live])
-        return cls(sent(sigmas, device), sent(last, device), sent(index, device))
+    def of(cls, live: Sequence[Live], scaling: Scaling, device: torch.device) -> Walk:
+        """As the rows stand; the scaling's table lies on the device. Behind a row's last level nothing is meant."""
+        coming = [one.row.schedule.sigmas[one.index :].float() for one in live]
+        sigmas = sent(pad_sequence(coming), device)  # (T, B)
+        index = torch.arange(len(sigmas))[:, None] + torch.tensor([one.index for one in live])
+        left = torch.tensor([one.row.schedule.last for one in live]) - index
+        levels = torch.stack([sigmas, *scaling.preconditioning(sigmas).values], 1)
+        return cls.from_tables(levels, sent(torch.stack([index, left], 1), device))
 
-    def level(self, ahead: int) -> Level:
-        """The level so many steps on."""
-        index = self.index + ahead
-        return Level(self.sigmas.gather(1, index[:, None])[:, 0], index, self.last - index)
+    @classmethod
+    def from_tables(cls, levels: Tensor, places: Tensor) -> Walk:
+        """Before its first step."""
+        each = zip(levels[:, 0].unbind(0), levels[:, 1:].unbind(0), *places.unbind(1), strict=True)
+        return cls(
+            levels, places, 0, tuple(Standing(Level(one, *at), Preconditioning(asked)) for one, asked, *at in each)
+        )
+
+    @property
+    def step(self) -> tuple[Standing, Standing]:
+        """From where to where the coming step goes."""
+        return self.standings[self.at], self.standings[self.at + 1]
 
     def on(self) -> Walk:
         """One step further."""
-        return Walk(self.sigmas, self.last, self.index + 1)
+        return replace(self, at=self.at + 1)
 
     def select(self, rows: Tensor | slice) -> Walk:
         """The rows (K,) that go on; a slice of them is a view."""
-        return Walk(self.sigmas[rows], self.last[rows], self.index[rows])
+        return self.from_tables(self.levels[self.at :, :, rows], self.places[self.at :, :, rows])
 
     def cat(self, other: Walk) -> Walk:
         """These rows, then the other's."""
-        longest = max(self.sigmas.shape[1], other.sigmas.shape[1])
-        sigmas = [F.pad(each, (0, longest - each.shape[1])) for each in (self.sigmas, other.sigmas)]
-        return Walk(
-            torch.cat(sigmas),
-            torch.cat([self.last, other.last]),
-            torch.cat([self.index, other.index]),
-        )
+        longest = max(len(walk.standings) - walk.at for walk in (self, other))
+
+        def together(*tables: Tensor) -> Tensor:
+            return torch.cat([F.pad(each, (0, 0, 0, 0, 0, longest - len(each))) for each in tables], 2)
+
+        levels = together(self.levels[self.at :], other.levels[other.at :])
+        return self.from_tables(levels, together(self.places[self.at :], other.places[other.at :]))
 
 
 @dataclass(eq=False)
@@ -97,13 +117,15 @@ class Plan:
     """
 
     asking: list[tuple[bool, bool, bool]]  # of each row
-    conditions: list[Condition]  # (M,) of each evaluation, row by row
+    terms: list[int]  # evaluations of each row
+    conditions: list[Condition]  # (M,) of each evaluation, `text_by_text`
     slots: list[int]  # (M,) the row of each evaluation
     rows: Tensor  # (M,) int64, `slots` on the device, as all that follows
+    spread: Tensor  # (M, values of x) int64, the same for every value
     weights: Tensor  # (M,)
     alone: Tensor  # (M,) the weights where guidance is off
     away: Tensor  # (B,) bool, the rows that have a null on the coming step
-    interval: tuple[Tensor, Tensor]  # (B,) each
+    interval: tuple[Tensor, Tensor] | None  # (B,) each; None where all rows are guided everywhere
     rescale: Tensor | None  # (B,); None where no row asks for it
     guides: Guides | None  # None where all rows follow cfg
     thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
@@ -114,23 +136,28 @@ class Plan:
     @classmethod
     def of(cls, lane: Lane, device: torch.device) -> Plan:
         """For the rows as they stand."""
-        listed = [(term, slot) for slot, one in enumerate(lane.rows) for term in one.terms]
+        terms = [one.terms for one in lane.rows]
+        by_row = [(term, slot) for slot, each in enumerate(terms) for term in each]
+        listed = [by_row[place] for place in text_by_text([term.condition for term, _ in by_row])]
         rows = [one.row for one in lane.rows]
         slots = [slot for _, slot in listed]
-        intervals = [row.guidance_interval or (-math.inf, math.inf) for row in rows]
+        each_row = sent(torch.tensor(slots), device)
+        intervals = [row.guidance_interval or EVERYWHERE for row in rows]
         low, high = sent(torch.tensor(intervals), device).unbind(1)
         rescaled = [row.guidance_rescale for row in rows]
         guides = Guides.of([(row.guide, row.guidance_scale) for row in rows], partial(sent, device=device))
         percentile, bound = sent(torch.tensor([row.thresholding or (0.0, 1.0) for row in rows]), device).unbind(1)
         return cls(
             asking=[one.asking for one in lane.rows],
+            terms=[len(each) for each in terms],
             conditions=[term.condition for term, _ in listed],
             slots=slots,
-            rows=sent(torch.tensor(slots), device),
+            rows=each_row,
+            spread=spread(each_row, math.prod(rows[0].shape)),
             weights=sent(torch.tensor([term.weight for term, _ in listed]), device),
             alone=sent(torch.tensor([term.alone for term, _ in listed]), device),
-            away=sent(torch.tensor([len(one.terms) > 1 for one in lane.rows]), device),
-            interval=(low, high),
+            away=sent(torch.tensor([len(each) > 1 for each in terms]), device),
+            interval=None if set(intervals) == {EVERYWHERE} else (low, high),
             rescale=sent(torch.tensor(rescaled), device) if any(rescaled) else None,
             guides=guides,
             thresholding=(percentile, bound) if any(row.thresholding for row in rows) else None,
@@ -161,11 +188,11 @@ class Pass:
     """
 
     plans: list[Plan]
-    conditions: list[Condition]  # (M,) of each evaluation: text by text, and condition by condition within a text
+    conditions: list[Condition]  # (M,) of each evaluation, `text_by_text`
     owners: list[tuple[int, int]]  # (M,) whose each evaluation is: which lane's, and its slot there
     ends: list[int]  # where the groups of one condition end
     rows: Tensor  # (M,) int64, the row of each evaluation, on the device
-    places: list[Tensor]  # of each lane where its evaluations are, in the order of its plan, on the device
+    places: list[Tensor] | None  # of each lane where those of its plan are, on the device; None of one: as they stand
     calls: list[Call] = field(default_factory=list)  # as it was asked last
 
     @classmethod
@@ -176,13 +203,7 @@ class Pass:
             for number, plan in enumerate(plans)
             for condition, slot in zip(plan.conditions, plan.slots, strict=True)
         ]
-        texts: dict[int, int] = {}
-        conditions: dict[int, int] = {}
-        for condition, _, _ in listed:  # in the order of their first use
-            texts.setdefault(id(condition.tokens), len(texts))
-            conditions.setdefault(id(condition), len(conditions))
-        keys = [(texts[id(condition.tokens)], conditions[id(condition)]) for condition, _, _ in listed]
-        order = sorted(range(len(listed)), key=keys.__getitem__)
+        order = text_by_text([condition for condition, _, _ in listed])
         told = [listed[k][0] for k in order]
         owners = [listed[k][1:] for k in order]
         first_rows = list(accumulate((len(lane.rows) for lane in lanes), initial=0))
@@ -194,7 +215,9 @@ class Pass:
             owners=owners,
             ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),
             rows=sent(torch.tensor([first_rows[number] + slot for number, slot in owners]), device),
-            places=[sent(torch.tensor(places[start:stop]), device) for start, stop in pairwise(first_places)],
+            places=None
+            if len(plans) == 1
+            else [sent(torch.tensor(places[start:stop]), device) for start, stop in pairwise(first_places)],
         )
 
     def call(self, place: int, start: int, size: int) -> Call:
@@ -207,6 +230,20 @@ class Pass:
         told = Conditions(tuple(self.conditions[start:stop]), tuple(self.owners[start:stop]))
         self.calls[place:] = [Call(start, stop, told)]
         return self.calls[place]
+
+
+def text_by_text(conditions: Sequence[Condition]) -> list[int]:
+    """The order that evaluations are asked in, by their places: text by text, and by condition within a text.
+
+    Texts and conditions come in the order of their first use; what is in this order stays as it is.
+    """
+    texts: dict[int, int] = {}
+    known: dict[int, int] = {}
+    for condition in conditions:
+        texts.setdefault(id(condition.tokens), len(texts))
+        known.setdefault(id(condition), len(known))
+    keys = [(texts[id(condition.tokens)], known[id(condition)]) for condition in conditions]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def lane_of(row: Row) -> Hashable:

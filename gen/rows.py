@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from clip_core.device import sent
-from gen.attempt import Attempt, Question, StepFailed, blaming, members_of
+from gen.attempt import Attempt, Blaming, Member, Question, StepFailed, blaming
 from gen.bucket import PATIENCE, PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
 from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of
 from gen.row import Live, Row
 from gen.weighing import weighed
 from samplers.sample import needs_noise, start_from
-from samplers.scaling import Scaling, denoiser
+from samplers.scaling import Preconditioning, Scaling
 from samplers.state import Prediction
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]
@@ -121,7 +121,8 @@ class Rows:
             x0 = torch.stack([nothing if origin is None else origin.to(self.device) for origin in origins])
             scales = [one.row.schedule.start_scale if one.row.origin is None else one.first_sigma for one in live]
             state = start_from(first.sampler, x0, unit, sent(torch.tensor(scales), self.device))
-            self.join(key, Lane(first.sampler, live, state, Walk.of(live, self.device), self.bucket_of(first.shape)))
+            walk = Walk.of(live, self.scaling, self.device)
+            self.join(key, Lane(first.sampler, live, state, walk, self.bucket_of(first.shape)))
 
     def join(self, key: Hashable, lane: Lane) -> None:
         """Let a lane's rows in as they stand."""
@@ -265,15 +266,15 @@ class Rows:
 
     def _worked_out(self, lanes: Sequence[Lane]) -> list[Attempt]:
         """The step of each lane; those that ask the network at one time ask it together."""
-        with blaming(members_of(lanes)):
+        with blaming(*lanes):
             attempts = []
             for lane in lanes:
-                with blaming(members_of([lane])):
+                with blaming(lane):
                     attempts.append(self._attempt(lane))
             asking = attempts
             while questions := self._questions(asking):
                 for (attempt, asked), each in zip(questions, self._estimates(questions), strict=True):
-                    with blaming(members_of([attempt.lane])):
+                    with blaming(attempt.lane):
                         attempt.told.append(weighed(attempt, each, self.scaling)(asked.x, asked.sigma))
                 asking = [attempt for attempt, _ in questions]
             return attempts
@@ -282,7 +283,7 @@ class Rows:
         """What these ask next, each as far as it has been told; who asks nothing is through."""
         questions = []
         for attempt in asking:
-            with blaming(members_of([attempt.lane])):
+            with blaming(attempt.lane):
                 asked = attempt.play()
             if asked is not None:
                 questions.append((attempt, asked))
@@ -299,8 +300,8 @@ class Rows:
         """Take a step that has been worked out."""
         lane, num_asked = attempt.lane, len(attempt.told)
         assert attempt.end is not None and num_asked, "every step asks at least once"
-        evaluations = [num_asked * len(one.terms) for one in lane.rows]
-        gradients = [num_asked * one.is_steered for one in lane.rows]
+        evaluations = [num_asked * number for number in attempt.plan.terms]
+        gradients = [num_asked * is_steered for _, is_steered, _ in attempt.plan.asking]
         lane.state, lane.walk = attempt.end.state, attempt.end.walk
         for one in lane.rows:
             one.index += 1
@@ -350,25 +351,31 @@ class Rows:
         """What the network says of every evaluation of each lane, (M, ...), in as few calls as the bucket allows."""
         lanes = [attempt.lane for attempt, _ in questions]
         ask = self._pass(lanes, [attempt.plan for attempt, _ in questions])
-        members = [(lanes[number], slot) for number, slot in ask.owners]
-        x, sigma = (torch.cat(parts) for parts in zip(*((each.x, each.sigma) for _, each in questions), strict=True))
+        x = joined([each.x for _, each in questions])
+        known = [each.preconditioning or self.scaling.preconditioning(each.sigma) for _, each in questions]
+        preconditioning = Preconditioning(joined([each.values for each in known], 1))
 
         def asked(call: Call) -> Prediction:
-            with blaming(members[call.start : call.stop], in_call=True):
+            def whose() -> list[Member]:
+                return [(lanes[number], slot) for number, slot in ask.owners[call.start : call.stop]]
+
+            with Blaming(whose, in_call=True):
                 at = ask.rows[call.start : call.stop]
                 # by index_select here and below, for x[at] wakes a thread per core, in milliseconds on some machines
-                return self._asked(call.told, x.index_select(0, at), sigma.index_select(0, at))
+                return self._asked(call.told, x.index_select(0, at), preconditioning.select(at))
 
         bucket, answers, start = lanes[0].bucket, list[Prediction](), 0
-        if bucket.wants_probe(len(members)):
+        if bucket.wants_probe(len(ask.owners)):
             twins = Conditions(tuple(condition.twin() for condition in ask.conditions[:PROBE]))
             bucket.probe(partial(asked, Call(0, PROBE, twins)))
-        while start < len(members):
+        while start < len(ask.owners):
             call = ask.call(len(answers), start, bucket.size)
             answers.append(bucket.ask(call.stop - call.start, partial(asked, call)))
             start = call.stop
-        x0, variances = torch.cat([each.x0 for each in answers]), [each.variance for each in answers]
-        variance = torch.cat([each for each in variances if each is not None]) if variances[0] is not None else None
+        x0, variances = joined([each.x0 for each in answers]), [each.variance for each in answers]
+        variance = joined([each for each in variances if each is not None]) if variances[0] is not None else None
+        if ask.places is None:
+            return [Prediction(x0, variance)]
         return [
             Prediction(x0.index_select(0, at), None if variance is None else variance.index_select(0, at))
             for at in ask.places
@@ -381,8 +388,16 @@ class Rows:
         self.passes.append(Pass.of(lanes, plans, self.device))
         return self.passes[-1]
 
-    def _asked(self, told: Conditions, x: Tensor, sigma: Tensor) -> Prediction:
-        return denoiser(lambda noisy, timestep: self.network(noisy, timestep, told), self.scaling)(x, sigma)
+    def _asked(self, told: Conditions, x: Tensor, preconditioning: Preconditioning) -> Prediction:
+        def network(noisy: Tensor, timestep: Tensor) -> Tensor:
+            return self.network(noisy, timestep, told)
+
+        return preconditioning.ask(network, x, self.scaling.learned_range)
+
+
+def joined(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """One behind the other; of one part itself, for on small tensors a copy takes as long as a step's arithmetic."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
 def end_of(row: Row, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gen.attempt import Attempt, blaming
+from gen.attempt import Attempt, Blaming
 from samplers.guidance import combine, in_interval, rescale
 from samplers.scaling import Scaling
 from samplers.state import Denoise, Prediction, per_row
@@ -23,22 +23,25 @@ def weighed(attempt: Attempt, each: Prediction, scaling: Scaling) -> Denoise:
 
     def guided(x: Tensor, sigma: Tensor) -> Prediction:
         def mixed(values: Tensor, weights: Tensor) -> Tensor:
-            return combine(values, weights, plan.rows, len(x))
+            return combine(values, weights, plan.spread, len(x))
 
-        inside = in_interval(sigma, plan.interval)
-        weights = torch.where(inside.index_select(0, plan.rows), plan.weights, plan.alone)
+        weights = plan.weights
+        if plan.interval is not None:
+            inside = in_interval(sigma, plan.interval)
+            weights = torch.where(inside.index_select(0, plan.rows), weights, plan.alone)
         x0 = mixed(each.x0, weights)
         if plan.guides is not None:
             prompt, null, before = mixed(each.x0, plan.alone), mixed(each.x0, 1 - plan.alone), attempt.momentum
-            index = attempt.lane.walk.index
+            index = attempt.lane.walk.step[0].level.index
             ruled, momentum = plan.guides.apply(x0, prompt, null, x, sigma, index, before, scaling)
-            held = per_row(inside & plan.away, x)
+            held = per_row(in_interval(sigma, plan.interval) & plan.away, x)
             x0 = torch.where(held, ruled, x0)
             if momentum is not None:
                 attempt.momentum = torch.where(held, momentum, 0.0 if before is None else before)
         if plan.rescale is not None:
             changed = rescale(x0, mixed(each.x0, plan.alone), x, sigma, plan.rescale, scaling)
-            x0 = torch.where(per_row((plan.rescale > 0) & inside, x0), changed, x0)
+            is_changed = (plan.rescale > 0) & in_interval(sigma, plan.interval)
+            x0 = torch.where(per_row(is_changed, x0), changed, x0)
         # guidance says where to go; how sure that is, the prompt's evaluation says alone, as in diffusers
         return Prediction(x0, None if each.variance is None else mixed(each.variance, plan.alone))
 
@@ -59,7 +62,7 @@ def _steered(guided: Denoise, attempt: Attempt) -> Denoise:
         for slot, scale, likeness in plan.steered:  # one by one, for a gradient through a picture takes much memory
             one = slice(slot, slot + 1)
             climb = towards(partial(_said, x0[slot]), likeness, scale * inside[one])
-            with blaming([(attempt.lane, slot)]):
+            with Blaming(partial(list, [(attempt.lane, slot)])):
                 x0[slot] = climb(x[one], sigma[one]).x0
         return Prediction(torch.cat(x0), prediction.variance)
 

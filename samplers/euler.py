@@ -22,7 +22,7 @@ def step(
     A row that churns spends the step's noise on that: its eta counts as 0.
     """
     x, sigma = churned(state.x, now, noise, options)
-    eta = torch.where(options["s_churn"] > 0, 0.0, options["eta"])
+    eta = None if noise is None else torch.where(options["s_churn"] > 0, 0.0, options["eta"])
     return State(_move(x, denoise(x, sigma).x0, sigma, next.sigma, noise, eta))
 
 
@@ -31,7 +31,7 @@ def ancestral(
 ) -> State:
     """Euler to a lower level and fresh noise after it, by eta: k-diffusion's ancestral Euler at 1."""
     x0 = denoise(state.x, now.sigma).x0
-    return State(_move(state.x, x0, now.sigma, next.sigma, noise, options["eta"]))
+    return State(_move(state.x, x0, now.sigma, next.sigma, noise, None if noise is None else options["eta"]))
 
 
 def ddim(
@@ -44,23 +44,26 @@ def ddim(
     """
     x0 = denoise(state.x, now.sigma).x0
     limit = per_row(options["clip"], x0)
-    down, up = split(now.sigma, next.sigma, options["eta"])
+    down, up = split(now.sigma, next.sigma, None if noise is None else options["eta"])
     moved = torch.clamp(x0, -limit, limit) + per_row(down / now.sigma, x0) * (state.x - x0)
     return State(moved if noise is None else moved + per_row(up, x0) * noise)
 
 
-def split(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+def split(sigma: Tensor, sigma_next: Tensor, eta: Tensor | None) -> tuple[Tensor, Tensor]:
     """The level that a step goes down to, and the deviation of fresh noise that raises it again to sigma_next, (B,).
 
     down^2 + up^2 = sigma_next^2; up is k-diffusion's ancestral noise, eta sigma_next sqrt(1 - sigma_next^2 / sigma^2).
+    eta (B,); None: 0 of every row, which gives the same to the last bit.
     """
+    if eta is None:
+        return sigma_next, torch.zeros_like(sigma_next)
     ratio = sigma_next / sigma
     fresh = (eta * (1 - ratio**2).clamp(min=0).sqrt()).clamp(max=1)
     left = (1 - eta) * (1 + eta) + (eta * ratio) ** 2  # 1 - fresh^2, which would lose its digits near eta 1
     return sigma_next * left.clamp(min=0).sqrt(), sigma_next * fresh
 
 
-def _move(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None, eta: Tensor) -> Tensor:
+def _move(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None, eta: Tensor | None) -> Tensor:
     down, up = split(sigma, sigma_next, eta)
     keep = per_row(down / sigma, x)
     # x0 + down * (x - x0) / sigma, which stays exact however large sigma is

@@ -18,13 +18,23 @@ from samplers.state import per_row
 
 
 def combine(x0: Tensor, weights: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Each row's weighted sum of M evaluations: (M, ...), weights (M,), rows (M,) -> (num_rows, ...)."""
+    """Each row's weighted sum of M evaluations: (M, ...), weights (M,), rows (M,) -> (num_rows, ...).
+
+    Whoever asks again and again for the same rows gives them as `spread`.
+    """
     weighted = (x0.float() * per_row(weights.float(), x0)).flatten(1)
-    # By index_add, or by places that are not laid out, a thread per core is woken for the smallest rows, which takes
-    # milliseconds on some machines.
-    places = rows[:, None].expand_as(weighted).contiguous()
-    summed = weighted.new_zeros(num_rows, weighted.shape[1]).scatter_add(0, places, weighted)
+    places = rows if rows.ndim == 2 else spread(rows, weighted.shape[1])
+    summed = weighted.new_zeros(num_rows, weighted.shape[1]).scatter_add_(0, places, weighted)
     return summed.view(num_rows, *x0.shape[1:])
+
+
+def spread(rows: Tensor, num_values: int) -> Tensor:
+    """The rows (M,) of evaluations for each of their values, (M, num_values), as `combine` takes them.
+
+    By index_add, or by places that are not laid out, a thread per core is woken for the smallest rows, which takes
+    milliseconds on some machines.
+    """
+    return rows[:, None].expand(-1, num_values).contiguous()
 
 
 def cfg_terms(scale: float) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +20,8 @@ from samplers.state import Denoise, Prediction, per_row
 
 Kind = Literal["eps", "v", "x0", "flow"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Network = Callable[[Tensor, Tensor], Tensor]
+"""network(input (B, ...), timestep (B,)) -> output like the input, or twice its channels (`Scaling.learned_range`)"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Scaling:
         """The same with its table on the device, which saves a copy at every call."""
         return replace(self, sigmas=self.sigmas.to(device))
 
+    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+        """How the network is asked at levels of any shape."""
+        return Preconditioning(torch.stack([self.timestep(sigma.flatten()).view_as(sigma), *self._coefficients(sigma)]))
+
     def timestep(self, sigma: Tensor) -> Tensor:
         """What the network calls sigma (B,): float32, continuous, exactly the integer at a training level."""
         sigma = sigma.double()
@@ -55,7 +62,7 @@ class Scaling:
             time = torch.where(sigma < FLOW_SIGMA_MAX, sigma / (1 + sigma), 1.0)
             # float32 levels know their time to 1e-8: round to it, so that a training level meets its integer
             return (time.round(decimals=7) * (len(self.sigmas) - 1)).float()
-        log_sigmas = self._log_sigmas(sigma.device)
+        log_sigmas = self._log_sigmas.to(sigma.device)
         log_sigma = sigma.clamp(min=1e-10).log()
         below = (torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, len(log_sigmas) - 2)
         low, high = log_sigmas.index_select(0, below), log_sigmas.index_select(0, below + 1)
@@ -66,25 +73,25 @@ class Scaling:
         timestep = timestep.double()
         if self.kind == "flow":
             return flow_sigma(timestep / (len(self.sigmas) - 1)).float()
-        log_sigmas = self._log_sigmas(timestep.device)
+        log_sigmas = self._log_sigmas.to(timestep.device)
         timestep = timestep.clamp(0, len(log_sigmas) - 1)
         below = timestep.floor().long().clamp(max=len(log_sigmas) - 2)
         return torch.lerp(log_sigmas[below], log_sigmas[below + 1], timestep - below).exp().float()
 
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         """What the network was trained to see: x at unit variance, or the flow's blend."""
-        c_in, _, _ = self._coefficients(sigma, x)
-        return c_in * x
+        c_in, _, _ = self._coefficients(sigma)
+        return per_row(c_in, x) * x
 
     def x0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The estimate of x0 that a network's output stands for."""
-        _, c_skip, c_out = self._coefficients(sigma, x)
-        return c_skip * x + c_out * output
+        _, c_skip, c_out = self._coefficients(sigma)
+        return per_row(c_skip, x) * x + per_row(c_out, x) * output
 
     def output(self, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The network's output that would stand for x0: the inverse of `x0`, for sigma > 0."""
-        _, c_skip, c_out = self._coefficients(sigma, x)
-        return (x0 - c_skip * x) / c_out
+        _, c_skip, c_out = self._coefficients(sigma)
+        return (x0 - per_row(c_skip, x) * x) / per_row(c_out, x)
 
     def target(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         """What training asks of the network's output at x0 + sigma * eps."""
@@ -105,38 +112,48 @@ class Scaling:
         """
         if snr_gamma is None:
             return torch.ones_like(sigma, dtype=torch.float32)
-        _, _, c_out = self._coefficients(sigma, sigma)
+        _, _, c_out = self._coefficients(sigma)
         return c_out**2 * sigma.float().pow(-2).clamp(max=snr_gamma)
 
-    def _coefficients(self, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_in, c_skip, c_out of x0 = c_skip x + c_out output(c_in x): Karras et al. 2022, equation 7."""
-        s = per_row(sigma.float(), x)
-        one = torch.ones_like(s)
+    def _coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_in, c_skip, c_out of x0 = c_skip x + c_out output(c_in x), of any shape: Karras et al. 2022, equation 7."""
+        s = sigma.float()
         if self.kind == "flow":
             return 1 / (1 + s), 1 / (1 + s), -s / (1 + s)
-        c_in = 1 / (1 + s**2).sqrt()
+        c_in = (1 + s**2).sqrt().reciprocal()
         if self.kind == "eps":
-            return c_in, one, -s
+            return c_in, torch.ones_like(s), -s
         if self.kind == "v":
             return c_in, c_in**2, -s * c_in
-        return c_in, 0 * one, one
+        return c_in, torch.zeros_like(s), torch.ones_like(s)
 
-    def _log_sigmas(self, device: torch.device) -> Tensor:
+    @cached_property
+    def _log_sigmas(self) -> Tensor:
         """The table as float32 levels carry it: without that a level would miss its own integer."""
-        return self.sigmas.to(device).float().double().log()
+        return self.sigmas.float().double().log()
 
 
-def denoiser(network: Callable[[Tensor, Tensor], Tensor], scaling: Scaling) -> Denoise:
-    """Wrap network(input (B, ...), timestep (B,)) -> output as denoise(x, sigma) -> Prediction.
+@dataclass(frozen=True)
+class Preconditioning:
+    """How a network is asked at some levels, and how its answers are read: Karras et al. 2022, section 5."""
 
-    The output has x's shape, or twice its channels where the scaling says `learned_range`.
-    """
+    values: Tensor  # (4, B) float32: timestep, and c_in, c_skip, c_out of x0 = c_skip x + c_out output(c_in x)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Prediction:
-        output, variance = network(scaling.network_input(x, sigma), scaling.timestep(sigma)).float(), None
-        if scaling.learned_range:
+    def select(self, rows: Tensor) -> Preconditioning:
+        """At the levels of these rows (K,)."""
+        return Preconditioning(self.values.index_select(1, rows))
+
+    def ask(self, network: Network, x: Tensor, learned_range: bool = False) -> Prediction:
+        """What the network believes of rows x (B, ...); `learned_range` as `Scaling` has it."""
+        timestep, *factors = self.values.unbind(0)
+        c_in, c_skip, c_out = (per_row(factor, x) for factor in factors)
+        output, variance = network(c_in * x, timestep).float(), None
+        if learned_range:
             output, learned = output.chunk(2, 1)
             variance = (learned + 1) / 2  # the network says -1 of the smallest, 1 of the largest
-        return Prediction(scaling.x0(output, x, sigma), variance)
+        return Prediction(c_skip * x + c_out * output, variance)
 
-    return denoise
+
+def denoiser(network: Network, scaling: Scaling) -> Denoise:
+    """Wrap a network as denoise(x, sigma) -> Prediction."""
+    return lambda x, sigma: scaling.preconditioning(sigma).ask(network, x, scaling.learned_range)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -22,6 +23,8 @@ from gen.attention.texts import Kept, Texts
 from gen.conditioning import Distinct
 
 T = TypeVar("T")
+FIRST: WeakKeyDictionary[nn.Module, Callable[[], Attention | None]] = WeakKeyDictionary()
+"""The first layer of each network that was asked; to look through all modules takes longer than a step's arithmetic"""
 
 
 def set_attention(network: nn.Module, name: str = AUTO) -> None:
@@ -95,8 +98,11 @@ def seeing(
 
 def kept_of(network: nn.Module) -> Kept | None:
     """What a network's processors keep; None where `set_attention` was not called."""
-    first = next(attentions(network), None)
-    return first.processor.kept if first is not None and isinstance(first.processor, Processor) else None
+    if network not in FIRST:
+        first = next(attentions(network), None)
+        FIRST[network] = (lambda: None) if first is None else ref(first)
+    processor = getattr(FIRST[network](), "processor", None)
+    return processor.kept if isinstance(processor, Processor) else None
 
 
 @torch.no_grad()  # constants of the text, whatever else is differentiated

@@ -176,7 +176,7 @@ class KLModel(LatentModel):
         mean, deviation = self._latent_moments
         z = (latents * deviation + mean).to(self.vae.dtype)
         pixels = self.vae.decode(z, return_dict=False)[0].float()
-        return (pixels / 2 + 0.5).clamp(0, 1)
+        return (pixels / 2).add_(0.5).clamp_(0, 1)
 
     @cached_property
     def _latent_moments(self) -> tuple[Tensor, Tensor]:
@@ -246,4 +246,4 @@ class MoVQModel(LatentModel):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
         pixels = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True, return_dict=False)[0].float()
-        return (pixels / 2 + 0.5).clamp(0, 1)
+        return (pixels / 2).add_(0.5).clamp_(0, 1)

@@ -169,11 +169,33 @@ def test_going_on_from_step_k_equals_never_stopping(tiny: TextToImage, sampler: 
             first.tick()
         for key, lane in first.lanes.items():
             fresh = [replace(Live.of(one.row, "decoder"), index=one.index) for one in lane.rows]
-            second.join(key, Lane(lane.sampler, fresh, lane.state, Walk.of(fresh, second.device), lane.bucket))
+            second.join(
+                key, Lane(lane.sampler, fresh, lane.state, Walk.of(fresh, second.scaling, second.device), lane.bucket)
+            )
         found = finish(second, [])
     assert sorted(found) == sorted(whole)
     for key, x in found.items():
         assert torch.equal(x, whole[key])
+
+
+def test_rows_that_join_stand_where_they_stood(tiny: TextToImage) -> None:
+    """Of schedules of several lengths, coming in at different steps and going: each is told what its own says."""
+    schedules = [tiny.model.levels.schedule("ddim", steps) for steps in (2, 5, 3, 9)]
+    rows = [replace(row, schedule=each) for row, each in zip(rows_of(tiny, 4), schedules, strict=True)]
+    over = rows_over(tiny)
+    with torch.no_grad():
+        for row in rows:
+            over.admit([row])
+            (lane,) = over.lanes.values()
+            for slot, one in enumerate(lane.rows):
+                for index, found in enumerate(lane.walk.step, one.index):
+                    sigma = one.row.schedule.sigmas[index].float()
+                    assert found.level.sigma[slot] == sigma
+                    assert found.level.index[slot] == index
+                    assert found.level.steps_left[slot] == one.row.schedule.last - index
+                    alone = over.scaling.preconditioning(sigma[None]).values[:, 0]
+                    assert torch.equal(found.preconditioning.values[:, slot], alone)
+            over.tick()
 
 
 @pytest.mark.parametrize("factor", [0.4, 1.0])
@@ -265,7 +287,7 @@ def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
             for _ in range(row.schedule.num_steps - 1):
                 together.tick()
             (lane,) = together.lanes.values()
-            now, before = lane.walk.level(0).sigma, lane.state.x
+            now, before = lane.walk.step[0].level.sigma, lane.state.x
             told = Conditions((row.prompt,))
             estimate = denoiser(lambda x, t, told=told: -model.call(x, t, told), together.scaling)(before, now).x0
         # a step of DDIM to level 0 ends at the estimate

@@ -98,6 +98,19 @@ def test_targets_are_those_of_the_papers() -> None:
     torch.testing.assert_close(flow.timestep(sigma), 1000 * time)
 
 
+@pytest.mark.parametrize("scaling", every_scaling())
+def test_a_whole_schedule_is_preconditioned_as_its_levels_are(scaling: Scaling) -> None:
+    """To the last bit, so that it does not matter which of the two a row's step was given; a sigma of 0 among them."""
+    sigmas = scaling.sigmas.float()[torch.linspace(len(scaling.sigmas) - 1, 0, 21).long()]
+    table = torch.stack([torch.cat([sigmas, torch.zeros(1)]), sigmas.new_tensor([14.6146, *range(20, -1, -1)])], 1)
+    whole = scaling.preconditioning(table).values
+    for place, level in enumerate(table):
+        assert torch.equal(whole[:, place], scaling.preconditioning(level).values)
+        for row in range(2):
+            alone = scaling.preconditioning(level[row : row + 1])
+            assert torch.equal(scaling.preconditioning(level).select(torch.tensor([row])).values, alone.values)
+
+
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights(gamma: float) -> None:
     """Hang et al. 2023: min(SNR, gamma) on x0, over SNR on eps, over SNR + 1 on v."""
