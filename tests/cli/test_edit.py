@@ -1,10 +1,8 @@
-"""`unclip generate --image`, `--mask`, `--strength` and `unclip reproduce --image`: what they write, say and refuse."""
+"""Pictures, masks and edits that `unclip generate` and `reproduce` are given: what they write, say and refuse."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ from PIL import Image
 
 from gen import command
 from gen.picture import read_png
-
-PROMPT = "a red circle above a blue square"
+from tests.cli.typed import PROMPT, answer, refused
 
 
 @pytest.fixture
@@ -27,34 +24,23 @@ def files(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.png") for name in ("in", "mask", "narrow")}
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    status = command.main(list(words))
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
 def test_a_picture_is_painted_from_one_and_repeated(
     tiny_folder: Path, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["generate", PROMPT, "--model", str(tiny_folder), "-n", "3", "--keep", "1", "--steps", "5", "--json"]
-    asked += ["--out", str(tmp_path / "out"), "--image", files["in"], "--mask", files["mask"], "--strength", "0.6"]
-    status, out, err = run(capsys, *asked)
-    assert status == 0, err
-    found: Any = json.loads(out)
+    asked = ["generate", PROMPT, "--model", tiny_folder, "-n", "3", "--keep", "1", "--steps", "5"]
+    asked += ["--out", tmp_path / "out", "--image", files["in"], "--mask", files["mask"], "--strength", "0.6"]
+    found = answer(capsys, *asked)
     assert found["settings"]["strength"] == 0.6 and found["account"]["evaluations"]["decoder"] == 3 * 3 * 2
     path = found["pictures"][0]["path"]
     record = read_png(Path(path))[1]
     assert record["image"]["path"] == files["in"] and record["mask_image"]["path"] == files["mask"]
-    assert run(capsys, "reproduce", path)[0] == 0
+    assert command.main(["reproduce", path]) == 0
     moved = Path(files["mask"]).rename(tmp_path / "moved.png")
-    status, _, err = run(capsys, "reproduce", path)
-    assert status == 2 and "mask.png does not exist" in err
-    assert run(capsys, "reproduce", path, "--image", str(moved))[0] == 0
+    assert "mask.png does not exist" in refused(capsys, "reproduce", path)
+    assert command.main(["reproduce", path, "--image", str(moved)]) == 0
     Image.open(files["narrow"]).save(files["mask"])
-    status, _, err = run(capsys, "reproduce", path)
-    assert status == 2 and "has changed since" in err and "give it as it was with --image" in err
-    assert err.strip().count("\n") == 0
+    said = refused(capsys, "reproduce", path)
+    assert "has changed since" in said and "give it as it was with --image" in said
 
 
 @pytest.mark.parametrize(
@@ -81,8 +67,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     out = tmp_path / "out"
     typed = [files.get(word, word) for word in words]
-    status, _, err = run(capsys, "generate", PROMPT, "--model", str(tiny_folder), "--out", str(out), *typed)
-    assert status == 2 and line in err and err.strip().count("\n") == 0 and not out.exists()
+    assert line in refused(capsys, "generate", PROMPT, "--model", tiny_folder, "--out", out, *typed)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -103,8 +89,6 @@ def test_other_edits_are_painted_and_repeated(
     words: list[str],
 ) -> None:
     typed = [files.get(word, word) for word in words]
-    asked = ["generate", prompt, "--model", str(tiny_folder), "-n", "1", "--json", "--out", str(tmp_path / "out")]
-    status, out, err = run(capsys, *asked, *typed)
-    assert status == 0, err
-    found: Any = json.loads(out)
-    assert run(capsys, "reproduce", found["pictures"][0]["path"])[0] == 0
+    asked = ["generate", prompt, "--model", tiny_folder, "-n", "1", "--out", tmp_path / "out"]
+    found = answer(capsys, *asked, *typed)
+    assert command.main(["reproduce", found["pictures"][0]["path"]]) == 0
