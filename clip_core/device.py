@@ -13,6 +13,11 @@ def place_of(network: nn.Module) -> torch.device:
     return first.device if first.ndim < 2 else next((weight for weight in weights if weight.ndim < 2), first).device
 
 
+def computes_in(network: nn.Module) -> torch.dtype:
+    """What a network's weights are in, as its first says: diffusers' own `dtype` walks all modules at every asking."""
+    return next(network.parameters()).dtype
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device; from the CPU to CUDA through pinned memory, so that nothing waits for the copy."""
     if device.type != "cuda" or tensor.device.type != "cpu":

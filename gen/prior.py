@@ -17,7 +17,7 @@ from diffusers import PriorTransformer
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from clip_core.device import place_of
+from clip_core.device import computes_in, place_of
 from clip_core.text import TextTower
 from gen.candidate import Candidate
 from gen.conditioning import Condition, Table, each_read
@@ -146,5 +146,5 @@ class Prior:
     def _encoded(self, texts: Sequence[str]) -> list[Condition]:
         features = self.text(texts)
         embedding = self.text_encoder.text_projection(features.pooled)  # (B, E)
-        tokens, vectors = (told.to(self.network.dtype) for told in (features.tokens, embedding))
+        tokens, vectors = (told.to(computes_in(self.network)) for told in (features.tokens, embedding))
         return [Condition(*each) for each in zip(tokens, vectors, features.mask, strict=True)]

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_core.device import place_of, sent
+from clip_core.device import computes_in, place_of, sent
 from gen.attention.processor import STOCK, Processor
 from gen.conditioning import Condition, Conditions, stacked
 
@@ -103,7 +103,7 @@ class CachedPrior:
     def __call__(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """(M, E) noisy embeddings -> the network's own output, (M, E)."""
         plan = self._plan_for(told)
-        x = x.to(self.network.dtype)
+        x = x.to(computes_in(self.network))
         return whole(self.network, x, timestep, told) if plan is None else last_tokens(self.network, x, timestep, plan)
 
     def _plan_for(self, told: Conditions) -> Plan | None:
@@ -245,7 +245,7 @@ def last_tokens(network: PriorTransformer, x: Tensor, timestep: Tensor, plan: Pl
     """One step: the tail of M evaluations (M, K, D) behind their prefixes; the network's output, (M, E)."""
     x, timestep = x[plan.order], timestep[plan.order]
     noisy = network.proj_in(x)  # (M, D)
-    tail = [network.time_embedding(network.time_proj(timestep).to(network.dtype)), noisy]
+    tail = [network.time_embedding(network.time_proj(timestep).to(noisy.dtype)), noisy]
     if network.prd_embedding is not None:
         tail.append(network.prd_embedding[0].to(noisy.dtype).expand(len(x), -1))
     hidden = torch.stack(tail, dim=1)  # (M, K, D)
