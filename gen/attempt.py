@@ -38,7 +38,7 @@ class Question(Exception):
     def __init__(self, x: Tensor, sigma: Tensor, preconditioning: Preconditioning | None) -> None:
         super().__init__()
         self.x, self.sigma = x, sigma  # (B, ...) and (B,)
-        self.preconditioning = preconditioning  # of the network there; None: it is no level of the rows' schedules
+        self.preconditioning = preconditioning  # of the network there; None: to be worked out, to the same bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Attempt:
         def denoise(x: Tensor, sigma: Tensor) -> Prediction:
             prediction = next(told, None)
             if prediction is None:
-                known = (end.preconditioning for end in ends if end.level.sigma is sigma)
+                known = (end.preconditioning for end in ends if end.level.sigma is sigma)  # handed on as it is
                 raise Question(x, sigma, next(known, None))
             return prediction
 
@@ -91,7 +91,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, eq=False)
-class Blaming:
+class Blame:
     """What goes wrong within is these rows', unless somebody further within knows better."""
 
     members: Callable[[], Sequence[Member]]
@@ -105,9 +105,14 @@ class Blaming:
             raise StepFailed(self.members(), in_call=self.in_call) from error
 
 
-def blaming(*lanes: Lane) -> Blaming:
+def blaming(*lanes: Lane) -> Blame:
     """What goes wrong within is these lanes'."""
-    return Blaming(partial(members_of, lanes))
+    return Blame(partial(members_of, lanes))
+
+
+def blaming_row(lane: Lane, slot: int) -> Blame:
+    """What goes wrong within is this row's alone."""
+    return Blame(lambda: [(lane, slot)])
 
 
 def members_of(lanes: Sequence[Lane]) -> list[Member]:

@@ -48,8 +48,8 @@ class Before:
     """Whose noise a picture went by before the next seed's; a search that copies or turns rows makes such paths."""
 
     seed: int
-    steps: int  # of the decoder, from the start on; 0: its start alone, which the next seed's then turns
-    share: float = 0.0  # of the turned start that is the next seed's; 0 where steps is not
+    steps: int  # of the decoder that go by this seed's noise; 0: the start alone does, mixed with the next seed's
+    share: float = 0.0  # of that mix which is the next seed's; 0 where steps is not
 
     @classmethod
     def from_json(cls, told: object) -> Before:

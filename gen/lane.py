@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
 
 import torch
@@ -41,35 +41,33 @@ class Standing:
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Where each row stands in its own schedule and will stand, on the device, so that no tick has to work it out."""
+    """Where each row stands in its own schedule and will stand, on the device, so that no tick has to work it out.
+
+    Entries behind a row's last level are padding.
+    """
 
     levels: Tensor  # (T, 5, B) float32, the level of each row so many steps on, and how the network is asked there
     places: Tensor  # (T, 2, B) int64, of each level its index and how many are left
-    at: int  # how many steps have been taken
-    standings: tuple[Standing, ...]  # T views of all this
+    at: int = 0  # steps taken since these tables were made
 
     @classmethod
     def of(cls, live: Sequence[Live], scaling: Scaling, device: torch.device) -> Walk:
-        """As the rows stand; the scaling's table lies on the device. Behind a row's last level nothing is meant."""
+        """As the rows stand; the scaling's table lies on the device."""
         coming = [one.row.schedule.sigmas[one.index :].float() for one in live]
         sigmas = sent(pad_sequence(coming), device)  # (T, B)
         index = torch.arange(len(sigmas))[:, None] + torch.tensor([one.index for one in live])
         left = torch.tensor([one.row.schedule.last for one in live]) - index
         levels = torch.stack([sigmas, *scaling.preconditioning(sigmas).values], 1)
-        return cls.from_tables(levels, sent(torch.stack([index, left], 1), device))
+        return cls(levels, sent(torch.stack([index, left], 1), device))
 
-    @classmethod
-    def from_tables(cls, levels: Tensor, places: Tensor) -> Walk:
-        """Before its first step."""
-        each = zip(levels[:, 0].unbind(0), levels[:, 1:].unbind(0), *places.unbind(1), strict=True)
-        return cls(
-            levels, places, 0, tuple(Standing(Level(one, *at), Preconditioning(asked)) for one, asked, *at in each)
-        )
-
-    @property
+    @cached_property
     def step(self) -> tuple[Standing, Standing]:
-        """From where to where the coming step goes."""
-        return self.standings[self.at], self.standings[self.at + 1]
+        """From where to where the coming step goes, always by the same tensors."""
+        now, then = (
+            Standing(Level(levels[0], *places), Preconditioning(levels[1:]))
+            for levels, places in ((self.levels[at], self.places[at]) for at in (self.at, self.at + 1))
+        )
+        return now, then
 
     def on(self) -> Walk:
         """One step further."""
@@ -77,17 +75,17 @@ class Walk:
 
     def select(self, rows: Tensor | slice) -> Walk:
         """The rows (K,) that go on; a slice of them is a view."""
-        return self.from_tables(self.levels[self.at :, :, rows], self.places[self.at :, :, rows])
+        return Walk(self.levels[self.at :, :, rows], self.places[self.at :, :, rows])
 
     def cat(self, other: Walk) -> Walk:
         """These rows, then the other's."""
-        longest = max(len(walk.standings) - walk.at for walk in (self, other))
+        longest = max(len(walk.levels) - walk.at for walk in (self, other))
 
         def together(*tables: Tensor) -> Tensor:
             return torch.cat([F.pad(each, (0, 0, 0, 0, 0, longest - len(each))) for each in tables], 2)
 
         levels = together(self.levels[self.at :], other.levels[other.at :])
-        return self.from_tables(levels, together(self.places[self.at :], other.places[other.at :]))
+        return Walk(levels, together(self.places[self.at :], other.places[other.at :]))
 
 
 @dataclass(eq=False)
@@ -117,7 +115,7 @@ class Plan:
     """
 
     asking: list[tuple[bool, bool, bool]]  # of each row
-    terms: list[int]  # evaluations of each row
+    num_terms: list[int]  # evaluations of each row
     conditions: list[Condition]  # (M,) of each evaluation, `text_by_text`
     slots: list[int]  # (M,) the row of each evaluation
     rows: Tensor  # (M,) int64, `slots` on the device, as all that follows
@@ -136,6 +134,11 @@ class Plan:
     @classmethod
     def of(cls, lane: Lane, device: torch.device) -> Plan:
         """For the rows as they stand."""
+
+        def pairs(values: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+            first, second = sent(torch.tensor(values), device).unbind(1)
+            return first, second
+
         terms = [one.terms for one in lane.rows]
         by_row = [(term, slot) for slot, each in enumerate(terms) for term in each]
         listed = [by_row[place] for place in text_by_text([term.condition for term, _ in by_row])]
@@ -143,13 +146,11 @@ class Plan:
         slots = [slot for _, slot in listed]
         each_row = sent(torch.tensor(slots), device)
         intervals = [row.guidance_interval or EVERYWHERE for row in rows]
-        low, high = sent(torch.tensor(intervals), device).unbind(1)
         rescaled = [row.guidance_rescale for row in rows]
         guides = Guides.of([(row.guide, row.guidance_scale) for row in rows], partial(sent, device=device))
-        percentile, bound = sent(torch.tensor([row.thresholding or (0.0, 1.0) for row in rows]), device).unbind(1)
         return cls(
             asking=[one.asking for one in lane.rows],
-            terms=[len(each) for each in terms],
+            num_terms=[len(each) for each in terms],
             conditions=[term.condition for term, _ in listed],
             slots=slots,
             rows=each_row,
@@ -157,10 +158,12 @@ class Plan:
             weights=sent(torch.tensor([term.weight for term, _ in listed]), device),
             alone=sent(torch.tensor([term.alone for term, _ in listed]), device),
             away=sent(torch.tensor([len(each) > 1 for each in terms]), device),
-            interval=None if set(intervals) == {EVERYWHERE} else (low, high),
+            interval=None if set(intervals) == {EVERYWHERE} else pairs(intervals),
             rescale=sent(torch.tensor(rescaled), device) if any(rescaled) else None,
             guides=guides,
-            thresholding=(percentile, bound) if any(row.thresholding for row in rows) else None,
+            thresholding=pairs([row.thresholding or (0.0, 1.0) for row in rows])
+            if any(row.thresholding for row in rows)
+            else None,
             steered=[
                 (slot, one.row.clip_guidance_scale, one.row.likeness)
                 for slot, one in enumerate(lane.rows)
@@ -203,7 +206,10 @@ class Pass:
             for number, plan in enumerate(plans)
             for condition, slot in zip(plan.conditions, plan.slots, strict=True)
         ]
-        order = text_by_text([condition for condition, _, _ in listed])
+        if len(plans) == 1:
+            order = list(range(len(listed)))  # as its plan has it
+        else:
+            order = text_by_text([condition for condition, _, _ in listed])
         told = [listed[k][0] for k in order]
         owners = [listed[k][1:] for k in order]
         first_rows = list(accumulate((len(lane.rows) for lane in lanes), initial=0))

@@ -55,7 +55,7 @@ class Row:
     likeness: Likeness | None = None  # to what it is to show; None only where clip_guidance_scale is 0
     options: Mapping[str, float] = field(default_factory=dict)  # the sampler's; its own where nothing is said
     start: Tensor | None = None  # unit noise in place of the seed's block 0
-    drawn: int = 0  # blocks of the seed's noise that are spent before its steps, over that of its start (-1: nor is it)
+    drawn: int = 0  # blocks of noise drawn before its first step beyond that of its start; -1: its start draws none
     stream: str | None = None  # whose noise it draws (`samplers.noise.STAGES`); None: its stage's
     past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
     origin: Tensor | None = None  # what its start is added to; None: it begins with noise alone

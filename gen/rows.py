@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from clip_core.device import sent
-from gen.attempt import Attempt, Blaming, Member, Question, StepFailed, blaming
+from gen.attempt import Attempt, Blame, Member, Question, StepFailed, blaming
 from gen.bucket import PATIENCE, PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
 from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of
@@ -292,15 +292,15 @@ class Rows:
     def _attempt(self, lane: Lane) -> Attempt:
         if lane.plan is None or lane.plan.asking != [one.asking for one in lane.rows]:
             self._unplan(lane)
-            lane.bucket.refresh()
             lane.plan = Plan.of(lane, self.device)
+            lane.bucket.refresh()  # behind what the plan takes
         return Attempt(lane, lane.plan, self._noise(lane, lane.plan.options), lane.state.memory.get(MOMENTUM))
 
     def _taken(self, attempt: Attempt) -> Taken:
         """Take a step that has been worked out."""
         lane, num_asked = attempt.lane, len(attempt.told)
         assert attempt.end is not None and num_asked, "every step asks at least once"
-        evaluations = [num_asked * number for number in attempt.plan.terms]
+        evaluations = [num_asked * number for number in attempt.plan.num_terms]
         gradients = [num_asked * is_steered for _, is_steered, _ in attempt.plan.asking]
         lane.state, lane.walk = attempt.end.state, attempt.end.walk
         for one in lane.rows:
@@ -311,10 +311,10 @@ class Rows:
         return Taken(lane.rows, attempt.end.x0, evaluations, gradients)
 
     def _after(self, failure: StepFailed, lanes: list[Lane], failed: list[Failed]) -> list[list[Lane]]:
-        """What is tried where a step of lanes failed: without the rows it failed for, those in flight together.
+        """Which groups of lanes are tried again after a failed step: what is left without the rows it failed for.
 
-        Where memory ran out all are tried again, in smaller calls if it was a call, or else in two parts; rows are out
-        that have none by themselves.
+        Where memory ran out it is all of them, in smaller calls if a call had failed, or else in two parts; a row that
+        fails alone is out.
         """
         error, members = failure.__cause__, failure.members
         assert isinstance(error, Exception)
@@ -359,7 +359,7 @@ class Rows:
             def whose() -> list[Member]:
                 return [(lanes[number], slot) for number, slot in ask.owners[call.start : call.stop]]
 
-            with Blaming(whose, in_call=True):
+            with Blame(whose, in_call=True):
                 at = ask.rows[call.start : call.stop]
                 # by index_select here and below, for x[at] wakes a thread per core, in milliseconds on some machines
                 return self._asked(call.told, x.index_select(0, at), preconditioning.select(at))

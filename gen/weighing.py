@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gen.attempt import Attempt, Blaming
+from gen.attempt import Attempt, blaming_row
 from samplers.guidance import combine, in_interval, rescale
 from samplers.scaling import Scaling
 from samplers.state import Denoise, Prediction, per_row
@@ -62,7 +62,7 @@ def _steered(guided: Denoise, attempt: Attempt) -> Denoise:
         for slot, scale, likeness in plan.steered:  # one by one, for a gradient through a picture takes much memory
             one = slice(slot, slot + 1)
             climb = towards(partial(_said, x0[slot]), likeness, scale * inside[one])
-            with Blaming(partial(list, [(attempt.lane, slot)])):
+            with blaming_row(attempt.lane, slot):
                 x0[slot] = climb(x[one], sigma[one]).x0
         return Prediction(torch.cat(x0), prediction.variance)
 

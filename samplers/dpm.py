@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from samplers.euler import split
+from samplers.euler import eta_of, split
 from samplers.state import Denoise, Level, State, per_row
 
 
@@ -20,7 +20,7 @@ def step(
     that goes down to 0 takes Euler's step; in the second call it is asked again where it stood.
     """
     x = state.x
-    down, up = split(now.sigma, next.sigma, options["eta"])
+    down, up = split(now.sigma, next.sigma, eta_of(noise, options))
     ratio = down / now.sigma
     half = per_row(ratio.sqrt(), x)
     first = denoise(x, now.sigma).x0

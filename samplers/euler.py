@@ -22,7 +22,9 @@ def step(
     A row that churns spends the step's noise on that: its eta counts as 0.
     """
     x, sigma = churned(state.x, now, noise, options)
-    eta = None if noise is None else torch.where(options["s_churn"] > 0, 0.0, options["eta"])
+    eta = eta_of(noise, options)
+    if eta is not None:
+        eta = torch.where(options["s_churn"] > 0, 0.0, eta)
     return State(_move(x, denoise(x, sigma).x0, sigma, next.sigma, noise, eta))
 
 
@@ -31,7 +33,7 @@ def ancestral(
 ) -> State:
     """Euler to a lower level and fresh noise after it, by eta: k-diffusion's ancestral Euler at 1."""
     x0 = denoise(state.x, now.sigma).x0
-    return State(_move(state.x, x0, now.sigma, next.sigma, noise, None if noise is None else options["eta"]))
+    return State(_move(state.x, x0, now.sigma, next.sigma, noise, eta_of(noise, options)))
 
 
 def ddim(
@@ -44,9 +46,14 @@ def ddim(
     """
     x0 = denoise(state.x, now.sigma).x0
     limit = per_row(options["clip"], x0)
-    down, up = split(now.sigma, next.sigma, None if noise is None else options["eta"])
+    down, up = split(now.sigma, next.sigma, eta_of(noise, options))
     moved = torch.clamp(x0, -limit, limit) + per_row(down / now.sigma, x0) * (state.x - x0)
     return State(moved if noise is None else moved + per_row(up, x0) * noise)
+
+
+def eta_of(noise: Tensor | None, options: dict[str, Tensor]) -> Tensor | None:
+    """Eta (B,) as `split` takes it: None where no noise is drawn, for then it is 0 of every row."""
+    return None if noise is None else options["eta"]
 
 
 def split(sigma: Tensor, sigma_next: Tensor, eta: Tensor | None) -> tuple[Tensor, Tensor]:

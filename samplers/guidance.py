@@ -16,14 +16,17 @@ from torch import Tensor
 from samplers.scaling import Scaling
 from samplers.state import per_row
 
+FEW_VALUES = 1 << 17  # of all rows, 1 MB of places
+
 
 def combine(x0: Tensor, weights: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Each row's weighted sum of M evaluations: (M, ...), weights (M,), rows (M,) -> (num_rows, ...).
 
-    Whoever asks again and again for the same rows gives them as `spread`.
+    Whoever asks again and again for the same rows gives them as `spread`, (M, values of each).
     """
     weighted = (x0.float() * per_row(weights.float(), x0)).flatten(1)
     places = rows if rows.ndim == 2 else spread(rows, weighted.shape[1])
+    assert places.shape == weighted.shape, "a place for each value, or scatter_add would leave some out"
     summed = weighted.new_zeros(num_rows, weighted.shape[1]).scatter_add_(0, places, weighted)
     return summed.view(num_rows, *x0.shape[1:])
 
@@ -32,9 +35,10 @@ def spread(rows: Tensor, num_values: int) -> Tensor:
     """The rows (M,) of evaluations for each of their values, (M, num_values), as `combine` takes them.
 
     By index_add, or by places that are not laid out, a thread per core is woken for the smallest rows, which takes
-    milliseconds on some machines.
+    milliseconds on some machines; where rows are large the places are a view.
     """
-    return rows[:, None].expand(-1, num_values).contiguous()
+    places = rows[:, None].expand(-1, num_values)
+    return places.contiguous() if places.numel() <= FEW_VALUES else places
 
 
 def cfg_terms(scale: float) -> dict[str, float]:

@@ -133,18 +133,18 @@ class Scaling:
         return self.sigmas.float().double().log()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preconditioning:
     """How a network is asked at some levels, and how its answers are read: Karras et al. 2022, section 5."""
 
-    values: Tensor  # (4, B) float32: timestep, and c_in, c_skip, c_out of x0 = c_skip x + c_out output(c_in x)
+    values: Tensor  # (4, ...) float32: timestep, and c_in, c_skip, c_out of x0 = c_skip x + c_out output(c_in x)
 
     def select(self, rows: Tensor) -> Preconditioning:
-        """At the levels of these rows (K,)."""
+        """At the levels of these rows (K,), of (4, B)."""
         return Preconditioning(self.values.index_select(1, rows))
 
     def ask(self, network: Network, x: Tensor, learned_range: bool = False) -> Prediction:
-        """What the network believes of rows x (B, ...); `learned_range` as `Scaling` has it."""
+        """What the network believes of rows x (B, ...), of (4, B); `learned_range` as `Scaling` has it."""
         timestep, *factors = self.values.unbind(0)
         c_in, c_skip, c_out = (per_row(factor, x) for factor in factors)
         output, variance = network(c_in * x, timestep).float(), None

@@ -23,8 +23,8 @@ from gen.attention.texts import Kept, Texts
 from gen.conditioning import Distinct
 
 T = TypeVar("T")
-FIRST: WeakKeyDictionary[nn.Module, Callable[[], Attention | None]] = WeakKeyDictionary()
-"""The first layer of each network that was asked; to look through all modules takes longer than a step's arithmetic"""
+FIRST_LAYER: WeakKeyDictionary[nn.Module, ref[Attention]] = WeakKeyDictionary()
+"""Of each network that was asked; to look for it among all modules takes longer than a step's arithmetic"""
 
 
 def set_attention(network: nn.Module, name: str = AUTO) -> None:
@@ -98,11 +98,14 @@ def seeing(
 
 def kept_of(network: nn.Module) -> Kept | None:
     """What a network's processors keep; None where `set_attention` was not called."""
-    if network not in FIRST:
+    known = FIRST_LAYER.get(network)
+    first = None if known is None else known()
+    if first is None:
         first = next(attentions(network), None)
-        FIRST[network] = (lambda: None) if first is None else ref(first)
-    processor = getattr(FIRST[network](), "processor", None)
-    return processor.kept if isinstance(processor, Processor) else None
+        if first is None:
+            return None
+        FIRST_LAYER[network] = ref(first)
+    return first.processor.kept if isinstance(first.processor, Processor) else None
 
 
 @torch.no_grad()  # constants of the text, whatever else is differentiated

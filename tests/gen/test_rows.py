@@ -178,24 +178,40 @@ def test_going_on_from_step_k_equals_never_stopping(tiny: TextToImage, sampler: 
         assert torch.equal(x, whole[key])
 
 
-def test_rows_that_join_stand_where_they_stood(tiny: TextToImage) -> None:
-    """Of schedules of several lengths, coming in at different steps and going: each is told what its own says."""
+def assert_told_of_their_own(over: Rows) -> None:
+    """Every row is told the levels of its own schedule, and how the network is asked there, to the last bit."""
+    for lane in over.lanes.values():
+        for slot, one in enumerate(lane.rows):
+            for index, found in enumerate(lane.walk.step, one.index):
+                sigma = one.row.schedule.sigmas[index].float()
+                assert found.level.sigma[slot] == sigma
+                assert found.level.index[slot] == index
+                assert found.level.steps_left[slot] == one.row.schedule.last - index
+                alone = over.scaling.preconditioning(sigma[None]).values[:, 0]
+                assert torch.equal(found.preconditioning.values[:, slot], alone)
+
+
+def test_rows_that_come_and_go_are_told_of_their_own_levels(tiny: TextToImage) -> None:
+    """Of schedules of several lengths and beginnings, as they join, end, halt, come back and are put apart."""
     schedules = [tiny.model.levels.schedule("ddim", steps) for steps in (2, 5, 3, 9)]
+    schedules[1] = replace(schedules[1], first=1)
     rows = [replace(row, schedule=each) for row, each in zip(rows_of(tiny, 4), schedules, strict=True)]
     over = rows_over(tiny)
     with torch.no_grad():
         for row in rows:
             over.admit([row])
-            (lane,) = over.lanes.values()
-            for slot, one in enumerate(lane.rows):
-                for index, found in enumerate(lane.walk.step, one.index):
-                    sigma = one.row.schedule.sigmas[index].float()
-                    assert found.level.sigma[slot] == sigma
-                    assert found.level.index[slot] == index
-                    assert found.level.steps_left[slot] == one.row.schedule.last - index
-                    alone = over.scaling.preconditioning(sigma[None]).values[:, 0]
-                    assert torch.equal(found.preconditioning.values[:, slot], alone)
+            assert_told_of_their_own(over)
             over.tick()
+        halted = over.halt({rows[3].key})
+        over.admit([replace(rows[0], key="late")])
+        over.tick()
+        over.resume(halted.values())
+        assert_told_of_their_own(over)
+        over._put_apart(list(over.lanes.values()))
+        assert len(over.lanes) == 2
+        assert_told_of_their_own(over)
+        over.tick()
+        assert_told_of_their_own(over)
 
 
 @pytest.mark.parametrize("factor", [0.4, 1.0])

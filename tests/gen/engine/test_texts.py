@@ -35,7 +35,7 @@ def test_requests_that_say_the_same_are_told_the_same(tiny: TextToImage) -> None
         engine.submit(replace(PLAIN, prompt="a green star", seed=seed, prior=False, num_images_per_prompt=2))
     with texts_read(tiny) as read:
         engine.tick()
-    assert sum(read) <= 2  # the prompt, and the empty one where this model has not read it before
+    assert 1 <= sum(read) <= 2  # the prompt, and the empty one where this model has not read it before
     told = {condition for one in decoder_rows(engine) for condition in (one.row.prompt, one.row.null)}
     assert len(decoder_rows(engine)) == 4 and len(told) == 2
     run(engine)
