@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from samplers import adams, dpm, dpmpp, euler, few_step, heun, unclip, unipc
+from samplers import adams, ddpm, dpm, dpmpp, euler, heun, lcm, unipc
 from samplers.state import Denoise, Level, State, per_row
 
 Step = Callable[[Denoise, State, Level, Level, Tensor | None, dict[str, Tensor]], State]
@@ -55,7 +55,7 @@ _ETA = ("eta",)
 
 SAMPLERS = {
     "ddim": Sampler(euler.ddim, {"eta": 0.0, **_CLIP}, _ETA),
-    "ddpm": Sampler(unclip.step, _DDPM, _ETA),
+    "ddpm": Sampler(ddpm.step, _DDPM, _ETA),
     "deis": Sampler(adams.deis, {"solver_order": 2.0, "lower_order_final": 1.0}, past=2),
     "dpm_2": Sampler(dpm.step, {"eta": 0.0}, _ETA, again=dpm.middle),
     "dpm_2_ancestral": Sampler(dpm.step, {"eta": 1.0}, _ETA, again=dpm.middle),
@@ -67,10 +67,10 @@ SAMPLERS = {
     "euler": Sampler(euler.step, {"eta": 0.0, **_CHURN}, ("eta", "s_churn")),
     "euler_ancestral": Sampler(euler.ancestral, {"eta": 1.0}, _ETA),
     "heun": Sampler(heun.step, _CHURN, ("s_churn",), again=heun.end),
-    "lcm": Sampler(few_step.lcm, {"eta": 1.0, **_CLIP}, _ETA),
+    "lcm": Sampler(lcm.step, {"eta": 1.0, **_CLIP}, _ETA),
     "lms": Sampler(adams.lms, past=3),
     "pndm": Sampler(adams.pndm, past=3),
-    "unclip": Sampler(unclip.step, _DDPM, _ETA),
+    "unclip": Sampler(ddpm.step, _DDPM, _ETA),
     "unipc": Sampler(unipc.step, {"solver_order": 2.0, "bh1": 0.0, "lower_order_final": 1.0}, past=3, begun=True),
 }
 

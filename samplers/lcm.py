@@ -8,7 +8,7 @@ from torch import Tensor
 from samplers.state import Denoise, Level, State, per_row
 
 
-def lcm(
+def step(
     denoise: Denoise, state: State, now: Level, next: Level, noise: Tensor | None, options: dict[str, Tensor]
 ) -> State:
     """Multistep consistency sampling: Song et al. 2023, Algorithm 1; latent consistency, Luo et al. 2023, Algorithm 3.
