@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from samplers.sample import SAMPLERS
-from samplers.scaling import Kind, Scaling
+from samplers.scaling import PredictionType, Scaling
 from samplers.schedule import (
     EXACT_ZERO_SNR_SIGMA,
     ZERO_SNR_SIGMA,
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 
-KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+PREDICTION_TYPE_OF: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 STOCK: dict[str, tuple[str, dict[str, Any]]] = {  # our sampler -> the diffusers class that it equals, with options
     "ddim": ("DDIMScheduler", {}),
@@ -151,7 +151,7 @@ IDLE = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_sh
 
 # What we can do of each other option; a checkpoint that asks for anything else is refused.
 ALLOWED: dict[str, tuple[Any, ...]] = {
-    "prediction_type": tuple(KINDS),
+    "prediction_type": tuple(PREDICTION_TYPE_OF),
     "timestep_spacing": get_args(Spacing),
     "final_sigmas_type": get_args(Final),
     "clip_sample": (False,),
@@ -191,7 +191,7 @@ class NoiseLevels:
         sampler = _own_sampler(stock, where)
         config = _checked(stock, where)
         # The lower stand-in for a level without signal: the higher one is then the last timestep as well.
-        scaling = Scaling.from_betas(KINDS[config["prediction_type"]], stock.betas, ZERO_SNR_SIGMA)
+        scaling = Scaling.from_betas(PREDICTION_TYPE_OF[config["prediction_type"]], stock.betas, ZERO_SNR_SIGMA)
         scaling = replace(scaling, learned_range=config.get("variance_type") == "learned_range")
         return cls(stock, sampler, scaling, where)
 

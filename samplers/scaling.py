@@ -18,8 +18,8 @@ from torch import Tensor
 from samplers.schedule import FLOW_SIGMA_MAX, ZERO_SNR_SIGMA, flow_sigma, training_sigmas
 from samplers.state import Denoise, Prediction, per_row
 
-Kind = Literal["eps", "v", "x0", "flow"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+PredictionType = Literal["eps", "v", "x0", "flow"]
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 Network = Callable[[Tensor, Tensor], Tensor]
 """network(input (B, ...), timestep (B,)) -> output like the input, or twice its channels (`Scaling.learned_range`)"""
 
@@ -28,18 +28,20 @@ Network = Callable[[Tensor, Tensor], Tensor]
 class Scaling:
     """A network's parameterisation and the noise level of each of its training timesteps."""
 
-    kind: Kind
+    prediction_type: PredictionType
     sigmas: Tensor  # (T,) float64, ascending: the sigma of timesteps 0, 1, ..., T - 1
     learned_range: bool = False  # whether a second half of the output's channels says the variance of a step
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"parameterisation {self.kind!r} is unknown; choose from: {', '.join(KINDS)}")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"parameterisation {self.prediction_type!r} is unknown; choose from: {', '.join(PREDICTION_TYPES)}"
+            )
 
     @classmethod
-    def from_betas(cls, kind: Kind, betas: Tensor, max_sigma: float = ZERO_SNR_SIGMA) -> Scaling:
+    def from_betas(cls, prediction_type: PredictionType, betas: Tensor, max_sigma: float = ZERO_SNR_SIGMA) -> Scaling:
         """A variance-preserving network (Ho et al. 2020); max_sigma stands in for a level without signal."""
-        return cls(kind, training_sigmas(betas, max_sigma))
+        return cls(prediction_type, training_sigmas(betas, max_sigma))
 
     @classmethod
     def flow(cls, num_train_timesteps: int = 1000) -> Scaling:
@@ -58,7 +60,7 @@ class Scaling:
     def timestep(self, sigma: Tensor) -> Tensor:
         """What the network calls sigma (B,): float32, continuous, exactly the integer at a training level."""
         sigma = sigma.double()
-        if self.kind == "flow":
+        if self.prediction_type == "flow":
             time = torch.where(sigma < FLOW_SIGMA_MAX, sigma / (1 + sigma), 1.0)
             # float32 levels know their time to 1e-8: round to it, so that a training level meets its integer
             return (time.round(decimals=7) * (len(self.sigmas) - 1)).float()
@@ -71,7 +73,7 @@ class Scaling:
     def sigma(self, timestep: Tensor) -> Tensor:
         """The level of timestep (B,), also between two integers: the inverse of `timestep`, float32."""
         timestep = timestep.double()
-        if self.kind == "flow":
+        if self.prediction_type == "flow":
             return flow_sigma(timestep / (len(self.sigmas) - 1)).float()
         log_sigmas = self._log_sigmas.to(timestep.device)
         timestep = timestep.clamp(0, len(log_sigmas) - 1)
@@ -95,11 +97,11 @@ class Scaling:
 
     def target(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         """What training asks of the network's output at x0 + sigma * eps."""
-        if self.kind == "eps":
+        if self.prediction_type == "eps":
             return eps
-        if self.kind == "x0":
+        if self.prediction_type == "x0":
             return x0
-        if self.kind == "flow":
+        if self.prediction_type == "flow":
             return eps - x0
         s = per_row(sigma.float(), x0)
         return (eps - s * x0) / (1 + s**2).sqrt()  # v = alpha eps - sigma_vp x0, Salimans & Ho 2022
@@ -118,12 +120,12 @@ class Scaling:
     def _coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_in, c_skip, c_out of x0 = c_skip x + c_out output(c_in x), of any shape: Karras et al. 2022, equation 7."""
         s = sigma.float()
-        if self.kind == "flow":
+        if self.prediction_type == "flow":
             return 1 / (1 + s), 1 / (1 + s), -s / (1 + s)
         c_in = (1 + s**2).sqrt().reciprocal()
-        if self.kind == "eps":
+        if self.prediction_type == "eps":
             return c_in, torch.ones_like(s), -s
-        if self.kind == "v":
+        if self.prediction_type == "v":
             return c_in, c_in**2, -s * c_in
         return c_in, torch.zeros_like(s), torch.ones_like(s)
 

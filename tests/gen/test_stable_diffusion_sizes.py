@@ -168,7 +168,7 @@ def test_full_size(name: str) -> None:
     size, sampler, kind = full["paints"]
     settings = model.abilities.defaults
     assert (settings.height, settings.width, settings.sampler) == (size, size, sampler)
-    assert model.levels.scaling.kind == kind
+    assert model.levels.scaling.prediction_type == kind
 
     left_out = dict.fromkeys({"tokenizer", "text_encoder"} - parts.keys())
     stock = full["class"](**parts, **left_out, **options, **({} if "XL" in name else UNCHECKED))
@@ -213,4 +213,4 @@ def test_the_configurations_of_single_files_are_the_published_ones(config: str, 
     stock = parts["scheduler"][1]
     levels = NoiseLevels.of(getattr(diffusers, stock).from_pretrained(folder / "scheduler"), config)
     expected = ("pndm", "eps") if config.endswith("base") else FULL[name]["paints"][1:]
-    assert (levels.sampler, levels.scaling.kind) == expected
+    assert (levels.sampler, levels.scaling.prediction_type) == expected

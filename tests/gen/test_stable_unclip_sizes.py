@@ -83,7 +83,7 @@ def test_full_size(width: int, has_prior: bool, numbers: int) -> None:
     model = StableUnCLIP.of(Parts(family, parts, None, Card(), Path("unclip")))
     settings = model.abilities.defaults
     assert (settings.height, settings.width, settings.prior) == (768, 768, has_prior)
-    assert (model.saved_as, model.levels.scaling.kind, model.embedding_width) == (family, "v", width)
+    assert (model.saved_as, model.levels.scaling.prediction_type, model.embedding_width) == (family, "v", width)
 
     if has_prior:
         stock: Any = StableUnCLIPPipeline(**{name: part for name, part in parts.items() if name not in IMAGE_PARTS})

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from samplers.guidance import Projection, cfg_terms, combine, in_interval, project, rescale, zero_init, zero_star
 from samplers.sample import SAMPLERS, advance, start
-from samplers.scaling import KINDS, Scaling, denoiser
+from samplers.scaling import PREDICTION_TYPES, Scaling, denoiser
 from samplers.schedule import flow, karras, make_betas
 from samplers.state import Prediction, State
 from tests.samplers.exact import gaussian, levels, mixture, pictures
@@ -30,7 +30,7 @@ def test_terms_sum_to_one_and_off_needs_no_null() -> None:
         assert sum(cfg_terms(scale).values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_guidance_commutes_with_parameterisation(kind: str) -> None:
     """Guiding the raw outputs, as diffusers does, is guiding the estimates of x0."""
     scaling = scaling_of(kind)
@@ -61,7 +61,7 @@ def test_interval_is_open_below_and_closed_above() -> None:
     assert in_interval(sigma, None).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_rescale_is_that_of_diffusers(kind: str) -> None:
     scaling = scaling_of(kind)
     x, prompt = (torch.randn(3, *SHAPE) for _ in range(2))
@@ -104,7 +104,7 @@ def test_autoguidance_is_cfg_with_a_weaker_network_as_null() -> None:
     torch.testing.assert_close(guided, gaussian(x, SIGMA).x0 + 0.2 * gaussian(x, SIGMA).x0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_zero_star_is_that_of_diffusers(kind: str) -> None:
     """The raw outputs, the null's scaled by diffusers' own; each row has its guidance scale, and 1 is off."""
     scaling, scale = scaling_of(kind), torch.tensor([1.0, 3.0, 7.5])

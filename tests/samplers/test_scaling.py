@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from samplers.scaling import KINDS, Scaling, denoiser
+from samplers.scaling import PREDICTION_TYPES, Scaling, denoiser
 from samplers.schedule import make_betas, training_sigmas, zero_terminal_snr
 from samplers.state import per_row
 from tests.samplers.exact import mixture, pictures
@@ -23,7 +23,7 @@ SHAPE = (3, 4, 4)
 def every_scaling() -> list:
     made = [
         pytest.param(Scaling.from_betas(kind, betas), id=f"{kind}-{name}")
-        for kind in KINDS
+        for kind in PREDICTION_TYPES
         if kind != "flow"
         for name, betas in BETAS.items()
     ]
@@ -163,7 +163,7 @@ def test_half_precision_outputs_are_read_in_float32() -> None:
     assert prediction.x0.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_a_learned_range_is_the_second_half_of_the_channels(kind: str) -> None:
     """-1 of the network is the smallest variance, said as 0, and 1 the largest; the first half is as ever."""
     plain = Scaling.flow() if kind == "flow" else Scaling.from_betas(kind, BETAS["cosine"])
