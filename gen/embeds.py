@@ -22,7 +22,7 @@ from gen.conditioning import Condition, Table, Told
 from gen.model import Family
 from gen.source import Source
 
-NEXT_THOUGHT = 0x27D4EB2F  # a prime of xxHash: how far apart the seeds of a prior's answers to one text are
+PRIOR_SEED_STRIDE = 0x27D4EB2F  # a prime of xxHash: how far apart the seeds of a prior's answers to one text are
 STRAIGHT = 1e-4  # the sine of an angle below which there is no arc to go along
 
 
@@ -134,17 +134,17 @@ def tell(model: Family, candidates: Sequence[Candidate], table: Table) -> list[T
     return with_other_prompts(model, candidates, told, model.tell(others, table))
 
 
-def thoughts(candidate: Candidate) -> list[Candidate]:
+def prior_samples(candidate: Candidate) -> list[Candidate]:
     """What a prior is asked for a candidate: every text of it, as often as the best answer is chosen of."""
     texts = [candidate.prompt]
     if candidate.settings.interpolate_prompt:
         texts.append(candidate.settings.interpolate_prompt)
-    seeds = [(candidate.first_seed + k * NEXT_THOUGHT) % 2**32 for k in range(candidate.settings.prior_best_of)]
+    seeds = [(candidate.first_seed + k * PRIOR_SEED_STRIDE) % 2**32 for k in range(candidate.settings.prior_best_of)]
     return [replace(candidate, prompt=text, seed=seed, noise_path=()) for text in texts for seed in seeds]
 
 
 def decided(candidate: Candidate, answers: Sequence[Tensor], texts: Sequence[Tensor]) -> Tensor:
-    """The embedding (E,) made of a prior's answers (E,) to `thoughts`, each to a text of this embedding (E,).
+    """The embedding (E,) made of a prior's answers (E,) to `prior_samples`, each to a text of this embedding (E,).
 
     Of several answers to one text that with the highest cosine (Ramesh et al. 2022, section 2.2: the better of two).
     """

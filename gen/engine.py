@@ -256,7 +256,7 @@ class Engine(Generic[R]):
             self._flights |= {flight.number: flight for flight in chosen}
         for flight in chosen:
             flight.candidates = list(flight.job.candidates)
-            flight.unspoken = {index for index, each in enumerate(flight.candidates) if each.settings.prior}
+            flight.awaiting_prior = {index for index, each in enumerate(flight.candidates) if each.settings.prior}
         return chosen
 
     def _unqueue(self, flight: Flight[R]) -> None:

@@ -30,7 +30,7 @@ from gen.upscale import STAGE as SUPER_RESOLUTION
 
 Stage = Literal["prior", "decoder", "super_resolution"]
 DECODER: Final = "decoder"
-NULL: Final = -1  # in place of a thought's number: what the candidate is guided away from
+NULL: Final = -1  # in place of a prior sample's number: what the candidate is guided away from
 
 R = TypeVar("R")
 
@@ -90,7 +90,7 @@ class Place(NamedTuple):
     request: int
     candidate: int
     is_draft: bool = False  # a scout's
-    thought: int = 0  # of the prior's, which of those that are asked for, or `NULL`
+    prior_sample: int = 0  # which of those that the prior is asked for, or `NULL`
 
 
 class Waiting(NamedTuple):
@@ -137,7 +137,7 @@ class Flight(Generic[R]):
     given_up: set[int] = field(default_factory=set)
     goals: dict[int, Goal] = field(default_factory=dict)
     waiting: deque[Waiting] = field(default_factory=deque)  # rows to be let in, of candidates that have a goal
-    unspoken: set[int] = field(default_factory=set)  # those that the prior is to be asked for
+    awaiting_prior: set[int] = field(default_factory=set)  # those that the prior is to be asked for
     answers: dict[int, dict[int, Finished]] = field(default_factory=dict)  # of the prior, until all of one are there
     # Of each candidate whose search is not over; once its prior has spoken, with its answer.
     told: dict[int, Told] = field(default_factory=dict)
@@ -174,8 +174,10 @@ class Flight(Generic[R]):
     def places(self, candidates: Iterable[int]) -> set[Hashable]:
         """The keys of these candidates' rows."""
         settings = {index: self.job.candidates[index].settings for index in candidates}
-        asked = {index: range(each.num_thoughts) for index, each in settings.items()}
-        prior = {Place(self.number, index, thought=k) for index, thoughts in asked.items() for k in (*thoughts, NULL)}
+        asked = {index: range(each.num_prior_samples) for index, each in settings.items()}
+        prior = {
+            Place(self.number, index, prior_sample=k) for index, samples in asked.items() for k in (*samples, NULL)
+        }
         return prior | {Place(self.number, index, is_draft) for index in settings for is_draft in (False, True)}
 
     def take(self, stage: Stage, taken: Taken, slots: Sequence[int]) -> None:

@@ -157,7 +157,7 @@ class Lead:
 
     def _stop_draft(self, flight: Flight[Any], index: int) -> None:
         goal = flight.goals.get(index)
-        if goal is not None and goal.draft_steps and index not in flight.unspoken:
+        if goal is not None and goal.draft_steps and index not in flight.awaiting_prior:
             del flight.goals[index]
             place = Place(flight.number, index, is_draft=True)
             flight.waiting = deque(each for each in flight.waiting if row_of(each.row).key != place)
@@ -230,14 +230,14 @@ class PromptField:
             flight.halted[index] = stages.branch(flight, source, index)
             flight.told[index], flight.estimates[index] = flight.told[source], flight.estimates[source]
             flight.taken[index] = flight.taken[source]
-            flight.unspoken.discard(index)
+            flight.awaiting_prior.discard(index)
 
     def turn(self, source: int, targets: Sequence[int], share: float) -> None:
         """Let targets begin near where the source began."""
         check_named([source, *targets], self.candidates)
         flight = self.flight
         begun = flight.goals.keys() | flight.taken.keys() | flight.given_up | flight.painted.keys()
-        if source in flight.unspoken or begun & set(targets):
+        if source in flight.awaiting_prior or begun & set(targets):
             told = f"the search turns candidates {list(targets)} towards {source}"
             raise ValueError(f"{told}: of these some have begun or are given up, or its prior has not spoken")
         origin = flight.candidates[source]
@@ -247,7 +247,7 @@ class PromptField:
         for index in targets:
             flight.candidates[index] = replace(flight.candidates[index], noise_path=path)
             flight.told[index] = flight.told[source]
-            flight.unspoken.discard(index)
+            flight.awaiting_prior.discard(index)
 
     def seconds_left(self) -> float:
         """Of the budget."""

@@ -105,7 +105,7 @@ class Prior:
         told = table.of([(STAGE, text) for text in said], lambda names: self.conditions([text for _, text in names]))
         return {text: condition for (_, text), condition in told.items()}
 
-    def speaks_of_null(self, candidate: Candidate) -> bool:
+    def predicts_null(self, candidate: Candidate) -> bool:
         """Whether what this candidate is guided away from is the prior's to say."""
         settings = candidate.settings
         is_told = bool(settings.negative_prompt) and candidate.negative_image_embeds is None
@@ -113,7 +113,7 @@ class Prior:
 
     def num_answers(self, candidate: Candidate) -> int:
         """How many embeddings this candidate asks it for."""
-        return candidate.settings.num_thoughts + self.speaks_of_null(candidate)
+        return candidate.settings.num_prior_samples + self.predicts_null(candidate)
 
     def _null_of(self, candidate: Candidate) -> str:
         return candidate.settings.plain(candidate.settings.negative_prompt) if self.reads_negative else ""

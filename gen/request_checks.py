@@ -60,7 +60,7 @@ def check_conditions(request: Request, settings: Settings, able: Abilities) -> N
     if is_lacking and settings.guidance_scale != 1:
         told = "without its prior this model has no image to be guided away from"
         raise ValueError(f"{told}; give negative_image_embeds, or guidance_scale=1")
-    if request.prior_latents is not None and settings.num_thoughts > 1:
+    if request.prior_latents is not None and settings.num_prior_samples > 1:
         raise ValueError("prior_latents are the start of one answer of the prior, but several are asked for")
     if settings.clip_guidance_scale and request.prompt is None:
         raise ValueError("clip_guidance_scale needs the prompt as text; give prompt as well, or leave it out")

@@ -128,7 +128,7 @@ class Settings:
         return plain(text) if self.prompt_weights else text
 
     @property
-    def num_thoughts(self) -> int:
+    def num_prior_samples(self) -> int:
         """Answers that a prior is asked for."""
         return self.prior_best_of * (2 if self.interpolate_prompt else 1)
 

@@ -13,7 +13,7 @@ from gen.settings import SCORES, SECOND, SIZES, Abilities, Settings
 from samplers.guidance import RULES
 from samplers.sample import SAMPLERS
 
-MOST_THOUGHTS = 64  # of a prior for one candidate
+MOST_PRIOR_SAMPLES = 64  # of a prior for one candidate
 
 
 def check_settings(settings: Settings, able: Abilities) -> None:
@@ -165,7 +165,7 @@ def check_prior(settings: Settings, able: Abilities) -> None:
             raise ValueError("prior=True, but this model has no prior; leave prior out, or give image_embeds")
         whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
         real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
-        whole("prior_best_of", settings.prior_best_of, 1, MOST_THOUGHTS)
+        whole("prior_best_of", settings.prior_best_of, 1, MOST_PRIOR_SAMPLES)
 
 
 def check_embedding(settings: Settings, able: Abilities) -> None:

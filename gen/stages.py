@@ -19,7 +19,7 @@ from gen.conditioning import Condition, Table
 from gen.darkroom import Darkroom
 from gen.drafter import SAMPLER
 from gen.edit import beginning, read, schedule_of
-from gen.embeds import decided, tell, thoughts, with_embeds
+from gen.embeds import decided, prior_samples, tell, with_embeds
 from gen.flight import DECODER, NULL, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
 from gen.lane import Lane
 from gen.model import Family, WithImage
@@ -74,14 +74,14 @@ class Stages:
         free = most - painted
         if flight.waiting[0].stage == PRIOR:
             assert self.model.prior is not None, "a request for a prior is refused where there is none"
-            places = {(place.request, place.candidate) for place in map(place_of, self._thinking)}
+            places = {(place.request, place.candidate) for place in map(place_of, self._prior_rows)}
             coming = num_evaluations(first) * len(places)
             free, rows = min(most - coming, 2 * most - painted - coming), self.model.prior.num_answers(first)
         room = max(0, -(-free // num_evaluations(first))) * rows
         return room if max_rows is None else max(0, min(room, max_rows - self._num_rows))
 
     @property
-    def _thinking(self) -> list[Row]:
+    def _prior_rows(self) -> list[Row]:
         """The rows in the prior."""
         return [one.row for one in self.rows[PRIOR].live]
 
@@ -103,7 +103,7 @@ class Stages:
         for flight in flights:
             flight.told = dict(enumerate(islice(told, len(flight.candidates))))
             flight.read = read(self.model, flight.candidates)
-        asking = [thought for one in candidates if one.settings.prior for thought in thoughts(one)]
+        asking = [each for one in candidates if one.settings.prior for each in prior_samples(one)]
         if not asking:
             return []
         assert self.model.prior is not None, "a request for a prior is refused where there is none"
@@ -111,21 +111,21 @@ class Stages:
 
     def begin(self, flight: Flight[Any], candidates: Sequence[int]) -> Iterator[Waiting]:
         """The first row of each candidate: the prior's, or the decoder's."""
-        asking = [index for index in candidates if index in flight.unspoken]
+        asking = [index for index in candidates if index in flight.awaiting_prior]
         if asking:
             assert self.model.prior is not None, "a request for a prior is refused where there is none"
             prior = self.model.prior
-            asked = {index: thoughts(flight.candidates[index]) for index in asking}
-            keys = [Place(flight.number, index, thought=k) for index in asking for k in range(len(asked[index]))]
+            asked = {index: prior_samples(flight.candidates[index]) for index in asking}
+            keys = [Place(flight.number, index, prior_sample=k) for index in asking for k in range(len(asked[index]))]
             rows = prior.rows([one for each in asked.values() for one in each], keys, self.table)
-            guided = {index: one for index in asking if prior.speaks_of_null(one := flight.candidates[index])}
-            keys = [Place(flight.number, index, thought=NULL) for index in guided]
+            guided = {index: one for index in asking if prior.predicts_null(one := flight.candidates[index])}
+            keys = [Place(flight.number, index, prior_sample=NULL) for index in guided]
             rows += prior.null_rows(list(guided.values()), keys, self.table)
             order = {index: place for place, index in enumerate(asking)}
             rows.sort(key=lambda row: order[place_of(row).candidate])  # so that a candidate's come in together
             yield from (Waiting(PRIOR, row) for row in rows)
         for index in candidates:
-            if index not in flight.unspoken:
+            if index not in flight.awaiting_prior:
                 yield Waiting(DECODER, self._decoder_row(flight, index))
 
     def admit(self, chosen: Sequence[Waiting]) -> None:
@@ -138,7 +138,7 @@ class Stages:
     def go_on(self, flight: Flight[Any], stage: Stage, finished: Sequence[Finished]) -> None:
         """Where rows of a request go from a stage's end: on to the next one, and from the last to be decoded."""
         if stage == PRIOR:
-            self._spoken(flight, finished)
+            self._prior_finished(flight, finished)
             return
         indices = [place_of(one.row).candidate for one in finished]
         ended: dict[int, Tensor] = {}
@@ -175,12 +175,12 @@ class Stages:
         for rows in self.rows.values():
             rows.drop(places)
 
-    def _spoken(self, flight: Flight[Any], finished: Sequence[Finished]) -> None:
+    def _prior_finished(self, flight: Flight[Any], finished: Sequence[Finished]) -> None:
         """The prior has answered: candidates of which all answers are there go on to the decoder."""
         assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
         for one in finished:
             place = place_of(one.row)
-            flight.answers.setdefault(place.candidate, {})[place.thought] = one
+            flight.answers.setdefault(place.candidate, {})[place.prior_sample] = one
         prior = self.model.prior
         candidates = {
             index: flight.candidates[index]
@@ -202,7 +202,7 @@ class Stages:
         for index, prompt, (_, null) in zip(candidates, prompts, told, strict=True):
             flight.told[index] = (prompt, null)
         self._guide_away(flight, nulls)
-        flight.unspoken.difference_update(candidates)
+        flight.awaiting_prior.difference_update(candidates)
         self.rows[DECODER].admit([self._decoder_row(flight, index) for index in candidates])
 
     def _guide_away(self, flight: Flight[Any], nulls: Mapping[int, Finished]) -> None:

@@ -224,7 +224,7 @@ class Kandinsky(MoVQModel):
         return told
 
     def _asks_for_null(self, candidate: Candidate) -> bool:
-        return self.prior is not None and self.prior.speaks_of_null(candidate)
+        return self.prior is not None and self.prior.predicts_null(candidate)
 
     def _empty(self, words: Condition, text: str, table: Table) -> Condition:
         """What is guided away from where there is no embedding of a negative prompt: nothing to be seen."""

@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a mask": {"image": PICTURE, "mask_image": MASK, "strength": 0.8},
     "churn": {"sampler": "euler", "s_churn": 2.0},
     "diverse": {"num_images_per_prompt": 4, "keep": 2, "diverse": True},
-    "best thought": {"prior": True, "prior_best_of": 2},
+    "best of the prior": {"prior": True, "prior_best_of": 2},
     **{f"sampler {name}": {"sampler": name} for name in sorted(SAMPLERS)},
 }
 SEARCHES = ("best_of", "draft", "feynman_kac", "halving", "racing", "zero_order")

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from clip_core.score import cosine
 from gen import Request, TextToImage
-from gen.embeds import NEXT_THOUGHT, moved, slerp
+from gen.embeds import PRIOR_SEED_STRIDE, moved, slerp
 from gen.resolve import resolve
 from samplers.noise import noise
 from tests.gen.test_img2img import picture
@@ -175,7 +175,7 @@ def test_the_best_of_the_priors_answers_is_taken(tiny: TextToImage) -> None:
     assert prior is not None
     taken = set()
     for seed in range(6):
-        seeds = [(seed + k * NEXT_THOUGHT) % 2**32 for k in range(3)]
+        seeds = [(seed + k * PRIOR_SEED_STRIDE) % 2**32 for k in range(3)]
         answers = prior.sample(resolve(Request(prompt=[SHORT] * 3, seed=seeds), tiny.model.abilities).candidates)
         with torch.no_grad():
             text = prior.conditions([SHORT])[0].vector

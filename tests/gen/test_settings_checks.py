@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gen.settings import Abilities, Settings
-from gen.settings_checks import MOST_THOUGHTS, check_settings
+from gen.settings_checks import MOST_PRIOR_SAMPLES, check_settings
 
 GOOD = Settings(height=64, width=64, num_inference_steps=4)
 ABLE = Abilities(
@@ -36,7 +36,7 @@ def test_what_a_model_can_do_is_not_refused() -> None:
     most: dict[str, Any] = {"prompt_2": "a star", "original_size": (1, 9), "crops_coords_top_left": (0, 0)}
     most |= {"aesthetic_score": 6.5, "strength": 0.25, "denoising_start": 0.5, "guidance_rule": "autoguidance"}
     most |= {"clip_guidance_scale": 1.0, "guidance_interval": (0.5, 0.5), "clip_skip": 2, "vae_tiling": True}
-    most |= {"prior": True, "prior_best_of": MOST_THOUGHTS, "noise_level": 9, "super_res_num_inference_steps": 20}
+    most |= {"prior": True, "prior_best_of": MOST_PRIOR_SAMPLES, "noise_level": 9, "super_res_num_inference_steps": 20}
     check_settings(replace(GOOD, **most), ABLE)
 
 
@@ -66,7 +66,7 @@ def test_what_a_model_can_do_is_not_refused() -> None:
         ({"guidance_interval": (2.0, 1.0)}, r"^guidance_interval=\(2.0, 1.0\) is upside down"),
         ({"clip_skip": 3}, "^clip_skip=3 is out of range; give a whole number from 0 to 2$"),
         ({"prior": 1}, "^prior=1; give True, False or None$"),
-        ({"prior": True, "prior_best_of": MOST_THOUGHTS + 1}, "^prior_best_of=65 is out of range"),
+        ({"prior": True, "prior_best_of": MOST_PRIOR_SAMPLES + 1}, "^prior_best_of=65 is out of range"),
         ({"interpolate_prompt": 3}, "^interpolate_prompt is 3; give a text$"),
         ({"edit_amount": 2}, "^edit_amount=2 is out of range"),
         ({"noise_level": 10}, "^noise_level=10 is out of range; give a whole number from 0 to 9$"),
