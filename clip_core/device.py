@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 
-def place_of(network: nn.Module) -> torch.device:
+def network_device(network: nn.Module) -> torch.device:
     """Where a network computes: where its first vector lies, for larger weights may wait elsewhere (`gen.offload`)."""
     weights = network.parameters()
     first = next(weights)
     return first.device if first.ndim < 2 else next((weight for weight in weights if weight.ndim < 2), first).device
 
 
-def computes_in(network: nn.Module) -> torch.dtype:
-    """What a network's weights are in, as its first says: diffusers' own `dtype` walks all modules at every asking."""
+def weights_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype of a network's weights, read off the first; diffusers' own `dtype` walks every module each time."""
     return next(network.parameters()).dtype
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-from clip_core.device import place_of, sent
+from clip_core.device import network_device, sent
 from clip_core.wording import quoted
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class TextTower:
         the end, so they change no state but their own, and UNets were trained on those too.
         """
         assert normed or clip_skip is not None, "the last layer's states come normed"
-        device = place_of(self.encoder)
+        device = network_device(self.encoder)
         mask = sent(tokens.attention_mask, device)
         out = self.encoder(
             input_ids=sent(tokens.input_ids, device),

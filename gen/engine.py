@@ -28,7 +28,7 @@ from gen.checks import check_callback
 from gen.conditioning import Condition
 from gen.darkroom import Darkroom
 from gen.edit import schedule_of
-from gen.flight import Account, Callback, Flight, Painted, Stage, place_of
+from gen.flight import Account, Callback, Flight, Painted, Stage, row_key
 from gen.lead import Lead
 from gen.model import Family
 from gen.request import Job, Request
@@ -306,7 +306,7 @@ class Engine(Generic[R]):
             del self._unsettled[flight.number]
             if not has_begun:
                 self._unqueue(flight)
-        self._stages.drop(flight.places(range(len(flight.candidates))))
+        self._stages.drop(flight.row_keys(range(len(flight.candidates))))
         flight.end()
         if flight.future.set_running_or_notify_cancel():
             answer()
@@ -345,7 +345,7 @@ class Engine(Generic[R]):
         """The requests that these rows belong to and that are still here, and which rows are theirs."""
         places: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
-            places.setdefault(place_of(row).request, []).append(place)
+            places.setdefault(row_key(row).request, []).append(place)
         return [(self._flights[number], found) for number, found in places.items() if number in self._flights]
 
     # --- answers -------------------------------------------------------------------------------------------------

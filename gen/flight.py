@@ -84,7 +84,7 @@ class Painted:
 # --- what is noted of it -----------------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
+class RowKey(NamedTuple):
     """The key of an engine's rows."""
 
     request: int
@@ -171,14 +171,14 @@ class Flight(Generic[R]):
         """Whether the best alone keep their pixels while others are still painted."""
         return self.job.keep < self.job.num_images_per_prompt and not self.job.diverse
 
-    def places(self, candidates: Iterable[int]) -> set[Hashable]:
+    def row_keys(self, candidates: Iterable[int]) -> set[Hashable]:
         """The keys of these candidates' rows."""
         settings = {index: self.job.candidates[index].settings for index in candidates}
         asked = {index: range(each.num_prior_samples) for index, each in settings.items()}
         prior = {
-            Place(self.number, index, prior_sample=k) for index, samples in asked.items() for k in (*samples, NULL)
+            RowKey(self.number, index, prior_sample=k) for index, samples in asked.items() for k in (*samples, NULL)
         }
-        return prior | {Place(self.number, index, is_draft) for index in settings for is_draft in (False, True)}
+        return prior | {RowKey(self.number, index, is_draft) for index in settings for is_draft in (False, True)}
 
     def take(self, stage: Stage, taken: Taken, slots: Sequence[int]) -> None:
         """Note a step of its rows, which are at these slots, and let the callback look."""
@@ -188,7 +188,7 @@ class Flight(Generic[R]):
         if stage == DECODER:
             estimates = taken.x0.unbind(0)
             for slot, one in zip(slots, rows, strict=True):
-                self.estimates[place_of(one.row).candidate] = estimates[slot]
+                self.estimates[row_key(one.row).candidate] = estimates[slot]
                 self.step(one)
         if self.callback is not None:
             everyone = len(slots) == len(taken.rows)
@@ -203,11 +203,11 @@ class Flight(Generic[R]):
 
     def _seed(self, stage: Stage, row: Row) -> int:
         """The candidate's, whichever of the prior's answers this is."""
-        return self.candidates[place_of(row).candidate].first_seed if stage == PRIOR else row.seed
+        return self.candidates[row_key(row).candidate].first_seed if stage == PRIOR else row.seed
 
     def step(self, one: Live) -> None:
         """Note where a row of the decoder stands; where it should halt, its candidate is at rest."""
-        place = place_of(one.row)
+        place = row_key(one.row)
         if not place.is_draft:
             self.taken[place.candidate] = one.taken
             if one.taken == self.goals[place.candidate].until:
@@ -244,7 +244,7 @@ class Flight(Generic[R]):
             for index in candidates:
                 known.pop(index, None)
         self.halting.difference_update(candidates)
-        gone = self.places(candidates)
+        gone = self.row_keys(candidates)
         self.waiting = deque(each for each in self.waiting if row_of(each.row).key not in gone)
 
     def end(self) -> None:
@@ -256,9 +256,9 @@ class Flight(Generic[R]):
         self.waiting.clear()
 
 
-def place_of(row: Row) -> Place:
+def row_key(row: Row) -> RowKey:
     """Whose row it is."""
-    assert isinstance(row.key, Place)
+    assert isinstance(row.key, RowKey)
     return row.key
 
 

@@ -18,7 +18,7 @@ from gen.candidate import Before
 from gen.darkroom import Darkroom
 from gen.drafter import Drafter
 from gen.edit import schedule_of
-from gen.flight import DECODER, Flight, Goal, Place, Trail, Waiting, row_of, scores_of
+from gen.flight import DECODER, Flight, Goal, RowKey, Trail, Waiting, row_of, scores_of
 from gen.model import Family
 from gen.request import Job
 from gen.search import Asked, Go, Move, Moves, Scout, in_rounds
@@ -100,7 +100,7 @@ class Lead:
         if wrong := [index for index in candidates if index in flight.given_up or index in flight.painted]:
             raise ValueError(f"the search gives up candidates {wrong}, which are given up or painted")
         flight.give_up(candidates)
-        self.stages.drop(flight.places(candidates))
+        self.stages.drop(flight.row_keys(candidates))
 
     def _set_going(self, flight: Flight[Any], trail: Trail, move: Move) -> None:
         """Give candidates a goal; those that are in no batch wait to be let in."""
@@ -159,7 +159,7 @@ class Lead:
         goal = flight.goals.get(index)
         if goal is not None and goal.draft_steps and index not in flight.awaiting_prior:
             del flight.goals[index]
-            place = Place(flight.number, index, is_draft=True)
+            place = RowKey(flight.number, index, is_draft=True)
             flight.waiting = deque(each for each in flight.waiting if row_of(each.row).key != place)
             self.stages.drop({place})
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_core.device import computes_in
+from clip_core.device import weights_dtype
 from gen import checkpoint
 from gen.adapters import drafts, ip_adapter, lora, textual_inversion
 from gen.adapters.file import Adapter
@@ -62,7 +62,7 @@ class TextToImage:
     ) -> None:
         self.model = model
         self.origins = origins
-        self.compute = Compute(computes_in(model.unet)) if compute is None else compute
+        self.compute = Compute(weights_dtype(model.unet)) if compute is None else compute
         self.adapters: tuple[Adapter, ...] = ()  # what was added since, in order
         self._hash, self._clip_hash = model_hash, clip_hash
         self._offload = Offload(model.modules(), model.device)
@@ -328,7 +328,7 @@ class TextToImage:
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             numbers = self.model.held_at_once(settings, is_decoded)
             tiled = self.model.held_at_once(replace(settings, vae_tiling=self.model.abilities.can_tile), is_decoded)
-            width = min(self.compute.dtype.itemsize, computes_in(self.model.unet).itemsize)
+            width = min(self.compute.dtype.itemsize, weights_dtype(self.model.unet).itemsize)
             leaving = self._offload.could_leave if self.compute.runtime == TORCH else 0
             check_picture(numbers * width, tiled * width, self.model.device, settings, leaving)
 

@@ -17,7 +17,7 @@ from diffusers import PriorTransformer
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from clip_core.device import computes_in, place_of
+from clip_core.device import network_device, weights_dtype
 from clip_core.text import TextTower
 from gen.candidate import Candidate
 from gen.conditioning import Condition, Table, each_read
@@ -47,7 +47,7 @@ class Prior:
 
     def sample(self, candidates: Sequence[Candidate], max_rows: int | None = None) -> Tensor:
         """One image embedding per candidate, (B, E) float32, with at most `max_rows` in flight (None: all)."""
-        rows = Rows(self.asked(), self.levels.scaling, STAGE, place_of(self.network))
+        rows = Rows(self.asked(), self.levels.scaling, STAGE, network_device(self.network))
         found: dict[Hashable, Tensor] = {}
         for finished in rows.run(self.rows(candidates, range(len(candidates)), Table()), max_rows):
             found |= {one.row.key: one.x for one in finished}
@@ -146,5 +146,5 @@ class Prior:
     def _encoded(self, texts: Sequence[str]) -> list[Condition]:
         features = self.text(texts)
         embedding = self.text_encoder.text_projection(features.pooled)  # (B, E)
-        tokens, vectors = (told.to(computes_in(self.network)) for told in (features.tokens, embedding))
+        tokens, vectors = (told.to(weights_dtype(self.network)) for told in (features.tokens, embedding))
         return [Condition(*each) for each in zip(tokens, vectors, features.mask, strict=True)]

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_core.device import computes_in, place_of, sent
+from clip_core.device import network_device, sent, weights_dtype
 from gen.attention.processor import STOCK, Processor
 from gen.conditioning import Condition, Conditions, stacked
 
@@ -103,7 +103,7 @@ class CachedPrior:
     def __call__(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """(M, E) noisy embeddings -> the network's own output, (M, E)."""
         plan = self._plan_for(told)
-        x = x.to(computes_in(self.network))
+        x = x.to(weights_dtype(self.network))
         return whole(self.network, x, timestep, told) if plan is None else last_tokens(self.network, x, timestep, plan)
 
     def _plan_for(self, told: Conditions) -> Plan | None:
@@ -135,7 +135,7 @@ class CachedPrior:
             self._kept |= {unique[place]: prefix.one(at) for at, place in enumerate(places)}
             folds.append(Fold(prefix, slice(len(order), len(order) + len(evaluations))))
             order += evaluations
-        ordered, device = torch.tensor(order), place_of(self.network)
+        ordered, device = torch.tensor(order), network_device(self.network)
         return Plan(folds, sent(ordered, device), sent(ordered.argsort(), device))
 
 

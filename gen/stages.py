@@ -20,7 +20,7 @@ from gen.darkroom import Darkroom
 from gen.drafter import SAMPLER
 from gen.edit import beginning, read, schedule_of
 from gen.embeds import decided, prior_samples, tell, with_embeds
-from gen.flight import DECODER, NULL, PRIOR, SUPER_RESOLUTION, Flight, Painted, Place, Stage, Waiting, place_of, row_of
+from gen.flight import DECODER, NULL, PRIOR, SUPER_RESOLUTION, Flight, Painted, RowKey, Stage, Waiting, row_key, row_of
 from gen.lane import Lane
 from gen.model import Family, WithImage
 from gen.request import Candidate
@@ -74,7 +74,7 @@ class Stages:
         free = most - painted
         if flight.waiting[0].stage == PRIOR:
             assert self.model.prior is not None, "a request for a prior is refused where there is none"
-            places = {(place.request, place.candidate) for place in map(place_of, self._prior_rows)}
+            places = {(place.request, place.candidate) for place in map(row_key, self._prior_rows)}
             coming = num_evaluations(first) * len(places)
             free, rows = min(most - coming, 2 * most - painted - coming), self.model.prior.num_answers(first)
         room = max(0, -(-free // num_evaluations(first))) * rows
@@ -116,13 +116,13 @@ class Stages:
             assert self.model.prior is not None, "a request for a prior is refused where there is none"
             prior = self.model.prior
             asked = {index: prior_samples(flight.candidates[index]) for index in asking}
-            keys = [Place(flight.number, index, prior_sample=k) for index in asking for k in range(len(asked[index]))]
+            keys = [RowKey(flight.number, index, prior_sample=k) for index in asking for k in range(len(asked[index]))]
             rows = prior.rows([one for each in asked.values() for one in each], keys, self.table)
             guided = {index: one for index in asking if prior.predicts_null(one := flight.candidates[index])}
-            keys = [Place(flight.number, index, prior_sample=NULL) for index in guided]
+            keys = [RowKey(flight.number, index, prior_sample=NULL) for index in guided]
             rows += prior.null_rows(list(guided.values()), keys, self.table)
             order = {index: place for place, index in enumerate(asking)}
-            rows.sort(key=lambda row: order[place_of(row).candidate])  # so that a candidate's come in together
+            rows.sort(key=lambda row: order[row_key(row).candidate])  # so that a candidate's come in together
             yield from (Waiting(PRIOR, row) for row in rows)
         for index in candidates:
             if index not in flight.awaiting_prior:
@@ -140,17 +140,17 @@ class Stages:
         if stage == PRIOR:
             self._prior_finished(flight, finished)
             return
-        indices = [place_of(one.row).candidate for one in finished]
+        indices = [row_key(one.row).candidate for one in finished]
         ended: dict[int, Tensor] = {}
         for index, one in zip(indices, finished, strict=True):
-            if place_of(one.row).is_draft:
+            if row_key(one.row).is_draft:
                 flight.estimates[index] = one.x
                 del flight.goals[index]
             else:
                 ended[index] = one.x
         if stage == DECODER and self.model.upscaler is not None:
             candidates = [flight.candidates[index] for index in ended]
-            keys = [Place(flight.number, index) for index in ended]
+            keys = [RowKey(flight.number, index) for index in ended]
             self.rows[SUPER_RESOLUTION].admit(self.model.upscaler.rows(candidates, keys, list(ended.values())))
             return
         for index, x in ended.items():
@@ -161,13 +161,13 @@ class Stages:
     def halt(self, flight: Flight[Any], candidates: Collection[int]) -> None:
         """Take rows of the decoder that stand still out of their batch."""
         if candidates:
-            halted = self.rows[DECODER].halt(flight.places(candidates))
-            flight.halted |= {place_of(row_of(lane)).candidate: lane for lane in halted.values()}
+            halted = self.rows[DECODER].halt(flight.row_keys(candidates))
+            flight.halted |= {row_key(row_of(lane)).candidate: lane for lane in halted.values()}
             flight.halting.difference_update(list(candidates))
 
     def branch(self, flight: Flight[Any], source: int, target: int) -> Lane:
         """A copy of a halted row that goes on as another candidate, by the noise of that one's seed."""
-        place = Place(flight.number, target)
+        place = RowKey(flight.number, target)
         return self.rows[DECODER].branch(flight.halted[source], place, flight.candidates[target].seed)
 
     def drop(self, places: AbstractSet[Hashable]) -> None:
@@ -179,7 +179,7 @@ class Stages:
         """The prior has answered: candidates of which all answers are there go on to the decoder."""
         assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
         for one in finished:
-            place = place_of(one.row)
+            place = row_key(one.row)
             flight.answers.setdefault(place.candidate, {})[place.prior_sample] = one
         prior = self.model.prior
         candidates = {
@@ -242,7 +242,7 @@ class Stages:
         begins = beginning(candidate, flight.read[index], shape, schedule)
         prompt, null = begins.telling(flight.told[index])
         return Row(
-            key=Place(flight.number, index, draft_steps is not None),
+            key=RowKey(flight.number, index, draft_steps is not None),
             seed=candidate.seed,
             shape=shape,
             schedule=schedule,

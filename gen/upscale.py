@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_core.device import computes_in
+from clip_core.device import weights_dtype
 from gen.candidate import Candidate
 from gen.conditioning import Condition, Conditions
 from gen.dispatch import dispatched
@@ -65,7 +65,7 @@ def asked(network: UNet2DModel) -> Network:
 
     def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         assert told.channels is not None, "it sees the small picture"
-        seen = told.beside(x).to(computes_in(network))
+        seen = told.beside(x).to(weights_dtype(network))
         return network(seen, timestep, return_dict=False)[0]
 
     return call

@@ -28,12 +28,12 @@ from training.attention import AttentionRecipe, use_attention
 from training.checkpoints import load_weights
 from training.data.pictures import Pictures
 from training.frozen import (
+    default_device,
     image_embeddings,
     image_patches,
     latents,
     load_clip,
     load_vae,
-    place,
     reads,
     transformers_model,
 )
@@ -105,7 +105,7 @@ class DecoderTask(Task[Aligned]):
     def __init__(self, recipe: DecoderRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        clip, self.vae = load_clip(recipe.clip, place()), load_vae(recipe.vae, place())
+        clip, self.vae = load_clip(recipe.clip, default_device()), load_vae(recipe.vae, default_device())
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if recipe.resolution % factor:
             raise RecipeError(

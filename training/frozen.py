@@ -20,7 +20,7 @@ from training.data.examples import DataError
 from training.data.pictures import Pictures
 
 
-def place() -> torch.device:
+def default_device() -> torch.device:
     """Where this process reads its data set before it trains there: its GPU, or the CPU where accelerate is told to."""
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

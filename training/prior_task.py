@@ -28,7 +28,7 @@ from gen.scheduler import NoiseLevels
 from gen.settings import Settings
 from training.attention import AttentionRecipe, use_attention
 from training.data.pictures import Pictures
-from training.frozen import image_embeddings, load_clip, place, reads, transformers_model
+from training.frozen import default_device, image_embeddings, load_clip, reads, transformers_model
 from training.recipe import built, options_of
 from training.sheets import captioned, pictures_of
 from training.task import Task, held_back
@@ -67,7 +67,7 @@ class PriorTask(Task[PriorTransformer]):
     def __init__(self, recipe: PriorRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        clip = load_clip(recipe.clip, place())
+        clip = load_clip(recipe.clip, default_device())
         network = transformers_model(clip)
         use_attention(network, recipe.attention)
         self.text_encoder, self.tokenizer = with_projection(network), clip.tokenizer

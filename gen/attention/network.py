@@ -16,7 +16,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from clip_core.device import place_of
+from clip_core.device import network_device
 from gen.attention.kernels import AUTO, check_attention
 from gen.attention.processor import STOCK, Processor, told_pair
 from gen.attention.texts import Kept, Texts
@@ -35,7 +35,7 @@ def set_attention(network: nn.Module, name: str = AUTO) -> None:
     choice and logs why.
     """
     layers = list(attentions(network))
-    check_attention(name, place_of(network), layers[0].to_q.weight.dtype if layers else torch.float32)
+    check_attention(name, network_device(network), layers[0].to_q.weight.dtype if layers else torch.float32)
     for layer in layers:
         if not isinstance(layer.processor, (*STOCK, Processor)):
             kind = type(layer.processor).__name__

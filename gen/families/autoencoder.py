@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from clip_core.device import computes_in, sent
+from clip_core.device import sent, weights_dtype
 from gen.edit import Beside, Posterior, Read
 from gen.families.painter import Painter
 from gen.preview import SMALL, Preview, fitted
@@ -158,7 +158,7 @@ class KLModel(LatentModel):
 
     def posterior(self, pixels: Tensor) -> Posterior:
         """What the autoencoder says of pixels (3, H, W) in [0, 1]."""
-        told = self.vae.encode((pixels * 2 - 1)[None].to(self.device, computes_in(self.vae))).latent_dist
+        told = self.vae.encode((pixels * 2 - 1)[None].to(self.device, weights_dtype(self.vae))).latent_dist
         mean, deviation = self._latent_moments
         return Posterior(((told.mean.float() - mean) / deviation)[0], (told.std.float() / deviation)[0])
 
@@ -174,7 +174,7 @@ class KLModel(LatentModel):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
         mean, deviation = self._latent_moments
-        z = (latents * deviation + mean).to(computes_in(self.vae))
+        z = (latents * deviation + mean).to(weights_dtype(self.vae))
         pixels = self.vae.decode(z, return_dict=False)[0].float()
         return (pixels / 2).add_(0.5).clamp_(0, 1)
 
@@ -207,7 +207,7 @@ def latent_moments(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
 def to_latents(vae: AutoencoderKL, pixels: Tensor, moments: tuple[Tensor, Tensor]) -> Tensor:
     """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32: the middle of what is said, normed by moments."""
     mean, deviation = moments
-    return (vae.encode((pixels * 2 - 1).to(computes_in(vae))).latent_dist.mode().float() - mean) / deviation
+    return (vae.encode((pixels * 2 - 1).to(weights_dtype(vae))).latent_dist.mode().float() - mean) / deviation
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -241,11 +241,11 @@ class MoVQModel(LatentModel):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32; they are not scaled."""
-        return self.movq.encode((pixels * 2 - 1).to(computes_in(self.movq)), return_dict=False)[0].float()
+        return self.movq.encode((pixels * 2 - 1).to(weights_dtype(self.movq)), return_dict=False)[0].float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pixels (B, 3, H, W) float32 in [0, 1]."""
-        pixels = self.movq.decode(latents.to(computes_in(self.movq)), force_not_quantize=True, return_dict=False)[
+        pixels = self.movq.decode(latents.to(weights_dtype(self.movq)), force_not_quantize=True, return_dict=False)[
             0
         ].float()
         return (pixels / 2).add_(0.5).clamp_(0, 1)

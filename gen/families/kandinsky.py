@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from clip_core.clip import CLIP
-from clip_core.device import computes_in
+from clip_core.device import weights_dtype
 from clip_core.join import joined
 from clip_core.preprocess import Preprocess
 from gen.attention.network import reading
@@ -254,7 +254,7 @@ class Kandinsky(MoVQModel):
             return network.process_encoder_hidden_states(of.tokens, self.added(of))
 
         return network(
-            told.beside(x).to(computes_in(network)),
+            told.beside(x).to(weights_dtype(network)),
             timestep,
             encoder_hidden_states=told.tokens,
             added_cond_kwargs=self.added(told),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
-from clip_core.device import computes_in
+from clip_core.device import weights_dtype
 from clip_core.text import Piece, TextTower
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
@@ -264,7 +264,7 @@ class Karlo(Reader):
             return [told for each, embedding in alone for told in self._beside([each], embedding[None])]
         states, embeddings, masks = (torch.stack(each) for each in zip(*read, strict=True))
         tokens, vectors = self.text_proj(
-            image_embeddings=image_embeds.to(computes_in(self.text_proj)),
+            image_embeddings=image_embeds.to(weights_dtype(self.text_proj)),
             prompt_embeds=embeddings,
             text_encoder_hidden_states=states,
             do_classifier_free_guidance=False,  # null has rows of its own

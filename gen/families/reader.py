@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from clip_core.device import computes_in, sent
+from clip_core.device import sent, weights_dtype
 from clip_core.text import Piece, TextTower
 from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
@@ -228,7 +228,7 @@ class Reader(Painter):
     def _sized(self, condition: Condition, sizes: tuple[float, ...]) -> Condition:
         if not sizes:
             return condition
-        return replace(condition, sizes=sent(torch.tensor(sizes, dtype=computes_in(self.unet)), self.device))
+        return replace(condition, sizes=sent(torch.tensor(sizes, dtype=weights_dtype(self.unet)), self.device))
 
     @cached_property
     @torch.no_grad()
@@ -247,7 +247,7 @@ class Reader(Painter):
         if read is not None and not is_stood_in(network) and told.alike is not None:
             read = {**read, "alike": told.alike}
         return network(
-            told.beside(x).to(computes_in(network)),
+            told.beside(x).to(weights_dtype(network)),
             timestep,
             encoder_hidden_states=told.tokens,
             cross_attention_kwargs=read,

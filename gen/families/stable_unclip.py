@@ -18,7 +18,7 @@ from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from clip_core.device import computes_in, sent
+from clip_core.device import sent, weights_dtype
 from clip_core.text import TextTower
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
@@ -136,12 +136,14 @@ class StableUnCLIP(KLModel, Reader):
         levels = sent(torch.tensor([one.settings.noise_level for one in candidates]), self.device)
         seeds = [one.first_seed for one in candidates]
         fresh = sent(noise(seeds, "image_noise", 0, (self.embedding_width,)), self.device)
-        vectors = self.noise_image_embeddings(torch.stack(list(image_embeds)), levels, fresh).to(computes_in(self.unet))
+        vectors = self.noise_image_embeddings(torch.stack(list(image_embeds)), levels, fresh).to(
+            weights_dtype(self.unet)
+        )
         return [replace(each, vector=vector) for each, vector in zip(told, vectors, strict=True)]
 
     def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
         """What the UNet is told of a text with these token states (L, D): no image embedding."""
-        zeros = torch.zeros(2 * self.embedding_width, dtype=computes_in(self.unet), device=self.device)
+        zeros = torch.zeros(2 * self.embedding_width, dtype=weights_dtype(self.unet), device=self.device)
         return replace(super().handed(tokens, pooled), vector=zeros)
 
     def said(self, told: Conditions) -> dict[str, Any]:

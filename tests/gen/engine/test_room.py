@@ -10,7 +10,7 @@ import torch
 
 from gen import Engine, Request, TextToImage
 from gen.bucket import FEW, Bucket, Buckets
-from gen.flight import DECODER, PRIOR, place_of
+from gen.flight import DECODER, PRIOR, row_key
 from gen.resolve import resolve
 from tests.engines import buckets_of, run
 from tests.gen.engine.asked import KINDS, PLAIN, Latents, all_rows, alone, decoder_rows, engine_of, same
@@ -54,7 +54,7 @@ def test_rows_of_one_request_come_in_as_memory_allows(tiny: TextToImage, prior: 
         if 0 in engine._flights:
             flight = engine._flights[0]
             assert len(engine._flights) == 1 or not flight.waiting
-            seen.append(sum(place_of(one.row).request == 0 for one in all_rows(engine)))
+            seen.append(sum(row_key(one.row).request == 0 for one in all_rows(engine)))
             held.append(len(flight.told))
         engine.tick()
     most = (FEW if room is None else room) // 2  # guided, a row is two evaluations
