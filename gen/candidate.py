@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen.checks import real, whole
+from gen.checks import finite_float, integer
 from gen.settings import JSON, Abilities, Settings
 from gen.settings_checks import check_settings
 from gen.source import GREY, RGB, Source, found
@@ -56,8 +56,8 @@ class Before:
         """As a record has it; ValueError where it is damaged."""
         if not isinstance(told, Mapping) or told.keys() != {"seed", "steps", "share"}:
             raise ValueError(f"the record is damaged: its noise_path has {told!r}")
-        seed, steps = whole("seed", told["seed"], 0, MAX_SEED), whole("steps", told["steps"], 0)
-        return cls(seed, steps, real("share", told["share"], 0.0, 1.0))
+        seed, steps = integer("seed", told["seed"], 0, MAX_SEED), integer("steps", told["steps"], 0)
+        return cls(seed, steps, finite_float("share", told["share"], 0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +137,7 @@ class Candidate:
         check_named(settings, pictures, able)
         return cls(
             prompt=prompt,
-            seed=whole("seed", seed, 0, MAX_SEED),
+            seed=integer("seed", seed, 0, MAX_SEED),
             settings=settings,
             image=pictures.get("image"),
             mask_image=pictures.get("mask_image"),

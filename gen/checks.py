@@ -83,7 +83,7 @@ def boolean(name: str, value: object) -> bool:
     return value
 
 
-def whole(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> int:
+def integer(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> int:
     """`value` as Python's own if it is a whole number of [low, high] (None: no end), else ValueError."""
     number = as_number(value)
     if not is_of(number, int) or number < low or (high is not None and number > high):
@@ -98,7 +98,7 @@ def is_number(value: object, low: float, high: float = math.inf) -> bool:
     return is_of(number, int | float) and -LARGEST <= number <= LARGEST and low <= number <= high
 
 
-def real(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> float:
+def finite_float(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> float:
     """`value` as Python's own if it is a finite number of [low, high], else ValueError."""
     number = as_number(value)
     if not is_number(number, low, high):

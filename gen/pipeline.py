@@ -28,7 +28,7 @@ from gen.attention.network import set_attention
 from gen.bucket import Buckets
 from gen.candidate import Candidate, check_shown
 from gen.card import Card
-from gen.checks import check_callback, check_name, whole
+from gen.checks import check_callback, check_name, integer
 from gen.engine import Engine
 from gen.families import Painter
 from gen.families.reader import Reader
@@ -294,7 +294,7 @@ class TextToImage:
         on Ctrl-C, and `Interrupted` has what was painted by then.
         """
         if batch_size is not None:
-            batch_size = whole("batch_size", batch_size, 1, hint="None: as memory allows")
+            batch_size = integer("batch_size", batch_size, 1, hint="None: as memory allows")
         check_callback(callback)
         for request in requests:
             if not isinstance(request, Request):
@@ -312,7 +312,7 @@ class TextToImage:
         take turns, tick by tick, so a callback must not wait for another one.
         """
         if max_rows is not None:
-            max_rows = whole("max_rows", max_rows, 1, hint="None: as memory allows")
+            max_rows = integer("max_rows", max_rows, 1, hint="None: as memory allows")
         return Engine(
             self.model,
             self._result,

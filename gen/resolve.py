@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from gen.candidate import MAX_SEED, PICTURES, SHOWN, SHOWN_PICTURE, TENSORS, Candidate
-from gen.checks import as_number, count_of, is_number, one_of, refusal, texts, whole
+from gen.checks import as_number, count_of, integer, is_number, one_of, refusal, texts
 from gen.request import Job, Request
 from gen.request_checks import (
     POOLED,
@@ -120,7 +120,7 @@ def num_textless(request: Request) -> int:
 def counts(request: Request, able: Abilities) -> tuple[int, int, bool]:
     """How many candidates of each prompt are painted, how many of them are kept, and whether they are ranked."""
     n = num_candidates(request)
-    keep = n if request.keep is None else whole("keep", request.keep, 1)
+    keep = n if request.keep is None else integer("keep", request.keep, 1)
     if keep > n:
         raise ValueError(f"keep={keep} is more than num_images_per_prompt={n}; keep at most what is painted")
     rank = is_ranked(request, able)
@@ -140,7 +140,7 @@ def num_candidates(request: Request) -> int:
         raise refusal("budget", request.budget, "a number of seconds above 0")
     n = 1 if request.budget is None else MOST_IN_BUDGET
     if request.num_images_per_prompt is not None:
-        n = whole("num_images_per_prompt", request.num_images_per_prompt, 1)
+        n = integer("num_images_per_prompt", request.num_images_per_prompt, 1)
     if n > MAX_SEED:
         raise ValueError(f"num_images_per_prompt={n} is more than there are seeds; give at most {MAX_SEED}")
     return n
@@ -269,9 +269,9 @@ def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) 
     if seed is None:
         starts = [secrets.randbelow(last + 1)] * num_prompts
     elif isinstance(seed, str) or not isinstance(seed, Sequence):
-        starts = [whole("seed", seed, 0, last)] * num_prompts
+        starts = [integer("seed", seed, 0, last)] * num_prompts
     else:
-        starts = [whole("seed", value, 0, last) for value in seed]
+        starts = [integer("seed", value, 0, last) for value in seed]
         if len(starts) != num_prompts:
             told = f"seed has {count_of(len(starts), 'number')} for {count_of(num_prompts, 'prompt')}"
             raise ValueError(f"{told}; give one, or one for each")

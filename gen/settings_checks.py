@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from clip_core.fit import MOST_PIXELS
-from gen.checks import boolean, one_of, real, texts, whole
+from gen.checks import boolean, finite_float, integer, one_of, texts
 from gen.settings import SCORES, SECOND, SIZES, Abilities, Settings
 from samplers.guidance import RULES
 from samplers.sample import SAMPLERS
@@ -35,7 +35,7 @@ def check_settings(settings: Settings, able: Abilities) -> None:
 def check_size(settings: Settings, able: Abilities) -> None:
     """Height and width that divide into latents."""
     for name in ("height", "width"):
-        pixels = whole(name, getattr(settings, name), 1, MOST_PIXELS)
+        pixels = integer(name, getattr(settings, name), 1, MOST_PIXELS)
         if pixels % able.size_multiple:
             below = max(pixels // able.size_multiple, 1) * able.size_multiple
             raise ValueError(
@@ -71,24 +71,26 @@ def check_told(settings: Settings, able: Abilities) -> None:
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(f"{name}={pair} is not a pair of pixels, down and across; give two whole numbers")
             for side in pair:
-                whole(name, side, at_least)
+                integer(name, side, at_least)
     for name in SCORES:
         if (score := getattr(settings, name)) is not None:
             if not able.tells_score:
                 raise ValueError(f"{name} was given, but this model is told no score, as a refiner is; leave it out")
-            real(name, score, 0.0)
+            finite_float(name, score, 0.0)
 
 
 def check_steps(settings: Settings, able: Abilities) -> None:
     """How many steps, and which share of the way from noise to a picture."""
-    whole("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
-    if real("strength", settings.strength, 0.0, 1.0, hint="the share painted anew") == 0 or (
+    integer("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
+    if finite_float("strength", settings.strength, 0.0, 1.0, hint="the share painted anew") == 0 or (
         settings.skipped_steps == settings.num_inference_steps
     ):
         least = math.ceil(100 / settings.num_inference_steps) / 100
         told = f"strength={settings.strength} leaves none of {settings.num_inference_steps} steps"
         raise ValueError(f"{told}; give {least} or more, up to 1, or more num_inference_steps")
-    start, end = (real(name, getattr(settings, name), 0.0, 1.0) for name in ("denoising_start", "denoising_end"))
+    start, end = (
+        finite_float(name, getattr(settings, name), 0.0, 1.0) for name in ("denoising_start", "denoising_end")
+    )
     if start >= end:
         told = f"denoising_start={start} is not below denoising_end={end}"
         raise ValueError(f"{told}; give shares of the way from noise to a picture, the start before the end")
@@ -98,23 +100,23 @@ def check_steps(settings: Settings, able: Abilities) -> None:
 
 def check_guidance(settings: Settings, able: Abilities) -> None:
     """How much it is guided, and by which rule."""
-    real("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
-    real("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
+    finite_float("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
+    finite_float("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
     one_of("guidance_rule", settings.guidance_rule, list(RULES))
     if settings.guidance_rule == "autoguidance" and not able.can_autoguide:
         raise ValueError("guidance_rule=autoguidance needs a weaker UNet; load the model with weak_unet=FOLDER")
-    whole("zero_init_steps", settings.zero_init_steps, 0, settings.num_inference_steps)
-    real("apg_eta", settings.apg_eta, 0.0, 1.0)
-    real("apg_norm_threshold", settings.apg_norm_threshold, 0.0)
-    real("apg_momentum", settings.apg_momentum, -1.0, 1.0)
-    if real("clip_guidance_scale", settings.clip_guidance_scale, 0.0) and not able.can_rank:
+    integer("zero_init_steps", settings.zero_init_steps, 0, settings.num_inference_steps)
+    finite_float("apg_eta", settings.apg_eta, 0.0, 1.0)
+    finite_float("apg_norm_threshold", settings.apg_norm_threshold, 0.0)
+    finite_float("apg_momentum", settings.apg_momentum, -1.0, 1.0)
+    if finite_float("clip_guidance_scale", settings.clip_guidance_scale, 0.0) and not able.can_rank:
         raise ValueError("clip_guidance_scale was given, but this model has no clip/ to guide by; leave it out")
 
 
 def check_thresholding(settings: Settings) -> None:
     """What clean values keep within."""
-    real("thresholding", settings.thresholding, 0.0)
-    if real("dynamic_thresholding_ratio", settings.dynamic_thresholding_ratio, 0.0, 1.0) == 0:
+    finite_float("thresholding", settings.thresholding, 0.0)
+    if finite_float("dynamic_thresholding_ratio", settings.dynamic_thresholding_ratio, 0.0, 1.0) == 0:
         raise ValueError(
             "dynamic_thresholding_ratio=0 is out of range; give a share above 0, or thresholding=0 for off"
         )
@@ -125,7 +127,7 @@ def check_sampler(settings: Settings) -> None:
     one_of("sampler", settings.sampler, sorted(SAMPLERS))
     options = settings.sampler_options
     for name, value in options.items():
-        real(name, value, 0.0, 1.0 if name == "eta" else math.inf)
+        finite_float(name, value, 0.0, 1.0 if name == "eta" else math.inf)
         if name not in SAMPLERS[settings.sampler].defaults:
             takes = ", ".join(known for known, sampler in sorted(SAMPLERS.items()) if name in sampler.defaults)
             raise ValueError(f"{name}={value}, but sampler '{settings.sampler}' takes none; choose from: {takes}")
@@ -143,7 +145,7 @@ def check_interval(settings: Settings) -> None:
         return
     if not isinstance(interval, tuple) or len(interval) != 2:
         raise ValueError(f"guidance_interval={interval} is not a pair (lowest, highest) of noise levels")
-    low, high = (real("guidance_interval", end, 0.0) for end in interval)
+    low, high = (finite_float("guidance_interval", end, 0.0) for end in interval)
     if low > high:
         raise ValueError(f"guidance_interval={interval} is upside down; give (lowest, highest) noise level")
 
@@ -153,7 +155,7 @@ def check_clip_skip(settings: Settings, able: Abilities) -> None:
     if settings.clip_skip is not None:
         if able.text_layers == 0:
             raise ValueError("clip_skip was given, but this model's decoder has no text tower of CLIP; leave it out")
-        whole("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
+        integer("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
 
 
 def check_prior(settings: Settings, able: Abilities) -> None:
@@ -163,9 +165,9 @@ def check_prior(settings: Settings, able: Abilities) -> None:
     if settings.prior:
         if able.prior_max_steps == 0:
             raise ValueError("prior=True, but this model has no prior; leave prior out, or give image_embeds")
-        whole("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
-        real("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
-        whole("prior_best_of", settings.prior_best_of, 1, MOST_PRIOR_SAMPLES)
+        integer("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
+        finite_float("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
+        integer("prior_best_of", settings.prior_best_of, 1, MOST_PRIOR_SAMPLES)
 
 
 def check_embedding(settings: Settings, able: Abilities) -> None:
@@ -173,14 +175,14 @@ def check_embedding(settings: Settings, able: Abilities) -> None:
     for name in ("interpolate_prompt", "edit_from"):
         if not isinstance(text := getattr(settings, name), str):
             raise ValueError(f"{name} is {text!r}; give a text")
-    real("interpolation", settings.interpolation, 0.0, 1.0)
-    real("edit_amount", settings.edit_amount, 0.0, 1.0)
-    whole("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
+    finite_float("interpolation", settings.interpolation, 0.0, 1.0)
+    finite_float("edit_amount", settings.edit_amount, 0.0, 1.0)
+    integer("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
 
 
 def check_decoding(settings: Settings, able: Abilities) -> None:
     """From the decoder's latents to pixels."""
     if able.super_res_max_steps:
-        whole("super_res_num_inference_steps", settings.super_res_num_inference_steps, 1, able.super_res_max_steps)
+        integer("super_res_num_inference_steps", settings.super_res_num_inference_steps, 1, able.super_res_max_steps)
     if boolean("vae_tiling", settings.vae_tiling) and not able.can_tile:
         raise ValueError("vae_tiling=True, but this model's pictures are not decoded in tiles; leave vae_tiling out")

@@ -28,7 +28,7 @@ from clip_core.wording import one_line
 from gen.adapters.file import Adapter, Found, fetched, found, read
 from gen.attention.network import text_layers
 from gen.attention.processor import per_head
-from gen.checks import real
+from gen.checks import finite_float
 from gen.hub import needed
 from gen.part import load_part
 from gen.weights import damaged, named_folder, weight_files
@@ -131,7 +131,7 @@ def load(
     `image_encoder` is the folder of a CLIPVisionModelWithProjection; None: `image_encoder/` beside the file, if any, or
     of a hub repository the one that fits. Plus and Full Face need one.
     """
-    scale = real("scale", scale, -float("inf"))
+    scale = finite_float("scale", scale, -float("inf"))
     place = found("IP-Adapter", name, USUAL, beside=[f"*{ENCODER}/*.json"])
     tensors = read(place.path).tensors
     kind = kind_of(str(name), tensors)

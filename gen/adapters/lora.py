@@ -19,7 +19,7 @@ from clip_core.weights import content_hash
 from gen.adapters.file import Adapter, found
 from gen.adapters.lora_file import read_factors
 from gen.adapters.lora_names import DOWN, PREFIXES, UP, Layer
-from gen.checks import real
+from gen.checks import finite_float
 from gen.families.painter import Painter
 from gen.weights import ADAPTER
 
@@ -40,7 +40,7 @@ def merge_into(parts: Mapping[str, Any], name: str | Path, scale: float = 1.0) -
 
     ValueError for a file that is of another kind or of another base model; then nothing was changed.
     """
-    scale = real("scale", scale, -math.inf)
+    scale = finite_float("scale", scale, -math.inf)
     path = found("LoRA", name, USUAL, beside=[f"*{ADAPTER}"]).path
     layers = layers_of(parts)
     factors, files = read_factors(str(name), path, layers)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from clip_core.weights import content_hash
 from gen import TextToImage
-from gen.checks import whole
+from gen.checks import integer
 from training.data import checker
 from training.data.suite import SHAPES_TEST, Prompt, load
 from training.evaluation.ledger import Ledger
@@ -45,7 +45,7 @@ def measure(
     """
     for name, value in (("number", number), ("limit", limit), ("batch_size", batch_size)):
         if value is not None:
-            whole(name, value, 1)
+            integer(name, value, 1)
     prompts = load() if limit is None else first_of_each_group(load(), limit)
     painter = TextToImage.from_pretrained(model, device)
     clip = painter.model.clip
