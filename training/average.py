@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
-class Average(AveragedModel):
+class EMA(AveragedModel):
     """An exponential moving average whose decay warms up as (1 + n) / (10 + n), so early weights fade."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:

@@ -60,7 +60,7 @@ class ClipRecipe(AttentionRecipe):
     soften: float = Field(0.0, ge=0, le=1)  # share of pictures that are shown warped and blurred
 
 
-class Learner(nn.Module):
+class CLIPWithCaptioner(nn.Module):
     """CLIP and what is trained with it and thrown away."""
 
     def __init__(self, clip: CLIPModel, captioner: Captioner | None) -> None:
@@ -69,7 +69,7 @@ class Learner(nn.Module):
         self.captioner = captioner
 
 
-class ClipTask(Task[Learner]):
+class ClipTask(Task[CLIPWithCaptioner]):
     """Symmetric InfoNCE over all processes' batches, equal captions counted as matches; a captioner's loss if asked."""
 
     def __init__(self, recipe: ClipRecipe) -> None:
@@ -105,7 +105,7 @@ class ClipTask(Task[Learner]):
         if recipe.caption_weight:
             sizes = (len(self.tokenizer), recipe.max_length, recipe.projection_dim)
             captioner = Captioner(*sizes, recipe.caption_layers)
-        self.network = Learner(clip, captioner)
+        self.network = CLIPWithCaptioner(clip, captioner)
         self.held = held_back(len(self.dataset))
         sample = _sample(self.dataset)
         mean, std = _channel_statistics(sample)
@@ -119,7 +119,7 @@ class ClipTask(Task[Learner]):
         """The weights of a CLIP; a captioner always starts anew."""
         load_weights(self.network.clip, folder)
 
-    def clip(self, network: Learner) -> CLIP:
+    def clip(self, network: CLIPWithCaptioner) -> CLIP:
         """The CLIP as everyone else will read it."""
         return CLIP(network.clip, self.tokenizer, self.preprocess)
 
@@ -140,7 +140,7 @@ class ClipTask(Task[Learner]):
             ids, mask = (each.to(image.device) for each in (tokens.input_ids, tokens.attention_mask))
             losses["caption"] = self.network.captioner(image, ids, mask)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            image, text = Gathered.apply(image), Gathered.apply(text)
+            image, text = AllGather.apply(image), AllGather.apply(text)
             everyones: list[list[str]] = [[]] * dist.get_world_size()
             dist.all_gather_object(everyones, list(captions))
             captions = [caption for part in everyones for caption in part]
@@ -152,7 +152,7 @@ class ClipTask(Task[Learner]):
         return {"loss": loss, **losses, "batch_top1": right, "temperature": clip.logit_scale.detach().float().exp()}
 
     @torch.no_grad()
-    def measure(self, network: Learner) -> dict[str, float]:
+    def measure(self, network: CLIPWithCaptioner) -> dict[str, float]:
         """Text to image retrieval, top 1 of 100 held-back pairs, averaged over as many hundreds as there are."""
         pixels, captions = self.batch_of(self.held_indices)
         image, text = self._embed(network, pixels / 255, self._tokens(captions))
@@ -161,14 +161,14 @@ class ClipTask(Task[Learner]):
         return {f"retrieval_top1_of_{pool}": top1_of_n(text[:whole], image[:whole], pool)}
 
     @torch.no_grad()
-    def sheet(self, network: Learner) -> Image.Image:
+    def sheet(self, network: CLIPWithCaptioner) -> Image.Image:
         """Held-back captions, each under the picture that the network thinks it tells of."""
         pixels, captions = self.batch_of(self.held_indices[:32])
         image, text = self._embed(network, pixels / 255, self._tokens(captions))
         best = (F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T).argmax(dim=1)
         return captioned(pictures_of(pixels[best]), captions)
 
-    def save(self, network: Learner, folder: Path) -> None:
+    def save(self, network: CLIPWithCaptioner, folder: Path) -> None:
         """A transformers CLIP folder with tokenizer and preprocessing."""
         save_transformers(self.clip(network), folder)
 
@@ -185,13 +185,13 @@ class ClipTask(Task[Learner]):
         batch = self.tokenizer(list(captions), padding="longest", truncation=True, return_tensors="pt")
         return Tokens(batch.input_ids, batch.attention_mask.bool())
 
-    def _embed(self, network: Learner, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def _embed(self, network: CLIPWithCaptioner, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """(B, E) each, not normalised; pixels (B, 3, H, W) in [0, 1]."""
         clip = self.clip(network)
         return clip.image(pixels), clip.text(tokens).embedding
 
 
-class Gathered(torch.autograd.Function):
+class AllGather(torch.autograd.Function):
     """Every process's rows in the order of processes, (world * B, E); each gets the gradient of its own from all."""
 
     @staticmethod

@@ -40,7 +40,7 @@ from training.data.pictures import find_examples
 from training.recipe import RecipeError
 from training.sheets import captioned
 from training.task import Task, held_back
-from training.trajectories import Ways, trajectories
+from training.trajectories import TrajectoryOptions, trajectories
 
 
 class DraftRecipe(AttentionRecipe):
@@ -106,7 +106,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         restore_attention(model.unet)
         self.network = copy.deepcopy(model.unet).float().requires_grad_(True)
         if recipe.rank is not None:
-            low_rank.let_learn(self.network, recipe.rank)
+            low_rank.add_lora(self.network, recipe.rank)
         use_attention(self.network, recipe.attention)
         self.skipped, folder = Skipped(), find(recipe.model)
         captions = captions_of(recipe, self.skipped)
@@ -117,7 +117,7 @@ class DraftTask(Task[UNet2DConditionModel]):
             told = recipe.teacher_dtype, recipe.teacher_runtime
             return TextToImage.from_pretrained(recipe.model, dtype=told[0], runtime=told[1])
 
-        ways = Ways(finer, within, self.scale)
+        ways = TrajectoryOptions(finer, within, self.scale)
         place = Path(recipe.data) / ".cache" / "trajectories"
         computed = f"{recipe.teacher_dtype} {recipe.teacher_runtime} {' '.join(digests)}"
         self.dataset: Trajectories = Trajectories(several, trajectories(teacher, several, ways, place, computed))
@@ -164,7 +164,7 @@ class DraftTask(Task[UNet2DConditionModel]):
 
     def save(self, network: UNet2DConditionModel, folder: Path) -> None:
         """The UNet or its LoRA, and what it was trained for."""
-        drafter = Drafter(low_rank.plain(network), self.steps, self.scale)
+        drafter = Drafter(low_rank.merge_lora(network), self.steps, self.scale)
         if self.recipe.rank is None:
             drafts.save(drafter, folder)
         else:

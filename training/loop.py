@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from gen.interrupt import deferred_interrupt
 from gen.weights import quiet
-from training.average import Average
+from training.average import EMA
 from training.checkpoints import (
     CheckpointError,
     latest,
@@ -100,7 +100,7 @@ class Run:
     accelerator: Accelerator
     model: nn.Module  # the task, as accelerate wraps it
     optimizer: Any  # AcceleratedOptimizer, untyped upstream
-    average: Average | None  # None: there is none, and the trained weights are kept
+    average: EMA | None  # None: there is none, and the trained weights are kept
     step: int = 0  # optimiser steps done, over all resumed runs
     saved: int | None = None  # the step of the newest checkpoint
     started: float = field(default_factory=time.monotonic)  # moved back by what former runs took
@@ -238,7 +238,7 @@ def train(task: Task, recipe: Recipe, *, progress: bool = True) -> Outcome:
     checkpoint = latest(out / "checkpoints")
     if recipe.init is not None and checkpoint is None:
         task.start_from(Path(recipe.init))
-    average = None if config.ema_decay is None else Average(task.network, config.ema_decay)
+    average = None if config.ema_decay is None else EMA(task.network, config.ema_decay)
     optimizer = make_optimizer(task.network, config, fused=accelerator.device.type in ("cpu", "cuda"))
     if config.compile:
         task.network.compile()

@@ -20,7 +20,7 @@ from gen.adapters.lora_names import DOWN, UP
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class Difference(nn.Module):
+class LoRADelta(nn.Module):
     """Adds up @ down to a weight; nothing at first."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
@@ -36,11 +36,11 @@ class Difference(nn.Module):
         return weight + (self.up @ self.down).view_as(weight)
 
 
-def let_learn(unet: nn.Module, rank: int) -> None:
+def add_lora(unet: nn.Module, rank: int) -> None:
     """Let every layer of a UNet learn a difference of this rank, in place; all else learns nothing."""
     unet.requires_grad_(False)
     for _, layer in named_layers(unet):
-        parametrize.register_parametrization(layer, "weight", Difference(layer.weight, rank), unsafe=True)
+        parametrize.register_parametrization(layer, "weight", LoRADelta(layer.weight, rank), unsafe=True)
 
 
 @torch.no_grad()
@@ -48,13 +48,13 @@ def start_from(unet: nn.Module, factors: Mapping[str, Tensor]) -> None:
     """Begin with the differences of a LoRA in peft's layout, of the same ranks (`gen.adapters.lora.between`)."""
     for name, layer in named_layers(unet):
         difference = layer.get_submodule("parametrizations.weight.0")
-        assert isinstance(difference, Difference), "`let_learn` has been here"
+        assert isinstance(difference, LoRADelta), "`add_lora` has been here"
         difference.up.copy_(factors[f"unet.{name}{UP[0]}"].flatten(1))
         difference.down.copy_(factors[f"unet.{name}{DOWN[0]}"].flatten(1))
 
 
 @torch.no_grad()
-def plain(unet: Network) -> Network:
+def merge_lora(unet: Network) -> Network:
     """A copy whose weights are what its layers compute by.
 
     Not by torch's own `remove_parametrizations`, which takes a property from a class that copies share.

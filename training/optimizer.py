@@ -39,7 +39,7 @@ def make_optimizer(network: nn.Module, config: TrainSection, *, fused: bool) -> 
     if not hidden:
         return adamw
     muon = Muon([each for each in trained if id(each) in hidden], config.learning_rate, config.weight_decay)
-    return Together(muon, adamw)
+    return CombinedOptimizer(muon, adamw)
 
 
 class Muon(torch.optim.Optimizer):
@@ -67,14 +67,14 @@ class Muon(torch.optim.Optimizer):
                 ahead = parameter.grad.lerp(state["momentum"], MOMENTUM).flatten(1)  # Nesterov's
                 alike.setdefault(ahead.shape, []).append((parameter, ahead))
             for shape, members in alike.items():
-                updates = orthogonal(torch.stack([ahead for _, ahead in members]))
+                updates = newton_schulz(torch.stack([ahead for _, ahead in members]))
                 size = group["lr"] * _RMS * max(shape) ** 0.5
                 for (parameter, _), update in zip(members, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view_as(parameter), alpha=-size)
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimisers over one network as one: their groups, and their states, are this one's."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -101,7 +101,7 @@ class Together(torch.optim.Optimizer):
             first = last
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def newton_schulz(matrices: Tensor) -> Tensor:
     """(N, m, n) -> about U V^T of each one's singular value decomposition, by a Newton-Schulz iteration in bfloat16.
 
     Its singular values end between 0.7 and 1.2, which is near enough (Jordan et al. 2024).

@@ -27,7 +27,7 @@ TOGETHER = 256  # trajectories that are painted in one call and lie in one file
 
 
 @dataclass(frozen=True)
-class Ways:
+class TrajectoryOptions:
     """How trajectories are painted, and which of their points are kept."""
 
     schedule: Schedule  # of every step
@@ -38,7 +38,7 @@ class Ways:
 def trajectories(
     painter: Callable[[], TextToImage],  # asked only where something is to be painted
     captions: Sequence[str],  # one for each trajectory, whose seed is its place
-    ways: Ways,
+    ways: TrajectoryOptions,
     folder: Path,
     reads: str,  # a digest of what paints: parts, precision, runtime
 ) -> Tensor:
@@ -60,7 +60,7 @@ def trajectories(
     return torch.cat(points)
 
 
-def painted(painter: TextToImage, captions: Sequence[str], seeds: Sequence[int], ways: Ways) -> Tensor:
+def painted(painter: TextToImage, captions: Sequence[str], seeds: Sequence[int], ways: TrajectoryOptions) -> Tensor:
     """Points of each trajectory, (N, P, C, h, w) float32."""
     sigmas = ways.schedule.sigmas.double()
     x: dict[int, Tensor] = {}

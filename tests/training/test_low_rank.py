@@ -30,7 +30,7 @@ def moved(net: nn.Module) -> nn.Module:
 def test_at_first_it_is_the_network_and_layers_alone_learn() -> None:
     net, x = network(), torch.randn(2, 3, 4, 4)
     before = net(x)
-    low_rank.let_learn(net, RANK)
+    low_rank.add_lora(net, RANK)
     assert torch.equal(net(x), before)
     net(x).square().mean().backward()
     learning = [name for name, weight in net.named_parameters() if weight.requires_grad]
@@ -44,11 +44,11 @@ def test_it_starts_from_the_nearest_lora_and_is_plain_again() -> None:
     other = moved(base)
     for rank in (RANK, 100):
         net = copy.deepcopy(base)
-        low_rank.let_learn(net, rank)
+        low_rank.add_lora(net, rank)
         factors = lora.between(base, other, rank)
         low_rank.start_from(net, factors)
         average = AveragedModel(net)  # is copied, as training copies it
-        plain = low_rank.plain(average.module)
+        plain = low_rank.merge_lora(average.module)
         assert {name for name, _ in plain.named_parameters()} == {name for name, _ in base.named_parameters()}
         torch.testing.assert_close(plain(x), net(x))
         difference = (plain[0].weight - base[0].weight).flatten(1)
@@ -59,5 +59,5 @@ def test_it_starts_from_the_nearest_lora_and_is_plain_again() -> None:
 
 def test_what_learns_nothing_of_low_rank_is_plain_already() -> None:
     net = network()
-    for one, other in zip(low_rank.plain(net).parameters(), net.parameters(), strict=True):
+    for one, other in zip(low_rank.merge_lora(net).parameters(), net.parameters(), strict=True):
         assert torch.equal(one, other) and one is not other

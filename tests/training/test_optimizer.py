@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.optimizer import Muon, Together, make_optimizer, orthogonal
+from training.optimizer import CombinedOptimizer, Muon, make_optimizer, newton_schulz
 from training.recipe import TrainSection
 
 
@@ -36,7 +36,7 @@ def weights(network: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", [(16, 16), (16, 70), (70, 16)])
 def test_orthogonal_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonal(matrices)
+    found = newton_schulz(matrices)
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.5 and values.max() < 1.3
@@ -53,7 +53,7 @@ def test_a_first_step_is_the_orthogonal_gradient_at_adamws_size() -> None:
         value.grad = gradients[name].clone()
     make_optimizer(network, config(weight_decay=0.5), fused=True).step()
     for name, columns in (("1.weight", 16 * 9), ("4.weight", 24 * 16)):
-        update = orthogonal(gradients[name].flatten(1)[None])[0].view_as(before[name])
+        update = newton_schulz(gradients[name].flatten(1)[None])[0].view_as(before[name])
         taken = before[name] * (1 - 0.01 * 0.5) - network.get_parameter(name)
         assert torch.cosine_similarity(taken.flatten(), update.flatten(), dim=0) > 0.99
         assert taken.norm().item() == pytest.approx(0.01 * 0.2 * columns**0.5 * update.norm().item(), rel=1e-2)
@@ -63,7 +63,7 @@ def test_a_first_step_is_the_orthogonal_gradient_at_adamws_size() -> None:
 def test_muon_takes_matrices_that_are_wide_on_both_sides() -> None:
     network = net()
     optimizer = make_optimizer(network, config(), fused=True)
-    assert isinstance(optimizer, Together) and isinstance(optimizer.parts[0], Muon)
+    assert isinstance(optimizer, CombinedOptimizer) and isinstance(optimizer.parts[0], Muon)
     taken = {id(parameter) for parameter in optimizer.parts[0].param_groups[0]["params"]}
     assert [name for name, value in network.named_parameters() if id(value) in taken] == ["1.weight", "4.weight"]
     all_groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
