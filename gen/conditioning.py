@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clip_core.device import sent
 
-Asks = Literal["own", "weak", "draft", "last"]
+NetworkName = Literal["own", "weak", "draft", "last"]
 """Which of a model's networks: its own, the weaker one of autoguidance, that of drafts, or of a row's last step"""
 
 
@@ -33,7 +33,7 @@ class Condition:
     sizes: Tensor | None = None  # (S,), of the picture, in pixels, and what else is told beside them
     channels: Tensor | None = None  # (C', h, w), what the network sees beside x
     picture: Tensor | None = None  # (T, D), cross-attended beside the text (IP-Adapter); None: no picture
-    asks: Asks = "own"
+    network: NetworkName = "own"
 
     def twin(self) -> Condition:
         """The same told by another object, so that what is kept beside the one is not found beside the other."""
@@ -81,15 +81,15 @@ class Conditions:
         return stacked([condition.channels for condition in self.each])
 
     @cached_property
-    def places(self) -> dict[Asks, list[int]]:
+    def places(self) -> dict[NetworkName, list[int]]:
         """Which of the evaluations ask each network."""
-        places: dict[Asks, list[int]] = {}
+        places: dict[NetworkName, list[int]] = {}
         for place, condition in enumerate(self.each):
-            places.setdefault(condition.asks, []).append(place)
+            places.setdefault(condition.network, []).append(place)
         return places
 
     @cached_property
-    def parts(self) -> dict[Asks, Conditions]:
+    def parts(self) -> dict[NetworkName, Conditions]:
         """Those that ask each network by themselves; what a network keeps of a call is found beside them again."""
         return {name: self.some(here) for name, here in self.places.items()}
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from clip_core.device import sent
-from gen.conditioning import Asks, Conditions
+from gen.conditioning import Conditions, NetworkName
 from gen.rows import Network
 
 
-def dispatched(networks: Mapping[Asks, Network], x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+def dispatched(networks: Mapping[NetworkName, Network], x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
     """The answers to M evaluations, in their order; each network is asked once, and one that nobody asks, never."""
     if len(told.places) == 1:
         (only,) = told.places

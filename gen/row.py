@@ -134,7 +134,7 @@ class Live:
     def null(self) -> Condition | None:
         """What the row is guided away from: the null, or what a weaker network says of the prompt."""
         row = self.row
-        return replace(row.prompt, asks="weak") if row.null and row.guide.rule == "autoguidance" else row.null
+        return replace(row.prompt, network="weak") if row.null and row.guide.rule == "autoguidance" else row.null
 
     @property
     def prompt(self) -> Condition:

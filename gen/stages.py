@@ -226,7 +226,7 @@ class Stages:
             schedule=levels.schedule(SAMPLER, goal.draft_steps),
             sampler=SAMPLER,
             options=levels.options(SAMPLER),
-            prompt=replace(row.prompt, asks="draft"),
+            prompt=replace(row.prompt, network="draft"),
             null=None,
             guidance_scale=1.0,
             guidance_interval=None,

@@ -48,7 +48,7 @@ class Upscaler:
                     schedule=self.levels.schedule(self.levels.sampler, settings.super_res_num_inference_steps),
                     sampler=self.levels.sampler,
                     prompt=seen,
-                    last=Condition(channels=seen.channels, asks="last"),
+                    last=Condition(channels=seen.channels, network="last"),
                     options=self.levels.options(self.levels.sampler),
                     start=candidate.super_res_latents,
                 )

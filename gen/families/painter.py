@@ -24,7 +24,7 @@ from clip_core.preprocess import Preprocess
 from gen.candidate import Candidate
 from gen.card import CARD, Card
 from gen.checkpoint import Parts
-from gen.conditioning import Asks, Condition, Conditions, Table, Told
+from gen.conditioning import Condition, Conditions, NetworkName, Table, Told
 from gen.dispatch import dispatched
 from gen.drafter import Drafter
 from gen.embeds import between
@@ -273,7 +273,7 @@ class Painter(ABC):
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """The wall to diffusers: (M, C, h, w) noisy latents -> the output of the network that each evaluation asks."""
-        networks: dict[Asks, Network] = {"own": partial(self.asked, self.unet)}
+        networks: dict[NetworkName, Network] = {"own": partial(self.asked, self.unet)}
         if self.weak is not None:
             networks["weak"] = partial(self.asked, self.weak)
         if self.drafter is not None:

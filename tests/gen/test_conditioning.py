@@ -23,7 +23,7 @@ def test_evaluations_of_a_row_are_alike_where_they_differ_in_their_text_alone() 
 
 
 def test_those_that_ask_one_network_are_alike_by_themselves() -> None:
-    null, prompt, weak = (Condition(torch.zeros(2, 3), asks=asks) for asks in ("own", "own", "weak"))
+    null, prompt, weak = (Condition(torch.zeros(2, 3), network=name) for name in ("own", "own", "weak"))
     parts = Conditions((null, null, prompt, weak), ("a", "b", "a", "a")).parts
     assert parts["own"].alike is not None and parts["own"].alike.of.tolist() == [0, 1, 0]
     assert parts["weak"].alike is None

@@ -288,12 +288,12 @@ def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
 
     def other(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         asked.append(len(x))
-        return -model.call(x, timestep, Conditions(tuple(replace(each, asks="own") for each in told.each)))
+        return -model.call(x, timestep, Conditions(tuple(replace(each, network="own") for each in told.each)))
 
     def network(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         return dispatched({"own": model.call, "last": other}, x, timestep, told)
 
-    turned = [replace(row, last=replace(row.prompt, asks="last")) for row in rows]
+    turned = [replace(row, last=replace(row.prompt, network="last")) for row in rows]
     ours = finish(Rows(network, model.levels.scaling, "decoder"), turned)
     assert asked == [1, 1, 1]
     for row in rows:
@@ -313,7 +313,9 @@ def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
 def test_what_several_networks_are_told_is_put_together_once(tiny: TextToImage) -> None:
     """Each is told the same object at every step, by which it finds what it keeps of a call."""
     rows = [
-        replace(row, null=replace(row.prompt, asks="weak"), guidance_scale=3.0, schedule=rows_of(tiny, 1)[0].schedule)
+        replace(
+            row, null=replace(row.prompt, network="weak"), guidance_scale=3.0, schedule=rows_of(tiny, 1)[0].schedule
+        )
         for row in rows_of(tiny, 3)
     ]
     told: dict[str, list[Conditions]] = {"own": [], "weak": []}
@@ -327,7 +329,7 @@ def test_what_several_networks_are_told_is_put_together_once(tiny: TextToImage) 
     finish(together, rows)
     for name, each in told.items():
         assert len(each) == 6 and all(one is each[0] for one in each)
-        assert [condition.asks for condition in each[0].each] == [name] * 3
+        assert [condition.network for condition in each[0].each] == [name] * 3
 
 
 def test_rows_of_several_samplers_share_calls(tiny: TextToImage) -> None:
