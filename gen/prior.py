@@ -47,7 +47,7 @@ class Prior:
 
     def sample(self, candidates: Sequence[Candidate], max_rows: int | None = None) -> Tensor:
         """One image embedding per candidate, (B, E) float32, with at most `max_rows` in flight (None: all)."""
-        rows = Rows(self.asked(), self.levels.scaling, STAGE, network_device(self.network))
+        rows = Rows(self.cached_network(), self.levels.scaling, STAGE, network_device(self.network))
         found: dict[Hashable, Tensor] = {}
         for finished in rows.run(self.rows(candidates, range(len(candidates)), Table()), max_rows):
             found |= {one.row.key: one.x for one in finished}
@@ -66,7 +66,7 @@ class Prior:
             f"{name} num_embeddings": (config.num_embeddings, self.text.shape[0]),
         }
 
-    def asked(self) -> CachedPrior:
+    def cached_network(self) -> CachedPrior:
         """The network as rows ask it."""
         return CachedPrior(self.network)
 

@@ -38,7 +38,7 @@ class Stages:
         self.table = Table()
         self.rows: dict[Stage, Rows] = {}  # in their order, so that what one has finished goes on within a tick
         if model.prior is not None:
-            asked, scaling = model.prior.asked(), model.prior.levels.scaling
+            asked, scaling = model.prior.cached_network(), model.prior.levels.scaling
             self.rows[PRIOR] = Rows(asked, scaling, PRIOR, model.device, buckets)
         self.rows[DECODER] = Rows(model.call, model.levels.scaling, DECODER, model.device, buckets)
         if model.upscaler is not None:

@@ -57,10 +57,10 @@ class Upscaler:
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """(M, C, H, W) noisy pictures -> the output of the network that each of them asks."""
-        return dispatched({"own": asked(self.first), "last": asked(self.last)}, x, timestep, told)
+        return dispatched({"own": as_network(self.first), "last": as_network(self.last)}, x, timestep, told)
 
 
-def asked(network: UNet2DModel) -> Network:
+def as_network(network: UNet2DModel) -> Network:
     """A network as rows ask it."""
 
     def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:

@@ -145,7 +145,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         scaling = self.model.levels.scaling
         wanted = scaling.output((there - share * x) / (1 - share), x, sigma)
         given = scaling.network_input(x, sigma), scaling.timestep(sigma)
-        output = self.model.asked(self.network, *given, Conditions(tuple(self._told(captions)))).float()
+        output = self.model.call_unet(self.network, *given, Conditions(tuple(self._told(captions)))).float()
         return {"loss": (output - wanted).square().mean()}
 
     def measure(self, network: UNet2DConditionModel) -> dict[str, float]:

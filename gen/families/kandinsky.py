@@ -122,7 +122,7 @@ class Kandinsky(MoVQModel):
         """The same with an image embedding (E,)."""
 
     @abstractmethod
-    def added(self, told: Conditions) -> dict[str, Any]:
+    def added_cond_kwargs(self, told: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
 
     # --- what they share -----------------------------------------------------------------------------------------
@@ -246,18 +246,18 @@ class Kandinsky(MoVQModel):
         """What candidates are told in words, with an image embedding (E,) beside it."""
         return [self.pictured(words, embeds) for words, embeds in zip(told, image_embeds, strict=True)]
 
-    def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
 
         def states(conditions: list[Condition]) -> Tensor:
             of = Conditions(tuple(conditions))
-            return network.process_encoder_hidden_states(of.tokens, self.added(of))
+            return network.process_encoder_hidden_states(of.tokens, self.added_cond_kwargs(of))
 
         return network(
             told.beside(x).to(weights_dtype(network)),
             timestep,
             encoder_hidden_states=told.tokens,
-            added_cond_kwargs=self.added(told),
+            added_cond_kwargs=self.added_cond_kwargs(told),
             cross_attention_kwargs=reading(network, told.distinct, states),
             return_dict=False,
         )[0]
@@ -294,7 +294,7 @@ class Kandinsky22(Kandinsky):
         """What the UNet is told of an image embedding (E,)."""
         return replace(words, vector=own(image_embeds, self.unet))
 
-    def added(self, told: Conditions) -> dict[str, Any]:
+    def added_cond_kwargs(self, told: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
         return {"image_embeds": told.vector}
 

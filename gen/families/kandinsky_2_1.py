@@ -86,7 +86,7 @@ class Kandinsky21(Kandinsky):
         assert words.vector is not None, "words have an embedding"
         return replace(words, vector=torch.cat([words.vector, own(image_embeds, self.unet)]))
 
-    def added(self, told: Conditions) -> dict[str, Any]:
+    def added_cond_kwargs(self, told: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
         assert told.vector is not None, "every condition has its image embedding by now"
         text, image = told.vector.chunk(2, dim=1)

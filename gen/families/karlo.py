@@ -248,7 +248,7 @@ class Karlo(Reader):
         mask = one.mask | other.mask if 0 < share < 1 else (one.mask, other.mask)[round(share)]
         return self._without([Read(states, embedding, mask)])[0]
 
-    def said(self, told: Conditions) -> dict[str, Any]:
+    def unet_kwargs(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the tokens, by the names of its arguments."""
         return {"class_labels": told.vector, "attention_mask": told.mask}
 

@@ -210,7 +210,7 @@ class Painter(ABC):
         """What each candidate is told before any prior has spoken."""
 
     @abstractmethod
-    def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """What a UNet, the model's own or one beside it, says of (M, C, h, w) noisy latents."""
 
     # --- what all share ------------------------------------------------------------------------------------------
@@ -273,11 +273,11 @@ class Painter(ABC):
 
     def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """The wall to diffusers: (M, C, h, w) noisy latents -> the output of the network that each evaluation asks."""
-        networks: dict[NetworkName, Network] = {"own": partial(self.asked, self.unet)}
+        networks: dict[NetworkName, Network] = {"own": partial(self.call_unet, self.unet)}
         if self.weak is not None:
-            networks["weak"] = partial(self.asked, self.weak)
+            networks["weak"] = partial(self.call_unet, self.weak)
         if self.drafter is not None:
-            networks["draft"] = partial(self.asked, self.drafter.unet)
+            networks["draft"] = partial(self.call_unet, self.drafter.unet)
         return dispatched(networks, x, timestep, told)
 
 

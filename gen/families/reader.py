@@ -106,7 +106,7 @@ class Reader(Painter):
         """What the UNet is told of a picture's size beside the prompt, or beside the null; empty: nothing."""
         return ()
 
-    def said(self, told: Conditions) -> dict[str, Any]:
+    def unet_kwargs(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""
         return {}
 
@@ -236,7 +236,7 @@ class Reader(Painter):
         """The empty prompt, which most pictures are guided away from; encoded once."""
         return self.read([""], None)[0]
 
-    def asked(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
         read: dict[str, Any] | None = reading(network, told.distinct_tokens, torch.stack)
         if self.ip_adapter is not None and network is self.unet:
@@ -252,7 +252,7 @@ class Reader(Painter):
             encoder_hidden_states=told.tokens,
             cross_attention_kwargs=read,
             return_dict=False,
-            **self.said(told),
+            **self.unet_kwargs(told),
         )[0]
 
 

@@ -146,7 +146,7 @@ class StableUnCLIP(KLModel, Reader):
         zeros = torch.zeros(2 * self.embedding_width, dtype=weights_dtype(self.unet), device=self.device)
         return replace(super().handed(tokens, pooled), vector=zeros)
 
-    def said(self, told: Conditions) -> dict[str, Any]:
+    def unet_kwargs(self, told: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""
         return {"class_labels": told.vector}
 

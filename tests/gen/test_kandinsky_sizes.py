@@ -157,7 +157,7 @@ def test_full_size(version: str, billions: dict[str, float]) -> None:
     x = torch.empty(2, width, device="meta")
     assert said.null is not None
     told = Conditions((said.null, said.prompt))
-    assert model.prior.asked()(x, torch.empty(2, device="meta"), told).shape == (2, width)
+    assert model.prior.cached_network()(x, torch.empty(2, device="meta"), told).shape == (2, width)
     words = Condition()
     if version == "2.1":  # XLM-RoBERTa looks at its mask, so it cannot run without memory
         words = Condition(torch.empty(77, XLM["hidden_size"], device="meta"), torch.empty(width, device="meta"))

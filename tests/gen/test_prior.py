@@ -248,7 +248,7 @@ def test_every_text_is_read_once_and_forgotten(tiny: TextToImage) -> None:
 @torch.no_grad()
 def running(prior: Prior, candidates: Sequence[Candidate], max_rows: int | None) -> Iterator[None]:
     """A pause after every step, as `Prior.sample` takes them."""
-    rows = Rows(prior.asked(), prior.levels.scaling, STAGE)
+    rows = Rows(prior.cached_network(), prior.levels.scaling, STAGE)
     for finished in rows.run(prior.rows(candidates, range(len(candidates)), Table()), max_rows):
         del finished
         yield

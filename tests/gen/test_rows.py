@@ -322,7 +322,7 @@ def test_what_several_networks_are_told_is_put_together_once(tiny: TextToImage) 
 
     def network(name: str, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         told[name].append(conditions)
-        return tiny.model.asked(tiny.model.unet, x, timestep, conditions)
+        return tiny.model.call_unet(tiny.model.unet, x, timestep, conditions)
 
     networks = {name: partial(network, name) for name in told}
     together = Rows(partial(dispatched, networks), tiny.model.levels.scaling, "decoder", buckets=buckets_of(16))

@@ -102,7 +102,7 @@ def test_full_size(width: int, has_prior: bool, numbers: int) -> None:
         (row,) = model.prior.rows([candidate], ["key"], Table())
         assert row.null is not None
         told = Conditions((row.null, row.prompt))
-        said = model.prior.asked()(torch.empty(2, width, device="meta"), torch.empty(2, device="meta"), told)
+        said = model.prior.cached_network()(torch.empty(2, width, device="meta"), torch.empty(2, device="meta"), told)
         assert said.shape == (2, width)
     (prompt, null) = model.tell([candidate], Table())[0]
     assert null is not None and prompt.tokens is not None and prompt.tokens.shape == (77, 1024)
