@@ -127,7 +127,7 @@ class Plan:
     rescale: Tensor | None  # (B,); None where no row asks for it
     guides: Guides | None  # None where all rows follow cfg
     thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
-    steered: list[tuple[int, float, Likeness]]  # slot, clip_guidance_scale and likeness of rows that climb
+    clip_guided: list[tuple[int, float, Likeness]]  # slot, clip_guidance_scale and likeness of rows that climb
     held: Held | None  # None where all of every row is painted
     options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
 
@@ -164,10 +164,10 @@ class Plan:
             thresholding=pairs([row.thresholding or (0.0, 1.0) for row in rows])
             if any(row.thresholding for row in rows)
             else None,
-            steered=[
+            clip_guided=[
                 (slot, one.row.clip_guidance_scale, one.row.likeness)
                 for slot, one in enumerate(lane.rows)
-                if one.is_steered and one.row.likeness is not None
+                if one.is_clip_guided and one.row.likeness is not None
             ],
             held=held_of(lane, device),
             options=options_of(lane, device),

@@ -126,7 +126,7 @@ class Live:
         return self.row.guidance_scale != 1 and self._inside[self.index]
 
     @property
-    def is_steered(self) -> bool:
+    def is_clip_guided(self) -> bool:
         """Whether the coming step may need the gradient of the likeness."""
         return self.row.clip_guidance_scale > 0 and self._inside[self.index]
 
@@ -144,7 +144,7 @@ class Live:
     @property
     def asking(self) -> tuple[bool, bool, bool]:
         """What is asked on the coming step, as far as it changes from step to step."""
-        return self.is_guided, self.is_steered, self.prompt is self.row.prompt
+        return self.is_guided, self.is_clip_guided, self.prompt is self.row.prompt
 
     @property
     def terms(self) -> list[Term]:

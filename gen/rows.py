@@ -24,7 +24,7 @@ from gen.bucket import PATIENCE, PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
 from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of
 from gen.row import Live, Row
-from gen.weighing import weighed
+from gen.weighing import guided_denoiser
 from samplers.sample import needs_noise, start_from
 from samplers.scaling import Preconditioning, Scaling
 from samplers.state import Prediction
@@ -275,7 +275,7 @@ class Rows:
             while questions := self._questions(asking):
                 for (attempt, asked), each in zip(questions, self._estimates(questions), strict=True):
                     with blaming(attempt.lane):
-                        attempt.told.append(weighed(attempt, each, self.scaling)(asked.x, asked.sigma))
+                        attempt.told.append(guided_denoiser(attempt, each, self.scaling)(asked.x, asked.sigma))
                 asking = [attempt for attempt, _ in questions]
             return attempts
 
@@ -301,7 +301,7 @@ class Rows:
         lane, num_asked = attempt.lane, len(attempt.told)
         assert attempt.end is not None and num_asked, "every step asks at least once"
         evaluations = [num_asked * number for number in attempt.plan.num_terms]
-        gradients = [num_asked * is_steered for _, is_steered, _ in attempt.plan.asking]
+        gradients = [num_asked * is_clip_guided for _, is_clip_guided, _ in attempt.plan.asking]
         lane.state, lane.walk = attempt.end.state, attempt.end.walk
         for one in lane.rows:
             one.index += 1

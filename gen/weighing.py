@@ -14,10 +14,10 @@ from gen.attempt import Attempt, blaming_row
 from samplers.guidance import combine, in_interval, rescale
 from samplers.scaling import Scaling
 from samplers.state import Denoise, Prediction, per_row
-from samplers.wrap import thresholded, towards
+from samplers.wrap import score_guided, thresholded
 
 
-def weighed(attempt: Attempt, each: Prediction, scaling: Scaling) -> Denoise:
+def guided_denoiser(attempt: Attempt, each: Prediction, scaling: Scaling) -> Denoise:
     """The lane's rows as a denoiser, once the network has said this of their M evaluations."""
     plan = attempt.plan
 
@@ -45,28 +45,28 @@ def weighed(attempt: Attempt, each: Prediction, scaling: Scaling) -> Denoise:
         # guidance says where to go; how sure that is, the prompt's evaluation says alone, as in diffusers
         return Prediction(x0, None if each.variance is None else mixed(each.variance, plan.alone))
 
-    denoise: Denoise = _steered(guided, attempt) if plan.steered else guided
+    denoise: Denoise = _clip_guided(guided, attempt) if plan.clip_guided else guided
     if plan.thresholding is not None:
         percentile, bound = plan.thresholding
         denoise = thresholded(denoise, percentile, bound=bound)
     return denoise
 
 
-def _steered(guided: Denoise, attempt: Attempt) -> Denoise:
+def _clip_guided(guided: Denoise, attempt: Attempt) -> Denoise:
     """Rows with a likeness led up its gradient, within their interval."""
     plan = attempt.plan
 
-    def steered(x: Tensor, sigma: Tensor) -> Prediction:
+    def clip_guided(x: Tensor, sigma: Tensor) -> Prediction:
         prediction, inside = guided(x, sigma), in_interval(sigma, plan.interval)
         x0 = list(prediction.x0.split(1))
-        for slot, scale, likeness in plan.steered:  # one by one, for a gradient through a picture takes much memory
+        for slot, scale, likeness in plan.clip_guided:  # one by one, for a gradient through a picture takes much memory
             one = slice(slot, slot + 1)
-            climb = towards(partial(_said, x0[slot]), likeness, scale * inside[one])
+            climb = score_guided(partial(_said, x0[slot]), likeness, scale * inside[one])
             with blaming_row(attempt.lane, slot):
                 x0[slot] = climb(x[one], sigma[one]).x0
         return Prediction(torch.cat(x0), prediction.variance)
 
-    return steered
+    return clip_guided
 
 
 def _said(x0: Tensor, x: Tensor, sigma: Tensor) -> Prediction:

@@ -39,7 +39,7 @@ def thresholded(
     return threshold
 
 
-def towards(denoise: Denoise, score: Score, scale: Tensor) -> Denoise:
+def score_guided(denoise: Denoise, score: Score, scale: Tensor) -> Denoise:
     """Guidance by the gradient of a score of the estimate, such as CLIP's: Nichol et al. 2022 (GLIDE), section 2.4.
 
     The score stands for the logarithm of a probability. Its gradient at x moves the estimate by sigma^2 times it

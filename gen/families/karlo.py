@@ -224,7 +224,7 @@ class Karlo(Reader):
         """What the UNet is told of a text that was read in these pieces."""
         said, empty = [each.read for each in read if isinstance(each, Illustrated)], self._empty
         assert len(said) == len(read) and isinstance(empty, Illustrated), "every text was read here"
-        states = self.weighed(pieces, [each.states for each in said], empty.read.states)
+        states = self.apply_prompt_weights(pieces, [each.states for each in said], empty.read.states)
         mask = torch.cat([each.mask for each in said])
         return self._without([Read(states.to(empty.read.states.dtype), said[0].embedding, mask)])[0]
 

@@ -95,7 +95,7 @@ class Reader(Painter):
 
     def joined(self, pieces: Sequence[Piece], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
-        states = self.weighed(pieces, [each.tokens for each in read], self._empty.tokens)
+        states = self.apply_prompt_weights(pieces, [each.tokens for each in read], self._empty.tokens)
         return replace(read[0], tokens=own(states, self.unet))
 
     def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
@@ -215,7 +215,9 @@ class Reader(Painter):
             logger.warning("a text of %d pieces is cut to %d: %s", needed, len(pieces), quoted(text))
         return self.joined(pieces, in_turns(pieces, lambda some: self.read(some, clip_skip)))
 
-    def weighed(self, pieces: Sequence[Piece], states: Sequence[Tensor | None], empty: Tensor | None) -> Tensor:
+    def apply_prompt_weights(
+        self, pieces: Sequence[Piece], states: Sequence[Tensor | None], empty: Tensor | None
+    ) -> Tensor:
         """The states (L, D) of each piece moved from the empty prompt's by their weights, and one behind the other."""
         moved = []
         for piece, each in zip(pieces, states, strict=True):

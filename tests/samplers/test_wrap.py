@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from samplers.state import Denoise, Prediction, per_row
-from samplers.wrap import thresholded, towards
+from samplers.wrap import score_guided, thresholded
 from tests.samplers.exact import gaussian
 
 SHAPE = (3, 4, 4)
@@ -68,7 +68,7 @@ def test_towards_a_linear_score_is_the_tilted_gaussian(grad: bool) -> None:
         return (slope * x0).flatten(1).sum(1)
 
     with torch.set_grad_enabled(grad):
-        found = towards(standard, score, scale)(x, SIGMA)
+        found = score_guided(standard, score, scale)(x, SIGMA)
     expected = standard(x, SIGMA, 0.7 + per_row(scale, x) * slope).x0
     torch.testing.assert_close(found.x0, expected, atol=1e-5, rtol=1e-4)
     assert not found.x0.requires_grad and found.variance is None
@@ -80,11 +80,11 @@ def test_towards_is_each_rows_own_and_0_is_off() -> None:
     def score(x0: Tensor) -> Tensor:
         return -(x0 - 1).square().flatten(1).sum(1)
 
-    together = towards(gaussian, score, scale)(x, SIGMA).x0
+    together = score_guided(gaussian, score, scale)(x, SIGMA).x0
     assert torch.equal(together[0], gaussian(x, SIGMA).x0[0])
     for row in range(3):
         one = slice(row, row + 1)
-        assert torch.equal(together[one], towards(gaussian, score, scale[one])(x[one], SIGMA[one]).x0)
+        assert torch.equal(together[one], score_guided(gaussian, score, scale[one])(x[one], SIGMA[one]).x0)
     near, far = score(together)[1], score(gaussian(x, SIGMA).x0)[1]
     assert near > far
 
@@ -96,7 +96,7 @@ def test_wrappers_wrap_each_other() -> None:
     def score(x0: Tensor) -> Tensor:
         return x0.flatten(1).sum(1)
 
-    clipped = thresholded(towards(gaussian, score, ones), 0.9 * ones, 100 * ones)(x, SIGMA).x0
+    clipped = thresholded(score_guided(gaussian, score, ones), 0.9 * ones, 100 * ones)(x, SIGMA).x0
     assert clipped.abs().max() <= 1
-    climbed = towards(thresholded(gaussian, 0.9 * ones, 100 * ones), score, ones)(x, SIGMA).x0
+    climbed = score_guided(thresholded(gaussian, 0.9 * ones, 100 * ones), score, ones)(x, SIGMA).x0
     assert climbed.isfinite().all() and (climbed - clipped).abs().max() > 1e-3
