@@ -20,7 +20,7 @@ from gen import checkpoint, single_file
 from gen.adapters import drafts
 from gen.bucket import is_out_of_memory
 from gen.checks import check_name
-from gen.families import FAMILIES, Painter
+from gen.families import FAMILIES, FamilyModel
 from gen.part import load_part
 from gen.room import NoRoom
 from gen.weights import files_hash, named_folder
@@ -30,7 +30,7 @@ from gen.weights import files_hash, named_folder
 class Loaded:
     """A model on a device."""
 
-    model: Painter
+    model: FamilyModel
     hash: Callable[[], str]  # SHA-256 of its files
     clip_hash: Callable[[], str] | None  # of those of the CLIP that was named to rank; None: none was
 

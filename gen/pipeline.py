@@ -30,7 +30,7 @@ from gen.candidate import Candidate, check_shown
 from gen.card import Card
 from gen.checks import check_callback, check_name, integer
 from gen.engine import Engine
-from gen.families import Painter
+from gen.families import FamilyModel
 from gen.families.reader import Reader
 from gen.flight import Account, Callback, Painted
 from gen.offload import Offload
@@ -54,7 +54,7 @@ class TextToImage:
 
     def __init__(
         self,
-        model: Painter,
+        model: FamilyModel,
         origins: Origins = Origins(),  # noqa: B008 - frozen
         compute: Compute | None = None,  # None: by torch, in the precision of its weights
         model_hash: Callable[[], str] | None = None,  # None: it was not read from files

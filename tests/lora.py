@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from gen import TextToImage
 from gen.adapters.lora import layers_of
 from gen.adapters.lora_names import Layer, stability_names
-from gen.families import Painter
+from gen.families import FamilyModel
 
 RANK, ALPHA, SCALE = 3, 6.0, 0.7
 Pairs = dict[Layer, tuple[Tensor, Tensor]]
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 
 
-def pairs_of(model: Painter, *, only: str = "") -> Pairs:
+def pairs_of(model: FamilyModel, *, only: str = "") -> Pairs:
     """Random factors of attentions, projections, convolutions and a timestep layer, down and up."""
     rng = torch.Generator().manual_seed(3)
     chosen = ("attn1.to_q", "attn2.to_v", "attn2.to_out.0", "q_proj", "out_proj")

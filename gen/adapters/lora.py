@@ -20,16 +20,16 @@ from gen.adapters.file import Adapter, found
 from gen.adapters.lora_file import read_factors
 from gen.adapters.lora_names import DOWN, PREFIXES, UP, Layer
 from gen.checks import finite_float
-from gen.families.painter import Painter
+from gen.families.base import FamilyModel
 from gen.weights import ADAPTER
 
 USUAL = "pytorch_lora_weights.safetensors"  # as diffusers names the file
 
 
-def merge(model: Painter, name: str | Path, scale: float = 1.0) -> Adapter:
+def merge(model: FamilyModel, name: str | Path, scale: float = 1.0) -> Adapter:
     """Add a LoRA's differences to the weights of a model's parts, in place.
 
-    Text towers must be the model's own (`Painter.with_own_texts`). ValueError as of `merge_into`.
+    Text towers must be the model's own (`FamilyModel.with_own_texts`). ValueError as of `merge_into`.
     """
     return merge_into(model.parts(), name, scale)
 

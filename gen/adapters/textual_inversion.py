@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from clip_core.weights import content_hash
 from gen.adapters.file import Adapter, found, read
-from gen.families.painter import Painter
+from gen.families.base import FamilyModel
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ LEGACY_EOS_ID = 2  # transformers then pools a text at its highest id, which wou
 
 
 @torch.no_grad()
-def learn(model: Painter, name: str | Path, token: str | None = None) -> Adapter:
-    """Teach a model's text towers a word; they are changed in place and must be its own (`Painter.with_own_texts`).
+def learn(model: FamilyModel, name: str | Path, token: str | None = None) -> Adapter:
+    """Teach a model's text towers a word; they are changed in place and must be its own (`FamilyModel.with_own_texts`).
 
     `token` None: the word that the file says, or else the file's name. ValueError for a file that does not fit the
     towers and for a word that they know already; then nothing was changed.

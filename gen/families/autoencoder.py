@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from clip_core.device import sent, weights_dtype
 from gen.edit import Beside, Posterior, Read
-from gen.families.painter import Painter
+from gen.families.base import FamilyModel
 from gen.preview import SMALL, Preview, fitted
 from gen.settings import Abilities, Settings
 from gen.source import LANCZOS, Filter, cells
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class LatentModel(Painter):
+class LatentModel(FamilyModel):
     """A loaded model of any of these families."""
 
     INPAINTS_AS: ClassVar[str | None] = None  # the pipeline class of a UNet for inpainting; None: the family knows none

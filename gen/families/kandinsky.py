@@ -29,7 +29,7 @@ from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.edit import Beside, Posterior, Read
 from gen.families.autoencoder import MoVQModel
-from gen.families.painter import listed, own
+from gen.families.base import listed, own
 from gen.model_index import JOINED
 from gen.prior import Prior
 from gen.scheduler import NoiseLevels

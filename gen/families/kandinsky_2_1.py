@@ -21,8 +21,8 @@ from clip_core.device import network_device, sent
 from clip_core.text import tokenize, warn_cut
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, each_read
+from gen.families.base import listed, own
 from gen.families.kandinsky import Kandinsky
-from gen.families.painter import listed, own
 
 LENGTH = 77  # tokens, to which stock's pipeline pads and cuts every text
 

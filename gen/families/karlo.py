@@ -25,7 +25,7 @@ from gen.candidate import Candidate
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.embeds import slerp
-from gen.families.painter import listed, own, with_images
+from gen.families.base import listed, own, with_images
 from gen.families.reader import Reader
 from gen.model_index import IMAGE_PARTS
 from gen.prior import Prior

@@ -23,7 +23,7 @@ from gen.adapters.ip_adapter import IPAdapter
 from gen.attention.network import reading, seeing
 from gen.candidate import Candidate
 from gen.conditioning import Condition, Conditions, Table, Told, in_turns
-from gen.families.painter import Painter, own
+from gen.families.base import FamilyModel, own
 from gen.prompts import parse
 from gen.settings import Abilities, Settings
 from gen.traced import is_stood_in
@@ -45,7 +45,7 @@ EMPTY = Words("")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Reader(Painter):
+class Reader(FamilyModel):
     """A loaded model of any of these families."""
 
     text: TextTower

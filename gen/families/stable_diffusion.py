@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from clip_core.text import TextTower
 from gen.checkpoint import Parts
 from gen.families.autoencoder import KLModel
-from gen.families.painter import listed
+from gen.families.base import listed
 from gen.families.reader import Reader
 from gen.model_index import UNUSED
 from gen.scheduler import NoiseLevels

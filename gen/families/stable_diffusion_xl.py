@@ -21,7 +21,7 @@ from clip_core.text import Piece, TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions
 from gen.families.autoencoder import KLModel
-from gen.families.painter import listed, own
+from gen.families.base import listed, own
 from gen.families.reader import Reader, check_length
 from gen.model_index import IMAGE_PARTS
 from gen.scheduler import NoiseLevels

@@ -24,7 +24,7 @@ from gen.candidate import Candidate
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table, Told
 from gen.families.autoencoder import KLModel
-from gen.families.painter import listed, with_images
+from gen.families.base import listed, with_images
 from gen.families.reader import Reader
 from gen.model_index import IMAGE_PARTS
 from gen.prior import Prior

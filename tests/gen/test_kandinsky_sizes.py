@@ -21,7 +21,7 @@ from gen.card import Card
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, Table
 from gen.families import FAMILIES
-from gen.families.painter import Painter
+from gen.families.base import FamilyModel
 from gen.model_index import part_class
 from gen.request import Request
 from gen.resolve import resolve
@@ -115,7 +115,7 @@ def at_full_size(version: str, in_channels: int = 4) -> dict[str, Any]:
     return parts | {"prior_image_processor": CLIPImageProcessor()}
 
 
-def assert_stocks_weights(model: Painter, stock: Any) -> None:
+def assert_stocks_weights(model: FamilyModel, stock: Any) -> None:
     """Classes, keys and shapes of every network."""
     ours = {part: module for part, module in model.parts().items() if isinstance(module, nn.Module)}
     theirs = {part: module for part, module in stock.components.items() if isinstance(module, nn.Module)}

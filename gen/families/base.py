@@ -1,6 +1,6 @@
 """What the families share: a UNet, and what may be asked of a model.
 
-`Painter` is the wall to that network. It says what a request may ask for and asks the UNet (or one beside it); what
+`FamilyModel` is the wall to that network. It says what a request may ask for and asks the UNet (or one beside it); what
 the UNet is told and what becomes of what it paints are others' to say. A family overrides a few of its methods, which
 stand together as a family's own. It knows no rows and no ranking.
 """
@@ -44,7 +44,7 @@ OUTSIDE = (
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Painter(ABC):
+class FamilyModel(ABC):
     """A loaded model of any family."""
 
     unet: UNet2DConditionModel
