@@ -12,14 +12,14 @@ from gen.conditioning import Conditions, NetworkName
 from gen.rows import Network
 
 
-def dispatched(networks: Mapping[NetworkName, Network], x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+def dispatched(networks: Mapping[NetworkName, Network], x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
     """The answers to M evaluations, in their order; each network is asked once, and one that nobody asks, never."""
-    if len(told.places) == 1:
-        (only,) = told.places
-        return networks[only](x, timestep, told)
+    if len(conditions.places) == 1:
+        (only,) = conditions.places
+        return networks[only](x, timestep, conditions)
     answers = []
-    for name, here in told.places.items():
+    for name, here in conditions.places.items():
         at = sent(torch.tensor(here), x.device)
-        answers.append(networks[name](x[at], timestep[at], told.parts[name]))
-    order = torch.tensor([place for here in told.places.values() for place in here])
+        answers.append(networks[name](x[at], timestep[at], conditions.parts[name]))
+    order = torch.tensor([place for here in conditions.places.values() for place in here])
     return torch.cat(answers)[sent(order.argsort(), x.device)]

@@ -58,7 +58,7 @@ class Family(Protocol):
     def between(self, start: Condition, end: Condition, share: float) -> Condition:
         """What it is told a share of the way from one text to another."""
 
-    def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """The decoder's network."""
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -100,24 +100,28 @@ class CachedPrior:
     _kept: WeakKeyDictionary[Condition, Prefix] = field(default_factory=WeakKeyDictionary)  # views of what plans hold
     _said: str | None = None  # the reason last logged
 
-    def __call__(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """(M, E) noisy embeddings -> the network's own output, (M, E)."""
-        plan = self._plan_for(told)
+        plan = self._plan_for(conditions)
         x = x.to(weights_dtype(self.network))
-        return whole(self.network, x, timestep, told) if plan is None else last_tokens(self.network, x, timestep, plan)
+        return (
+            whole(self.network, x, timestep, conditions)
+            if plan is None
+            else last_tokens(self.network, x, timestep, plan)
+        )
 
-    def _plan_for(self, told: Conditions) -> Plan | None:
+    def _plan_for(self, conditions: Conditions) -> Plan | None:
         """How to read these conditions; None, and a word in the log, where the network has to run whole."""
         if torch.is_grad_enabled():
             self._say("gradients are recorded")
             return None
-        if told not in self._plans:
-            distinct = told.distinct
+        if conditions not in self._plans:
+            distinct = conditions.distinct
             new = [condition for condition in distinct.unique if condition not in self._kept]
             reason = why_whole(self.network) or why_not_constant(self.network, new)
-            self._plans[told] = None if reason else self._planned(distinct.unique, distinct.of, new)
+            self._plans[conditions] = None if reason else self._planned(distinct.unique, distinct.of, new)
             self._say(reason)
-        return self._plans[told]
+        return self._plans[conditions]
 
     def _say(self, reason: str | None) -> None:
         if reason not in (None, self._said):
@@ -202,10 +206,14 @@ def folded(of: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     return [(found, [evaluation for each in found for evaluation in readers[each]]) for found in equal.values()]
 
 
-def whole(network: PriorTransformer, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+def whole(network: PriorTransformer, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
     """The stock call; without a learned query it answers (M, 1, E), here (M, E) always."""
     output = network(
-        x, timestep, proj_embedding=told.vector, encoder_hidden_states=told.tokens, attention_mask=told.mask
+        x,
+        timestep,
+        proj_embedding=conditions.vector,
+        encoder_hidden_states=conditions.tokens,
+        attention_mask=conditions.mask,
     )
     return output.predicted_image_embedding.reshape(len(x), -1)
 

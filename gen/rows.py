@@ -388,9 +388,9 @@ class Rows:
         self.passes.append(Pass.of(lanes, plans, self.device))
         return self.passes[-1]
 
-    def _asked(self, told: Conditions, x: Tensor, preconditioning: Preconditioning) -> Prediction:
+    def _asked(self, conditions: Conditions, x: Tensor, preconditioning: Preconditioning) -> Prediction:
         def network(noisy: Tensor, timestep: Tensor) -> Tensor:
-            return self.network(noisy, timestep, told)
+            return self.network(noisy, timestep, conditions)
 
         return preconditioning.ask(network, x, self.scaling.learned_range)
 

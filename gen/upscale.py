@@ -55,17 +55,17 @@ class Upscaler:
             )
         return rows
 
-    def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """(M, C, H, W) noisy pictures -> the output of the network that each of them asks."""
-        return dispatched({"own": as_network(self.first), "last": as_network(self.last)}, x, timestep, told)
+        return dispatched({"own": as_network(self.first), "last": as_network(self.last)}, x, timestep, conditions)
 
 
 def as_network(network: UNet2DModel) -> Network:
     """A network as rows ask it."""
 
-    def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        assert told.channels is not None, "it sees the small picture"
-        seen = told.beside(x).to(weights_dtype(network))
+    def call(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        assert conditions.channels is not None, "it sees the small picture"
+        seen = conditions.beside(x).to(weights_dtype(network))
         return network(seen, timestep, return_dict=False)[0]
 
     return call

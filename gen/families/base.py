@@ -210,7 +210,7 @@ class FamilyModel(ABC):
         """What each candidate is told before any prior has spoken."""
 
     @abstractmethod
-    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """What a UNet, the model's own or one beside it, says of (M, C, h, w) noisy latents."""
 
     # --- what all share ------------------------------------------------------------------------------------------
@@ -271,14 +271,14 @@ class FamilyModel(ABC):
         """(C, h, w) of a picture of these settings."""
         return self.latent_channels, settings.height // self.factor, settings.width // self.factor
 
-    def call(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """The wall to diffusers: (M, C, h, w) noisy latents -> the output of the network that each evaluation asks."""
         networks: dict[NetworkName, Network] = {"own": partial(self.call_unet, self.unet)}
         if self.weak is not None:
             networks["weak"] = partial(self.call_unet, self.weak)
         if self.drafter is not None:
             networks["draft"] = partial(self.call_unet, self.drafter.unet)
-        return dispatched(networks, x, timestep, told)
+        return dispatched(networks, x, timestep, conditions)
 
 
 def with_images(

@@ -122,7 +122,7 @@ class Kandinsky(MoVQModel):
         """The same with an image embedding (E,)."""
 
     @abstractmethod
-    def added_cond_kwargs(self, told: Conditions) -> dict[str, Any]:
+    def added_cond_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
 
     # --- what they share -----------------------------------------------------------------------------------------
@@ -294,9 +294,9 @@ class Kandinsky22(Kandinsky):
         """What the UNet is told of an image embedding (E,)."""
         return replace(words, vector=own(image_embeds, self.unet))
 
-    def added_cond_kwargs(self, told: Conditions) -> dict[str, Any]:
+    def added_cond_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
-        return {"image_embeds": told.vector}
+        return {"image_embeds": conditions.vector}
 
 
 def widened(is_painted: Tensor) -> Tensor:

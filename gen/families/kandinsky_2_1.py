@@ -86,10 +86,10 @@ class Kandinsky21(Kandinsky):
         assert words.vector is not None, "words have an embedding"
         return replace(words, vector=torch.cat([words.vector, own(image_embeds, self.unet)]))
 
-    def added_cond_kwargs(self, told: Conditions) -> dict[str, Any]:
+    def added_cond_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
-        assert told.vector is not None, "every condition has its image embedding by now"
-        text, image = told.vector.chunk(2, dim=1)
+        assert conditions.vector is not None, "every condition has its image embedding by now"
+        text, image = conditions.vector.chunk(2, dim=1)
         return {"text_embeds": text, "image_embeds": image}
 
     def _read(self, texts: Sequence[str]) -> list[Condition]:

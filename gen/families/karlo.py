@@ -248,9 +248,9 @@ class Karlo(Reader):
         mask = one.mask | other.mask if 0 < share < 1 else (one.mask, other.mask)[round(share)]
         return self._without([Read(states, embedding, mask)])[0]
 
-    def unet_kwargs(self, told: Conditions) -> dict[str, Any]:
+    def unet_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the tokens, by the names of its arguments."""
-        return {"class_labels": told.vector, "attention_mask": told.mask}
+        return {"class_labels": conditions.vector, "attention_mask": conditions.mask}
 
     def _without(self, read: Sequence[Read]) -> list[Condition]:
         """What the UNet is told of texts without an image."""

@@ -106,7 +106,7 @@ class Reader(FamilyModel):
         """What the UNet is told of a picture's size beside the prompt, or beside the null; empty: nothing."""
         return ()
 
-    def unet_kwargs(self, told: Conditions) -> dict[str, Any]:
+    def unet_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""
         return {}
 
@@ -238,23 +238,23 @@ class Reader(FamilyModel):
         """The empty prompt, which most pictures are guided away from; encoded once."""
         return self.read([""], None)[0]
 
-    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
-        read: dict[str, Any] | None = reading(network, told.distinct_tokens, torch.stack)
+        read: dict[str, Any] | None = reading(network, conditions.distinct_tokens, torch.stack)
         if self.ip_adapter is not None and network is self.unet:
-            pictures = told.distinct_pictures(self.ip_adapter.blank)
+            pictures = conditions.distinct_pictures(self.ip_adapter.blank)
             if any(picture is not self.ip_adapter.blank for picture in pictures.unique):
                 seen = seeing(network, pictures, partial(self.ip_adapter.pairs, network))
                 read = {**(read or {}), **seen}
-        if read is not None and not is_stood_in(network) and told.alike is not None:
-            read = {**read, "alike": told.alike}
+        if read is not None and not is_stood_in(network) and conditions.alike is not None:
+            read = {**read, "alike": conditions.alike}
         return network(
-            told.beside(x).to(weights_dtype(network)),
+            conditions.beside(x).to(weights_dtype(network)),
             timestep,
-            encoder_hidden_states=told.tokens,
+            encoder_hidden_states=conditions.tokens,
             cross_attention_kwargs=read,
             return_dict=False,
-            **self.unet_kwargs(told),
+            **self.unet_kwargs(conditions),
         )[0]
 
 

@@ -189,6 +189,6 @@ class StableDiffusionXL(KLModel, Reader):
         assert score is not None, "the model's defaults have one"
         return (*original, *cropped, score)
 
-    def unet_kwargs(self, told: Conditions) -> dict[str, Any]:
+    def unet_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""
-        return {"added_cond_kwargs": {"text_embeds": told.vector, "time_ids": told.sizes}}
+        return {"added_cond_kwargs": {"text_embeds": conditions.vector, "time_ids": conditions.sizes}}

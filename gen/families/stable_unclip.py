@@ -146,9 +146,9 @@ class StableUnCLIP(KLModel, Reader):
         zeros = torch.zeros(2 * self.embedding_width, dtype=weights_dtype(self.unet), device=self.device)
         return replace(super().handed(tokens, pooled), vector=zeros)
 
-    def unet_kwargs(self, told: Conditions) -> dict[str, Any]:
+    def unet_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""
-        return {"class_labels": told.vector}
+        return {"class_labels": conditions.vector}
 
     def noise_image_embeddings(self, image_embeds: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Noised embedding (B, E) beside the sinusoids of its level (B,): (B, 2E), the UNet's class input.

@@ -82,8 +82,12 @@ def gathered(texts: Sequence[Condition], indices: Sequence[int]) -> Conditions:
 def stock(prior: PriorTransformer) -> Callable[[Tensor, Tensor, Conditions], Tensor]:
     """Stock's own call, as the engine asks a network."""
 
-    def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        asked = {"proj_embedding": told.vector, "encoder_hidden_states": told.tokens, "attention_mask": told.mask}
+    def call(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        asked = {
+            "proj_embedding": conditions.vector,
+            "encoder_hidden_states": conditions.tokens,
+            "attention_mask": conditions.mask,
+        }
         return prior(x.to(prior.dtype), timestep, **asked).predicted_image_embedding.reshape(len(x), -1)
 
     return call

@@ -112,9 +112,9 @@ def counting(rows: Rows) -> list[int]:
     """How many evaluations each network call makes, from now on."""
     network, counts = rows.network, list[int]()
 
-    def counted(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def counted(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         counts.append(len(x))
-        return network(x, timestep, told)
+        return network(x, timestep, conditions)
 
     rows.network = counted
     return counts
@@ -241,8 +241,8 @@ def test_a_learned_variance_is_the_prompts_own(tiny: TextToImage, size: int) -> 
     model, scale = tiny.model, 3.0
     scaling = replace(model.levels.scaling, learned_range=True)
 
-    def network(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        output = model.call(x, timestep, told)
+    def network(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        output = model.call(x, timestep, conditions)
         return torch.cat([output, output.tanh()], dim=1)
 
     (row,) = (replace(row, sampler="unclip", guidance_scale=scale, options={}) for row in rows_of(tiny, 1))
@@ -286,12 +286,12 @@ def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
     model, rows = tiny.model, [replace(row, guidance_scale=1.0, null=None, sampler="ddim") for row in rows_of(tiny, 3)]
     asked: list[int] = []
 
-    def other(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def other(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         asked.append(len(x))
-        return -model.call(x, timestep, Conditions(tuple(replace(each, network="own") for each in told.each)))
+        return -model.call(x, timestep, Conditions(tuple(replace(each, network="own") for each in conditions.each)))
 
-    def network(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        return dispatched({"own": model.call, "last": other}, x, timestep, told)
+    def network(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        return dispatched({"own": model.call, "last": other}, x, timestep, conditions)
 
     turned = [replace(row, last=replace(row.prompt, network="last")) for row in rows]
     ours = finish(Rows(network, model.levels.scaling, "decoder"), turned)
@@ -491,11 +491,11 @@ class Exhausted:
     def __init__(self, rows: Rows, room: int, error: Exception) -> None:
         self.network, self.room, self.error, self.refused = rows.network, room, error, 0
 
-    def __call__(self, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         if len(x) > self.room:
             self.refused += 1
             raise self.error
-        return self.network(x, timestep, told)
+        return self.network(x, timestep, conditions)
 
 
 SHORT = [
@@ -544,9 +544,9 @@ def test_rows_that_were_put_apart_are_together_again_after_a_while(
     together, sizes = rows_over(tiny, buckets_of(32)), list[int]()
     network = together.network
 
-    def counted(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def counted(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         sizes.append(len(x))
-        return network(x, timestep, told)
+        return network(x, timestep, conditions)
 
     together.network = counted
     calls = []
@@ -648,10 +648,10 @@ def test_a_call_that_fails_takes_its_own_rows_along_and_no_others(tiny: TextToIm
     together = rows_over(tiny, buckets_of(2))
     network, poison = together.network, rows[4].prompt
 
-    def fails(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
-        if poison in told.each and together.live[0].index == 2:
+    def fails(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        if poison in conditions.each and together.live[0].index == 2:
             raise ValueError("a bad chunk")
-        return network(x, timestep, told)
+        return network(x, timestep, conditions)
 
     together.network = fails
     found, failed = {}, []

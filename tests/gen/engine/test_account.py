@@ -20,9 +20,9 @@ def test_the_account_is_exact(tiny: TextToImage) -> None:
     prior = copy.deepcopy(tiny.model.prior)
     assert prior is not None
 
-    def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         asked["decoder"] += len(x)
-        return tiny.model.call(x, timestep, told)
+        return tiny.model.call(x, timestep, conditions)
 
     def count(module: Any, given: Any, out: Tensor) -> None:
         asked["prior"] += len(out)

@@ -58,10 +58,10 @@ def test_a_network_call_that_fails_takes_its_requests_along_and_no_others(
 ) -> None:
     broken = True
 
-    def call(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         if broken and x.shape[2:] == (8, 8):
             raise Refused("a bad call")
-        return tiny.model.call(x, timestep, told)
+        return tiny.model.call(x, timestep, conditions)
 
     engine = engine_of(altered(tiny, call=call))
     square, other, wide = (engine.submit(KINDS[kind]) for kind in (0, 1, 7))

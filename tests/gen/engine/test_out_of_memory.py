@@ -18,11 +18,11 @@ from tests.gen.engine.asked import KINDS, LEVEL, Latents, engine_of, same
 def test_when_memory_runs_out_nobody_notices(tiny: TextToImage, expected: list[Latents]) -> None:
     refused: Counter[int] = Counter()
 
-    def short(x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def short(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         if len(x) > 3:
             refused[len(x)] += 1
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return tiny.model.call(x, timestep, told)
+        return tiny.model.call(x, timestep, conditions)
 
     engine = engine_of(altered(tiny, call=short))
     futures = [engine.submit(request) for request in KINDS]
