@@ -40,7 +40,7 @@ class Condition:
         return replace(self, tokens=None if self.tokens is None else self.tokens[:])
 
 
-Told = tuple[Condition, Condition | None]
+ConditionPair = tuple[Condition, Condition | None]
 """Prompt and null of a candidate; the null is None where it is not guided"""
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gen.candidate import Candidate
-from gen.conditioning import Condition, Told
+from gen.conditioning import Condition, ConditionPair
 from gen.model import Family, tiling
 from gen.row import Hold
 from gen.scheduler import NoiseLevels
@@ -74,7 +74,7 @@ class Beginning:
     hold: Hold | None = None
     channels: Tensor | None = None  # what the UNet is told beside x
 
-    def telling(self, told: Told) -> Told:
+    def telling(self, told: ConditionPair) -> ConditionPair:
         """What a candidate is told, with the channels beside x."""
         if self.channels is None:
             return told

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from clip_core.clip import CLIP
 from clip_core.score import cosine
 from gen.candidate import Candidate
-from gen.conditioning import Condition, Table, Told
+from gen.conditioning import Condition, ConditionPair, Table
 from gen.model import Family
 from gen.source import Source
 
@@ -109,8 +109,8 @@ def _embed(model: object, candidate: Candidate, picture: Source, made: dict[tupl
 
 
 def with_other_prompts(
-    model: Family, candidates: Sequence[Candidate], told: Sequence[Told], others: Sequence[Told]
-) -> list[Told]:
+    model: Family, candidates: Sequence[Candidate], told: Sequence[ConditionPair], others: Sequence[ConditionPair]
+) -> list[ConditionPair]:
     """What candidates are told between their prompt and another; `others` is what they are told of that one."""
     made: dict[tuple[int, int, float], Condition] = {}
     found = []
@@ -124,7 +124,7 @@ def with_other_prompts(
     return found
 
 
-def tell(model: Family, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+def tell(model: Family, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
     """What each candidate is told before any prior has spoken, also where that is between two prompts."""
     told = model.tell(candidates, table)
     goals = [one.settings.interpolate_prompt for one in candidates]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clip_core.clip import CLIP
 from gen.candidate import Candidate
-from gen.conditioning import Condition, Conditions, Table, Told
+from gen.conditioning import Condition, ConditionPair, Conditions, Table
 from gen.drafter import Drafter
 from gen.prior import Prior
 from gen.scheduler import NoiseLevels
@@ -52,7 +52,7 @@ class Family(Protocol):
     def latent_shape(self, settings: Settings) -> tuple[int, int, int]:
         """(C, h, w) of what the decoder paints for a picture of these settings."""
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken."""
 
     def between(self, start: Condition, end: Condition, share: float) -> Condition:

@@ -99,7 +99,7 @@ class Flat(nn.Module):
         super().__init__()
         self.network = network
         leaves = [Shapes.of(leaf) if isinstance(leaf, Texts) else leaf for leaf in call.leaves]
-        self.told = Told([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], call.layout)
+        self.told = CallLayout([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], call.layout)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """`given` are all tensors that the network is handed, in their order, then what the layers read of a text."""
@@ -114,7 +114,7 @@ class Flat(nn.Module):
 
 
 @dataclass(eq=False)
-class Told:
+class CallLayout:
     """How a network is handed its tensors, and how it hands over its own."""
 
     fixed: list[tuple[Any] | None]  # what stands beside the tensors; None: a tensor's place

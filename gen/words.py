@@ -17,7 +17,7 @@ from gen.flight import Callback
 from gen.request import Request
 
 Spelled = ParamSpec("Spelled")
-Told = TypeVar("Told")
+Made = TypeVar("Made")
 Owner = TypeVar("Owner")
 Answer = TypeVar("Answer")
 
@@ -32,12 +32,12 @@ class Words(Request):
 
 
 def called_with(
-    told: Callable[Spelled, Told],
-) -> Callable[[Callable[[Owner, Told], Answer]], Callable[Concatenate[Owner, Spelled], Answer]]:
-    """Let a method that takes a `told` be called with what makes one; TypeError for what makes none."""
+    make: Callable[Spelled, Made],
+) -> Callable[[Callable[[Owner, Made], Answer]], Callable[Concatenate[Owner, Spelled], Answer]]:
+    """Let a method that takes what `make` makes be called with its arguments; TypeError for what makes none."""
 
-    def of(method: Callable[[Owner, Told], Answer]) -> Callable[Concatenate[Owner, Spelled], Answer]:
-        own, spelled = inspect.signature(method), inspect.signature(told)
+    def of(method: Callable[[Owner, Made], Answer]) -> Callable[Concatenate[Owner, Spelled], Answer]:
+        own, spelled = inspect.signature(method), inspect.signature(make)
         owner, _ = own.parameters.values()
 
         @wraps(method)
@@ -46,7 +46,7 @@ def called_with(
                 spelled.bind(*given, **words)
             except TypeError as error:  # which else would name the constructor, of which a caller knows nothing
                 raise TypeError(f"{method.__qualname__}(): {error}") from None
-            return method(self, told(*given, **words))
+            return method(self, make(*given, **words))
 
         shown = own.replace(parameters=[owner, *spelled.parameters.values()])
         call.__signature__ = shown  # type: ignore[attr-defined] # what help() shows

@@ -24,7 +24,7 @@ from clip_core.preprocess import Preprocess
 from gen.candidate import Candidate
 from gen.card import CARD, Card
 from gen.checkpoint import Parts
-from gen.conditioning import Condition, Conditions, NetworkName, Table, Told
+from gen.conditioning import Condition, ConditionPair, Conditions, NetworkName, Table
 from gen.dispatch import dispatched
 from gen.drafter import Drafter
 from gen.embeds import between
@@ -206,7 +206,7 @@ class FamilyModel(ABC):
         return replace(self)
 
     @abstractmethod
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken."""
 
     @abstractmethod
@@ -282,8 +282,8 @@ class FamilyModel(ABC):
 
 
 def with_images(
-    model: WithImage, candidates: Sequence[Candidate], told: Sequence[Told], device: torch.device
-) -> list[Told]:
+    model: WithImage, candidates: Sequence[Candidate], told: Sequence[ConditionPair], device: torch.device
+) -> list[ConditionPair]:
     """What candidates are told, those that come with an image embedding with that beside their words."""
     shown = {place: one.image_embeds for place, one in enumerate(candidates) if one.image_embeds is not None}
     with_it = list(told)

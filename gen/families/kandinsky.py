@@ -26,7 +26,7 @@ from clip_core.preprocess import Preprocess
 from gen.attention.network import reading
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
-from gen.conditioning import Condition, Conditions, Table, Told
+from gen.conditioning import Condition, ConditionPair, Conditions, Table
 from gen.edit import Beside, Posterior, Read
 from gen.families.autoencoder import MoVQModel
 from gen.families.base import listed, own
@@ -200,7 +200,7 @@ class Kandinsky(MoVQModel):
         beside = Beside(Posterior(image.mean * is_known), is_known, mask_first=False)
         return Read(image, is_painted, self.HOLDS, beside)
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken; all who are told the same share a condition."""
         guided = [one.settings.negative_prompt for one in candidates if one.settings.guidance_scale != 1]
         said = self._said([*guided, *(one.prompt for one in candidates)], table)
@@ -213,7 +213,7 @@ class Kandinsky(MoVQModel):
                 given[text, id(embeds)] = self.pictured(said[text], embeds.to(self.device, torch.float32))
             return given[text, id(embeds)]
 
-        told: list[Told] = []
+        told: list[ConditionPair] = []
         for one in candidates:
             null, negative = None, one.settings.negative_prompt
             if one.settings.guidance_scale != 1:

@@ -23,7 +23,7 @@ from clip_core.device import weights_dtype
 from clip_core.text import Piece, TextTower
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
-from gen.conditioning import Condition, Conditions, Table, Told
+from gen.conditioning import Condition, ConditionPair, Conditions, Table
 from gen.embeds import slerp
 from gen.families.base import listed, own, with_images
 from gen.families.reader import Reader
@@ -228,7 +228,7 @@ class Karlo(Reader):
         mask = torch.cat([each.mask for each in said])
         return self._without([Read(states.to(empty.read.states.dtype), said[0].embedding, mask)])[0]
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
         return with_images(self, candidates, super().tell(candidates, table), self.device)
 

@@ -22,7 +22,7 @@ from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
 from gen.attention.network import reading, seeing
 from gen.candidate import Candidate
-from gen.conditioning import Condition, Conditions, Table, Told, in_turns
+from gen.conditioning import Condition, ConditionPair, Conditions, Table, in_turns
 from gen.families.base import FamilyModel, own
 from gen.prompts import parse
 from gen.settings import Abilities, Settings
@@ -126,7 +126,7 @@ class Reader(FamilyModel):
         super().check(where)
         check_length(self.text, where, "text_encoder")
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told in words."""
         handed: dict[int, Condition] = {}  # by identity
         for one in candidates:
@@ -258,7 +258,7 @@ class Reader(FamilyModel):
         )[0]
 
 
-def shown(adapter: IPAdapter, candidates: Sequence[Candidate], told: Sequence[Told]) -> list[Told]:
+def shown(adapter: IPAdapter, candidates: Sequence[Candidate], told: Sequence[ConditionPair]) -> list[ConditionPair]:
     """What candidates are told, those that come with a picture with its tokens beside their words.
 
     A null is shown what the adapter has for it.

@@ -22,7 +22,7 @@ from clip_core.device import sent, weights_dtype
 from clip_core.text import TextTower
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
-from gen.conditioning import Condition, Conditions, Table, Told
+from gen.conditioning import Condition, ConditionPair, Conditions, Table
 from gen.families.autoencoder import KLModel
 from gen.families.base import listed, with_images
 from gen.families.reader import Reader
@@ -125,7 +125,7 @@ class StableUnCLIP(KLModel, Reader):
             }
         return parts
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[Told]:
+    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
         return with_images(self, candidates, super().tell(candidates, table), self.device)
 
