@@ -3,7 +3,8 @@
 An `Engine` ticks the rows of the prior and of the decoder, lets what has finished be decoded and scored while other
 rows go on, and resolves a request's future as soon as its own candidates are there. Requests share every network call
 and nothing else: one that fails, is cancelled or gives candidates up takes its rows along, and the others do not
-notice. It knows who comes and who goes; rows are `gen.stages`', pictures `gen.darkroom`'s and searches `gen.lead`'s.
+notice. It knows who comes and who goes; rows are `gen.stages`', pictures `gen.decode_queue`'s and searches
+`gen.search_runner`'s.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ import torch
 from gen.bucket import Buckets, is_out_of_memory
 from gen.checks import check_callback
 from gen.conditioning import Condition
-from gen.darkroom import Darkroom
+from gen.decode_queue import DecodeQueue
 from gen.edit import schedule_of
 from gen.flight import Account, Callback, Flight, Painted, Stage, row_key
-from gen.lead import Lead
 from gen.model import Family
 from gen.request import Job, Request
 from gen.resolve import resolve
 from gen.row import Row
 from gen.rows import Failed, Rows, Tick
+from gen.search_runner import SearchRunner
 from gen.stages import Stages
 from gen.tf32 import without_tf32
 
@@ -74,9 +75,9 @@ class Engine(Generic[R]):
         self._clock = clock
         buckets = Buckets() if buckets is None else buckets
         self._relief = buckets.relief
-        self._darkroom = Darkroom(model, buckets)
-        self._stages = Stages(model, buckets, self._darkroom)
-        self._lead = Lead(model, self._stages, self._darkroom, clock)
+        self._decode_queue = DecodeQueue(model, buckets)
+        self._stages = Stages(model, buckets, self._decode_queue)
+        self._search_runner = SearchRunner(model, self._stages, self._decode_queue, clock)
         self._flights: dict[int, Flight[R]] = {}  # those that have begun; the ticking thread's alone
         self._changed = threading.Condition()  # guards what follows
         # Those that have not, by their pictures' shape, each no sooner than those before it; no shape has none.
@@ -105,7 +106,7 @@ class Engine(Generic[R]):
         job = resolve(request, self.model.abilities) if isinstance(request, Request) else request
         for settings in {id(each.settings): each.settings for each in job.candidates}.values():
             schedule_of(self.model.levels, settings)  # may refuse the sampler
-        job.search.check(self._lead.asked(job))
+        job.search.check(self._search_runner.asked(job))
         # What is free says little once a request has begun, as in a thread of its own any but the first may have.
         if self._check is not None and not (self._flights if self._thread is None else self._unsettled):
             self._check(job)
@@ -144,13 +145,13 @@ class Engine(Generic[R]):
     def _tick(self) -> bool:
         self._let_go()
         for flight in list(self._flights.values()):
-            if self._lead.is_late(flight):
+            if self._search_runner.is_late(flight):
                 with self._alone(flight):
-                    self._lead.hurry(flight)
+                    self._search_runner.hurry(flight)
         self._let_in()
         for stage, rows in self._stages.rows.items():
             self._step(stage, rows)
-        self._darkroom.develop(self._flights, self._fail)
+        self._decode_queue.decode_ready(self._flights, self._fail)
         for flight in list(self._flights.values()):
             self._end(flight)
         return bool(self._flights or self._queue)
@@ -235,7 +236,7 @@ class Engine(Generic[R]):
             for flight in chosen:
                 if flight.number in self._flights:  # or its texts could not be encoded
                     with self._alone(flight):
-                        self._lead.begin(flight)
+                        self._search_runner.begin(flight)
                     self._admit(flight)
 
     def _next(self) -> list[Flight[R]]:
@@ -353,14 +354,14 @@ class Engine(Generic[R]):
     def _end(self, flight: Flight[R]) -> None:
         """Ask a request's searches, and answer the request if they are over."""
         with self._alone(flight):
-            self._lead.ask(flight)
+            self._search_runner.ask(flight)
             if flight.is_done:
                 self._settle(flight, partial(flight.future.set_result, self._concluding(flight)()))
 
     @torch.no_grad()
     def _answer_so_far(self, flight: Flight[R]) -> R:
         with self._turn, without_tf32(self.model.device):
-            self._darkroom.finish(flight)
+            self._decode_queue.finish(flight)
         return self._concluding(flight)()
 
     def _concluding(self, flight: Flight[R]) -> Callable[[], R]:

@@ -1,7 +1,7 @@
 """A request in flight: what it waits for, what it has so far and what it has taken.
 
 All that is noted of a request while its candidates are painted, and what its callback sees of that. It moves nothing
-itself: `gen.engine` does, and a search by `gen.lead`. It knows neither networks nor pictures.
+itself: `gen.engine` does, and a search by `gen.search_runner`. It knows neither networks nor pictures.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gen.bucket import Buckets
 from gen.conditioning import Condition, Table
-from gen.darkroom import Darkroom
+from gen.decode_queue import DecodeQueue
 from gen.drafter import SAMPLER
 from gen.edit import beginning, read, schedule_of
 from gen.embeds import decided, prior_samples, tell, with_embeds
@@ -32,9 +32,9 @@ from samplers.schedule import Schedule
 class Stages:
     """The rows of one model; see the module."""
 
-    def __init__(self, model: Family, buckets: Buckets, darkroom: Darkroom) -> None:
+    def __init__(self, model: Family, buckets: Buckets, decode_queue: DecodeQueue) -> None:
         self.model = model
-        self.darkroom = darkroom
+        self.decode_queue = decode_queue
         self.table = Table()
         self.rows: dict[Stage, Rows] = {}  # in their order, so that what one has finished goes on within a tick
         if model.prior is not None:
@@ -255,7 +255,7 @@ class Stages:
             guide=settings.guide,
             thresholding=settings.dynamic_thresholding,
             clip_guidance_scale=settings.clip_guidance_scale,
-            likeness=self.darkroom.likeness(flight, index) if settings.clip_guidance_scale else None,
+            likeness=self.decode_queue.likeness(flight, index) if settings.clip_guidance_scale else None,
             options=levels.options(settings.sampler) | settings.sampler_options,
             start=begins.start,
             drawn=begins.drawn,

@@ -1,6 +1,6 @@
 """What searches decide, carried out on their requests: who goes on, who is given up, copied or turned.
 
-A `Lead` asks each search of a request when its candidates are where they should be, and ends them all when the
+A `SearchRunner` asks each search of a request when its candidates are where they should be, and ends them all when the
 request's time is over; a `PromptField` is what one of them sees and may ask for. It knows how candidates stand and
 their rows, and neither networks nor who else is in flight.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gen.candidate import Before
-from gen.darkroom import Darkroom
+from gen.decode_queue import DecodeQueue
 from gen.drafter import Drafter
 from gen.edit import schedule_of
 from gen.flight import DECODER, Flight, Goal, RowKey, Trail, Waiting, row_of, scores_of
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Lead:
+class SearchRunner:
     """What leads the searches of all requests; see the module."""
 
     model: Family
     stages: Stages
-    darkroom: Darkroom
+    decode_queue: DecodeQueue
     clock: Callable[[], float]  # seconds, by which budgets are spent
 
     def begin(self, flight: Flight[Any]) -> None:
@@ -168,7 +168,7 @@ class Lead:
 class PromptField:
     """What a search sees of one prompt; see `gen.search.Field`."""
 
-    lead: Lead
+    runner: SearchRunner
     flight: Flight[Any]
     candidates: Sequence[int]
 
@@ -185,12 +185,12 @@ class PromptField:
     @property
     def num_steps(self) -> int:
         """Steps of the decoder from the noise to a picture."""
-        return self.lead.num_steps(self.flight.job)
+        return self.runner.num_steps(self.flight.job)
 
     @property
     def has_drafter(self) -> bool:
         """Whether the model has a network for drafts that follows what is asked."""
-        return self.lead.drafter_of(self.flight, self.candidates) is not None
+        return self.runner.drafter_of(self.flight, self.candidates) is not None
 
     @property
     def scores(self) -> dict[int, float]:
@@ -201,24 +201,24 @@ class PromptField:
     @property
     def sharpness(self) -> float:
         """1 / CLIP's temperature."""
-        return float(self.lead.darkroom.clip.logit_scale.exp())
+        return float(self.runner.decode_queue.clip.logit_scale.exp())
 
     def previews(self, candidates: Sequence[int]) -> list[float]:
         """CLIP's cosine of a cheap look at their latest clean estimates."""
         check_named(candidates, self.candidates)
         if unseen := [index for index in candidates if index not in self.flight.estimates]:
             raise ValueError(f"the search looks at candidates {unseen}, which have not begun or are painted")
-        return self.lead.darkroom.look(self.flight, candidates)
+        return self.runner.decode_queue.look(self.flight, candidates)
 
     def drop(self, candidates: Sequence[int]) -> None:
         """Give up candidates that are not painted."""
         check_named(candidates, self.candidates)
-        self.lead.give_up(self.flight, candidates)
+        self.runner.give_up(self.flight, candidates)
 
     def branch(self, source: int, targets: Sequence[int]) -> None:
         """Let targets go on from where the source has halted."""
         check_named([source, *targets], self.candidates)
-        flight, stages = self.flight, self.lead.stages
+        flight, stages = self.flight, self.runner.stages
         stages.halt(flight, flight.halting & {source, *targets})
         gone = flight.given_up | flight.painted.keys()
         if source not in flight.halted or any(index in flight.goals or index in gone for index in targets):
@@ -254,7 +254,7 @@ class PromptField:
         if self.flight.job.budget is None:
             return math.inf
         _ = self.scores  # what was painted has taken its time once the device is through with it
-        return 0.0 if self.flight.deadline is None else self.flight.deadline - self.lead.clock()
+        return 0.0 if self.flight.deadline is None else self.flight.deadline - self.runner.clock()
 
     def among(self, candidates: Sequence[int]) -> PromptField:
         """The same with these candidates alone."""

@@ -37,7 +37,7 @@ Fail = Callable[[Flight[Any], Exception], None]
 """fail(request, why): it is out, and its future says so"""
 
 
-class Kind(NamedTuple):
+class DecodeKey(NamedTuple):
     """What latents have in common that are decoded together."""
 
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Darkroom:
+class DecodeQueue:
     """Where latents become pictures; see the module."""
 
     model: Family
@@ -82,7 +82,7 @@ class Darkroom:
             for flight in flights:
                 flight.texts = flight.texts or {text: found[text] for text in said[flight.number]}
 
-    def develop(self, flights: Mapping[int, Flight[Any]], fail: Fail) -> None:
+    def decode_ready(self, flights: Mapping[int, Flight[Any]], fail: Fail) -> None:
         """Decode and score what has finished, once it makes a whole chunk or a request waits for nothing else.
 
         `flights` are the requests in flight by their numbers; one that fails is out of them once `fail` was told.
@@ -90,7 +90,7 @@ class Darkroom:
         for kind, members in _by_kind(flights.values()).items():
             here = [(flight, index) for flight, index in members if flight.number in flights]
             if len(here) >= chunk_of(kind.shape) or any(flight.is_through for flight, _ in here):
-                self._develop(kind, here, flights, fail)
+                self._decode_members(kind, here, flights, fail)
 
     def finish(self, flight: Flight[Any]) -> None:
         """Decode and score at once what has finished of a request that nobody paints any more; raises what fails."""
@@ -99,7 +99,7 @@ class Darkroom:
             raise error
 
         for kind, members in _by_kind([flight]).items():
-            self._develop(kind, members, {flight.number: flight}, fail)
+            self._decode_members(kind, members, {flight.number: flight}, fail)
 
     def look(self, flight: Flight[Any], candidates: Sequence[int]) -> list[float]:
         """CLIP's cosine of candidates as they stand; the device is waited for.
@@ -131,7 +131,9 @@ class Darkroom:
             flight.account.scores += len(chunk)
         return torch.cat(scores).tolist() if scores else []
 
-    def _develop(self, kind: Kind, members: Sequence[Member], flights: Mapping[int, Flight[Any]], fail: Fail) -> None:
+    def _decode_members(
+        self, kind: DecodeKey, members: Sequence[Member], flights: Mapping[int, Flight[Any]], fail: Fail
+    ) -> None:
         bucket, waiting = self._bucket(kind), deque(members)
         bucket.refresh()
         while waiting:
@@ -154,7 +156,7 @@ class Darkroom:
                         self._find_fault(kind, chunk, self._overflow(bucket, kind, error), fail)
             waiting = deque((flight, index) for flight, index in waiting if flight.number in flights)
 
-    def _find_fault(self, kind: Kind, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:
+    def _find_fault(self, kind: DecodeKey, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:
         """A chunk failed: the request it was of, or where there are several, those whose own pictures fail alone."""
         shares: dict[int, list[Member]] = {}
         for flight, index in chunk:
@@ -167,7 +169,7 @@ class Darkroom:
             except Exception as its_own:
                 fail(share[0][0], its_own)
 
-    def _paint(self, kind: Kind, chunk: Sequence[Member]) -> None:
+    def _paint(self, kind: DecodeKey, chunk: Sequence[Member]) -> None:
         """Decode and score these latents; all of them or, where something raises, none."""
         for flight in {id(flight): flight for flight, _ in chunk}.values():
             flight.thin()
@@ -190,15 +192,15 @@ class Darkroom:
             told = scores.get(place), scored, embeddings.get(place)
             flight.paint(index, Painted(latents[place], alone[place], *told))
 
-    def _decode(self, kind: Kind, latents: Tensor) -> Tensor:
+    def _decode(self, kind: DecodeKey, latents: Tensor) -> Tensor:
         return tiling(self.model, kind.is_tiled).decode(latents)
 
-    def _overflow(self, bucket: Bucket, kind: Kind, error: Exception) -> MemoryError:
+    def _overflow(self, bucket: Bucket, kind: DecodeKey, error: Exception) -> MemoryError:
         if kind.is_tiled or not self.model.abilities.can_tile:
             return bucket.overflow(error)
         return bucket.overflow(error, "paint smaller, in another dtype, or with vae_tiling=True")
 
-    def _bucket(self, kind: Kind) -> Bucket:
+    def _bucket(self, kind: DecodeKey) -> Bucket:
         return self.buckets.of("tiled decode" if kind.is_tiled else "decode", kind.shape, self.model.device)
 
     def _seen(self, pixels: Tensor) -> Tensor:
@@ -206,14 +208,14 @@ class Darkroom:
         return self.clip.image((pixels * 255).round_().div_(255))
 
 
-def kind_of(flight: Flight[Any], index: int, latents: Tensor) -> Kind:
+def kind_of(flight: Flight[Any], index: int, latents: Tensor) -> DecodeKey:
     """Of a candidate's latents (C, h, w)."""
-    return Kind(tuple(latents.shape), flight.candidates[index].settings.vae_tiling)
+    return DecodeKey(tuple(latents.shape), flight.candidates[index].settings.vae_tiling)
 
 
-def _by_kind(flights: Iterable[Flight[Any]]) -> dict[Kind, list[Member]]:
+def _by_kind(flights: Iterable[Flight[Any]]) -> dict[DecodeKey, list[Member]]:
     """What has finished of these requests and is not decoded."""
-    found: dict[Kind, list[Member]] = {}
+    found: dict[DecodeKey, list[Member]] = {}
     for flight in flights:
         for index, latents in flight.latents.items():
             found.setdefault(kind_of(flight, index, latents), []).append((flight, index))
