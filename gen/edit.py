@@ -43,7 +43,7 @@ class Beside:
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
+class EncodedImage:
     """What a model makes of a picture and its mask, once for all who are given both."""
 
     image: Posterior
@@ -60,7 +60,7 @@ class WithEncoder(Protocol):
     def resized_by(self) -> Filter:
         """How pictures are brought to the size that is painted."""
 
-    def read_picture(self, pixels: Tensor, white: Tensor | None) -> Read:
+    def read_picture(self, pixels: Tensor, white: Tensor | None) -> EncodedImage:
         """Of pixels (3, H, W) in [0, 1], and where they are painted anew: (1, H, W) bool; None: everywhere."""
 
 
@@ -102,13 +102,13 @@ def schedule_of(levels: NoiseLevels, settings: Settings, draft_steps: int | None
     return levels.schedule(settings.sampler, whole, whole - draft_steps)
 
 
-def read(model: Family, candidates: Sequence[Candidate]) -> list[Read | None]:
+def read(model: Family, candidates: Sequence[Candidate]) -> list[EncodedImage | None]:
     """What the autoencoder says of each candidate's picture; one call for each picture, whoever is given it."""
-    known: dict[Hashable, Read] = {}
-    answers: list[Read | None] = []
+    known: dict[Hashable, EncodedImage] = {}
+    answers: list[EncodedImage | None] = []
     for one in candidates:
         if one.image_latents is not None:
-            answers.append(Read(Posterior(one.image_latents)))
+            answers.append(EncodedImage(Posterior(one.image_latents)))
             continue
         if one.image is None:
             answers.append(None)
@@ -123,13 +123,13 @@ def read(model: Family, candidates: Sequence[Candidate]) -> list[Read | None]:
     return answers
 
 
-def _read(model: WithEncoder, candidate: Candidate, height: int, width: int) -> Read:
+def _read(model: WithEncoder, candidate: Candidate, height: int, width: int) -> EncodedImage:
     assert candidate.image is not None
     white = None if candidate.mask_image is None else is_white(candidate.mask_image, height, width)
     return model.read_picture(candidate.image.sized(height, width, model.resized_by), white)
 
 
-def beginning(candidate: Candidate, read: Read | None, shape: Sequence[int], schedule: Schedule) -> Beginning:
+def beginning(candidate: Candidate, read: EncodedImage | None, shape: Sequence[int], schedule: Schedule) -> Beginning:
     """What a candidate's row begins with, whose x has this shape and goes through this schedule.
 
     What goes on from another run draws no noise but that of its steps. Else blocks of its seed's noise are drawn in the

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gen.candidate import Candidate
 from gen.conditioning import ConditionPair
-from gen.edit import Read
+from gen.edit import EncodedImage
 from gen.lane import Lane
 from gen.prior import STAGE as PRIOR
 from gen.request import Job
@@ -141,7 +141,7 @@ class Flight(Generic[R]):
     answers: dict[int, dict[int, Finished]] = field(default_factory=dict)  # of the prior, until all of one are there
     # Of each candidate whose search is not over; once its prior has spoken, with its answer.
     told: dict[int, ConditionPair] = field(default_factory=dict)
-    read: list[Read | None] = field(default_factory=list)  # of each candidate, its picture handed in
+    read: list[EncodedImage | None] = field(default_factory=list)  # of each candidate, its picture handed in
     taken: dict[int, int] = field(default_factory=dict)  # the decoder's steps, of those that have begun
     halting: set[int] = field(default_factory=set)  # those that are where they should halt, and still in a batch
     halted: dict[int, Lane] = field(default_factory=dict)

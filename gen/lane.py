@@ -175,7 +175,7 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class NetworkCall:
     """A chunk of a pass that the network is asked at once."""
 
     start: int
@@ -196,7 +196,7 @@ class Pass:
     ends: list[int]  # where the groups of one condition end
     rows: Tensor  # (M,) int64, the row of each evaluation, on the device
     places: list[Tensor] | None  # of each lane where those of its plan are, on the device; None of one: as they stand
-    calls: list[Call] = field(default_factory=list)  # as it was asked last
+    calls: list[NetworkCall] = field(default_factory=list)  # as it was asked last
 
     @classmethod
     def of(cls, lanes: Sequence[Lane], plans: Sequence[Plan], device: torch.device) -> Pass:
@@ -226,7 +226,7 @@ class Pass:
             else [sent(torch.tensor(places[start:stop]), device) for start, stop in pairwise(first_places)],
         )
 
-    def call(self, place: int, start: int, size: int) -> Call:
+    def call(self, place: int, start: int, size: int) -> NetworkCall:
         """Call number `place`, of `size` evaluations at most; that of the last time where it is the same."""
         stop = next_cut(self.ends, start, size)
         if place < len(self.calls):
@@ -234,7 +234,7 @@ class Pass:
             if (former.start, former.stop) == (start, stop):
                 return former
         told = Conditions(tuple(self.conditions[start:stop]), tuple(self.owners[start:stop]))
-        self.calls[place:] = [Call(start, stop, told)]
+        self.calls[place:] = [NetworkCall(start, stop, told)]
         return self.calls[place]
 
 

@@ -46,7 +46,7 @@ from gen.source import Picture, either, num_of, sources
 from gen.tf32 import without_tf32
 from gen.weights import folder_hash
 from gen.whole_folder import whole_folder
-from gen.words import Words, called_with
+from gen.words import CallRequest, called_with
 
 
 class TextToImage:
@@ -271,8 +271,8 @@ class TextToImage:
         """What the model says of itself: what it knows, its defaults, its scores."""
         return self.model.card
 
-    @called_with(Words)
-    def __call__(self, words: Words) -> Result:
+    @called_with(CallRequest)
+    def __call__(self, words: CallRequest) -> Result:
         """Paint candidates of every prompt, rank them and keep the best; `Request` says what each word is.
 
         Raises ValueError, before any network runs, for what this model cannot paint; `Cancelled` when the

@@ -58,7 +58,7 @@ class Fold:
     """Conditions that equally many evaluations read, so that these fold into the query axis of one product."""
 
     prefix: Prefix
-    evaluations: slice  # of those in `Plan.order`; condition by condition
+    evaluations: slice  # of those in `PrefixPlan.order`; condition by condition
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, tail_bias: Tensor) -> Tensor:
         """Attention of the tail, (U * n, K, D) each, to prefix and tail under one softmax; `tail_bias` is (K, K)."""
@@ -78,7 +78,7 @@ class Fold:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class PrefixPlan:
     """How the evaluations of a call read the prefixes."""
 
     folds: list[Fold]
@@ -96,7 +96,9 @@ class CachedPrior:
     """
 
     network: PriorTransformer
-    _plans: WeakKeyDictionary[Conditions, Plan | None] = field(default_factory=WeakKeyDictionary)  # None: run whole
+    _plans: WeakKeyDictionary[Conditions, PrefixPlan | None] = field(
+        default_factory=WeakKeyDictionary
+    )  # None: run whole
     _kept: WeakKeyDictionary[Condition, Prefix] = field(default_factory=WeakKeyDictionary)  # views of what plans hold
     _said: str | None = None  # the reason last logged
 
@@ -110,7 +112,7 @@ class CachedPrior:
             else last_tokens(self.network, x, timestep, plan)
         )
 
-    def _plan_for(self, conditions: Conditions) -> Plan | None:
+    def _plan_for(self, conditions: Conditions) -> PrefixPlan | None:
         """How to read these conditions; None, and a word in the log, where the network has to run whole."""
         if torch.is_grad_enabled():
             self._say("gradients are recorded")
@@ -128,7 +130,7 @@ class CachedPrior:
             logger.info("the prior runs all its tokens at every step: %s", reason)
         self._said = reason
 
-    def _planned(self, unique: Sequence[Condition], of: Sequence[int], new: Sequence[Condition]) -> Plan:
+    def _planned(self, unique: Sequence[Condition], of: Sequence[int], new: Sequence[Condition]) -> PrefixPlan:
         if new:
             fresh = read_prefix(self.network, new)
             self._kept |= {condition: fresh.one(place) for place, condition in enumerate(new)}
@@ -140,7 +142,7 @@ class CachedPrior:
             folds.append(Fold(prefix, slice(len(order), len(order) + len(evaluations))))
             order += evaluations
         ordered, device = torch.tensor(order), network_device(self.network)
-        return Plan(folds, sent(ordered, device), sent(ordered.argsort(), device))
+        return PrefixPlan(folds, sent(ordered, device), sent(ordered.argsort(), device))
 
 
 def why_whole(network: PriorTransformer) -> str | None:
@@ -249,7 +251,7 @@ def read_prefix(network: PriorTransformer, conditions: Sequence[Condition]) -> P
     return Prefix(torch.stack(keys), torch.stack(values), padding)
 
 
-def last_tokens(network: PriorTransformer, x: Tensor, timestep: Tensor, plan: Plan) -> Tensor:
+def last_tokens(network: PriorTransformer, x: Tensor, timestep: Tensor, plan: PrefixPlan) -> Tensor:
     """One step: the tail of M evaluations (M, K, D) behind their prefixes; the network's output, (M, E)."""
     x, timestep = x[plan.order], timestep[plan.order]
     noisy = network.proj_in(x)  # (M, D)

@@ -28,16 +28,16 @@ CLOSES = {")": "(", "]": "["}
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedText:
     """Words that count alike."""
 
     text: str
     weight: float = 1.0
 
 
-def parse(name: str, text: str) -> tuple[Part, ...]:
+def parse(name: str, text: str) -> tuple[WeightedText, ...]:
     """The parts of a text in their order; ValueError for brackets that do not pair and weights that are none."""
-    found: list[Part] = []
+    found: list[WeightedText] = []
     open_: list[tuple[str, int]] = []  # brackets, and how many parts were found before each
 
     def close(bracket: str, factor: float) -> None:
@@ -46,7 +46,7 @@ def parse(name: str, text: str) -> tuple[Part, ...]:
         if factor < 0:
             raise ValueError(f"{name} {text!r} gives the weight {factor:g}; give 0 to {MOST:g}")
         _, first = open_.pop()
-        found[first:] = [Part(part.text, part.weight * factor) for part in found[first:]]
+        found[first:] = [WeightedText(part.text, part.weight * factor) for part in found[first:]]
 
     for match in TOKEN.finditer(text):
         token = match[0]
@@ -62,7 +62,7 @@ def parse(name: str, text: str) -> tuple[Part, ...]:
         elif token in CLOSES:
             close(CLOSES[token], STEP if token == ")" else 1 / STEP)
         else:
-            found.append(Part(token[1:] if len(token) == 2 and token[0] == "\\" else token))
+            found.append(WeightedText(token[1:] if len(token) == 2 and token[0] == "\\" else token))
     if open_:
         raise ValueError(f"{name} {text!r} has '{open_[-1][0]}' that is not closed; write \\{open_[-1][0]} for itself")
     if wrong := [part for part in found if not part.weight <= MOST]:
@@ -75,11 +75,11 @@ def plain(text: str) -> str:
     return "".join(part.text for part in parse("prompt", text))
 
 
-def _joined(parts: list[Part]) -> tuple[Part, ...]:
-    joined: list[Part] = []
+def _joined(parts: list[WeightedText]) -> tuple[WeightedText, ...]:
+    joined: list[WeightedText] = []
     for part in parts:
         if joined and joined[-1].weight == part.weight:
-            joined[-1] = Part(joined[-1].text + part.text, part.weight)
+            joined[-1] = WeightedText(joined[-1].text + part.text, part.weight)
         else:
             joined.append(part)
     return tuple(joined)

@@ -22,7 +22,7 @@ from clip_core.device import sent
 from gen.attempt import Attempt, Blame, Member, Question, StepFailed, blaming
 from gen.bucket import PATIENCE, PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
-from gen.lane import MOMENTUM, Call, Lane, Pass, Plan, Walk, alike, batch_of, lane_of
+from gen.lane import MOMENTUM, Lane, NetworkCall, Pass, Plan, Walk, alike, batch_of, lane_of
 from gen.row import Live, Row
 from gen.weighing import guided_denoiser
 from samplers.sample import needs_noise, start_from
@@ -355,7 +355,7 @@ class Rows:
         known = [each.preconditioning or self.scaling.preconditioning(each.sigma) for _, each in questions]
         preconditioning = Preconditioning(joined([each.values for each in known], 1))
 
-        def asked(call: Call) -> Prediction:
+        def asked(call: NetworkCall) -> Prediction:
             def whose() -> list[Member]:
                 return [(lanes[number], slot) for number, slot in ask.owners[call.start : call.stop]]
 
@@ -367,7 +367,7 @@ class Rows:
         bucket, answers, start = lanes[0].bucket, list[Prediction](), 0
         if bucket.wants_probe(len(ask.owners)):
             twins = Conditions(tuple(condition.twin() for condition in ask.conditions[:PROBE]))
-            bucket.probe(partial(asked, Call(0, PROBE, twins)))
+            bucket.probe(partial(asked, NetworkCall(0, PROBE, twins)))
         while start < len(ask.owners):
             call = ask.call(len(answers), start, bucket.size)
             answers.append(bucket.ask(call.stop - call.start, partial(asked, call)))

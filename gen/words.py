@@ -23,7 +23,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words(Request):
+class CallRequest(Request):
     """A request that is painted at once, while the caller waits."""
 
     batch_size: int | None = None  # rows in flight at most; None: as memory allows. Pictures do not depend on it

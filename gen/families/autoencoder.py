@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from clip_core.device import sent, weights_dtype
-from gen.edit import Beside, Posterior, Read
+from gen.edit import Beside, EncodedImage, Posterior
 from gen.families.base import FamilyModel
 from gen.preview import SMALL, Preview, fitted
 from gen.settings import Abilities, Settings
@@ -37,7 +37,7 @@ class LatentModel(FamilyModel):
         """What the autoencoder says of pixels (3, H, W) in [0, 1]."""
 
     @abstractmethod
-    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> Read:
+    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> EncodedImage:
         """As `read_picture`, by a UNet for inpainting; `is_painted` is the mask as latents have it, (1, h, w) bool."""
 
     @abstractmethod
@@ -69,15 +69,15 @@ class LatentModel(FamilyModel):
         """How pictures are brought to the size that is painted."""
         return self.RESIZED_BY
 
-    def read_picture(self, pixels: Tensor, white: Tensor | None) -> Read:
+    def read_picture(self, pixels: Tensor, white: Tensor | None) -> EncodedImage:
         """What is made of pixels (3, H, W) in [0, 1], and of where they are painted anew: (1, H, W) bool."""
         image = self.posterior(pixels)
         if white is None:
-            return Read(image)
+            return EncodedImage(image)
         is_painted = cells(white, image.mean.shape[-2:]).to(image.mean.device)
         if self.adds_mask:
             return self.read_masked(pixels, white, image, is_painted)
-        return Read(image, is_painted, is_held=True)
+        return EncodedImage(image, is_painted, is_held=True)
 
     @property
     @abstractmethod
@@ -162,10 +162,10 @@ class KLModel(LatentModel):
         mean, deviation = self._latent_moments
         return Posterior(((told.mean.float() - mean) / deviation)[0], (told.std.float() / deviation)[0])
 
-    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> Read:
+    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> EncodedImage:
         """The UNet is told the latents of the picture without what is painted anew."""
         masked = self.posterior(torch.where(white, 0.5, pixels))  # 0 of pixels in [-1, 1]
-        return Read(image, is_painted, beside=Beside(masked, is_painted.float(), mask_first=True))
+        return EncodedImage(image, is_painted, beside=Beside(masked, is_painted.float(), mask_first=True))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] to latents (B, C, h, w) float32: those in the posterior's middle."""

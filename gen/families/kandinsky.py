@@ -27,7 +27,7 @@ from gen.attention.network import reading
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, ConditionPair, Conditions, Table
-from gen.edit import Beside, Posterior, Read
+from gen.edit import Beside, EncodedImage, Posterior
 from gen.families.autoencoder import MoVQModel
 from gen.families.base import listed, own
 from gen.model_index import JOINED
@@ -193,12 +193,12 @@ class Kandinsky(MoVQModel):
             prior_reads_negative=True,
         )
 
-    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> Read:
+    def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> EncodedImage:
         """The UNet is told the picture's latents where they are known, and then where that is."""
         is_painted = widened(is_painted)
         is_known = (~is_painted).float()
         beside = Beside(Posterior(image.mean * is_known), is_known, mask_first=False)
-        return Read(image, is_painted, self.HOLDS, beside)
+        return EncodedImage(image, is_painted, self.HOLDS, beside)
 
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken; all who are told the same share a condition."""

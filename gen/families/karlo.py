@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
 from clip_core.device import weights_dtype
-from clip_core.text import Piece, TextTower
+from clip_core.text import TextChunk, TextTower
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, ConditionPair, Conditions, Table
@@ -36,7 +36,7 @@ from gen.upscale import Upscaler
 VARIATIONS = "UnCLIPImageVariationPipeline"  # has no prior
 
 
-class Read(NamedTuple):
+class TextEncoding(NamedTuple):
     """What the text tower says of a text."""
 
     states: Tensor  # (L, D)
@@ -48,7 +48,7 @@ class Read(NamedTuple):
 class Illustrated(Condition):
     """What the UNet is told of a text and an image, and what was read of the text, to put another image beside it."""
 
-    read: Read
+    read: TextEncoding
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -211,22 +211,22 @@ class Karlo(Reader):
 
     def read(
         self,
-        texts: Sequence[str | Piece],
+        texts: Sequence[str | TextChunk],
         clip_skip: int | None,
-        texts_2: Sequence[str | Piece] | None = None,  # what a second text tower reads; None: the same
+        texts_2: Sequence[str | TextChunk] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts without an image."""
         said = self.text(texts, clip_skip)
         embeddings = self.text_encoder.text_projection(said.pooled)  # (B, E)
-        return self._without([Read(*each) for each in zip(said.tokens, embeddings, said.mask, strict=True)])
+        return self._without([TextEncoding(*each) for each in zip(said.tokens, embeddings, said.mask, strict=True)])
 
-    def joined(self, pieces: Sequence[Piece], read: Sequence[Condition]) -> Condition:
+    def joined(self, pieces: Sequence[TextChunk], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
         said, empty = [each.read for each in read if isinstance(each, Illustrated)], self._empty
         assert len(said) == len(read) and isinstance(empty, Illustrated), "every text was read here"
         states = self.apply_prompt_weights(pieces, [each.states for each in said], empty.read.states)
         mask = torch.cat([each.mask for each in said])
-        return self._without([Read(states.to(empty.read.states.dtype), said[0].embedding, mask)])[0]
+        return self._without([TextEncoding(states.to(empty.read.states.dtype), said[0].embedding, mask)])[0]
 
     def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
@@ -246,18 +246,18 @@ class Karlo(Reader):
         one, other = start.read, end.read
         states, embedding = slerp(one.states, other.states, share), slerp(one.embedding, other.embedding, share)
         mask = one.mask | other.mask if 0 < share < 1 else (one.mask, other.mask)[round(share)]
-        return self._without([Read(states, embedding, mask)])[0]
+        return self._without([TextEncoding(states, embedding, mask)])[0]
 
     def unet_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the tokens, by the names of its arguments."""
         return {"class_labels": conditions.vector, "attention_mask": conditions.mask}
 
-    def _without(self, read: Sequence[Read]) -> list[Condition]:
+    def _without(self, read: Sequence[TextEncoding]) -> list[Condition]:
         """What the UNet is told of texts without an image."""
         nothing = self.text_proj.learned_classifier_free_guidance_embeddings  # (E,)
         return self._beside(read, nothing.expand(len(read), -1))
 
-    def _beside(self, read: Sequence[Read], image_embeds: Tensor) -> list[Condition]:
+    def _beside(self, read: Sequence[TextEncoding], image_embeds: Tensor) -> list[Condition]:
         """What the UNet is told of texts and of the image embeddings (B, E) beside them."""
         if len({len(each.states) for each in read}) > 1:  # texts of unequally many pieces
             alone = zip(read, image_embeds, strict=True)

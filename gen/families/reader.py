@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from clip_core.device import sent, weights_dtype
-from clip_core.text import Piece, TextTower
+from clip_core.text import TextChunk, TextTower
 from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
 from gen.attention.network import reading, seeing
@@ -31,17 +31,17 @@ from gen.traced import is_stood_in
 logger = logging.getLogger(__name__)
 
 
-class Words(NamedTuple):
+class PromptSpec(NamedTuple):
     """What a candidate is told in words; all who are told equal ones share a condition."""
 
     text: str
     clip_skip: int | None = None  # layers of the text tower left out
     sizes: tuple[float, ...] = ()  # of the picture, as the UNet is told them; empty: it is not
-    pieces: tuple[Piece, ...] = ()  # as which the text is read, one by one; empty: it is read whole
+    pieces: tuple[TextChunk, ...] = ()  # as which the text is read, one by one; empty: it is read whole
     text_2: str | None = None  # what a second text tower reads; None: the same text
 
 
-EMPTY = Words("")
+EMPTY = PromptSpec("")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -86,14 +86,14 @@ class Reader(FamilyModel):
 
     def read(
         self,
-        texts: Sequence[str | Piece],
+        texts: Sequence[str | TextChunk],
         clip_skip: int | None,
-        texts_2: Sequence[str | Piece] | None = None,  # what a second text tower reads; None: the same
+        texts_2: Sequence[str | TextChunk] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts."""
         return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
 
-    def joined(self, pieces: Sequence[Piece], read: Sequence[Condition]) -> Condition:
+    def joined(self, pieces: Sequence[TextChunk], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
         states = self.apply_prompt_weights(pieces, [each.tokens for each in read], self._empty.tokens)
         return replace(read[0], tokens=own(states, self.unet))
@@ -140,7 +140,7 @@ class Reader(FamilyModel):
         asked = dict.fromkeys(words for candidate in candidates for words in self._read_for(candidate))
         said = table.of(list(asked), self._encoded)
 
-        def told(embeds: Tensor | None, words: Words) -> Condition:
+        def told(embeds: Tensor | None, words: PromptSpec) -> Condition:
             return said[words] if embeds is None else handed[id(embeds)]
 
         each = [
@@ -152,19 +152,19 @@ class Reader(FamilyModel):
         ]
         return each if self.ip_adapter is None else shown(self.ip_adapter, candidates, each)
 
-    def _prompt_of(self, candidate: Candidate) -> Words:
+    def _prompt_of(self, candidate: Candidate) -> PromptSpec:
         settings, text = candidate.settings, candidate.prompt
         pieces = self._pieces(text, candidate)
-        return Words(settings.plain(text), settings.clip_skip, self.sizes(settings), pieces, settings.prompt_2)
+        return PromptSpec(settings.plain(text), settings.clip_skip, self.sizes(settings), pieces, settings.prompt_2)
 
-    def _null_of(self, candidate: Candidate) -> Words:
+    def _null_of(self, candidate: Candidate) -> PromptSpec:
         """What it is guided away from; as in diffusers, no layer is skipped here."""
         settings = candidate.settings
         null, second = settings.negative_prompt, settings.negative_prompt_2
         pieces = self._pieces(null, candidate)
-        return Words(settings.plain(null), None, self.sizes(settings, of_null=True), pieces, second)
+        return PromptSpec(settings.plain(null), None, self.sizes(settings, of_null=True), pieces, second)
 
-    def _pieces(self, text: str, candidate: Candidate) -> tuple[Piece, ...]:
+    def _pieces(self, text: str, candidate: Candidate) -> tuple[TextChunk, ...]:
         """As what a candidate's text is read: prompt and null as equally many pieces; none where it is read whole."""
         settings = candidate.settings
         parts = self._parts(text, settings)
@@ -174,21 +174,21 @@ class Reader(FamilyModel):
             number = max(self.text.num_pieces(self._parts(other, settings)) for other in others)
         if number == 1 and all(weight == 1 for _, weight in parts):
             return ()
-        return tuple(Piece(parts, k) for k in range(number))
+        return tuple(TextChunk(parts, k) for k in range(number))
 
     def _parts(self, text: str, settings: Settings) -> tuple[tuple[str, float], ...]:
         if not settings.prompt_weights:
             return ((text, 1.0),)
         return tuple((part.text, part.weight) for part in parse("prompt", text))
 
-    def _read_for(self, candidate: Candidate) -> Iterator[Words]:
+    def _read_for(self, candidate: Candidate) -> Iterator[PromptSpec]:
         """What the text tower has to read for this candidate."""
         if candidate.prompt_embeds is None:
             yield self._prompt_of(candidate)
         if candidate.negative_prompt_embeds is None and candidate.settings.guidance_scale != 1:
             yield self._null_of(candidate)
 
-    def _encoded(self, words: Sequence[Words]) -> list[Condition]:
+    def _encoded(self, words: Sequence[PromptSpec]) -> list[Condition]:
         """The conditions of these words; those of one `clip_skip` are read together, and each in pieces by itself."""
         asked = dict.fromkeys(each._replace(sizes=()) for each in words if not each.pieces)
         found = {EMPTY: self._empty} if EMPTY in asked else {}
@@ -201,11 +201,11 @@ class Reader(FamilyModel):
         ]
         return [self._sized(condition, each.sizes) for condition, each in zip(told, words, strict=True)]
 
-    def _read_whole(self, clip_skip: int | None, words: Sequence[Words]) -> list[Condition]:
+    def _read_whole(self, clip_skip: int | None, words: Sequence[PromptSpec]) -> list[Condition]:
         second = [each.text if each.text_2 is None else each.text_2 for each in words]
         return self.read([each.text for each in words], clip_skip, second)
 
-    def _in_pieces(self, pieces: Sequence[Piece], clip_skip: int | None) -> Condition:
+    def _in_pieces(self, pieces: Sequence[TextChunk], clip_skip: int | None) -> Condition:
         """A text read piece by piece: the states one behind the other, moved from the empty prompt's by their weights.
 
         What is told of it pooled is told of its first piece.
@@ -216,7 +216,7 @@ class Reader(FamilyModel):
         return self.joined(pieces, in_turns(pieces, lambda some: self.read(some, clip_skip)))
 
     def apply_prompt_weights(
-        self, pieces: Sequence[Piece], states: Sequence[Tensor | None], empty: Tensor | None
+        self, pieces: Sequence[TextChunk], states: Sequence[Tensor | None], empty: Tensor | None
     ) -> Tensor:
         """The states (L, D) of each piece moved from the empty prompt's by their weights, and one behind the other."""
         moved = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import pytest
 
 from gen import Request, TextToImage
-from gen.words import Words, called_with
+from gen.words import CallRequest, called_with
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def test_a_model_is_called_with_every_word_of_a_request_and_three_more() -> None
 
 
 def test_what_a_model_is_called_with_is_a_request_that_begins_with_its_prompt() -> None:
-    words = Words("a star", num_inference_steps=3, progress=True)
+    words = CallRequest("a star", num_inference_steps=3, progress=True)
     assert isinstance(words, Request) and (words.prompt, words.num_inference_steps) == ("a star", 3)
     with pytest.raises(TypeError, match="positional"):
-        Words("a star", "grey")  # type: ignore[misc]
+        CallRequest("a star", "grey")  # type: ignore[misc]
 
 
 def test_a_method_is_called_with_what_makes_its_parameter() -> None:
