@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gen.lane import MOMENTUM, Lane, Plan, Walk
-from samplers.inpaint import held
+from samplers.inpaint import inpainting
 from samplers.sample import advance
 from samplers.scaling import Preconditioning
 from samplers.state import Prediction, State
@@ -77,14 +77,14 @@ class Attempt:
             return prediction
 
         now, then = (end.level for end in ends)
-        asking = denoise if self.plan.held is None else held(denoise, self.plan.held)
+        asking = denoise if self.plan.known is None else inpainting(denoise, self.plan.known)
         try:
             state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
         except Question as asked:
             return asked.with_traceback(None)  # its frames hold all that asks, and would be held by it
         if self.momentum is not None:
             state = state.remember(**{MOMENTUM: self.momentum})
-        x0, holds = self.told[-1].x0, self.plan.held
+        x0, holds = self.told[-1].x0, self.plan.known
         x0 = x0 if holds is None else torch.where(holds.is_painted, x0, holds.known)
         self.end = End(state, lane.walk.on(), x0)
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from gen.candidate import Candidate
 from gen.conditioning import Condition, ConditionPair
 from gen.model import Family, tiling
-from gen.row import Hold
+from gen.row import KnownRegion
 from gen.scheduler import NoiseLevels
 from gen.settings import Settings
 from gen.source import Filter, is_white
@@ -71,7 +71,7 @@ class Beginning:
     drawn: int = 0  # blocks of noise spent before its steps, over that of its start; -1: nor is that
     start: Tensor | None = None  # unit noise; None: block 0 of its seed's
     origin: Tensor | None = None  # latents that it is added to; None: it begins with noise alone
-    hold: Hold | None = None
+    known: KnownRegion | None = None
     channels: Tensor | None = None  # what the UNet is told beside x
 
     def telling(self, told: ConditionPair) -> ConditionPair:
@@ -152,10 +152,10 @@ def beginning(candidate: Candidate, read: EncodedImage | None, shape: Sequence[i
         return posterior.mean + posterior.deviation * fresh
 
     known = drawn(read.image, 0) if reads_image else None
-    hold = channels = None
+    known_region = channels = None
     if read.is_painted is not None and read.is_held:
         assert known is not None
-        hold = Hold(known, read.is_painted)
+        known_region = KnownRegion(known, read.is_painted)
     if read.beside is not None:
         masked, mask = drawn(read.beside.masked, at + 1), read.beside.mask
         channels = torch.cat([mask, masked] if read.beside.mask_first else [masked, mask])
@@ -163,7 +163,7 @@ def beginning(candidate: Candidate, read: EncodedImage | None, shape: Sequence[i
         drawn=0 if is_sure else at + has_mask,
         start=first_noise(candidate, shape, at),
         origin=known if from_image or not has_mask else None,
-        hold=hold,
+        known=known_region,
         channels=channels,
     )
 

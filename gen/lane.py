@@ -22,7 +22,7 @@ from gen.bucket import Bucket, next_cut
 from gen.conditioning import Condition, Conditions
 from gen.row import Likeness, Live, Row
 from samplers.guidance import Guides, spread
-from samplers.inpaint import Held
+from samplers.inpaint import KnownRegions
 from samplers.sample import SAMPLERS
 from samplers.scaling import Preconditioning, Scaling
 from samplers.state import Level, State
@@ -128,7 +128,7 @@ class Plan:
     guides: Guides | None  # None where all rows follow cfg
     thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
     clip_guided: list[tuple[int, float, Likeness]]  # slot, clip_guidance_scale and likeness of rows that climb
-    held: Held | None  # None where all of every row is painted
+    known: KnownRegions | None  # None where all of every row is painted
     options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
 
     @classmethod
@@ -169,7 +169,7 @@ class Plan:
                 for slot, one in enumerate(lane.rows)
                 if one.is_clip_guided and one.row.likeness is not None
             ],
-            held=held_of(lane, device),
+            known=known_regions(lane, device),
             options=options_of(lane, device),
         )
 
@@ -270,14 +270,14 @@ def alike(state: State, other: State) -> State:
     return state.remember(**{MOMENTUM: torch.zeros_like(state.x)})
 
 
-def held_of(lane: Lane, device: torch.device) -> Held | None:
+def known_regions(lane: Lane, device: torch.device) -> KnownRegions | None:
     """What is held of the rows; of one that is painted whole, nothing."""
-    if not any(one.row.hold for one in lane.rows):
+    if not any(one.row.known for one in lane.rows):
         return None
     nothing = torch.zeros(lane.rows[0].row.shape, device=device)
     everywhere = torch.ones(lane.rows[0].row.shape, dtype=torch.bool, device=device)
-    holds = [one.row.hold for one in lane.rows]
-    return Held(
+    holds = [one.row.known for one in lane.rows]
+    return KnownRegions(
         known=torch.stack([nothing if hold is None else hold.known.to(device) for hold in holds]),
         noise=sent(torch.stack([one.start for one in lane.rows]), device),
         is_painted=torch.stack(

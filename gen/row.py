@@ -27,7 +27,7 @@ Likeness = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Hold:
+class KnownRegion:
     """What is held of a picture while the rest of it is painted."""
 
     known: Tensor  # as the row's x, clean
@@ -59,7 +59,7 @@ class Row:
     stream: str | None = None  # whose noise it draws (`samplers.noise.STAGES`); None: its stage's
     past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
     origin: Tensor | None = None  # what its start is added to; None: it begins with noise alone
-    hold: Hold | None = None  # what is held of it while the rest is painted; None: all of it is painted
+    known: KnownRegion | None = None  # what is held of it while the rest is painted; None: all of it is painted
 
 
 @dataclass(frozen=True, eq=False)

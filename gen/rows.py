@@ -403,7 +403,7 @@ def joined(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
 def end_of(row: Row, x: Tensor) -> Tensor:
     """What a row has come to, of its x (...) at its last level."""
     x = x * row.schedule.end_scale
-    if row.hold is None:
+    if row.known is None:
         return x
     # as it was handed in, also where the last level is not 0
-    return torch.where(row.hold.is_painted.to(x.device), x, row.hold.known.to(x.device))
+    return torch.where(row.known.is_painted.to(x.device), x, row.known.known.to(x.device))

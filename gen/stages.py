@@ -261,7 +261,7 @@ class Stages:
             drawn=begins.drawn,
             past=tuple((before.seed, before.steps) for before in candidate.noise_path),
             origin=begins.origin,
-            hold=begins.hold,
+            known=begins.known,
         )
 
 

@@ -16,7 +16,7 @@ from samplers.state import Denoise, Prediction, per_row
 
 
 @dataclass(frozen=True)
-class Held:
+class KnownRegions:
     """What is held of some rows."""
 
     known: Tensor  # (B, ...) clean
@@ -25,7 +25,7 @@ class Held:
     below: Tensor  # (B,) the row's first level: there x is shown as it started; below it what is known replaces x
 
 
-def held(denoise: Denoise, rows: Held) -> Denoise:
+def inpainting(denoise: Denoise, rows: KnownRegions) -> Denoise:
     """The denoiser of rows of which a part is known."""
 
     def hold(x: Tensor, sigma: Tensor) -> Prediction:
