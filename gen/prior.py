@@ -58,7 +58,7 @@ class Prior:
         """Of a row's x."""
         return (self.network.config.embedding_dim,)
 
-    def fits(self, width: int, name: str) -> dict[str, tuple[object, object]]:
+    def required_config(self, width: int, name: str) -> dict[str, tuple[object, object]]:
         """What is given, and what a UNet that reads embeddings of this width needs, by its name."""
         config = self.network.config
         return {

@@ -49,10 +49,12 @@ class LatentModel(FamilyModel):
         """The pipeline class of model_index.json."""
         return self.INPAINTS_AS if self.INPAINTS_AS and self.adds_mask else super().saved_as
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         beside = self.latent_channels + 1 if self.adds_mask else 0
-        return super().fits() | {"unet in_channels": (self.unet.config.in_channels, self.latent_channels + beside)}
+        return super().required_config() | {
+            "unet in_channels": (self.unet.config.in_channels, self.latent_channels + beside)
+        }
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""

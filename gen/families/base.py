@@ -131,7 +131,7 @@ class FamilyModel(ABC):
         own = [part for part in self.parts().values() if isinstance(part, nn.Module)]
         return list(dict.fromkeys([*own, *self.unets, *([] if self.clip is None else [self.clip.model])]))
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         return {"unet in_channels": (self.unet.config.in_channels, self.latent_channels)}
 
@@ -217,7 +217,7 @@ class FamilyModel(ABC):
 
     def check(self, where: str) -> None:
         """Refuse parts that do not fit each other (ValueError), before a network finds out."""
-        told = self.fits()
+        told = self.required_config()
         if self.image_encoder is not None:
             told["image_encoder projection_dim"] = (self.image_encoder.config.projection_dim, self.embedding_width)
         for name, (given, fitting) in told.items():

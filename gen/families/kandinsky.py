@@ -66,9 +66,9 @@ class ImagePrior:
             "prior_image_processor": self.image_processor,
         }
 
-    def fits(self, width: int) -> dict[str, tuple[object, object]]:
+    def required_config(self, width: int) -> dict[str, tuple[object, object]]:
         """What is given, and what a UNet that reads embeddings of this width needs, by its name."""
-        return self.prior.fits(width, "prior_prior") | {
+        return self.prior.required_config(width, "prior_prior") | {
             "prior_text_encoder projection_dim": (self.prior.text_encoder.config.projection_dim, width),
             "prior_image_encoder projection_dim": (self.image_encoder.config.projection_dim, width),
         }
@@ -172,7 +172,7 @@ class Kandinsky(MoVQModel):
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return super().parts() | ({} if self.image_prior is None else self.image_prior.parts())
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         config = self.unet.config
         asked: dict[str, str | None] = {**self.ASKS, "class_embed_type": None, "time_cond_proj_dim": None}
@@ -180,8 +180,8 @@ class Kandinsky(MoVQModel):
         told = {f"unet {name}": (getattr(config, name), needed) for name, needed in asked.items()}
         channels = self.latent_channels * (2 if self.levels.scaling.learned_range else 1)
         told["unet out_channels"] = (config.out_channels, channels)
-        own_parts = {} if self.image_prior is None else self.image_prior.fits(self.embedding_width)
-        return told | super().fits() | own_parts
+        own_parts = {} if self.image_prior is None else self.image_prior.required_config(self.embedding_width)
+        return told | super().required_config() | own_parts
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""

@@ -70,9 +70,9 @@ class Kandinsky21(Kandinsky):
         """Modules, tokenizers and schedulers by their names in model_index.json."""
         return super().parts() | {"tokenizer": self.text.tokenizer, "text_encoder": self.text.encoder}
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
-        config, told = self.text.encoder.config, super().fits()
+        config, told = self.text.encoder.config, super().required_config()
         told["unet encoder_hid_dim"] = (self.unet.config.encoder_hid_dim, config.transformerDimensions)
         told["text_encoder numDims"] = (config.numDims, self.embedding_width)
         return told

@@ -133,7 +133,7 @@ class Karlo(Reader):
                 raise ValueError(f"{where}: {name} sample_size is {network.config.sample_size}; it has to be a number")
         super().check(where)
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         decoder, proj, channels = self.unet.config, self.text_proj.config, self.latent_channels
         width = self.embedding_width
@@ -150,7 +150,7 @@ class Karlo(Reader):
             told[f"{name} in_channels"] = (config.in_channels, 2 * channels)  # x, and the small picture enlarged
             told[f"{name} out_channels"] = (config.out_channels, channels * (1 + learned))
             told[f"{name} sample_size"] = (config.sample_size, max(self.factor, 1) * decoder.sample_size)
-        return told if self.prior is None else told | self.prior.fits(width, "prior")
+        return told if self.prior is None else told | self.prior.required_config(width, "prior")
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""

@@ -69,10 +69,10 @@ class Reader(FamilyModel):
         beside += [] if adapter is None or adapter.encoder is None else [adapter.encoder.tower]
         return [*super().modules(), *beside]
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         told = (self.unet.config.cross_attention_dim, self.text_width)
-        return {"unet cross_attention_dim": told} | super().fits()
+        return {"unet cross_attention_dim": told} | super().required_config()
 
     def able(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""

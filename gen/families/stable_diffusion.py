@@ -58,10 +58,10 @@ class StableDiffusion(KLModel, Reader):
         model.check(str(parts.folder))
         return model
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         nothing = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-        return super().fits() | {f"unet {name}": (getattr(self.unet.config, name), None) for name in nothing}
+        return super().required_config() | {f"unet {name}": (getattr(self.unet.config, name), None) for name in nothing}
 
     @property
     def index(self) -> dict[str, JSON]:

@@ -128,10 +128,10 @@ class StableDiffusionXL(KLModel, Reader):
         super().check(where)
         check_length(self.text_2, where, "text_encoder_2")
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         config = self.unet.config
-        told = super().fits()
+        told = super().required_config()
         told["unet addition_embed_type"] = (config.addition_embed_type, "text_time")
         told["unet time_cond_proj_dim"] = (config.time_cond_proj_dim, None)
         told["unet class_embed_type"] = (config.class_embed_type, None)

@@ -84,12 +84,12 @@ class StableUnCLIP(KLModel, Reader):
         model.check(str(parts.folder))
         return model
 
-    def fits(self) -> dict[str, tuple[object, object]]:
+    def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         width = self.embedding_width
-        told = super().fits()
+        told = super().required_config()
         told["unet class input"] = (self.unet.config.projection_class_embeddings_input_dim, 2 * width)
-        return told if self.prior is None else told | self.prior.fits(width, "prior")
+        return told if self.prior is None else told | self.prior.required_config(width, "prior")
 
     @property
     def embedding_width(self) -> int:
