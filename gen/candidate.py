@@ -44,7 +44,7 @@ MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
 
 
 @dataclass(frozen=True)
-class Before:
+class NoiseSegment:
     """Whose noise a picture went by before the next seed's; a search that copies or turns rows makes such paths."""
 
     seed: int
@@ -52,7 +52,7 @@ class Before:
     share: float = 0.0  # of that mix which is the next seed's; 0 where steps is not
 
     @classmethod
-    def from_json(cls, told: object) -> Before:
+    def from_json(cls, told: object) -> NoiseSegment:
         """As a record has it; ValueError where it is damaged."""
         if not isinstance(told, Mapping) or told.keys() != {"seed", "steps", "share"}:
             raise ValueError(f"the record is damaged: its noise_path has {told!r}")
@@ -83,7 +83,7 @@ class Candidate:
     ip_adapter_image: Source | None = None  # the picture that an IP-Adapter shows beside the text
     ip_adapter_image_embeds: Tensor | None = None  # (E,) or (S, E), what it reads of that; None: not yet, or no picture
     negative_image_embeds: Tensor | None = None  # (E,) in place of the null's
-    noise_path: tuple[Before, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
+    noise_path: tuple[NoiseSegment, ...] = ()  # whose noise it went by before its own seed's; empty: its own throughout
 
     @property
     def first_seed(self) -> int:
@@ -149,12 +149,12 @@ class Candidate:
         )
 
 
-def noise_path_of(record: Mapping[str, Any]) -> tuple[Before, ...]:
+def noise_path_of(record: Mapping[str, Any]) -> tuple[NoiseSegment, ...]:
     """The `noise_path` of a record, empty where it has none; ValueError where it is damaged."""
     told = record.get("noise_path", [])
     if not isinstance(told, list):
         raise ValueError(f"the record is damaged: its noise_path is {told!r}")
-    return tuple(Before.from_json(each) for each in told)
+    return tuple(NoiseSegment.from_json(each) for each in told)
 
 
 def check_named(settings: Settings, pictures: Mapping[str, Source], able: Abilities) -> None:

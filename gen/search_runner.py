@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gen.candidate import Before
+from gen.candidate import NoiseSegment
 from gen.decode_queue import DecodeQueue
 from gen.drafter import Drafter
 from gen.edit import schedule_of
@@ -224,7 +224,7 @@ class PromptField:
         if source not in flight.halted or any(index in flight.goals or index in gone for index in targets):
             raise ValueError(f"the search branches candidate {source} to {list(targets)}, which have not all halted")
         origin = flight.candidates[source]
-        path = (*origin.noise_path, Before(origin.seed, flight.taken[source]))
+        path = (*origin.noise_path, NoiseSegment(origin.seed, flight.taken[source]))
         for index in targets:
             flight.candidates[index] = replace(flight.candidates[index], noise_path=path)
             flight.halted[index] = stages.branch(flight, source, index)
@@ -243,7 +243,7 @@ class PromptField:
         origin = flight.candidates[source]
         if origin.latents is not None:
             raise ValueError("the search turns noise that was handed in; leave latents out")
-        path = (*origin.noise_path, Before(origin.seed, 0, float(share)))
+        path = (*origin.noise_path, NoiseSegment(origin.seed, 0, float(share)))
         for index in targets:
             flight.candidates[index] = replace(flight.candidates[index], noise_path=path)
             flight.told[index] = flight.told[source]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gen import Request, Step, TextToImage
-from gen.candidate import Before, Candidate
+from gen.candidate import Candidate, NoiseSegment
 from gen.edit import first_noise
 from gen.search import SEARCHES, BestOf, Draft, FeynmanKac, Halving, Racing, ZeroOrder
 from gen.search.rules import LINE, overtaking, resampled
@@ -185,7 +185,9 @@ def test_a_round_begins_near_the_best_so_far(tiny: TextToImage) -> None:
 
 def test_turned_noise_is_unit_noise_near_its_origin(tiny: TextToImage) -> None:
     shape = (4, 64, 64)
-    candidate = Candidate(prompt="", seed=3, settings=Settings(), noise_path=(Before(1, 0, 0.6), Before(2, 0, 0.6)))
+    candidate = Candidate(
+        prompt="", seed=3, settings=Settings(), noise_path=(NoiseSegment(1, 0, 0.6), NoiseSegment(2, 0, 0.6))
+    )
     x = first_noise(candidate, shape)
     assert x is not None and x.std() == pytest.approx(1, abs=0.03) and x.mean().abs() < 0.03
     for seed, part in ((1, 0.64), (2, 0.48), (3, 0.6)):
