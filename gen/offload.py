@@ -77,7 +77,7 @@ class Traveller:
                 layer._apply(lambda tensor: moves[tensor](tensor) if tensor in moves else tensor, recurse=False)
 
 
-class Asked:
+class FetchHook:
     """Tells that a layer is about to compute, as a hook of it.
 
     It keeps nobody, or networks would keep each other; a copy of a layer tells nothing.
@@ -171,7 +171,7 @@ class Offload:
         """Let them travel from here on, with their large weights where they lie."""
         self.travellers, device = travellers_of(self.networks), self.device
         for each in self.travellers:
-            ask = Asked(self, each)
+            ask = FetchHook(self, each)
             self._hooks += [layer.register_forward_pre_hook(ask) for layer in each.layers]
         self.here = [each for each in self.travellers if any(weight.device == device for weight in each.weights)]
         free = free_memory(device)

@@ -21,7 +21,7 @@ from gen.edit import schedule_of
 from gen.flight import DECODER, Flight, Goal, RowKey, Trail, Waiting, row_of, scores_of
 from gen.model import Family
 from gen.request import Job
-from gen.search import Asked, Go, Move, Moves, Scout, in_rounds
+from gen.search import Go, Move, Moves, Scout, SearchContext, in_rounds
 from gen.stages import Stages
 from samplers.sample import SAMPLERS
 
@@ -46,13 +46,13 @@ class SearchRunner:
             flight.trails.append(Trail(prompt.candidates, moves))
         self.ask(flight)
 
-    def asked(self, job: Job) -> Asked:
+    def asked(self, job: Job) -> SearchContext:
         """What a search is asked to work on."""
         first = job.candidates[0]
         sampler = first.settings.sampler
         options = self.model.levels.options(sampler) | first.settings.sampler_options
         adds = SAMPLERS[sampler].noise
-        return Asked(
+        return SearchContext(
             num_candidates=job.num_images_per_prompt,
             keep=job.keep,
             is_noisy=any(options.get(name, SAMPLERS[sampler].defaults[name]) > 0 for name in adds),

@@ -5,12 +5,11 @@ are kept. All this knows how candidates stand, not how they got there.
 """
 
 from gen.search.choice import best_first, diverse_first, drawing_order
-from gen.search.field import Asked, Field, Go, Move, Moves, Scout, Search
+from gen.search.field import Field, Go, Move, Moves, Scout, Search, SearchContext
 from gen.search.rules import SEARCHES, BestOf, Draft, FeynmanKac, Halving, Racing, ZeroOrder, by_name, in_rounds
 
 __all__ = [
     "SEARCHES",
-    "Asked",
     "BestOf",
     "Draft",
     "FeynmanKac",
@@ -22,6 +21,7 @@ __all__ = [
     "Racing",
     "Scout",
     "Search",
+    "SearchContext",
     "ZeroOrder",
     "best_first",
     "by_name",

@@ -87,7 +87,7 @@ class Field(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
+class SearchContext:
     """What a search is to work on, before any work."""
 
     num_candidates: int  # of each prompt
@@ -103,7 +103,7 @@ class Search(Protocol):
     def name(self) -> str:
         """As users call it."""
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: SearchContext) -> None:
         """Refuse what it cannot work on (ValueError)."""
 
     def __call__(self, field: Field) -> Moves:

@@ -13,7 +13,7 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor
 
-from gen.search.field import Asked, Field, Go, Moves, Scout, Search
+from gen.search.field import Field, Go, Moves, Scout, Search, SearchContext
 
 ROUND = 16  # candidates that a budget spends at once, at most
 SPARE = 1.25  # pictures painted for each that is kept: drafts do not tell the order among the best
@@ -46,7 +46,7 @@ def steps_of(share: float, num_steps: int) -> int:
     return max(1, round(share * num_steps))
 
 
-def check_chooses(name: str, asked: Asked) -> None:
+def check_chooses(name: str, asked: SearchContext) -> None:
     """ValueError where nothing may be given up."""
     if asked.keep >= asked.num_candidates:
         raise ValueError(
@@ -67,7 +67,7 @@ class BestOf:
 
     name = "best_of"
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: SearchContext) -> None:
         """It works on anything."""
 
     def __call__(self, field: Field) -> Moves:
@@ -89,7 +89,7 @@ class Halving:
             check_share(self.name, "rung", rung)
         check_share(self.name, "goes_on", self.goes_on)
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: SearchContext) -> None:
         """Some have to be given up."""
         check_chooses(self.name, asked)
 
@@ -119,7 +119,7 @@ class Draft:
             check_share(self.name, "steps", self.steps)
         check_share(self.name, "goes_on", self.goes_on)
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: SearchContext) -> None:
         """Some have to be given up."""
         check_chooses(self.name, asked)
 
@@ -157,7 +157,7 @@ class Racing:
         if self.wave < 1:
             raise ValueError(f"search '{self.name}': wave {self.wave!r} is out of range; give 1 or more")
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: SearchContext) -> None:
         """Some have to be given up."""
         check_chooses(self.name, asked)
 
@@ -202,7 +202,7 @@ class FeynmanKac:
         for rung in self.rungs:
             check_share(self.name, "rung", rung)
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: SearchContext) -> None:
         """Copies have to come apart."""
         if not asked.is_noisy:
             raise ValueError(
@@ -251,7 +251,7 @@ class ZeroOrder:
         if self.rounds < 1:
             raise ValueError(f"search '{self.name}': rounds {self.rounds!r} is out of range; give 1 or more")
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: SearchContext) -> None:
         """The noise has to be its own."""
         if asked.has_latents:
             raise ValueError(f"search '{self.name}' draws its own noise; leave latents out")
