@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gen.lane import MOMENTUM, Lane, Plan, Walk
+from gen.lane import MOMENTUM, Lane, LevelTable, Plan
 from samplers.inpaint import inpainting
 from samplers.sample import advance
 from samplers.scaling import Preconditioning
@@ -46,7 +46,7 @@ class End:
     """Where a lane's step has come to."""
 
     state: State
-    walk: Walk
+    table: LevelTable
     x0: Tensor  # (B, ...) the latest estimates
 
 
@@ -67,7 +67,7 @@ class Attempt:
         It begins anew each time, which is nothing to a pure function, so that lanes of several samplers, some of which
         ask twice, can share network calls.
         """
-        told, lane, ends = iter(self.told), self.lane, self.lane.walk.step
+        told, lane, ends = iter(self.told), self.lane, self.lane.table.step
 
         def denoise(x: Tensor, sigma: Tensor) -> Prediction:
             prediction = next(told, None)
@@ -86,7 +86,7 @@ class Attempt:
             state = state.remember(**{MOMENTUM: self.momentum})
         x0, holds = self.told[-1].x0, self.plan.known
         x0 = x0 if holds is None else torch.where(holds.is_painted, x0, holds.known)
-        self.end = End(state, lane.walk.on(), x0)
+        self.end = End(state, lane.table.on(), x0)
         return None
 
 

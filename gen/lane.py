@@ -32,7 +32,7 @@ MOMENTUM = "momentum"  # what a state remembers of rows that follow apg
 
 
 @dataclass(frozen=True, eq=False)
-class Standing:
+class LevelView:
     """A level of each row, and how the network is asked there."""
 
     level: Level
@@ -40,7 +40,7 @@ class Standing:
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
+class LevelTable:
     """Where each row stands in its own schedule and will stand, on the device, so that no tick has to work it out.
 
     Entries behind a row's last level are padding.
@@ -51,7 +51,7 @@ class Walk:
     at: int = 0  # steps taken since these tables were made
 
     @classmethod
-    def of(cls, live: Sequence[Live], scaling: Scaling, device: torch.device) -> Walk:
+    def of(cls, live: Sequence[Live], scaling: Scaling, device: torch.device) -> LevelTable:
         """As the rows stand; the scaling's table lies on the device."""
         coming = [one.row.schedule.sigmas[one.index :].float() for one in live]
         sigmas = sent(pad_sequence(coming), device)  # (T, B)
@@ -61,31 +61,31 @@ class Walk:
         return cls(levels, sent(torch.stack([index, left], 1), device))
 
     @cached_property
-    def step(self) -> tuple[Standing, Standing]:
+    def step(self) -> tuple[LevelView, LevelView]:
         """From where to where the coming step goes, always by the same tensors."""
         now, then = (
-            Standing(Level(levels[0], *places), Preconditioning(levels[1:]))
+            LevelView(Level(levels[0], *places), Preconditioning(levels[1:]))
             for levels, places in ((self.levels[at], self.places[at]) for at in (self.at, self.at + 1))
         )
         return now, then
 
-    def on(self) -> Walk:
+    def on(self) -> LevelTable:
         """One step further."""
         return replace(self, at=self.at + 1)
 
-    def select(self, rows: Tensor | slice) -> Walk:
+    def select(self, rows: Tensor | slice) -> LevelTable:
         """The rows (K,) that go on; a slice of them is a view."""
-        return Walk(self.levels[self.at :, :, rows], self.places[self.at :, :, rows])
+        return LevelTable(self.levels[self.at :, :, rows], self.places[self.at :, :, rows])
 
-    def cat(self, other: Walk) -> Walk:
+    def cat(self, other: LevelTable) -> LevelTable:
         """These rows, then the other's."""
-        longest = max(len(walk.levels) - walk.at for walk in (self, other))
+        longest = max(len(table.levels) - table.at for table in (self, other))
 
         def together(*tables: Tensor) -> Tensor:
             return torch.cat([F.pad(each, (0, 0, 0, 0, 0, longest - len(each))) for each in tables], 2)
 
         levels = together(self.levels[self.at :], other.levels[other.at :])
-        return Walk(levels, together(self.places[self.at :], other.places[other.at :]))
+        return LevelTable(levels, together(self.places[self.at :], other.places[other.at :]))
 
 
 @dataclass(eq=False)
@@ -95,7 +95,7 @@ class Lane:
     sampler: str
     rows: list[Live]
     state: State
-    walk: Walk
+    table: LevelTable
     bucket: Bucket
     plan: Plan | None = None  # of the coming step; None where the rows have changed
     apart: object = None  # lanes that have one take their steps with those of the same; memory ran out over more

@@ -22,7 +22,7 @@ from clip_core.device import sent
 from gen.attempt import Attempt, Blame, Member, Question, StepFailed, blaming
 from gen.bucket import PATIENCE, PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
-from gen.lane import MOMENTUM, Lane, NetworkCall, Pass, Plan, Walk, alike, batch_of, lane_of
+from gen.lane import MOMENTUM, Lane, LevelTable, NetworkCall, Pass, Plan, alike, batch_of, lane_of
 from gen.row import Live, Row
 from gen.weighing import guided_denoiser
 from samplers.sample import needs_noise, start_from
@@ -121,17 +121,17 @@ class Rows:
             x0 = torch.stack([nothing if origin is None else origin.to(self.device) for origin in origins])
             scales = [one.row.schedule.start_scale if one.row.origin is None else one.first_sigma for one in live]
             state = start_from(first.sampler, x0, unit, sent(torch.tensor(scales), self.device))
-            walk = Walk.of(live, self.scaling, self.device)
-            self.join(key, Lane(first.sampler, live, state, walk, self.bucket_of(first.shape)))
+            table = LevelTable.of(live, self.scaling, self.device)
+            self.join(key, Lane(first.sampler, live, state, table, self.bucket_of(first.shape)))
 
     def join(self, key: Hashable, lane: Lane) -> None:
         """Let a lane's rows in as they stand."""
         if key in self.lanes:
             here = self.lanes[key]
             state = alike(here.state, lane.state).cat(alike(lane.state, here.state))
-            walk = here.walk.cat(lane.walk)
+            table = here.table.cat(lane.table)
             self._unplan(here)
-            here.rows, here.state, here.walk = here.rows + lane.rows, state, walk
+            here.rows, here.state, here.table = here.rows + lane.rows, state, table
         else:
             self.lanes[key] = lane
 
@@ -217,8 +217,8 @@ class Rows:
         """A copy of some of a lane's rows."""
         at = sent(torch.tensor(slots), self.device)
         rows = [lane.rows[slot] for slot in slots]
-        state, walk = lane.state.select(at), lane.walk.select(at)
-        return replace(lane, rows=rows, state=state, walk=walk, plan=None, apart=None)
+        state, table = lane.state.select(at), lane.table.select(at)
+        return replace(lane, rows=rows, state=state, table=table, plan=None, apart=None)
 
     def _take_out(self, lane: Lane, slots: AbstractSet[int]) -> None:
         """Give up these of a lane's rows; where there is no memory for the others by themselves, these are lost too."""
@@ -232,7 +232,7 @@ class Rows:
             self.lost.append(Failed([lane.rows[slot].row for slot in kept], error))
             rest = None
         if rest is not None:
-            lane.rows, lane.state, lane.walk = rest.rows, rest.state, rest.walk
+            lane.rows, lane.state, lane.table = rest.rows, rest.state, rest.table
         else:
             lane.rows = []
             self.lanes = {key: other for key, other in self.lanes.items() if other is not lane}
@@ -252,10 +252,10 @@ class Rows:
         """A lane of its own for the rows behind its first `at`."""
         self._unplan(lane)
         first, rest = (
-            replace(lane, rows=lane.rows[part], state=lane.state.select(part), walk=lane.walk.select(part))
+            replace(lane, rows=lane.rows[part], state=lane.state.select(part), table=lane.table.select(part))
             for part in (slice(at), slice(at, None))
         )
-        lane.rows, lane.state, lane.walk = first.rows, first.state, first.walk
+        lane.rows, lane.state, lane.table = first.rows, first.state, first.table
         self.lanes[object()] = rest
         return rest
 
@@ -302,7 +302,7 @@ class Rows:
         assert attempt.end is not None and num_asked, "every step asks at least once"
         evaluations = [num_asked * number for number in attempt.plan.num_terms]
         gradients = [num_asked * is_clip_guided for _, is_clip_guided, _ in attempt.plan.asking]
-        lane.state, lane.walk = attempt.end.state, attempt.end.walk
+        lane.state, lane.table = attempt.end.state, attempt.end.table
         for one in lane.rows:
             one.index += 1
         if lane.apart is not None:

@@ -32,7 +32,7 @@ def guided_denoiser(attempt: Attempt, each: Prediction, scaling: Scaling) -> Den
         x0 = mixed(each.x0, weights)
         if plan.guides is not None:
             prompt, null, before = mixed(each.x0, plan.alone), mixed(each.x0, 1 - plan.alone), attempt.momentum
-            index = attempt.lane.walk.step[0].level.index
+            index = attempt.lane.table.step[0].level.index
             ruled, momentum = plan.guides.apply(x0, prompt, null, x, sigma, index, before, scaling)
             held = per_row(in_interval(sigma, plan.interval) & plan.away, x)
             x0 = torch.where(held, ruled, x0)

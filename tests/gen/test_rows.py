@@ -19,7 +19,7 @@ from gen.bucket import PROBE, UNBOUNDED
 from gen.candidate import Candidate
 from gen.conditioning import Conditions, Table
 from gen.dispatch import dispatched
-from gen.lane import Lane, Walk
+from gen.lane import Lane, LevelTable
 from gen.row import Live, Row
 from gen.rows import Rows
 from gen.scheduler import STOCK
@@ -170,7 +170,8 @@ def test_going_on_from_step_k_equals_never_stopping(tiny: TextToImage, sampler: 
         for key, lane in first.lanes.items():
             fresh = [replace(Live.of(one.row, "decoder"), index=one.index) for one in lane.rows]
             second.join(
-                key, Lane(lane.sampler, fresh, lane.state, Walk.of(fresh, second.scaling, second.device), lane.bucket)
+                key,
+                Lane(lane.sampler, fresh, lane.state, LevelTable.of(fresh, second.scaling, second.device), lane.bucket),
             )
         found = finish(second, [])
     assert sorted(found) == sorted(whole)
@@ -182,7 +183,7 @@ def assert_told_of_their_own(over: Rows) -> None:
     """Every row is told the levels of its own schedule, and how the network is asked there, to the last bit."""
     for lane in over.lanes.values():
         for slot, one in enumerate(lane.rows):
-            for index, found in enumerate(lane.walk.step, one.index):
+            for index, found in enumerate(lane.table.step, one.index):
                 sigma = one.row.schedule.sigmas[index].float()
                 assert found.level.sigma[slot] == sigma
                 assert found.level.index[slot] == index
@@ -303,7 +304,7 @@ def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
             for _ in range(row.schedule.num_steps - 1):
                 together.tick()
             (lane,) = together.lanes.values()
-            now, before = lane.walk.step[0].level.sigma, lane.state.x
+            now, before = lane.table.step[0].level.sigma, lane.state.x
             told = Conditions((row.prompt,))
             estimate = denoiser(lambda x, t, told=told: -model.call(x, t, told), together.scaling)(before, now).x0
         # a step of DDIM to level 0 ends at the estimate
