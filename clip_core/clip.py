@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clip_core.device import sent
+from clip_core.device import to_device
 from clip_core.load import load
 from clip_core.preprocess import Preprocess
 from clip_core.score import cosine
@@ -127,7 +127,7 @@ class CLIP:
         layer norm; the embedding is always the last layer's.
         """
         tokens = texts if isinstance(texts, Tokens) else self.tokenize(texts)
-        tokens = Tokens(sent(tokens.input_ids, self.device), sent(tokens.attention_mask, self.device))
+        tokens = Tokens(to_device(tokens.input_ids, self.device), to_device(tokens.attention_mask, self.device))
         return self.towers.text(tokens, clip_skip)
 
     def image(self, images: Tensor | Sequence[Image.Image], *, rounded: bool = True) -> Tensor:

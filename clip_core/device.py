@@ -18,14 +18,14 @@ def weights_dtype(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device; from the CPU to CUDA through pinned memory, so that nothing waits for the copy."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def fetched(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A tensor on the CPU, and what its reader waits for first (`Event.synchronize`); None: it is there."""
     if tensor.device.type != "cuda":
         return tensor.cpu(), None

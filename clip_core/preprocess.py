@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_core.device import sent
+from clip_core.device import to_device
 from clip_core.fit import check_sizes
 
 CONFIG_NAME = "preprocessor_config.json"
@@ -234,7 +234,7 @@ def _moments(
     mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation (3, 1, 1) each, on the device."""
-    both = sent(torch.tensor([mean, std]).reshape(2, 3, 1, 1), device)
+    both = to_device(torch.tensor([mean, std]).reshape(2, 3, 1, 1), device)
     return both[0], both[1]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-from clip_core.device import network_device, sent
+from clip_core.device import network_device, to_device
 from clip_core.wording import quoted
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,9 @@ class TextTower:
         """
         assert normed or clip_skip is not None, "the last layer's states come normed"
         device = network_device(self.encoder)
-        mask = sent(tokens.attention_mask, device)
+        mask = to_device(tokens.attention_mask, device)
         out = self.encoder(
-            input_ids=sent(tokens.input_ids, device),
+            input_ids=to_device(tokens.input_ids, device),
             attention_mask=mask if getattr(self.encoder.config, "use_attention_mask", False) else None,
             output_hidden_states=clip_skip is not None,
         )

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from clip_core.device import sent
+from clip_core.device import to_device
 
 NetworkName = Literal["own", "weak", "draft", "last"]
 """Which of a model's networks: its own, the weaker one of autoguidance, that of drafts, or of a row's last step"""
@@ -130,7 +130,7 @@ class Conditions:
             of.append(kinds[kind])
         if len(first) == len(of):
             return None
-        return Alike(*(sent(torch.tensor(each), self.tokens.device) for each in (first, of)))
+        return Alike(*(to_device(torch.tensor(each), self.tokens.device) for each in (first, of)))
 
     def distinct_pictures(self, blank: Tensor) -> Distinct[Tensor]:
         """Every picture's tokens (T, D) once; those of no picture are `blank`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clip_core.clip import CLIP
-from clip_core.device import fetched
+from clip_core.device import to_host
 from clip_core.score import cosine
 from gen.bucket import PROBE, Bucket, Buckets, is_out_of_memory
 from gen.candidate import Candidate
@@ -184,7 +184,7 @@ class DecodeQueue:
             texts = torch.stack([self.text(*chunk[place]) for place in ranked])
             seen = self._seen(torch.stack([pixels[place] for place in ranked]))
             embeddings = dict(zip(ranked, seen.unbind(0), strict=True))
-            found, scored = fetched(cosine(seen, texts))
+            found, scored = to_host(cosine(seen, texts))
             scores = dict(zip(ranked, found.unbind(0), strict=True))
         # a view would keep its whole chunk
         alone = [pixels[place].clone() if flight.lets_go else pixels[place] for place, (flight, _) in enumerate(chunk)]

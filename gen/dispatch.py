@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clip_core.device import sent
+from clip_core.device import to_device
 from gen.conditioning import Conditions, NetworkName
 from gen.rows import Network
 
@@ -19,7 +19,7 @@ def dispatched(networks: Mapping[NetworkName, Network], x: Tensor, timestep: Ten
         return networks[only](x, timestep, conditions)
     answers = []
     for name, here in conditions.places.items():
-        at = sent(torch.tensor(here), x.device)
+        at = to_device(torch.tensor(here), x.device)
         answers.append(networks[name](x[at], timestep[at], conditions.parts[name]))
     order = torch.tensor([place for here in conditions.places.values() for place in here])
-    return torch.cat(answers)[sent(order.argsort(), x.device)]
+    return torch.cat(answers)[to_device(order.argsort(), x.device)]

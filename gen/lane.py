@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from clip_core.device import sent
+from clip_core.device import to_device
 from gen.bucket import Bucket, next_cut
 from gen.conditioning import Condition, Conditions
 from gen.row import Likeness, Live, Row
@@ -54,11 +54,11 @@ class LevelTable:
     def of(cls, live: Sequence[Live], scaling: Scaling, device: torch.device) -> LevelTable:
         """As the rows stand; the scaling's table lies on the device."""
         coming = [one.row.schedule.sigmas[one.index :].float() for one in live]
-        sigmas = sent(pad_sequence(coming), device)  # (T, B)
+        sigmas = to_device(pad_sequence(coming), device)  # (T, B)
         index = torch.arange(len(sigmas))[:, None] + torch.tensor([one.index for one in live])
         left = torch.tensor([one.row.schedule.last for one in live]) - index
         levels = torch.stack([sigmas, *scaling.preconditioning(sigmas).values], 1)
-        return cls(levels, sent(torch.stack([index, left], 1), device))
+        return cls(levels, to_device(torch.stack([index, left], 1), device))
 
     @cached_property
     def step(self) -> tuple[LevelView, LevelView]:
@@ -136,7 +136,7 @@ class Plan:
         """For the rows as they stand."""
 
         def pairs(values: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-            first, second = sent(torch.tensor(values), device).unbind(1)
+            first, second = to_device(torch.tensor(values), device).unbind(1)
             return first, second
 
         terms = [one.terms for one in lane.rows]
@@ -144,10 +144,10 @@ class Plan:
         listed = [by_row[place] for place in text_by_text([term.condition for term, _ in by_row])]
         rows = [one.row for one in lane.rows]
         slots = [slot for _, slot in listed]
-        each_row = sent(torch.tensor(slots), device)
+        each_row = to_device(torch.tensor(slots), device)
         intervals = [row.guidance_interval or EVERYWHERE for row in rows]
         rescaled = [row.guidance_rescale for row in rows]
-        guides = Guides.of([(row.guide, row.guidance_scale) for row in rows], partial(sent, device=device))
+        guides = Guides.of([(row.guide, row.guidance_scale) for row in rows], partial(to_device, device=device))
         return cls(
             asking=[one.asking for one in lane.rows],
             num_terms=[len(each) for each in terms],
@@ -155,11 +155,11 @@ class Plan:
             slots=slots,
             rows=each_row,
             spread=spread(each_row, math.prod(rows[0].shape)),
-            weights=sent(torch.tensor([term.weight for term, _ in listed]), device),
-            alone=sent(torch.tensor([term.alone for term, _ in listed]), device),
-            away=sent(torch.tensor([len(each) > 1 for each in terms]), device),
+            weights=to_device(torch.tensor([term.weight for term, _ in listed]), device),
+            alone=to_device(torch.tensor([term.alone for term, _ in listed]), device),
+            away=to_device(torch.tensor([len(each) > 1 for each in terms]), device),
             interval=None if set(intervals) == {EVERYWHERE} else pairs(intervals),
-            rescale=sent(torch.tensor(rescaled), device) if any(rescaled) else None,
+            rescale=to_device(torch.tensor(rescaled), device) if any(rescaled) else None,
             guides=guides,
             thresholding=pairs([row.thresholding or (0.0, 1.0) for row in rows])
             if any(row.thresholding for row in rows)
@@ -220,10 +220,10 @@ class Pass:
             conditions=told,
             owners=owners,
             ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),
-            rows=sent(torch.tensor([first_rows[number] + slot for number, slot in owners]), device),
+            rows=to_device(torch.tensor([first_rows[number] + slot for number, slot in owners]), device),
             places=None
             if len(plans) == 1
-            else [sent(torch.tensor(places[start:stop]), device) for start, stop in pairwise(first_places)],
+            else [to_device(torch.tensor(places[start:stop]), device) for start, stop in pairwise(first_places)],
         )
 
     def call(self, place: int, start: int, size: int) -> NetworkCall:
@@ -279,11 +279,11 @@ def known_regions(lane: Lane, device: torch.device) -> KnownRegions | None:
     holds = [one.row.known for one in lane.rows]
     return KnownRegions(
         known=torch.stack([nothing if hold is None else hold.known.to(device) for hold in holds]),
-        noise=sent(torch.stack([one.start for one in lane.rows]), device),
+        noise=to_device(torch.stack([one.start for one in lane.rows]), device),
         is_painted=torch.stack(
             [everywhere if hold is None else hold.is_painted.to(device).expand_as(nothing) for hold in holds]
         ),
-        below=sent(torch.tensor([one.first_sigma for one in lane.rows]), device),
+        below=to_device(torch.tensor([one.first_sigma for one in lane.rows]), device),
     )
 
 
@@ -293,5 +293,5 @@ def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:
     for name, default in SAMPLERS[lane.sampler].defaults.items():
         values = [one.option(name) for one in lane.rows]
         if any(value != default for value in values):
-            told[name] = sent(torch.tensor(values), device)
+            told[name] = to_device(torch.tensor(values), device)
     return told

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_core.device import network_device, sent, weights_dtype
+from clip_core.device import network_device, to_device, weights_dtype
 from gen.attention.processor import STOCK, Processor
 from gen.conditioning import Condition, Conditions, stacked
 
@@ -142,7 +142,7 @@ class CachedPrior:
             folds.append(Fold(prefix, slice(len(order), len(order) + len(evaluations))))
             order += evaluations
         ordered, device = torch.tensor(order), network_device(self.network)
-        return PrefixPlan(folds, sent(ordered, device), sent(ordered.argsort(), device))
+        return PrefixPlan(folds, to_device(ordered, device), to_device(ordered.argsort(), device))
 
 
 def why_whole(network: PriorTransformer) -> str | None:

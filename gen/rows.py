@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clip_core.device import sent
+from clip_core.device import to_device
 from gen.attempt import Attempt, Blame, Member, Question, StepFailed, blaming
 from gen.bucket import PATIENCE, PROBE, Bucket, Buckets, is_out_of_memory
 from gen.conditioning import Conditions
@@ -115,12 +115,12 @@ class Rows:
             grouped.setdefault(lane_of(row), []).append(Live.of(row, self.stage))
         for key, live in grouped.items():
             first = live[0].row
-            unit = sent(torch.stack([one.start for one in live]), self.device)
+            unit = to_device(torch.stack([one.start for one in live]), self.device)
             nothing = torch.zeros(first.shape, device=self.device)
             origins = [one.row.origin for one in live]
             x0 = torch.stack([nothing if origin is None else origin.to(self.device) for origin in origins])
             scales = [one.row.schedule.start_scale if one.row.origin is None else one.first_sigma for one in live]
-            state = start_from(first.sampler, x0, unit, sent(torch.tensor(scales), self.device))
+            state = start_from(first.sampler, x0, unit, to_device(torch.tensor(scales), self.device))
             table = LevelTable.of(live, self.scaling, self.device)
             self.join(key, Lane(first.sampler, live, state, table, self.bucket_of(first.shape)))
 
@@ -215,7 +215,7 @@ class Rows:
 
     def _those(self, lane: Lane, slots: Sequence[int]) -> Lane:
         """A copy of some of a lane's rows."""
-        at = sent(torch.tensor(slots), self.device)
+        at = to_device(torch.tensor(slots), self.device)
         rows = [lane.rows[slot] for slot in slots]
         state, table = lane.state.select(at), lane.table.select(at)
         return replace(lane, rows=rows, state=state, table=table, plan=None, apart=None)
@@ -345,7 +345,7 @@ class Rows:
             one.stream.at(one.row.drawn + one.taken + 1) if one.is_noisy else torch.zeros(1, *one.row.shape)
             for one in lane.rows
         ]
-        return sent(torch.cat(blocks), self.device)
+        return to_device(torch.cat(blocks), self.device)
 
     def _estimates(self, questions: Sequence[tuple[Attempt, Question]]) -> list[Prediction]:
         """What the network says of every evaluation of each lane, (M, ...), in as few calls as the bucket allows."""

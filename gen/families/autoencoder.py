@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from clip_core.device import sent, weights_dtype
+from clip_core.device import to_device, weights_dtype
 from gen.edit import Beside, EncodedImage, Posterior
 from gen.families.base import FamilyModel
 from gen.preview import SMALL, Preview, fitted
@@ -202,7 +202,7 @@ def latent_moments(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
     """Mean and deviation (1, C, 1, 1) of what an autoencoder itself says, by which its latents are normed."""
     config, channels = vae.config, vae.config.latent_channels
     mean, deviation = config.latents_mean or [0.0] * channels, config.latents_std or [1.0] * channels
-    moments = sent(torch.tensor([mean, deviation]).reshape(2, 1, channels, 1, 1), vae.device)
+    moments = to_device(torch.tensor([mean, deviation]).reshape(2, 1, channels, 1, 1), vae.device)
     return moments[0], moments[1] / config.scaling_factor
 
 

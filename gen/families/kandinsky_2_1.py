@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import XLMRobertaTokenizer
 
 from clip_core.clip import TextFeatures
-from clip_core.device import network_device, sent
+from clip_core.device import network_device, to_device
 from clip_core.text import tokenize, warn_cut
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions, each_read
@@ -39,8 +39,8 @@ class MultilingualTower:
         tokens, lengths = tokenize(self.tokenizer, texts, LENGTH)
         warn_cut(texts, lengths, LENGTH)
         device = network_device(self.encoder)
-        mask = sent(tokens.attention_mask, device)
-        embedding, states = self.encoder(input_ids=sent(tokens.input_ids, device), attention_mask=mask.long())
+        mask = to_device(tokens.attention_mask, device)
+        embedding, states = self.encoder(input_ids=to_device(tokens.input_ids, device), attention_mask=mask.long())
         return TextFeatures(states, embedding, mask)
 
 

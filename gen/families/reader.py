@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from clip_core.device import sent, weights_dtype
+from clip_core.device import to_device, weights_dtype
 from clip_core.text import TextChunk, TextTower
 from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
@@ -222,7 +222,7 @@ class Reader(FamilyModel):
         moved = []
         for piece, each in zip(pieces, states, strict=True):
             assert each is not None and empty is not None, "these families read tokens"
-            weights = sent(piece.weights(self.text.tokenizer, len(empty)), empty.device)[:, None]  # (L, 1)
+            weights = to_device(piece.weights(self.text.tokenizer, len(empty)), empty.device)[:, None]  # (L, 1)
             difference = each.float() - empty.float()
             moved.append(torch.where(weights == 1, each.float(), empty.float() + weights * difference))
         return torch.cat(moved)
@@ -230,7 +230,7 @@ class Reader(FamilyModel):
     def _sized(self, condition: Condition, sizes: tuple[float, ...]) -> Condition:
         if not sizes:
             return condition
-        return replace(condition, sizes=sent(torch.tensor(sizes, dtype=weights_dtype(self.unet)), self.device))
+        return replace(condition, sizes=to_device(torch.tensor(sizes, dtype=weights_dtype(self.unet)), self.device))
 
     @cached_property
     @torch.no_grad()

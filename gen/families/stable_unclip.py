@@ -18,7 +18,7 @@ from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from clip_core.device import sent, weights_dtype
+from clip_core.device import to_device, weights_dtype
 from clip_core.text import TextTower
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
@@ -133,9 +133,9 @@ class StableUnCLIP(KLModel, Reader):
         self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What each candidate is told in words, with an image embedding (E,) beside it, noised as its settings say."""
-        levels = sent(torch.tensor([one.settings.noise_level for one in candidates]), self.device)
+        levels = to_device(torch.tensor([one.settings.noise_level for one in candidates]), self.device)
         seeds = [one.first_seed for one in candidates]
-        fresh = sent(noise(seeds, "image_noise", 0, (self.embedding_width,)), self.device)
+        fresh = to_device(noise(seeds, "image_noise", 0, (self.embedding_width,)), self.device)
         vectors = self.noise_image_embeddings(torch.stack(list(image_embeds)), levels, fresh).to(
             weights_dtype(self.unet)
         )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_core.device import sent
+from clip_core.device import to_device
 from gen import TextToImage
 from gen.picture import largest_difference
 from samplers.sample import SAMPLERS
@@ -168,7 +168,7 @@ def test_waits_and_mixed_devices_are_seen() -> None:
             wait()
             assert len(watch.waits) >= 1
         watch.waits.clear()
-        sent(here, there.device)
+        to_device(here, there.device)
         there[1:].mul_(2)
         there.index_select(0, there.argmax()[None])
         assert not watch.waits and there.tolist() == [1, 2, 2]
