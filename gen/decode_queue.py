@@ -87,10 +87,10 @@ class DecodeQueue:
 
         `flights` are the requests in flight by their numbers; one that fails is out of them once `fail` was told.
         """
-        for kind, members in _by_kind(flights.values()).items():
+        for key, members in _by_key(flights.values()).items():
             here = [(flight, index) for flight, index in members if flight.number in flights]
-            if len(here) >= chunk_of(kind.shape) or any(flight.is_through for flight, _ in here):
-                self._decode_members(kind, here, flights, fail)
+            if len(here) >= chunk_of(key.shape) or any(flight.is_through for flight, _ in here):
+                self._decode_members(key, here, flights, fail)
 
     def finish(self, flight: Flight[Any]) -> None:
         """Decode and score at once what has finished of a request that nobody paints any more; raises what fails."""
@@ -98,8 +98,8 @@ class DecodeQueue:
         def fail(flight: Flight[Any], error: Exception) -> None:
             raise error
 
-        for kind, members in _by_kind([flight]).items():
-            self._decode_members(kind, members, {flight.number: flight}, fail)
+        for key, members in _by_key([flight]).items():
+            self._decode_members(key, members, {flight.number: flight}, fail)
 
     def look(self, flight: Flight[Any], candidates: Sequence[int]) -> list[float]:
         """CLIP's cosine of candidates as they stand; the device is waited for.
@@ -109,12 +109,12 @@ class DecodeQueue:
         small = self.model.is_small(flight.job.candidates[0].settings)
         waiting, scores = deque(candidates), list[Tensor]()
         while waiting:
-            kind = kind_of(flight, waiting[0], flight.estimates[waiting[0]])
-            bucket = self._bucket(kind) if small else self.buckets.of("preview", kind.shape, self.model.device)
-            chunk = [waiting.popleft() for _ in range(min(len(waiting), chunk_of(kind.shape), bucket.size))]
+            key = key_of(flight, waiting[0], flight.estimates[waiting[0]])
+            bucket = self._bucket(key) if small else self.buckets.of("preview", key.shape, self.model.device)
+            chunk = [waiting.popleft() for _ in range(min(len(waiting), chunk_of(key.shape), bucket.size))]
             latents = torch.stack([flight.estimates[index] for index in chunk])
             try:
-                pixels = self._decode(kind, latents) if small else self.model.preview(latents)
+                pixels = self._decode(key, latents) if small else self.model.preview(latents)
                 texts = torch.stack([self.text(flight, index) for index in chunk])
                 scores.append(cosine(self._seen(pixels), texts))
                 bucket.succeed(len(chunk))
@@ -123,7 +123,7 @@ class DecodeQueue:
                     raise
                 error.__traceback__ = None  # its frames hold what the call had made
                 if not bucket.halve(len(chunk)):
-                    raise self._overflow(bucket, kind, error) from error.with_traceback(None)
+                    raise self._overflow(bucket, key, error) from error.with_traceback(None)
                 waiting.extendleft(reversed(chunk))
                 continue
             flight.account.decodes += small * len(chunk)
@@ -132,31 +132,31 @@ class DecodeQueue:
         return torch.cat(scores).tolist() if scores else []
 
     def _decode_members(
-        self, kind: DecodeKey, members: Sequence[Member], flights: Mapping[int, Flight[Any]], fail: Fail
+        self, key: DecodeKey, members: Sequence[Member], flights: Mapping[int, Flight[Any]], fail: Fail
     ) -> None:
-        bucket, waiting = self._bucket(kind), deque(members)
+        bucket, waiting = self._bucket(key), deque(members)
         bucket.refresh()
         while waiting:
-            size = min(len(waiting), chunk_of(kind.shape), bucket.size)
+            size = min(len(waiting), chunk_of(key.shape), bucket.size)
             chunk = [waiting.popleft() for _ in range(size)]
             try:
                 if bucket.wants_probe(size):
                     latents = [flight.latents[index] for flight, index in chunk[:PROBE]]
-                    bucket.probe(partial(self._decode, kind, torch.stack(latents)))
-                self._paint(kind, chunk)
+                    bucket.probe(partial(self._decode, key, torch.stack(latents)))
+                self._paint(key, chunk)
                 bucket.succeed(len(chunk))
             except Exception as error:
                 if not is_out_of_memory(error):
-                    self._find_fault(kind, chunk, error, fail)
+                    self._find_fault(key, chunk, error, fail)
                 else:
                     error.__traceback__ = None
                     if bucket.halve(size):
                         waiting.extendleft(reversed(chunk))
                     else:
-                        self._find_fault(kind, chunk, self._overflow(bucket, kind, error), fail)
+                        self._find_fault(key, chunk, self._overflow(bucket, key, error), fail)
             waiting = deque((flight, index) for flight, index in waiting if flight.number in flights)
 
-    def _find_fault(self, kind: DecodeKey, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:
+    def _find_fault(self, key: DecodeKey, chunk: Sequence[Member], error: Exception, fail: Fail) -> None:
         """A chunk failed: the request it was of, or where there are several, those whose own pictures fail alone."""
         shares: dict[int, list[Member]] = {}
         for flight, index in chunk:
@@ -165,16 +165,16 @@ class DecodeQueue:
             try:
                 if len(shares) == 1:
                     raise error
-                self._paint(kind, share)
+                self._paint(key, share)
             except Exception as its_own:
                 fail(share[0][0], its_own)
 
-    def _paint(self, kind: DecodeKey, chunk: Sequence[Member]) -> None:
+    def _paint(self, key: DecodeKey, chunk: Sequence[Member]) -> None:
         """Decode and score these latents; all of them or, where something raises, none."""
         for flight in {id(flight): flight for flight, _ in chunk}.values():
             flight.thin()
         latents = [flight.latents[index] for flight, index in chunk]
-        pixels = self._decode(kind, torch.stack(latents))
+        pixels = self._decode(key, torch.stack(latents))
         scores: dict[int, Tensor] = {}
         scored: torch.cuda.Event | None = None
         embeddings: dict[int, Tensor] = {}
@@ -192,33 +192,33 @@ class DecodeQueue:
             told = scores.get(place), scored, embeddings.get(place)
             flight.paint(index, Painted(latents[place], alone[place], *told))
 
-    def _decode(self, kind: DecodeKey, latents: Tensor) -> Tensor:
-        return tiling(self.model, kind.is_tiled).decode(latents)
+    def _decode(self, key: DecodeKey, latents: Tensor) -> Tensor:
+        return tiling(self.model, key.is_tiled).decode(latents)
 
-    def _overflow(self, bucket: Bucket, kind: DecodeKey, error: Exception) -> MemoryError:
-        if kind.is_tiled or not self.model.abilities.can_tile:
+    def _overflow(self, bucket: Bucket, key: DecodeKey, error: Exception) -> MemoryError:
+        if key.is_tiled or not self.model.abilities.can_tile:
             return bucket.overflow(error)
         return bucket.overflow(error, "paint smaller, in another dtype, or with vae_tiling=True")
 
-    def _bucket(self, kind: DecodeKey) -> Bucket:
-        return self.buckets.of("tiled decode" if kind.is_tiled else "decode", kind.shape, self.model.device)
+    def _bucket(self, key: DecodeKey) -> Bucket:
+        return self.buckets.of("tiled decode" if key.is_tiled else "decode", key.shape, self.model.device)
 
     def _seen(self, pixels: Tensor) -> Tensor:
         """CLIP's embedding (B, E) of pictures (B, 3, H, W); they are read as 8-bit, as a file holds them."""
         return self.clip.image((pixels * 255).round_().div_(255))
 
 
-def kind_of(flight: Flight[Any], index: int, latents: Tensor) -> DecodeKey:
+def key_of(flight: Flight[Any], index: int, latents: Tensor) -> DecodeKey:
     """Of a candidate's latents (C, h, w)."""
     return DecodeKey(tuple(latents.shape), flight.candidates[index].settings.vae_tiling)
 
 
-def _by_kind(flights: Iterable[Flight[Any]]) -> dict[DecodeKey, list[Member]]:
+def _by_key(flights: Iterable[Flight[Any]]) -> dict[DecodeKey, list[Member]]:
     """What has finished of these requests and is not decoded."""
     found: dict[DecodeKey, list[Member]] = {}
     for flight in flights:
         for index, latents in flight.latents.items():
-            found.setdefault(kind_of(flight, index, latents), []).append((flight, index))
+            found.setdefault(key_of(flight, index, latents), []).append((flight, index))
     return found
 
 

@@ -34,7 +34,7 @@ class WithImageTower(Protocol):
     def clip(self) -> CLIP | None:
         """The CLIP whose both towers they are of; None: there is none."""
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def embed_image(self, pixels: Tensor) -> Tensor:
         """The embedding (E,) float32 of pixels (3, H, W) in [0, 1]."""
 
 
@@ -97,9 +97,9 @@ def _embed(model: object, candidate: Candidate, picture: Source, made: dict[tupl
     settings, other = candidate.settings, candidate.interpolate_image
     key = (id(picture), id(other), candidate.prompt, settings.edit_from, settings.interpolation, settings.edit_amount)
     if key not in made:
-        embed = model.see(picture.sized(*picture.size))
+        embed = model.embed_image(picture.sized(*picture.size))
         if other is not None:
-            embed = slerp(embed, model.see(other.sized(*other.size)), settings.interpolation)
+            embed = slerp(embed, model.embed_image(other.sized(*other.size)), settings.interpolation)
         if settings.edit_from:
             assert model.clip is not None, "refused without both towers"
             before, after = model.clip.text([settings.edit_from, settings.plain(candidate.prompt)]).embedding.float()
@@ -124,14 +124,14 @@ def with_other_prompts(
     return found
 
 
-def tell(model: Family, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
+def encode_prompts(model: Family, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
     """What each candidate is told before any prior has spoken, also where that is between two prompts."""
-    told = model.tell(candidates, table)
+    told = model.encode_prompts(candidates, table)
     goals = [one.settings.interpolate_prompt for one in candidates]
     if not any(goals):
         return told
     others = [replace(one, prompt=goal) if goal else one for one, goal in zip(candidates, goals, strict=True)]
-    return with_other_prompts(model, candidates, told, model.tell(others, table))
+    return with_other_prompts(model, candidates, told, model.encode_prompts(others, table))
 
 
 def prior_samples(candidate: Candidate) -> list[Candidate]:

@@ -232,7 +232,7 @@ class Engine(Generic[R]):
         for flight in list(self._flights.values()):
             self._admit(flight)
         while chosen := self._next():
-            read = self._tell(chosen)  # noqa: F841 - held until rows refer to it
+            read = self._encode_prompts(chosen)  # noqa: F841 - held until rows refer to it
             for flight in chosen:
                 if flight.number in self._flights:  # or its texts could not be encoded
                     with self._alone(flight):
@@ -269,23 +269,23 @@ class Engine(Generic[R]):
         if not waiting:
             self._queue.pop(shape, None)
 
-    def _tell(self, flights: Sequence[Flight[R]]) -> list[Condition]:
+    def _encode_prompts(self, flights: Sequence[Flight[R]]) -> list[Condition]:
         """Encode the texts of requests together, or where that fails one by one, to find whom it fails for.
 
         Where memory ran out for one alone, others make room if they can.
         """
         try:
-            return self._stages.tell(flights)
+            return self._stages.encode_prompts(flights)
         except Exception as raised:
             error = raised
             if self._relief is not None and is_out_of_memory(error):
                 error.__traceback__ = None  # its frames hold what had been made
         if len(flights) > 1:
             del error
-            return [condition for flight in flights for condition in self._tell([flight])]
+            return [condition for flight in flights for condition in self._encode_prompts([flight])]
         if self._relief is not None and is_out_of_memory(error) and self._relief():
             try:
-                return self._stages.tell(flights)
+                return self._stages.encode_prompts(flights)
             except Exception as again:
                 error = again
         self._fail(flights[0], error)

@@ -52,7 +52,7 @@ class Family(Protocol):
     def latent_shape(self, settings: Settings) -> tuple[int, int, int]:
         """(C, h, w) of what the decoder paints for a picture of these settings."""
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
+    def encode_prompts(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken."""
 
     def between(self, start: Condition, end: Condition, share: float) -> Condition:
@@ -92,7 +92,7 @@ def tiling(model: Family, is_tiled: bool) -> Family:
 class WithImage(Protocol):
     """A family that takes image embeddings, as every family with a prior does."""
 
-    def show(
+    def add_image_embeds(
         self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What candidates are told, with an image embedding (E,) beside it."""

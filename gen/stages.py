@@ -19,7 +19,7 @@ from gen.conditioning import Condition, Table
 from gen.decode_queue import DecodeQueue
 from gen.drafter import SAMPLER
 from gen.edit import beginning, read, schedule_of
-from gen.embeds import decided, prior_samples, tell, with_embeds
+from gen.embeds import decided, encode_prompts, prior_samples, with_embeds
 from gen.flight import DECODER, NULL, PRIOR, SUPER_RESOLUTION, Flight, Painted, RowKey, Stage, Waiting, row_key, row_of
 from gen.lane import Lane
 from gen.model import Family, WithImage
@@ -90,7 +90,7 @@ class Stages:
         """In flight, of all stages."""
         return sum(len(rows.live) for rows in self.rows.values())
 
-    def tell(self, flights: Sequence[Flight[Any]]) -> list[Condition]:
+    def encode_prompts(self, flights: Sequence[Flight[Any]]) -> list[Condition]:
         """Encode the texts of requests that begin, together.
 
         Returns what their first rows are to find in the table: hold it until they are admitted, since the table itself
@@ -99,7 +99,7 @@ class Stages:
         for flight in flights:
             flight.candidates = with_embeds(self.model, flight.candidates)
         candidates = [candidate for flight in flights for candidate in flight.candidates]
-        told = iter(tell(self.model, candidates, self.table))
+        told = iter(encode_prompts(self.model, candidates, self.table))
         for flight in flights:
             flight.told = dict(enumerate(islice(told, len(flight.candidates))))
             flight.read = read(self.model, flight.candidates)
@@ -198,7 +198,7 @@ class Stages:
             rows, vectors = zip(*(next(spoken) for _ in answers[index]), strict=True)
             embeds.append(decided(candidate, vectors, [one.row.prompt.vector for one in rows]))
         told = [flight.told[index] for index in candidates]
-        prompts = self.model.show(list(candidates.values()), [prompt for prompt, _ in told], embeds)
+        prompts = self.model.add_image_embeds(list(candidates.values()), [prompt for prompt, _ in told], embeds)
         for index, prompt, (_, null) in zip(candidates, prompts, told, strict=True):
             flight.told[index] = (prompt, null)
         self._guide_away(flight, nulls)
@@ -212,7 +212,7 @@ class Stages:
         assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
         said = [null for _, null in (flight.told[index] for index in nulls) if null is not None]
         embeds = self.model.prior.embeds([one.x for one in nulls.values()]).unbind(0)
-        shown = self.model.show([flight.candidates[index] for index in nulls], said, embeds)
+        shown = self.model.add_image_embeds([flight.candidates[index] for index in nulls], said, embeds)
         for index, null in zip(nulls, shown, strict=True):
             flight.told[index] = (flight.told[index][0], null)
 

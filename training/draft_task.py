@@ -117,10 +117,10 @@ class DraftTask(Task[UNet2DConditionModel]):
             told = recipe.teacher_dtype, recipe.teacher_runtime
             return TextToImage.from_pretrained(recipe.model, dtype=told[0], runtime=told[1])
 
-        ways = TrajectoryOptions(finer, within, self.scale)
+        options = TrajectoryOptions(finer, within, self.scale)
         place = Path(recipe.data) / ".cache" / "trajectories"
         computed = f"{recipe.teacher_dtype} {recipe.teacher_runtime} {' '.join(digests)}"
-        self.dataset: Trajectories = Trajectories(several, trajectories(teacher, several, ways, place, computed))
+        self.dataset: Trajectories = Trajectories(several, trajectories(teacher, several, options, place, computed))
         self.reads = hashlib.sha256("\0".join([*digests, *captions]).encode()).hexdigest()
         self.held = held_back(len(captions)) * recipe.num_images_per_prompt
         self.told: dict[str, Condition] = {}  # what the UNet is told of each caption, worked out when first asked
@@ -187,7 +187,7 @@ class DraftTask(Task[UNet2DConditionModel]):
             asked = Request(prompt=some, guidance_scale=1.0, seed=0, prior=False, rerank=False)
             candidates = resolve(asked, self.model.abilities).candidates
             with torch.autocast(self.model.device.type, enabled=False):
-                told = self.model.tell(candidates, Table())
+                told = self.model.encode_prompts(candidates, Table())
             self.told |= {caption: prompt for caption, (prompt, _) in zip(some, told, strict=True)}
         return [self.told[caption] for caption in captions]
 

@@ -38,7 +38,7 @@ class TrajectoryOptions:
 def trajectories(
     painter: Callable[[], TextToImage],  # asked only where something is to be painted
     captions: Sequence[str],  # one for each trajectory, whose seed is its place
-    ways: TrajectoryOptions,
+    options: TrajectoryOptions,
     folder: Path,
     reads: str,  # a digest of what paints: parts, precision, runtime
 ) -> Tensor:
@@ -52,35 +52,35 @@ def trajectories(
         def paint(first: int = first, some: Sequence[str] = some) -> Tensor:
             if not made:
                 made.append(painter())
-            return painted(made[0], some, range(first, first + len(some)), ways)
+            return painted(made[0], some, range(first, first + len(some)), options)
 
-        told = [reads, str(ways.schedule.sigmas.tolist()), str(ways.every), str(ways.guidance_scale), *some]
+        told = [reads, str(options.schedule.sigmas.tolist()), str(options.every), str(options.guidance_scale), *some]
         key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
         points.append(kept(folder / f"{first:07d}-{key}.safetensors", paint))
     return torch.cat(points)
 
 
-def painted(painter: TextToImage, captions: Sequence[str], seeds: Sequence[int], ways: TrajectoryOptions) -> Tensor:
+def painted(painter: TextToImage, captions: Sequence[str], seeds: Sequence[int], options: TrajectoryOptions) -> Tensor:
     """Points of each trajectory, (N, P, C, h, w) float32."""
-    sigmas = ways.schedule.sigmas.double()
+    sigmas = options.schedule.sigmas.double()
     x: dict[int, Tensor] = {}
     points: dict[int, list[Tensor]] = {}
 
     def follow(step: Step) -> None:
         for seed, left, x0 in zip(step.seeds, step.steps_left, step.x0.double().cpu(), strict=True):
-            taken = ways.schedule.num_steps - 1 - left  # before this step
+            taken = options.schedule.num_steps - 1 - left  # before this step
             if taken == 0:
-                x[seed] = noise([seed], "decoder", 0, x0.shape)[0].double() * ways.schedule.start_scale
+                x[seed] = noise([seed], "decoder", 0, x0.shape)[0].double() * options.schedule.start_scale
                 points[seed] = [x[seed]]
             share = sigmas[taken + 1] / sigmas[taken]
             x[seed] = x0 + share * (x[seed] - x0)
-            if (taken + 1) % ways.every == 0:
+            if (taken + 1) % options.every == 0:
                 points[seed].append(x[seed])
 
     painter(
         list(captions),
-        num_inference_steps=ways.schedule.num_steps,
-        guidance_scale=ways.guidance_scale,
+        num_inference_steps=options.schedule.num_steps,
+        guidance_scale=options.guidance_scale,
         sampler=SAMPLER,
         seed=list(seeds),
         prior=False,

@@ -178,7 +178,7 @@ class FamilyModel(ABC):
         parts = {"image_encoder": self.image_encoder, "feature_extractor": self.feature_extractor}
         return {} if None in parts.values() else parts
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def embed_image(self, pixels: Tensor) -> Tensor:
         """The embedding (E,) float32 of pixels (3, H, W) in [0, 1], as the UNet takes it."""
         if self.image_encoder is None or self.feature_extractor is None:
             assert self.clip is not None, "a picture is refused where nothing sees it"
@@ -206,7 +206,7 @@ class FamilyModel(ABC):
         return replace(self)
 
     @abstractmethod
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
+    def encode_prompts(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken."""
 
     @abstractmethod
@@ -289,7 +289,9 @@ def with_images(
     with_it = list(told)
     if shown:
         embeds = [each.to(device, torch.float32) for each in shown.values()]
-        prompts = model.show([candidates[place] for place in shown], [told[place][0] for place in shown], embeds)
+        prompts = model.add_image_embeds(
+            [candidates[place] for place in shown], [told[place][0] for place in shown], embeds
+        )
         for place, prompt in zip(shown, prompts, strict=True):
             with_it[place] = (prompt, told[place][1])
     return with_it

@@ -200,7 +200,7 @@ class Kandinsky(MoVQModel):
         beside = Beside(Posterior(image.mean * is_known), is_known, mask_first=False)
         return EncodedImage(image, is_painted, self.HOLDS, beside)
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
+    def encode_prompts(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken; all who are told the same share a condition."""
         guided = [one.settings.negative_prompt for one in candidates if one.settings.guidance_scale != 1]
         said = self._said([*guided, *(one.prompt for one in candidates)], table)
@@ -240,7 +240,7 @@ class Kandinsky(MoVQModel):
         told = table.of(names, lambda missing: self.words([text for _, text in missing]))
         return {text: condition for (_, text), condition in told.items()}
 
-    def show(
+    def add_image_embeds(
         self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What candidates are told in words, with an image embedding (E,) beside it."""

@@ -228,11 +228,11 @@ class Karlo(Reader):
         mask = torch.cat([each.mask for each in said])
         return self._without([TextEncoding(states.to(empty.read.states.dtype), said[0].embedding, mask)])[0]
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
+    def encode_prompts(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
-        return with_images(self, candidates, super().tell(candidates, table), self.device)
+        return with_images(self, candidates, super().encode_prompts(candidates, table), self.device)
 
-    def show(
+    def add_image_embeds(
         self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What each candidate is told in words, with an image embedding (E,) beside it."""

@@ -126,7 +126,7 @@ class Reader(FamilyModel):
         super().check(where)
         check_length(self.text, where, "text_encoder")
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
+    def encode_prompts(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told in words."""
         handed: dict[int, Condition] = {}  # by identity
         for one in candidates:

@@ -125,11 +125,11 @@ class StableUnCLIP(KLModel, Reader):
             }
         return parts
 
-    def tell(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
+    def encode_prompts(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
-        return with_images(self, candidates, super().tell(candidates, table), self.device)
+        return with_images(self, candidates, super().encode_prompts(candidates, table), self.device)
 
-    def show(
+    def add_image_embeds(
         self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What each candidate is told in words, with an image embedding (E,) beside it, noised as its settings say."""

@@ -89,7 +89,7 @@ def test_pictures_are_the_stock_modules_whatever_is_beside_them(tiny: TextToImag
 def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> list[Row]:
     asked = replace(model.model.abilities.defaults, prior=False, **settings)
     candidates = [Candidate(prompt=prompt, seed=seed, settings=asked) for seed, prompt in enumerate(prompts)]
-    told = model.model.tell(candidates, Table())
+    told = model.model.encode_prompts(candidates, Table())
     schedule, shape = model.model.levels.schedule(asked.sampler, asked.num_inference_steps), (4, 8, 8)
     return [
         Row(seed, seed, shape, schedule, asked.sampler, prompt, null=null, guidance_scale=asked.guidance_scale)
@@ -176,8 +176,8 @@ def test_texts_side_by_side_are_read_in_one_block_each(own: TextToImage) -> None
     """Candidates with image embeddings of their own have conditions of their own, and still share their text."""
     model, asked = own.model, own.model.abilities.defaults
     candidates = [Candidate(prompt=WORDS[k // 2], seed=k, settings=asked) for k in range(4)]
-    told = model.tell(candidates, Table())
-    prompts = model.show(candidates, [prompt for prompt, _ in told], drawn(4, WIDTH).unbind(0))
+    told = model.encode_prompts(candidates, Table())
+    prompts = model.add_image_embeds(candidates, [prompt for prompt, _ in told], drawn(4, WIDTH).unbind(0))
     schedule = model.levels.schedule(asked.sampler, asked.num_inference_steps)
     rows = rows_over(own)
     rows.admit(

@@ -161,7 +161,9 @@ def test_full_size(version: str, billions: dict[str, float]) -> None:
     words = Condition()
     if version == "2.1":  # XLM-RoBERTa looks at its mask, so it cannot run without memory
         words = Condition(torch.empty(77, XLM["hidden_size"], device="meta"), torch.empty(width, device="meta"))
-    shown = Conditions(tuple(model.show(candidates * 2, [words] * 2, [torch.empty(width, device="meta")] * 2)))
+    shown = Conditions(
+        tuple(model.add_image_embeds(candidates * 2, [words] * 2, [torch.empty(width, device="meta")] * 2))
+    )
     x = torch.empty(2, *model.latent_shape(settings), device="meta")
     assert x.shape[1:] == (4, 64, 64)
     assert model.call(x, torch.empty(2, device="meta"), shown).shape == (2, 8, 64, 64)
@@ -190,6 +192,6 @@ def test_full_size_for_inpainting(version: str, name: str) -> None:
     words, width = Condition(), FULL[version]["width"]
     if version == "2.1":
         words = Condition(torch.empty(77, XLM["hidden_size"], device="meta"), torch.empty(width, device="meta"))
-    (shown,) = model.show([candidate], [words], [torch.empty(width, device="meta")])
+    (shown,) = model.add_image_embeds([candidate], [words], [torch.empty(width, device="meta")])
     told, _ = begins.telling((shown, None))
     assert model.call(x, torch.empty(1, device="meta"), Conditions((told,))).shape == (1, 8, *x.shape[2:])

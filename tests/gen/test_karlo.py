@@ -479,8 +479,8 @@ def test_full_size(folder: Path) -> None:
     assert ours == theirs
 
     (candidate,) = resolve(Request(prompt=SHORT, seed=0), model.abilities).candidates
-    ((words, null),) = model.tell([candidate], Table())
-    (prompt,) = model.show([candidate], [words], [torch.empty(768, device="meta")])
+    ((words, null),) = model.encode_prompts([candidate], Table())
+    (prompt,) = model.add_image_embeds([candidate], [words], [torch.empty(768, device="meta")])
     for each in (prompt, null):
         assert each is not None and each.tokens is not None and each.mask is not None
         assert each.tokens.shape == (4 + 77, 1536) and each.mask.shape == (4 + 77,)

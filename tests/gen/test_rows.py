@@ -100,7 +100,9 @@ def rows_of(model: TextToImage, count: int, **settings: Any) -> list[Row]:
             null=null,
             guidance_scale=one.settings.guidance_scale,
         )
-        for key, (one, (prompt, null)) in enumerate(zip(candidates, model.model.tell(candidates, Table()), strict=True))
+        for key, (one, (prompt, null)) in enumerate(
+            zip(candidates, model.model.encode_prompts(candidates, Table()), strict=True)
+        )
     ]
 
 

@@ -184,7 +184,7 @@ def test_full_size(name: str) -> None:
 
     # a prompt and its null through towers, UNet and autoencoder
     (candidate,) = resolve(Request(prompt="a star", seed=0, **full.get("words", {})), model.abilities).candidates
-    ((prompt, null),) = model.tell([candidate], Table())
+    ((prompt, null),) = model.encode_prompts([candidate], Table())
     assert null is not None and prompt.tokens is not None and null.tokens is not None
     assert prompt.tokens.shape == null.tokens.shape == (77, full["unet"]["cross_attention_dim"])
     x = torch.empty(2, *model.latent_shape(settings), device="meta")

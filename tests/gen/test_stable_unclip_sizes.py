@@ -104,7 +104,7 @@ def test_full_size(width: int, has_prior: bool, numbers: int) -> None:
         told = Conditions((row.null, row.prompt))
         said = model.prior.cached_network()(torch.empty(2, width, device="meta"), torch.empty(2, device="meta"), told)
         assert said.shape == (2, width)
-    (prompt, null) = model.tell([candidate], Table())[0]
+    (prompt, null) = model.encode_prompts([candidate], Table())[0]
     assert null is not None and prompt.tokens is not None and prompt.tokens.shape == (77, 1024)
     assert null.vector is not None and null.vector.shape == (2 * width,)
     x = torch.empty(2, *model.latent_shape(settings), device="meta")

@@ -17,12 +17,12 @@ from tests.gen.engine.asked import KINDS, LEVEL, PLAIN, Latents, Refused, alone,
 
 
 def test_a_text_that_cannot_be_encoded_fails_its_request_alone(tiny: TextToImage, expected: list[Latents]) -> None:
-    def tell(candidates: Sequence[Any], table: Any) -> Any:
+    def encode_prompts(candidates: Sequence[Any], table: Any) -> Any:
         if any("zebra" in candidate.prompt for candidate in candidates):
             raise Refused("no zebras")
-        return tiny.model.tell(candidates, table)
+        return tiny.model.encode_prompts(candidates, table)
 
-    engine = engine_of(altered(tiny, tell=tell))
+    engine = engine_of(altered(tiny, encode_prompts=encode_prompts))
     futures = [engine.submit(request) for request in (KINDS[1], replace(PLAIN, prompt="a zebra"), KINDS[5])]
     run(engine)
     assert isinstance(futures[1].exception(timeout=0), Refused)
