@@ -34,7 +34,7 @@ from training.data.pictures import Pictures
 from training.recipe import built, options_of
 from training.sheets import captioned, pictures_of
 from training.soften import soften
-from training.task import Task, held_back
+from training.task import Task, validation_size
 from training.vision_start import place_patches_, whiten_patches_
 
 Channels = tuple[float, float, float]
@@ -106,7 +106,7 @@ class ClipTask(Task[CLIPWithCaptioner]):
             sizes = (len(self.tokenizer), recipe.max_length, recipe.projection_dim)
             captioner = Captioner(*sizes, recipe.caption_layers)
         self.network = CLIPWithCaptioner(clip, captioner)
-        self.held = held_back(len(self.dataset))
+        self.num_validation = validation_size(len(self.dataset))
         sample = _sample(self.dataset)
         mean, std = _channel_statistics(sample)
         size = recipe.resolution
@@ -125,7 +125,9 @@ class ClipTask(Task[CLIPWithCaptioner]):
 
     def groups(self) -> list[list[int]]:
         """All but the examples kept for `measure`."""
-        groups = ([index for index in group if index < self.held_indices.start] for group in self.dataset.groups())
+        groups = (
+            [index for index in group if index < self.validation_indices.start] for group in self.dataset.groups()
+        )
         return [group for group in groups if group]
 
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
@@ -154,7 +156,7 @@ class ClipTask(Task[CLIPWithCaptioner]):
     @torch.no_grad()
     def measure(self, network: CLIPWithCaptioner) -> dict[str, float]:
         """Text to image retrieval, top 1 of 100 held-back pairs, averaged over as many hundreds as there are."""
-        pixels, captions = self.batch_of(self.held_indices)
+        pixels, captions = self.batch_of(self.validation_indices)
         image, text = self._embed(network, pixels / 255, self._tokens(captions))
         pool = min(100, len(captions))
         whole = len(captions) // pool * pool
@@ -163,7 +165,7 @@ class ClipTask(Task[CLIPWithCaptioner]):
     @torch.no_grad()
     def sheet(self, network: CLIPWithCaptioner) -> Image.Image:
         """Held-back captions, each under the picture that the network thinks it tells of."""
-        pixels, captions = self.batch_of(self.held_indices[:32])
+        pixels, captions = self.batch_of(self.validation_indices[:32])
         image, text = self._embed(network, pixels / 255, self._tokens(captions))
         best = (F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T).argmax(dim=1)
         return captioned(pictures_of(pixels[best]), captions)

@@ -39,7 +39,7 @@ from training.frozen import (
 )
 from training.recipe import RecipeError, Section, built, options_of
 from training.sheets import captioned
-from training.task import Task, held_back
+from training.task import Task, validation_size
 
 FILLED_IN = (  # options of the UNet that CLIP and the autoencoder decide
     *("in_channels", "out_channels", "cross_attention_dim"),
@@ -121,7 +121,7 @@ class DecoderTask(Task[Aligned]):
         if recipe.align_weight:
             patches = image_patches(pictures, clip, recipe.clip)
         self.dataset: Encoded = Encoded(pictures, latents(pictures, self.vae, recipe.vae), embeddings, patches)
-        self.held = held_back(len(self.dataset))
+        self.num_validation = validation_size(len(self.dataset))
         torch.manual_seed(recipe.train.seed)
         unet = _unet(recipe, self.vae.config.latent_channels, embeddings.shape[1], self.clip_model.config)
         if recipe.align_weight and unet.mid_block is None:
@@ -179,12 +179,12 @@ class DecoderTask(Task[Aligned]):
 
     def measure(self, network: Aligned) -> dict[str, float]:
         """The unweighted error over held-back pictures with fixed noise."""
-        return {"held_back_error": self.held_error(network, "error")}
+        return {"held_back_error": self.validation_loss(network, "error")}
 
     @torch.no_grad()
     def sheet(self, network: Aligned) -> Image.Image:
         """Held-back captions painted from text alone."""
-        captions = [self.dataset.captions[index] for index in self.held_indices[-24:]]
+        captions = [self.dataset.captions[index] for index in self.validation_indices[-24:]]
         painter = TextToImage(self.model(network.unet))
         painted = painter(captions, num_inference_steps=20, guidance_scale=4.0, seed=0, rerank=False)
         assert isinstance(painted.images, list), "they are Pillow's"

@@ -39,7 +39,7 @@ from training.data.examples import DataError, Skipped
 from training.data.pictures import find_examples
 from training.recipe import RecipeError
 from training.sheets import captioned
-from training.task import Task, held_back
+from training.task import Task, validation_size
 from training.trajectories import TrajectoryOptions, trajectories
 
 
@@ -122,7 +122,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         computed = f"{recipe.teacher_dtype} {recipe.teacher_runtime} {' '.join(digests)}"
         self.dataset: Trajectories = Trajectories(several, trajectories(teacher, several, options, place, computed))
         self.reads = hashlib.sha256("\0".join([*digests, *captions]).encode()).hexdigest()
-        self.held = held_back(len(captions)) * recipe.num_images_per_prompt
+        self.num_validation = validation_size(len(captions)) * recipe.num_images_per_prompt
         self.told: dict[str, Condition] = {}  # what the UNet is told of each caption, worked out when first asked
 
     def start_from(self, folder: Path) -> None:
@@ -150,12 +150,12 @@ class DraftTask(Task[UNet2DConditionModel]):
 
     def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
         """The same over held-back captions, at fixed places, of what is saved."""
-        return {"held_back_error": self.held_error(self._saved(network), "loss")}
+        return {"held_back_error": self.validation_loss(self._saved(network), "loss")}
 
     @torch.no_grad()
     def sheet(self, network: UNet2DConditionModel) -> Image.Image:
         """Drafts of held-back captions, by what is saved."""
-        captions = list(dict.fromkeys(self.dataset.captions[index] for index in self.held_indices))[:24]
+        captions = list(dict.fromkeys(self.dataset.captions[index] for index in self.validation_indices))[:24]
         painter = TextToImage(replace(self.model, unet=self._saved(network), clip=None, drafter=None))
         asked: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "sampler": SAMPLER}
         painted = painter(captions, **asked, prior=False, seed=0, rerank=False)

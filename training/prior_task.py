@@ -31,7 +31,7 @@ from training.data.pictures import Pictures
 from training.frozen import default_device, image_embeddings, load_clip, reads, transformers_model
 from training.recipe import built, options_of
 from training.sheets import captioned, pictures_of
-from training.task import Task, held_back
+from training.task import Task, validation_size
 
 
 class PriorRecipe(AttentionRecipe):
@@ -75,7 +75,7 @@ class PriorTask(Task[PriorTransformer]):
         self.skipped, self.reads = self.pictures.skipped, reads(self.pictures, recipe.clip)
         embeddings = image_embeddings(self.pictures, clip, recipe.clip)
         self.dataset: Embedded = Embedded(self.pictures, embeddings)
-        self.held = held_back(len(self.dataset))
+        self.num_validation = validation_size(len(self.dataset))
         width = embeddings.shape[1]
         if (text_width := network.config.text_config.hidden_size) != width:
             raise ValueError(
@@ -121,7 +121,7 @@ class PriorTask(Task[PriorTransformer]):
     @torch.no_grad()
     def measure(self, network: PriorTransformer) -> dict[str, float]:
         """Cosine between sampled and true embeddings of held-back pictures, and top 1 of 100 by it."""
-        embeddings, captions = self.batch_of(self.held_indices[:200])
+        embeddings, captions = self.batch_of(self.validation_indices[:200])
         sampled, true = self._sample(network, captions) - network.clip_mean, embeddings - network.clip_mean
         pool = min(100, len(captions))
         whole = len(captions) // pool * pool
@@ -133,11 +133,11 @@ class PriorTask(Task[PriorTransformer]):
     @torch.no_grad()
     def sheet(self, network: PriorTransformer) -> Image.Image:
         """Held-back captions, each under the held-back picture nearest to its sampled embedding."""
-        embeddings, captions = self.batch_of(self.held_indices)
+        embeddings, captions = self.batch_of(self.validation_indices)
         captions = captions[:24]
         sampled = F.normalize(self._sample(network, captions) - network.clip_mean, dim=-1)
         nearest = (sampled @ F.normalize(embeddings - network.clip_mean, dim=-1).T).argmax(dim=1)
-        pixels = torch.stack([self.pictures[self.held_indices[index]][0] for index in nearest.tolist()])
+        pixels = torch.stack([self.pictures[self.validation_indices[index]][0] for index in nearest.tolist()])
         return captioned(pictures_of(pixels), captions)
 
     def save(self, network: PriorTransformer, folder: Path) -> None:

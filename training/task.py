@@ -36,7 +36,7 @@ class Task(nn.Module, ABC, Generic[Network]):
     dataset: Dataset[Any]
     skipped: Skipped  # what was left out of the data, told when training ends
     reads: str  # a digest of all it reads: pictures, captions, frozen networks
-    held: int = 0  # how many of the last examples are kept for `measure`
+    num_validation: int = 0  # how many of the last examples are kept for `measure`
     progress: float = 0.0  # share of the steps done, in [0, 1); the loop says it before every step
 
     @abstractmethod
@@ -45,13 +45,13 @@ class Task(nn.Module, ABC, Generic[Network]):
 
     def groups(self) -> list[list[int]]:
         """Indices of examples that must share a batch, but for those that are held; by default each stands alone."""
-        return [[index] for index in range(self.held_indices.start)]
+        return [[index] for index in range(self.validation_indices.start)]
 
     @property
-    def held_indices(self) -> range:
+    def validation_indices(self) -> range:
         """The examples that are kept for `measure`."""
         number = len(self.dataset)  # type: ignore[arg-type]
-        return range(number - self.held, number)
+        return range(number - self.num_validation, number)
 
     @property
     def device(self) -> torch.device:
@@ -63,12 +63,12 @@ class Task(nn.Module, ABC, Generic[Network]):
         return moved(default_collate([self.dataset[index] for index in indices]), self.device)
 
     @torch.no_grad()
-    def held_error(self, network: Network, name: str) -> float:
+    def validation_loss(self, network: Network, name: str) -> float:
         """The mean of one of the losses over all that is held, by this network; its noise is the same every time."""
         losses = []
         with self.asking(network):
-            for first in self.held_indices[::TOGETHER]:
-                batch = self.batch_of(range(first, min(first + TOGETHER, self.held_indices.stop)))
+            for first in self.validation_indices[::TOGETHER]:
+                batch = self.batch_of(range(first, min(first + TOGETHER, self.validation_indices.stop)))
                 losses.append(self(batch, torch.Generator(self.device).manual_seed(first))[name])
         return torch.stack(losses).mean().item()
 
@@ -109,6 +109,6 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def held_back(num_examples: int, share: float = 0.02, most: int = 512) -> int:
+def validation_size(num_examples: int, share: float = 0.02, most: int = 512) -> int:
     """How many of a data set's last examples a task keeps for `measure`: 2 %, at most 512, at least 1."""
     return max(1, min(most, int(num_examples * share)))

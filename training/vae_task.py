@@ -20,7 +20,7 @@ from training.data.pictures import Pictures
 from training.frozen import load_vae
 from training.recipe import Recipe, built, options_of
 from training.sheets import pictures_of
-from training.task import Task, held_back
+from training.task import Task, validation_size
 
 
 class VaeRecipe(Recipe):
@@ -70,7 +70,7 @@ class VaeTask(Task[AutoencoderKL]):
             self.network.encoder.requires_grad_(False)
             self.network.quant_conv.requires_grad_(False)
             self.network.register_to_config(scaling_factor=load_vae(recipe.init).config.scaling_factor)
-        self.held = held_back(len(self.dataset))
+        self.num_validation = validation_size(len(self.dataset))
 
     def forward(self, batch: tuple[Tensor, list[str]], rng: torch.Generator) -> dict[str, Tensor]:
         """Reconstruction error, and the KL divergence of one latent value."""
@@ -109,7 +109,7 @@ class VaeTask(Task[AutoencoderKL]):
         return self.recipe.kl_weight * 100 ** (min(risen, 1.0) - 1)
 
     def _held_pixels(self, most: int) -> Tensor:
-        return to_signed(self.batch_of(self.held_indices[:most])[0])
+        return to_signed(self.batch_of(self.validation_indices[:most])[0])
 
 
 def to_signed(pixels: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from training.loop import train
 from training.parts import PART_TASKS
 from training.recipe import RecipeError, check
 from training.soften import soften
-from training.task import Task, held_back
+from training.task import Task, validation_size
 from training.vae_task import VaeRecipe, VaeTask
 from training.vision_start import AMPLITUDE, whiten_patches_
 
@@ -109,16 +109,16 @@ def test_only_the_network_is_trained(part: str, few_shapes: Path, trained: Path)
 def test_held_back_examples_are_in_no_group(part: str, few_shapes: Path, trained: Path) -> None:
     task = make(part, few_shapes, trained)
     indices = sorted(index for group in task.groups() for index in group)
-    assert indices == list(range(len(task.dataset) - task.held))  # type: ignore[arg-type]
+    assert indices == list(range(len(task.dataset) - task.num_validation))  # type: ignore[arg-type]
     if part == "clip":
-        assert [len(group) for group in task.groups()] == [4] * 9 + [4 - task.held]  # contrasts meet
-    assert [held_back(number) for number in (1, 40, 1000, 60_000)] == [1, 1, 20, 512]
+        assert [len(group) for group in task.groups()] == [4] * 9 + [4 - task.num_validation]  # contrasts meet
+    assert [validation_size(number) for number in (1, 40, 1000, 60_000)] == [1, 1, 20, 512]
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_sheets_and_scores(part: str, few_shapes: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make(part, few_shapes, trained)
-    task.held = 6
+    task.num_validation = 6
     trained_network = task.network
     sheet, scores = task.sheet(task.network), task.measure(task.network)
     assert isinstance(sheet, Image.Image) and min(sheet.size) >= 64
@@ -272,7 +272,7 @@ def test_clip_preprocessing_is_measured(few_shapes: Path, trained: Path) -> None
 
 def test_latents_are_saved_at_unit_variance(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
     task = make("vae", few_shapes, trained)
-    task.held = len(task.dataset)  # all are held back, so all are measured
+    task.num_validation = len(task.dataset)  # all are held back, so all are measured
     (tmp_path / "vae").mkdir()
     task.save(task.network, tmp_path / "vae")
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
