@@ -115,7 +115,7 @@ class Candidate:
         return record | ({"given": list(given)} if given else {})
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], able: Abilities, images: Sequence[Source] = ()) -> Candidate:
+    def from_json(cls, record: Mapping[str, Any], abilities: Abilities, images: Sequence[Source] = ()) -> Candidate:
         """The candidate of a record, checked as a request is; ValueError says what the record lacks.
 
         The pictures it was painted from are looked for among `images`, and then where the record says.
@@ -129,12 +129,12 @@ class Candidate:
         if not isinstance(prompt, str) or not isinstance(told, Mapping):
             raise ValueError("the record is damaged: its prompt is no text or its settings no object")
         # records of old have no vae_tiling, and knew none
-        settings = replace(able.defaults, vae_tiling=False).updated(told, "record")
-        check_settings(settings, able)
+        settings = replace(abilities.defaults, vae_tiling=False).updated(told, "record")
+        check_settings(settings, abilities)
         path = noise_path_of(record)
-        shown = unpacked(record[SHOWN], able.ip_adapter_shape) if SHOWN in record else None
+        shown = unpacked(record[SHOWN], abilities.ip_adapter_shape) if SHOWN in record else None
         pictures = {name: found(name, record[name], images, PICTURES[name]) for name in PICTURES if name in record}
-        check_named(settings, pictures, able)
+        check_named(settings, pictures, abilities)
         return cls(
             prompt=prompt,
             seed=integer("seed", seed, 0, MAX_SEED),
@@ -157,14 +157,14 @@ def noise_path_of(record: Mapping[str, Any]) -> tuple[NoiseSegment, ...]:
     return tuple(NoiseSegment.from_json(each) for each in told)
 
 
-def check_named(settings: Settings, pictures: Mapping[str, Source], able: Abilities) -> None:
+def check_named(settings: Settings, pictures: Mapping[str, Source], abilities: Abilities) -> None:
     """Refuse (ValueError) pictures that the model cannot see, and settings of pictures that a record does not name."""
     if "variation_of" in pictures:
-        check_seeing(settings, able)
+        check_seeing(settings, abilities)
     elif settings.edit_from or "interpolate_image" in pictures:
         raise ValueError("the record is damaged: it moves the embedding of a picture that it does not name")
     if SHOWN_PICTURE in pictures:
-        check_shown(able)
+        check_shown(abilities)
     if settings.strength < 1 and "image" not in pictures:
         raise ValueError(f"the record is damaged: its strength is {settings.strength}, and it names no image")
     if settings.denoising_start:
@@ -189,18 +189,18 @@ def unpacked(told: object, shape: tuple[int, ...] | None) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def check_seeing(settings: Settings, able: Abilities) -> None:
+def check_seeing(settings: Settings, abilities: Abilities) -> None:
     """Refuse a picture's embedding (ValueError) of a model that takes none, or has nothing to make it by."""
-    if not able.can_see:
-        told = "takes no image embedding" if able.embedding_width is None else "has no CLIP for it"
+    if not abilities.can_see:
+        told = "takes no image embedding" if abilities.embedding_width is None else "has no CLIP for it"
         raise ValueError(f"variation_of was given, but this model {told}; leave it out, or begin from it with image")
-    if settings.edit_from and not able.can_compare:
+    if settings.edit_from and not abilities.can_compare:
         raise ValueError("edit_from compares texts by the CLIP whose embeddings the model takes; it has no such clip/")
 
 
-def check_shown(able: Abilities) -> None:
+def check_shown(abilities: Abilities) -> None:
     """Refuse a picture (ValueError) to a model that no IP-Adapter shows one, or that cannot embed it."""
-    if able.ip_adapter_shape is None:
+    if abilities.ip_adapter_shape is None:
         raise ValueError(f"{SHOWN_PICTURE} was given, but this model has no IP-Adapter; load one with load_ip_adapter")
-    if not able.ip_adapter_sees:
+    if not abilities.ip_adapter_sees:
         raise ValueError(f"the IP-Adapter has no image encoder; load it with image_encoder=FOLDER, or give {SHOWN}")

@@ -105,8 +105,8 @@ def generate(
             say("generate", f"{runtime} reads and compiles each network when it is first asked, which takes a while")
         added.to(painter)
         loaded = time.perf_counter()
-        able = painter.model.abilities
-        num_images_per_prompt, keep = _how_many(num_images_per_prompt, keep, budget, rerank and able.can_rank)
+        abilities = painter.model.abilities
+        num_images_per_prompt, keep = _how_many(num_images_per_prompt, keep, budget, rerank and abilities.can_rank)
         request = Request(
             prompt=prompt,
             num_images_per_prompt=num_images_per_prompt,
@@ -118,7 +118,7 @@ def generate(
             ip_adapter_image=ip_adapter_image,
             **words,
         )
-        resolve(request, able)  # every mistake, before the note on words
+        resolve(request, abilities)  # every mistake, before the note on words
         foreign = painter.card.unknown_words(plain(prompt) if request.prompt_weights else prompt)
         note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
         if note:

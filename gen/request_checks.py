@@ -34,29 +34,29 @@ Pictures = Mapping[str, Sequence[Source | None]]
 """Those of each prompt, by their names in `PICTURES`"""
 
 
-def check_beginning(request: Request, able: Abilities) -> None:
+def check_beginning(request: Request, abilities: Abilities) -> None:
     """Refuse a prior beside another's image embedding, and a picture to a model that cannot begin with one."""
     if request.prior and request.has_embedding:
         name = "image_embeds" if request.variation_of is None else "variation_of"
         raise ValueError(f"prior=True and {name} were both given; an image embedding needs no prior")
-    if request.image is not None and able.strength is None:
+    if request.image is not None and abilities.strength is None:
         raise ValueError("image was given, but this model cannot begin with a picture; leave it out")
 
 
-def check_conditions(request: Request, settings: Settings, able: Abilities) -> None:
+def check_conditions(request: Request, settings: Settings, abilities: Abilities) -> None:
     """Refuse what leaves a network without something that it is to be told: a text, an image embedding or a null."""
     if not request.has_embedding and settings.prior and request.prompt is None:
         raise ValueError("the prior reads the prompt as text; give prompt as well, or prior=False")
-    if able.needs_image and not request.has_embedding and not settings.prior:
+    if abilities.needs_image and not request.has_embedding and not settings.prior:
         told, cure = "this model has no prior and", "give image_embeds or variation_of"
-        if able.prior_max_steps:
+        if abilities.prior_max_steps:
             told, cure = "without its prior this model", "leave prior=False out"
-        elif able.takes_null_image:
+        elif abilities.takes_null_image:
             cure = "give image_embeds, or load it with prior_model=NAME"
         raise ValueError(f"{told} paints nothing from a text alone; {cure}")
     if request.variation_of is not None:
-        check_seeing(settings, able)
-    is_lacking = able.takes_null_image and not able.has_null_image and request.negative_image_embeds is None
+        check_seeing(settings, abilities)
+    is_lacking = abilities.takes_null_image and not abilities.has_null_image and request.negative_image_embeds is None
     if is_lacking and settings.guidance_scale != 1:
         told = "without its prior this model has no image to be guided away from"
         raise ValueError(f"{told}; give negative_image_embeds, or guidance_scale=1")
@@ -88,21 +88,21 @@ def check_variation(request: Request) -> None:
             raise ValueError(f"{name} is empty ({text!r}); give it in words, or leave it out")
 
 
-def check_pictures(request: Request, settings: Settings, able: Abilities, pictures: Pictures) -> None:
+def check_pictures(request: Request, settings: Settings, abilities: Abilities, pictures: Pictures) -> None:
     """Refuse a picture or a mask where the other lacks, or in a form in which it cannot be painted from."""
     if request.image is None:
         for name in ("mask_image", "strength"):
             if getattr(request, name) is not None:
                 raise ValueError(f"{name} was given without image; give the picture as well, or leave {name} out")
-    if able.needs_picture and request.image is None:
+    if abilities.needs_picture and request.image is None:
         raise ValueError("this model refines a picture and paints none from words alone; give image")
-    if able.inpaints_alone and (request.image is None or request.mask_image is None):
+    if abilities.inpaints_alone and (request.image is None or request.mask_image is None):
         raise ValueError("this model paints a part of a picture anew and does nothing else; give image and mask_image")
     for image, mask in zip(pictures["image"], pictures["mask_image"], strict=True):
         if image is not None:
             check_sized("image", image, settings.height, settings.width)
         if image is not None and mask is not None:
-            check_mask(mask, image, settings.height, settings.width, able.size_multiple)
+            check_mask(mask, image, settings.height, settings.width, abilities.size_multiple)
 
 
 def check_reading(request: Request, settings: Settings, said: Sequence[str]) -> None:
@@ -116,68 +116,68 @@ def check_reading(request: Request, settings: Settings, said: Sequence[str]) -> 
         raise ValueError(f"long_prompts=True and {given} were both given; give texts, or embeddings of all of them")
 
 
-def check_tensors(request: Request, settings: Settings, able: Abilities, num_prompts: int, n: int) -> None:
+def check_tensors(request: Request, settings: Settings, abilities: Abilities, num_prompts: int, n: int) -> None:
     """Refuse tensors that the model does not take, or in other shapes: `n` noises and one of the rest a prompt."""
-    cells = (settings.height // able.cell_size, settings.width // able.cell_size)
-    shape_of("latents", request.latents, (num_prompts * n, able.latent_channels, *cells))
-    if able.embedding_width is None:
+    cells = (settings.height // abilities.cell_size, settings.width // abilities.cell_size)
+    shape_of("latents", request.latents, (num_prompts * n, abilities.latent_channels, *cells))
+    if abilities.embedding_width is None:
         for name in ("image_embeds", "prior_latents"):
             if getattr(request, name) is not None:
                 raise ValueError(f"{name} was given, but this model takes no image embedding; leave it out")
     else:
-        shape_of("prior_latents", request.prior_latents, (num_prompts * n, able.embedding_width))
-        shape_of("image_embeds", request.image_embeds, (num_prompts, able.embedding_width))
-        shape_of("negative_image_embeds", request.negative_image_embeds, (num_prompts, able.embedding_width))
-    if request.negative_image_embeds is not None and not able.takes_null_image:
+        shape_of("prior_latents", request.prior_latents, (num_prompts * n, abilities.embedding_width))
+        shape_of("image_embeds", request.image_embeds, (num_prompts, abilities.embedding_width))
+        shape_of("negative_image_embeds", request.negative_image_embeds, (num_prompts, abilities.embedding_width))
+    if request.negative_image_embeds is not None and not abilities.takes_null_image:
         raise ValueError("negative_image_embeds was given, but this model is guided away from a text; leave it out")
-    if able.super_res_max_steps:
-        large = (able.latent_channels, settings.height, settings.width)
+    if abilities.super_res_max_steps:
+        large = (abilities.latent_channels, settings.height, settings.width)
         shape_of("super_res_latents", request.super_res_latents, (num_prompts * n, *large))
-    check_ip_adapter(request, able, num_prompts)
-    check_text_tensors(request, able, num_prompts)
+    check_ip_adapter(request, abilities, num_prompts)
+    check_text_tensors(request, abilities, num_prompts)
 
 
-def check_ip_adapter(request: Request, able: Abilities, num_prompts: int) -> None:
+def check_ip_adapter(request: Request, abilities: Abilities, num_prompts: int) -> None:
     """Refuse what an IP-Adapter is to show where there is none, where it comes twice or in another shape."""
     if request.ip_adapter_image is not None:
-        check_shown(able)
+        check_shown(abilities)
         if request.ip_adapter_image_embeds is not None:
             raise ValueError(f"{SHOWN_PICTURE} and {SHOWN} were both given; give one of them")
-    if able.ip_adapter_shape is not None:
-        shape_of(SHOWN, request.ip_adapter_image_embeds, (num_prompts, *able.ip_adapter_shape))
+    if abilities.ip_adapter_shape is not None:
+        shape_of(SHOWN, request.ip_adapter_image_embeds, (num_prompts, *abilities.ip_adapter_shape))
     elif request.ip_adapter_image_embeds is not None:
         raise ValueError(f"{SHOWN} was given, but this model has no IP-Adapter; load one with load_ip_adapter")
 
 
-def check_text_tensors(request: Request, able: Abilities, num_prompts: int) -> None:
+def check_text_tensors(request: Request, abilities: Abilities, num_prompts: int) -> None:
     """Refuse embeddings of texts that the model does not take, or not alone, or not in this shape."""
     words, null = request.prompt_embeds, request.negative_prompt_embeds
-    if able.text_shape is None:
+    if abilities.text_shape is None:
         for name in (*POOLED, *POOLED.values()):
             if getattr(request, name) is not None:
                 raise ValueError(f"{name} was given, but this model reads its texts itself; give them as text")
         return
-    length, width = able.text_shape
+    length, width = abilities.text_shape
     if isinstance(words, Tensor) and words.ndim == 3 and null is not None:
         length = words.shape[1]  # any length, when words and null agree on it
     shape_of("prompt_embeds", words, (num_prompts, length, width))
     shape_of("negative_prompt_embeds", null, (num_prompts, length, width))
     for name, pooled in POOLED.items():
-        if able.pooled_width is None:
+        if abilities.pooled_width is None:
             if getattr(request, pooled) is not None:
                 raise ValueError(f"{pooled} was given, but this model takes no pooled text; leave it out")
         elif (getattr(request, name) is None) != (getattr(request, pooled) is None):
             raise ValueError(f"this model takes {name} and {pooled} together; give both or none")
         else:
-            shape_of(pooled, getattr(request, pooled), (num_prompts, able.pooled_width))
+            shape_of(pooled, getattr(request, pooled), (num_prompts, abilities.pooled_width))
 
 
-def ignored(request: Request, settings: Settings, able: Abilities) -> list[tuple[str, str]]:
+def ignored(request: Request, settings: Settings, abilities: Abilities) -> list[tuple[str, str]]:
     """What was given and is not read, by name, and why."""
     image = settings.prior or request.has_embedding
-    by_prior = settings.prior and able.prior_reads_negative
-    reads_negative = by_prior or (able.reads_text and settings.guidance_scale != 1)
-    unread = "guidance_scale is 1" if able.reads_text else "the prior is off"
+    by_prior = settings.prior and abilities.prior_reads_negative
+    reads_negative = by_prior or (abilities.reads_text and settings.guidance_scale != 1)
+    unread = "guidance_scale is 1" if abilities.reads_text else "the prior is off"
     unheard: list[tuple[bool, str, tuple[str, ...]]] = [
         (settings.guidance_scale == 1, "guidance_scale is 1", GUIDED),
         (not reads_negative, unread, ("negative_prompt",)),
@@ -194,8 +194,8 @@ def ignored(request: Request, settings: Settings, able: Abilities) -> list[tuple
         (settings.denoising_start > 0, "denoising_start says where it begins", ("strength",)),
         (not settings.prior, "the prior is off", PRIORS),
         (not image and bool(request.noise_level), "the prior is off", ("noise_level",)),
-        (not able.super_res_max_steps, "this model has no super resolution", SUPER_RES),
-        (able.tells_score, "this model is told a score in its place", ("target_size", "negative_target_size")),
+        (not abilities.super_res_max_steps, "this model has no super resolution", SUPER_RES),
+        (abilities.tells_score, "this model is told a score in its place", ("target_size", "negative_target_size")),
     ]
     return [
         (name, reason)

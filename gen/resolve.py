@@ -40,32 +40,32 @@ OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MOST_IN_BUDGET = 4096  # candidates of a prompt, where only a budget says how many
 
 
-def resolve(request: Request, able: Abilities) -> Job:
+def resolve(request: Request, abilities: Abilities) -> Job:
     """Check every word against what the model can do and fill in what was left out.
 
     Raises ValueError with one line: what was given, what is allowed, what to do. Warns of what is not read.
     """
     request = with_numbers(request)
     prompts = prompts_of(request)
-    n, keep, rank = counts(request, able)
+    n, keep, rank = counts(request, abilities)
     search = search_of(request, rank, chooses=keep < n)
     one_of("output_type", request.output_type, OUTPUT_TYPES)
 
-    latents = image_latents(request, able, len(prompts), n)
+    latents = image_latents(request, abilities, len(prompts), n)
     pictures = pictures_of(request, len(prompts), latents)
-    check_beginning(request, able)
-    shared = filled_in(request, able, pictures, latents)
-    check_settings(shared, able)
-    check_conditions(request, shared, able)
-    unread = ignored(request, shared, able)
+    check_beginning(request, abilities)
+    shared = filled_in(request, abilities, pictures, latents)
+    check_settings(shared, abilities)
+    check_conditions(request, shared, abilities)
+    unread = ignored(request, shared, abilities)
     for name, reason in unread:
         warnings.warn(f"{name} is ignored: {reason}", UserWarning, stacklevel=2)
-    check_pictures(request, shared, able, pictures)
+    check_pictures(request, shared, abilities, pictures)
     check_variation(request)
     settings = settings_of_each(request, prompts, shared)
     seeds = candidate_seeds(request.seed, len(prompts), n)
-    check_tensors(request, shared, able, len(prompts), n)
-    check_settings(settings[0], able)  # with the texts that prompts have of their own
+    check_tensors(request, shared, abilities, len(prompts), n)
+    check_settings(settings[0], abilities)  # with the texts that prompts have of their own
 
     tensors = tensors_of(request, {name for name, _ in unread}, latents)
     return Job(
@@ -117,18 +117,18 @@ def num_textless(request: Request) -> int:
     return len(source)
 
 
-def counts(request: Request, able: Abilities) -> tuple[int, int, bool]:
+def counts(request: Request, abilities: Abilities) -> tuple[int, int, bool]:
     """How many candidates of each prompt are painted, how many of them are kept, and whether they are ranked."""
     n = num_candidates(request)
     keep = n if request.keep is None else integer("keep", request.keep, 1)
     if keep > n:
         raise ValueError(f"keep={keep} is more than num_images_per_prompt={n}; keep at most what is painted")
-    rank = is_ranked(request, able)
+    rank = is_ranked(request, abilities)
     if keep < n and not rank:
         why, cure = "rerank=False", "let it rank"
         if not request.is_whole:
             why, cure = f"denoising_end={request.denoising_end} leaves no whole picture", "leave that out"
-        if not able.can_rank:
+        if not abilities.can_rank:
             why, cure = "this model has no clip/ to rank with", "load it with clip=NAME"
         raise ValueError(f"keep={keep} of {n} needs a ranking, but {why}; leave keep out, or {cure}")
     return n, keep, rank
@@ -146,13 +146,13 @@ def num_candidates(request: Request) -> int:
     return n
 
 
-def is_ranked(request: Request, able: Abilities) -> bool:
+def is_ranked(request: Request, abilities: Abilities) -> bool:
     """Whether a CLIP says which candidates are the best; ValueError where it is to and cannot."""
     if request.rerank is None:
-        return able.can_rank and request.prompt is not None and request.is_whole
+        return abilities.can_rank and request.prompt is not None and request.is_whole
     if request.rerank and not request.is_whole:
         raise ValueError(f"rerank=True needs whole pictures, and denoising_end={request.denoising_end} leaves none")
-    if request.rerank and not able.can_rank:
+    if request.rerank and not abilities.can_rank:
         told = "load it with clip=NAME (a CLIP folder, hub id or open_clip:NAME/TAG), or leave rerank out"
         raise ValueError(f"rerank=True, but this model has no clip/ to rank with; {told}")
     if request.rerank and request.prompt is None:
@@ -174,9 +174,9 @@ def search_of(request: Request, rank: bool, *, chooses: bool) -> Search:
     return search
 
 
-def image_latents(request: Request, able: Abilities, num_prompts: int, n: int) -> list[Tensor] | None:
+def image_latents(request: Request, abilities: Abilities, num_prompts: int, n: int) -> list[Tensor] | None:
     """What `image` says as latents, for each candidate one; None: it is a picture, or missing."""
-    image, channels = request.image, able.latent_channels
+    image, channels = request.image, abilities.latent_channels
     is_latents = isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels != RGB
     if not is_latents:
         if request.denoising_start:
@@ -201,24 +201,26 @@ def pictures_of(request: Request, num_prompts: int, latents: Sequence[Tensor] | 
     return {name: sources(name, handed[name], num_prompts, channels) for name, channels in PICTURES.items()}
 
 
-def filled_in(request: Request, able: Abilities, pictures: Pictures, latents: Sequence[Tensor] | None) -> Settings:
+def filled_in(request: Request, abilities: Abilities, pictures: Pictures, latents: Sequence[Tensor] | None) -> Settings:
     """What all prompts are painted with: as asked for, else as the picture has it, else the model's own."""
     names = {item.name for item in fields(Settings)} - {"negative_prompt", *SECOND}
     given: dict[str, Any] = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
-    if request.sampler not in (None, able.defaults.sampler):
+    if request.sampler not in (None, abilities.defaults.sampler):
         given = dict.fromkeys(SAMPLER_OPTIONS) | given  # the model's own are its own sampler's
     if request.has_embedding:
         given["prior"] = False
-    begun = able.strength if request.mask_image is None else able.mask_strength
+    begun = abilities.strength if request.mask_image is None else abilities.mask_strength
     given.setdefault("strength", 1.0 if request.image is None else begun)
     if request.denoising_start:  # which says where it begins
         given["strength"] = 1.0
     if (first := pictures["image"][0]) is not None:
         check_alike(pictures["image"], request.height, request.width)
-        given["height"], given["width"] = size_of(first, request.height, request.width, able.size_multiple)
+        given["height"], given["width"] = size_of(first, request.height, request.width, abilities.size_multiple)
     if latents:
-        given["height"], given["width"] = size_of_latents(latents[0], able.cell_size, request.height, request.width)
-    return able.defaults.updated(given, "request")
+        given["height"], given["width"] = size_of_latents(
+            latents[0], abilities.cell_size, request.height, request.width
+        )
+    return abilities.defaults.updated(given, "request")
 
 
 def size_of_latents(latents: Tensor, cell: int, height: int | None, width: int | None) -> tuple[int, int]:

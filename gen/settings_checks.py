@@ -16,45 +16,45 @@ from samplers.sample import SAMPLERS
 MOST_PRIOR_SAMPLES = 64  # of a prior for one candidate
 
 
-def check_settings(settings: Settings, able: Abilities) -> None:
+def check_settings(settings: Settings, abilities: Abilities) -> None:
     """Refuse settings this model cannot paint with (ValueError); each function below refuses some."""
-    check_size(settings, able)
-    check_words(settings, able)
-    check_told(settings, able)
-    check_steps(settings, able)
-    check_guidance(settings, able)
+    check_size(settings, abilities)
+    check_words(settings, abilities)
+    check_told(settings, abilities)
+    check_steps(settings, abilities)
+    check_guidance(settings, abilities)
     check_thresholding(settings)
     check_sampler(settings)
     check_interval(settings)
-    check_clip_skip(settings, able)
-    check_prior(settings, able)
-    check_embedding(settings, able)
-    check_decoding(settings, able)
+    check_clip_skip(settings, abilities)
+    check_prior(settings, abilities)
+    check_embedding(settings, abilities)
+    check_decoding(settings, abilities)
 
 
-def check_size(settings: Settings, able: Abilities) -> None:
+def check_size(settings: Settings, abilities: Abilities) -> None:
     """Height and width that divide into latents."""
     for name in ("height", "width"):
         pixels = integer(name, getattr(settings, name), 1, MOST_PIXELS)
-        if pixels % able.size_multiple:
-            below = max(pixels // able.size_multiple, 1) * able.size_multiple
+        if pixels % abilities.size_multiple:
+            below = max(pixels // abilities.size_multiple, 1) * abilities.size_multiple
             raise ValueError(
-                f"{name}={pixels} cannot be halved into latents; give a multiple of {able.size_multiple}, "
+                f"{name}={pixels} cannot be halved into latents; give a multiple of {abilities.size_multiple}, "
                 f"such as {below}"
             )
 
 
-def check_words(settings: Settings, able: Abilities) -> None:
+def check_words(settings: Settings, abilities: Abilities) -> None:
     """The null's text, how texts are read, and what a second text tower reads."""
     texts("negative_prompt", settings.negative_prompt)
     for name in ("prompt_weights", "long_prompts"):
-        if boolean(name, getattr(settings, name)) and not able.text_layers:
+        if boolean(name, getattr(settings, name)) and not abilities.text_layers:
             raise ValueError(f"{name}=True, but this model reads a prompt only as it stands; leave {name} out")
     if settings.long_prompts and settings.interpolate_prompt:
         raise ValueError("long_prompts=True and interpolate_prompt were both given; leave one of them out")
     for name in SECOND:
         if (second := getattr(settings, name)) is not None:
-            if not able.has_second_text:
+            if not abilities.has_second_text:
                 raise ValueError(f"{name} was given, but this model has no second text tower; leave it out")
             if settings.prompt_weights or settings.long_prompts:
                 told = "prompt_weights" if settings.prompt_weights else "long_prompts"
@@ -62,11 +62,11 @@ def check_words(settings: Settings, able: Abilities) -> None:
             texts(name, second)
 
 
-def check_told(settings: Settings, able: Abilities) -> None:
+def check_told(settings: Settings, abilities: Abilities) -> None:
     """Sizes and scores that the UNet is told beside the texts."""
     for name, at_least in SIZES.items():
         if (pair := getattr(settings, name)) is not None:
-            if not able.tells_sizes:
+            if not abilities.tells_sizes:
                 raise ValueError(f"{name} was given, but this model is told no sizes; leave it out")
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(f"{name}={pair} is not a pair of pixels, down and across; give two whole numbers")
@@ -74,14 +74,14 @@ def check_told(settings: Settings, able: Abilities) -> None:
                 integer(name, side, at_least)
     for name in SCORES:
         if (score := getattr(settings, name)) is not None:
-            if not able.tells_score:
+            if not abilities.tells_score:
                 raise ValueError(f"{name} was given, but this model is told no score, as a refiner is; leave it out")
             finite_float(name, score, 0.0)
 
 
-def check_steps(settings: Settings, able: Abilities) -> None:
+def check_steps(settings: Settings, abilities: Abilities) -> None:
     """How many steps, and which share of the way from noise to a picture."""
-    integer("num_inference_steps", settings.num_inference_steps, 1, able.max_steps)
+    integer("num_inference_steps", settings.num_inference_steps, 1, abilities.max_steps)
     if finite_float("strength", settings.strength, 0.0, 1.0, hint="the share painted anew") == 0 or (
         settings.skipped_steps == settings.num_inference_steps
     ):
@@ -94,22 +94,22 @@ def check_steps(settings: Settings, able: Abilities) -> None:
     if start >= end:
         told = f"denoising_start={start} is not below denoising_end={end}"
         raise ValueError(f"{told}; give shares of the way from noise to a picture, the start before the end")
-    if end < 1 and able.super_res_max_steps:
+    if end < 1 and abilities.super_res_max_steps:
         raise ValueError(f"denoising_end={end} leaves no whole picture, which super resolution needs; leave it out")
 
 
-def check_guidance(settings: Settings, able: Abilities) -> None:
+def check_guidance(settings: Settings, abilities: Abilities) -> None:
     """How much it is guided, and by which rule."""
     finite_float("guidance_scale", settings.guidance_scale, 1.0, hint="1 turns guidance off")
     finite_float("guidance_rescale", settings.guidance_rescale, 0.0, 1.0)
     one_of("guidance_rule", settings.guidance_rule, list(RULES))
-    if settings.guidance_rule == "autoguidance" and not able.can_autoguide:
+    if settings.guidance_rule == "autoguidance" and not abilities.can_autoguide:
         raise ValueError("guidance_rule=autoguidance needs a weaker UNet; load the model with weak_unet=FOLDER")
     integer("zero_init_steps", settings.zero_init_steps, 0, settings.num_inference_steps)
     finite_float("apg_eta", settings.apg_eta, 0.0, 1.0)
     finite_float("apg_norm_threshold", settings.apg_norm_threshold, 0.0)
     finite_float("apg_momentum", settings.apg_momentum, -1.0, 1.0)
-    if finite_float("clip_guidance_scale", settings.clip_guidance_scale, 0.0) and not able.can_rank:
+    if finite_float("clip_guidance_scale", settings.clip_guidance_scale, 0.0) and not abilities.can_rank:
         raise ValueError("clip_guidance_scale was given, but this model has no clip/ to guide by; leave it out")
 
 
@@ -150,39 +150,41 @@ def check_interval(settings: Settings) -> None:
         raise ValueError(f"guidance_interval={interval} is upside down; give (lowest, highest) noise level")
 
 
-def check_clip_skip(settings: Settings, able: Abilities) -> None:
+def check_clip_skip(settings: Settings, abilities: Abilities) -> None:
     """How many layers of the text tower are left out."""
     if settings.clip_skip is not None:
-        if able.text_layers == 0:
+        if abilities.text_layers == 0:
             raise ValueError("clip_skip was given, but this model's decoder has no text tower of CLIP; leave it out")
-        integer("clip_skip", settings.clip_skip, 0, able.text_layers - 1)
+        integer("clip_skip", settings.clip_skip, 0, abilities.text_layers - 1)
 
 
-def check_prior(settings: Settings, able: Abilities) -> None:
+def check_prior(settings: Settings, abilities: Abilities) -> None:
     """A prior, and what it is asked for."""
     if not isinstance(settings.prior, bool):
         raise ValueError(f"prior={settings.prior!r}; give True, False or None")
     if settings.prior:
-        if able.prior_max_steps == 0:
+        if abilities.prior_max_steps == 0:
             raise ValueError("prior=True, but this model has no prior; leave prior out, or give image_embeds")
-        integer("prior_num_inference_steps", settings.prior_num_inference_steps, 1, able.prior_max_steps)
+        integer("prior_num_inference_steps", settings.prior_num_inference_steps, 1, abilities.prior_max_steps)
         finite_float("prior_guidance_scale", settings.prior_guidance_scale, 1.0, hint="1 turns guidance off")
         integer("prior_best_of", settings.prior_best_of, 1, MOST_PRIOR_SAMPLES)
 
 
-def check_embedding(settings: Settings, able: Abilities) -> None:
+def check_embedding(settings: Settings, abilities: Abilities) -> None:
     """What becomes of an image embedding before the decoder is told."""
     for name in ("interpolate_prompt", "edit_from"):
         if not isinstance(text := getattr(settings, name), str):
             raise ValueError(f"{name} is {text!r}; give a text")
     finite_float("interpolation", settings.interpolation, 0.0, 1.0)
     finite_float("edit_amount", settings.edit_amount, 0.0, 1.0)
-    integer("noise_level", settings.noise_level, 0, max(able.num_noise_levels - 1, 0))
+    integer("noise_level", settings.noise_level, 0, max(abilities.num_noise_levels - 1, 0))
 
 
-def check_decoding(settings: Settings, able: Abilities) -> None:
+def check_decoding(settings: Settings, abilities: Abilities) -> None:
     """From the decoder's latents to pixels."""
-    if able.super_res_max_steps:
-        integer("super_res_num_inference_steps", settings.super_res_num_inference_steps, 1, able.super_res_max_steps)
-    if boolean("vae_tiling", settings.vae_tiling) and not able.can_tile:
+    if abilities.super_res_max_steps:
+        integer(
+            "super_res_num_inference_steps", settings.super_res_num_inference_steps, 1, abilities.super_res_max_steps
+        )
+    if boolean("vae_tiling", settings.vae_tiling) and not abilities.can_tile:
         raise ValueError("vae_tiling=True, but this model's pictures are not decoded in tiles; leave vae_tiling out")

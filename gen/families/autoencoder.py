@@ -56,9 +56,9 @@ class LatentModel(FamilyModel):
             "unet in_channels": (self.unet.config.in_channels, self.latent_channels + beside)
         }
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        begun = replace(super().able(), strength=self.STRENGTH, mask_strength=self.MASK_STRENGTH)
+        begun = replace(super().make_abilities(), strength=self.STRENGTH, mask_strength=self.MASK_STRENGTH)
         return replace(begun, inpaints_alone=self.adds_mask)
 
     @property
@@ -139,9 +139,9 @@ class KLModel(LatentModel):
         tile = self.vae.tile_sample_min_size
         return min(settings.height, tile) * min(settings.width, tile)
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        return replace(super().able(), can_tile=has_tiles(self.vae, self.factor))
+        return replace(super().make_abilities(), can_tile=has_tiles(self.vae, self.factor))
 
     @cached_property
     def tiled(self) -> Self:

@@ -135,7 +135,7 @@ class FamilyModel(ABC):
         """What is given, and what the other parts need, by its name."""
         return {"unet in_channels": (self.unet.config.in_channels, self.latent_channels)}
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -259,7 +259,7 @@ class FamilyModel(ABC):
     @cached_property
     def abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        return self.able()
+        return self.make_abilities()
 
     @property
     def unets(self) -> list[UNet2DConditionModel]:

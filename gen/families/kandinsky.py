@@ -183,10 +183,10 @@ class Kandinsky(MoVQModel):
         own_parts = {} if self.image_prior is None else self.image_prior.required_config(self.embedding_width)
         return told | super().required_config() | own_parts
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         return replace(
-            super().able(),
+            super().make_abilities(),
             needs_image=True,
             takes_null_image=True,
             has_null_image=self.prior is not None,
@@ -282,9 +282,9 @@ class Kandinsky22(Kandinsky):
         """E of the image embedding."""
         return self.unet.config.encoder_hid_dim
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        return replace(super().able(), reads_text=False)
+        return replace(super().make_abilities(), reads_text=False)
 
     def words(self, texts: Sequence[str]) -> list[Condition]:
         """Nothing: words reach the prior alone."""

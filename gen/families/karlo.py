@@ -152,14 +152,14 @@ class Karlo(Reader):
             told[f"{name} sample_size"] = (config.sample_size, max(self.factor, 1) * decoder.sample_size)
         return told if self.prior is None else told | self.prior.required_config(width, "prior")
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
-        able = super().able()
+        abilities = super().make_abilities()
         # both UNets halve a picture that often, and double it again
         halved = [network.config.block_out_channels for network in (self.unet, self.upscaler.first)]
         small, large = (2 ** (len(blocks) - 1) for blocks in halved)
         return replace(
-            able,
+            abilities,
             size_multiple=lcm(self.factor * small, large),
             text_shape=None,
             needs_image=self.prior is None,

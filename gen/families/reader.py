@@ -74,15 +74,15 @@ class Reader(FamilyModel):
         told = (self.unet.config.cross_attention_dim, self.text_width)
         return {"unet cross_attention_dim": told} | super().required_config()
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         layers = self.text.encoder.config.num_hidden_layers
         shape = (self.text.shape[0], self.text_width)
-        able = replace(super().able(), text_shape=shape, text_layers=layers)
+        abilities = replace(super().make_abilities(), text_shape=shape, text_layers=layers)
         if self.ip_adapter is None:
-            return able
+            return abilities
         sees = self.ip_adapter.encoder is not None
-        return replace(able, ip_adapter_shape=self.ip_adapter.shape, ip_adapter_sees=sees)
+        return replace(abilities, ip_adapter_shape=self.ip_adapter.shape, ip_adapter_sees=sees)
 
     def read(
         self,

@@ -141,12 +141,12 @@ class StableDiffusionXL(KLModel, Reader):
         told["unet projection_class_embeddings_input_dim"] = (config.projection_class_embeddings_input_dim, added)
         return told
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         layers = min(tower.encoder.config.num_hidden_layers for tower in self.towers)
         # one layer less, for the last is never read
-        able = replace(super().able(), pooled_width=self.pooled_width, text_layers=layers - 1)
-        told = replace(able, tells_sizes=True, tells_score=self.tells_score)
+        abilities = replace(super().make_abilities(), pooled_width=self.pooled_width, text_layers=layers - 1)
+        told = replace(abilities, tells_sizes=True, tells_score=self.tells_score)
         return replace(told, has_second_text=self.has_first, needs_picture=self.tells_score)
 
     def read(

@@ -96,10 +96,10 @@ class StableUnCLIP(KLModel, Reader):
         """E of the image embedding."""
         return self.image_normalizer.config.embedding_dim
 
-    def able(self) -> Abilities:
+    def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         num_noise_levels = self.image_noising.config.num_train_timesteps
-        return replace(super().able(), num_noise_levels=num_noise_levels, needs_image=self.needs_image)
+        return replace(super().make_abilities(), num_noise_levels=num_noise_levels, needs_image=self.needs_image)
 
     @property
     def saved_as(self) -> str:

@@ -14,10 +14,10 @@ from gen.resolve import resolve
 
 
 def test_settings_go_through_json(tiny: TextToImage) -> None:
-    able = tiny.model.abilities
-    job = resolve(Request(prompt="a star", seed=3, guidance_interval=(0.1, 2.0), sampler="heun"), able)
+    abilities = tiny.model.abilities
+    job = resolve(Request(prompt="a star", seed=3, guidance_interval=(0.1, 2.0), sampler="heun"), abilities)
     (candidate,) = job.candidates
-    again = Candidate.from_json(json.loads(json.dumps(candidate.to_json())), able)
+    again = Candidate.from_json(json.loads(json.dumps(candidate.to_json())), abilities)
     assert (again.prompt, again.seed, again.settings) == ("a star", 3, candidate.settings)
     assert isinstance(again.settings.guidance_interval, tuple)
 

@@ -166,11 +166,11 @@ def test_parts_of_runs_share_a_batch_with_whole_ones(ours: Pair) -> None:
 
 def test_latents_are_for_all_for_prompts_or_for_pictures(ours: Pair) -> None:
     handed = torch.cat([HANDED + k for k in range(4)])
-    able = ours.refiner.model.abilities
+    abilities = ours.refiner.model.abilities
 
     def begun(number: int) -> list[float]:
         request = Request(prompt=PROMPTS, num_images_per_prompt=2, image=handed[:number], denoising_start=SHARE)
-        each = [one.image_latents for one in resolve(request, able).candidates]
+        each = [one.image_latents for one in resolve(request, abilities).candidates]
         return [round(float((one - HANDED[0]).mean())) for one in each if one is not None]
 
     assert begun(1) == [0, 0, 0, 0] and begun(2) == [0, 0, 1, 1] and begun(4) == [0, 1, 2, 3]
@@ -192,11 +192,11 @@ def test_records_say_where_a_run_ended_and_what_they_lack(ours: Pair) -> None:
 
 
 def test_what_is_not_whole_is_not_ranked(ours: Pair) -> None:
-    able = replace(ours.base.model.abilities, can_rank=True)
-    assert resolve(Request(prompt=SHORT), able).rank
-    assert not resolve(Request(prompt=SHORT, denoising_end=0.5), able).rank
+    abilities = replace(ours.base.model.abilities, can_rank=True)
+    assert resolve(Request(prompt=SHORT), abilities).rank
+    assert not resolve(Request(prompt=SHORT, denoising_end=0.5), abilities).rank
     with pytest.warns(UserWarning, match="strength is ignored: denoising_start says where it begins"):
-        job = resolve(Request(prompt=SHORT, image=HANDED, denoising_start=SHARE, strength=0.5), able)
+        job = resolve(Request(prompt=SHORT, image=HANDED, denoising_start=SHARE, strength=0.5), abilities)
     assert job.rank and job.candidates[0].settings.strength == 1
 
 

@@ -289,6 +289,6 @@ def test_what_is_handed_in_is_copied(tiny: TextToImage) -> None:
 
 
 def test_a_model_that_cannot_begin_with_a_picture_says_so(tiny: TextToImage) -> None:
-    able = replace(tiny.model.abilities, strength=None)
+    abilities = replace(tiny.model.abilities, strength=None)
     with pytest.raises(ValueError, match="image was given, but this model cannot begin with a picture; leave it out"):
-        resolve(Request(prompt=SHORT, image=picture()), able)
+        resolve(Request(prompt=SHORT, image=picture()), abilities)

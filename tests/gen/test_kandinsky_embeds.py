@@ -116,9 +116,9 @@ def test_a_picture_does_not_depend_on_its_batch_and_repeats(
 def test_a_decoder_alone_says_what_it_lacks(
     kandinsky_folders: dict[str, dict[str, Path]], asked: dict[str, Any], message: str
 ) -> None:
-    able = TextToImage.from_pretrained(kandinsky_folders["2.2"]["decoder"], device="cpu").model.abilities
+    abilities = TextToImage.from_pretrained(kandinsky_folders["2.2"]["decoder"], device="cpu").model.abilities
     with pytest.raises(ValueError, match=message) as caught:
-        resolve(Request(prompt=SHORT, **asked), able)
+        resolve(Request(prompt=SHORT, **asked), abilities)
     assert "\n" not in str(caught.value)
 
 

@@ -182,9 +182,9 @@ def test_full_size_for_inpainting(version: str, name: str) -> None:
     assert model.saved_as == name and model.abilities.inpaints_alone
     assert_stocks_weights(model, getattr(diffusers, name)(**parts))
     assert model.unet.conv_in.weight.shape == (384, 9, 3, 3)
-    able, height, width = model.abilities, 512, 768
+    abilities, height, width = model.abilities, 512, 768
     asked = Request(prompt="a star", image=torch.rand(3, height, width), mask_image=torch.ones(height, width), seed=0)
-    (candidate,) = resolve(asked, able).candidates
+    (candidate,) = resolve(asked, abilities).candidates
     x = torch.empty(1, *model.latent_shape(candidate.settings), device="meta")
     (read,) = edit.read(model, [candidate])
     begins = edit.beginning(candidate, read, x.shape[1:], edit.schedule_of(model.levels, candidate.settings))

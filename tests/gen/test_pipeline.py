@@ -64,10 +64,10 @@ def test_repaint_refuses_what_it_cannot_repeat(tiny: TextToImage) -> None:
 def test_what_was_ignored_is_not_in_the_record(tiny: TextToImage) -> None:
     """So it keeps nobody from painting the picture again."""
     unread = {"super_res_latents": torch.zeros(1, 3, 8, 8)}
-    able = tiny.model.abilities
-    assert able.text_shape is not None and able.embedding_width is not None
-    unread["negative_prompt_embeds"] = torch.zeros(1, *able.text_shape)
-    unread["prior_latents"] = torch.zeros(1, able.embedding_width)
+    abilities = tiny.model.abilities
+    assert abilities.text_shape is not None and abilities.embedding_width is not None
+    unread["negative_prompt_embeds"] = torch.zeros(1, *abilities.text_shape)
+    unread["prior_latents"] = torch.zeros(1, abilities.embedding_width)
     with pytest.warns(
         UserWarning, match=r"^(super_res|prior)_latents is ignored|^negative_prompt_embeds is ignored"
     ) as told:

@@ -233,10 +233,10 @@ def test_what_is_ignored_is_said(tiny: TextToImage, words: dict[str, Any], ignor
 
 
 def test_a_model_without_prior_or_clip_says_so(tiny: TextToImage) -> None:
-    able = replace(tiny.model.abilities, prior_max_steps=0, can_rank=False)
+    abilities = replace(tiny.model.abilities, prior_max_steps=0, can_rank=False)
     with pytest.raises(ValueError, match="has no prior"):
-        resolve(Request(prompt="a star", prior=True), able)
-    plain = replace(able, defaults=replace(able.defaults, prior=False))
+        resolve(Request(prompt="a star", prior=True), abilities)
+    plain = replace(abilities, defaults=replace(abilities.defaults, prior=False))
     with pytest.raises(ValueError, match="no clip/ to rank with"):
         resolve(Request(prompt="a star", rerank=True), plain)
     with pytest.raises(ValueError, match="keep=1 of 2 needs a ranking"):
@@ -269,10 +269,10 @@ def test_eta_and_churn_go_together_where_one_is_0(tiny: TextToImage) -> None:
 
 def test_options_of_the_models_own_sampler_are_not_anothers(tiny: TextToImage) -> None:
     own = replace(tiny.model.abilities.defaults, sampler="euler", s_churn=3.0, s_noise=1.1)
-    able = replace(tiny.model.abilities, defaults=own)
+    abilities = replace(tiny.model.abilities, defaults=own)
     given = {"s_churn": 3.0, "s_noise": 1.1}
-    assert resolve(Request(prompt="a star"), able).candidates[0].settings.sampler_options == given
-    assert resolve(Request(prompt="a star", sampler="ddim"), able).candidates[0].settings.sampler_options == {}
+    assert resolve(Request(prompt="a star"), abilities).candidates[0].settings.sampler_options == given
+    assert resolve(Request(prompt="a star", sampler="ddim"), abilities).candidates[0].settings.sampler_options == {}
 
 
 def test_settings_defaults_are_the_models_own(tiny: TextToImage) -> None:

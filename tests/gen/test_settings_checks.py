@@ -97,11 +97,11 @@ def test_settings_that_no_model_or_not_this_one_takes(asked: dict[str, Any], mes
     ],
 )
 def test_what_a_model_cannot_do_is_refused(lacking: dict[str, Any], asked: dict[str, Any], message: str) -> None:
-    able, settings = replace(ABLE, **lacking), replace(GOOD, **asked)
-    check_settings(GOOD, able)
+    abilities, settings = replace(ABLE, **lacking), replace(GOOD, **asked)
+    check_settings(GOOD, abilities)
     check_settings(settings, ABLE)
     with pytest.raises(ValueError, match=message):
-        check_settings(settings, able)
+        check_settings(settings, abilities)
 
 
 def test_what_is_not_asked_of_a_model_is_not_checked() -> None:
