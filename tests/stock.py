@@ -16,6 +16,7 @@ from samplers.noise import noise
 SHORT, LONG = "a star", "a small red circle above a large blue square left of a green star on black"
 PROMPTS = [SHORT, LONG]
 SEED = 11
+FEW: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 4.0}  # asked of both
 LATENTS, LEVEL = 1e-4, 1  # what may differ: of the largest latent, and 8-bit levels of a picture
 
 

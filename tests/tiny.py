@@ -266,6 +266,12 @@ def stable_diffusion_scheduler() -> PNDMScheduler:
     )
 
 
+def ddim() -> DDIMScheduler:
+    """By the same betas."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
 def make_tiny_stable_diffusion(
     folder: str | Path,
     version: int = 1,  # or 2: another padding, activation and counting of heads

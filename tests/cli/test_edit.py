@@ -11,14 +11,14 @@ from PIL import Image
 from gen import command
 from gen.picture import read_png
 from tests.cli.typed import PROMPT, answer, refused
+from tests.pictures import noise
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     white = np.zeros((64, 64), dtype=np.uint8)
     white[:32] = 255
-    Image.fromarray(pixels).save(tmp_path / "in.png")
+    noise(0).save(tmp_path / "in.png")
     Image.fromarray(white).save(tmp_path / "mask.png")
     Image.fromarray(white[:, :32]).save(tmp_path / "narrow.png")
     return {name: str(tmp_path / f"{name}.png") for name in ("in", "mask", "narrow")}

@@ -17,7 +17,7 @@ from gen.candidate import Candidate
 from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.scheduler import STOCK
-from tests.gen.test_img2img import picture
+from tests.pictures import picture
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, stock_of
 from tests.tiny import make_tiny_stable_diffusion_xl
 

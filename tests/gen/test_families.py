@@ -22,6 +22,7 @@ from gen import command
 from gen.model_index import OF_KARLO
 from gen.picture import read_png
 from tests.gen.test_stable_unclip import img2img
+from tests.pictures import noise
 from tests.tiny import (
     make_tiny_clip,
     make_tiny_stable_diffusion,
@@ -109,8 +110,7 @@ def test_a_family_by_its_hub_id(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save("in.png")
+    noise(0).save("in.png")
     Image.fromarray(np.where(np.arange(64)[:, None] < 32, 255, np.zeros((64, 64))).astype(np.uint8)).save("mask.png")
 
     def snapshot(repository: str) -> Path:

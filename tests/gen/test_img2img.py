@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from gen import Request, TextToImage
@@ -20,20 +20,9 @@ from gen.candidate import Candidate
 from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.scheduler import STOCK
-from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
-from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
-
-SIZE = (48, 80)  # height and width, not the model's own
-FEW: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 4.0}
-
-
-def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
-
-
-def ddim() -> DDIMScheduler:
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+from tests.pictures import SIZE, picture
+from tests.stock import FEW, LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
+from tests.tiny import ddim, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
 
 @pytest.fixture(scope="module")

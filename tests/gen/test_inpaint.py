@@ -17,26 +17,16 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLInpaintPipeline,
 )
-from PIL import Image
 
 from gen import Request, TextToImage
 from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.scheduler import STOCK
-from tests.gen.test_img2img import FEW, SIZE, ddim, picture
-from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
-from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
+from tests.pictures import SIZE, mask, picture
+from tests.stock import FEW, LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
+from tests.tiny import ddim, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
 HEIGHT, WIDTH = SIZE
-
-
-def mask(size: tuple[int, int] = SIZE, box: tuple[int, int, int, int] = (13, 20, 43, 60)) -> Image.Image:
-    """White within top, left, bottom, right; grey in one row, which is white from 128 on."""
-    pixels = np.zeros(size, dtype=np.uint8)
-    top, left, bottom, right = box
-    pixels[top:bottom, left:right] = 255
-    pixels[-1] = 127
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")

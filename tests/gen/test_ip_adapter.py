@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -23,6 +22,7 @@ from gen.attention.network import attentions
 from gen.families.reader import Reader
 from gen.picture import read_png
 from tests.hub import cached
+from tests.pictures import noise
 from tests.stock import LONG, PROMPTS, SEED, SHORT, apart, assert_same, stock_of
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
@@ -98,7 +98,7 @@ def model(root: Path) -> TextToImage:
 
 def picture(seed: int = 0) -> Image.Image:
     """Of the encoder's own size, where no resize of transformers' can differ by a level."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8))
+    return noise(seed, (32, 32))
 
 
 @pytest.mark.parametrize(

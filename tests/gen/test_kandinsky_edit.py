@@ -26,9 +26,8 @@ from gen.families.kandinsky import widened
 from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.source import source
-from tests.gen.test_img2img import picture
-from tests.gen.test_inpaint import mask
 from tests.gen.test_kandinsky import VERSIONS, draws, stock_of
+from tests.pictures import mask, picture
 from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart
 from tests.tiny import WIDTH
 from tests.tiny_kandinsky import BETAS, make_tiny_kandinsky

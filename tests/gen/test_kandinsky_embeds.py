@@ -14,8 +14,8 @@ from gen import Request, TextToImage
 from gen.command import main
 from gen.embeds import moved, slerp
 from gen.resolve import resolve
-from tests.gen.test_img2img import picture
 from tests.gen.test_kandinsky import VERSIONS
+from tests.pictures import picture
 from tests.stock import LATENTS, LONG, SEED, SHORT, apart
 from tests.tiny import WIDTH
 

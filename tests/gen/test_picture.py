@@ -18,6 +18,7 @@ from gen.picture import (
     upright,
     write_png,
 )
+from tests.pictures import noise
 
 RECORD = {
     "prompt": "ein großer Kreis, 赤い円 🙂",
@@ -25,11 +26,6 @@ RECORD = {
     "score": 0.123456789,
     "settings": {"eta": 0.0},
 }
-
-
-def noise(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    width, height = size
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def test_picture_and_record_come_back_exactly(tmp_path: Path) -> None:

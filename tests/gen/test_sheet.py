@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from gen.sheet import GAP, LINE, TILE, _fit, _font_for, _lines, _num_lacking, contact_sheet
-from tests.gen.test_picture import noise
+from tests.pictures import noise
 
 
 def test_sheet_shows_every_pixel_as_painted() -> None:

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from gen import Request, TextToImage, command
 from gen.picture import largest_difference, read_png
 from gen.resolve import resolve
-from tests.gen.test_img2img import picture
+from tests.pictures import picture
 from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, edited, stock_of
 from tests.tiny import make_tiny_stable_diffusion_xl
 

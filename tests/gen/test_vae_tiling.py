@@ -24,10 +24,9 @@ from gen import Request, TextToImage, command, room
 from gen.families.autoencoder import KLModel, has_tiles
 from gen.picture import largest_difference, read_png
 from gen.resolve import resolve
-from tests.gen.test_img2img import ddim, picture
-from tests.gen.test_inpaint import mask
+from tests.pictures import mask, picture
 from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, edited, start, stock_of
-from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
+from tests.tiny import ddim, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_karlo import make_tiny_karlo
 
 TILE = 64  # pixels of the tiny autoencoders' tiles
