@@ -1,4 +1,4 @@
-"""Pictures and masks as people hand them in."""
+"""Pictures and masks as people hand them in, and what two paintings of one picture may differ by."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 SIZE = (48, 80)  # height and width, not the tiny models' own
+LEVEL = 1 / 255  # one 8-bit level of pixels from 0 to 1; the LEVEL of tests/stock.py is of pixels from 0 to 255
 
 
 def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from gen import Request, TextToImage
 from gen.answer import diverse
+from tests.pictures import LEVEL
 
-LEVEL = 1 / 255
 PROMPTS = ["a small red circle", "a large blue square"]
 
 

@@ -18,11 +18,12 @@ from gen import Request, TextToImage, compile_runtime
 from gen.attention import kernels
 from gen.compile_runtime import check_compile, run_compiled
 from gen.compiled import COMPILERS
+from tests.pictures import LEVEL
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_karlo import make_tiny_karlo
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
-CLOSE, LEVEL = 1e-4, 1 / 255  # of the largest; of pixels
+CLOSE = 1e-4  # of the largest
 MIXED = [
     Request(prompt="a star", num_images_per_prompt=5, seed=0, num_inference_steps=3, output_type="latent"),
     Request(prompt="red", seed=7, num_inference_steps=2, guidance_scale=1.0, prior=False, output_type="latent"),

@@ -15,9 +15,9 @@ import torch
 from gen import Cancelled, Step, TextToImage
 from gen.card import Card
 from gen.search import best_first, drawing_order
+from tests.pictures import LEVEL
 from tests.tiny import make_tiny_clip
 
-LEVEL = 1 / 255
 PROMPTS = ["a small red circle", "a large blue square"]
 
 
@@ -73,7 +73,7 @@ def test_what_was_ignored_is_not_in_the_record(tiny: TextToImage) -> None:
     ) as told:
         result = tiny("a star", seed=1, prior=False, guidance_scale=1.0, output_type="pt", **unread)
     assert len(told) == 3 and "given" not in result.records[0]
-    assert (tiny.repaint(result.records[0]) - result.images[0]).abs().max() <= 1 / 255
+    assert (tiny.repaint(result.records[0]) - result.images[0]).abs().max() <= LEVEL
 
 
 def test_a_record_says_how_it_was_computed(tiny: TextToImage) -> None:

@@ -30,9 +30,9 @@ from samplers.sample import advance, start
 from samplers.scaling import denoiser
 from samplers.state import Prediction, State
 from tests.engines import buckets_of, rows_over
+from tests.pictures import LEVEL
 from tests.tiny import WIDTH
 
-LEVEL = 1 / 255  # one 8-bit level
 PLAIN = Request(prompt="a small red circle", seed=7, rerank=False, output_type="pt")
 
 # Neighbours of every kind: other words, seeds, lengths, guidance, samplers, noise, sizes and no prior.

@@ -19,13 +19,13 @@ from gen.openvino_model import cut_levels, read
 from gen.openvino_runtime import core, streams_of
 from gen.pieces import SIZES, pieces_of
 from tests.cuda import pretended
+from tests.pictures import LEVEL
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_kandinsky import make_tiny_kandinsky
 from tests.tiny_karlo import make_tiny_karlo
 
 NEEDS_OPENVINO = pytest.mark.usefixtures("installed")
 CLOSE = 1e-4  # of the largest
-LEVEL = 1 / 255
 ROOT = Path(__file__).parents[2]
 MIXED = [
     Request(prompt="a star", num_images_per_prompt=3, seed=0, num_inference_steps=3, output_type="latent"),

@@ -17,9 +17,9 @@ from torch import Tensor
 from gen import Request, TextToImage
 from samplers.noise import noise
 from tests.attention import apart
+from tests.pictures import LEVEL
 from tests.tiny import WIDTH, tiny_unet
 
-LEVEL = 1 / 255  # one 8-bit level
 SHAPE, SEED, SCALE = (4, 8, 8), 3, 5.0
 ASKED: dict[str, Any] = {"seed": SEED, "prior": False, "rerank": False, "guidance_scale": SCALE}
 ASKED |= {"num_inference_steps": 5, "sampler": "euler"}

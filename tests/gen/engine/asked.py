@@ -15,7 +15,6 @@ from gen.request import Job
 from gen.row import Live
 from tests.engines import run
 
-LEVEL = 1 / 255  # one 8-bit level
 SECONDS = 120  # a wait that should never be needed
 
 PLAIN = Request(prompt="a small red circle", seed=7, rerank=False, output_type="latent")

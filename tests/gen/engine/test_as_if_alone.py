@@ -13,7 +13,8 @@ from gen import Request, Step, TextToImage
 from gen.search import Field, Go, Moves
 from samplers.sample import SAMPLERS
 from tests.engines import buckets_of
-from tests.gen.engine.asked import KINDS, LEVEL, PLAIN, SECONDS, Latents, Refused, alone, engine_of, same
+from tests.gen.engine.asked import KINDS, PLAIN, SECONDS, Latents, Refused, alone, engine_of, same
+from tests.pictures import LEVEL
 
 
 def refuse(step: Step) -> None:

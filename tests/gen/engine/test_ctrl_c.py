@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gen import Engine, Interrupted, Result, Step, TextToImage
-from tests.gen.engine.asked import KINDS, LEVEL, PLAIN, Latents, same
+from tests.gen.engine.asked import KINDS, PLAIN, Latents, same
+from tests.pictures import LEVEL
 
 
 def test_ctrl_c_ends_a_call_and_the_model_paints_on(tiny: TextToImage, expected: list[Latents]) -> None:

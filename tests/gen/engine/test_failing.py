@@ -13,7 +13,8 @@ from torch import Tensor
 from gen import TextToImage
 from gen.conditioning import Conditions
 from tests.engines import altered, run
-from tests.gen.engine.asked import KINDS, LEVEL, PLAIN, Latents, Refused, alone, engine_of, same
+from tests.gen.engine.asked import KINDS, PLAIN, Latents, Refused, alone, engine_of, same
+from tests.pictures import LEVEL
 
 
 def test_a_text_that_cannot_be_encoded_fails_its_request_alone(tiny: TextToImage, expected: list[Latents]) -> None:

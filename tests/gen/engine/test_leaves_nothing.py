@@ -16,7 +16,8 @@ from gen.flight import Flight, Painted
 from gen.request import Job
 from gen.row import Live, Row
 from tests.engines import altered, run
-from tests.gen.engine.asked import KINDS, LEVEL, PLAIN
+from tests.gen.engine.asked import KINDS, PLAIN
+from tests.pictures import LEVEL
 
 
 def alive() -> Counter[str]:

@@ -12,7 +12,8 @@ from gen import Request, TextToImage
 from gen.conditioning import Conditions
 from samplers.state import State
 from tests.engines import altered, run
-from tests.gen.engine.asked import KINDS, LEVEL, Latents, engine_of, same
+from tests.gen.engine.asked import KINDS, Latents, engine_of, same
+from tests.pictures import LEVEL
 
 
 def test_when_memory_runs_out_nobody_notices(tiny: TextToImage, expected: list[Latents]) -> None:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from gen import Request, TextToImage
 from gen.conditioning import MOST_TEXTS
 from tests.engines import run
-from tests.gen.engine.asked import LEVEL, PLAIN, decoder_rows, engine_of
+from tests.gen.engine.asked import PLAIN, decoder_rows, engine_of
+from tests.pictures import LEVEL
 
 
 @contextmanager

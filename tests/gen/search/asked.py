@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from gen import Request, TextToImage
 from gen.search import FeynmanKac, Halving, Racing, ZeroOrder
 
-LEVEL = 1 / 255  # one 8-bit level
 STEPS = 10
 ASKED = Request(
     prompt=["a small red circle", "a star above a blue square"],

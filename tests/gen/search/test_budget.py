@@ -13,7 +13,8 @@ from gen import Request, Result, TextToImage
 from gen.engine import Engine
 from gen.search import Draft, Halving
 from tests.engines import altered, run
-from tests.gen.search.asked import ASKED, LEVEL, STEPS
+from tests.gen.search.asked import ASKED, STEPS
+from tests.pictures import LEVEL
 
 
 class Clock:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gen import TextToImage
 from tests.engines import run
-from tests.gen.search.asked import ASKED, CHOOSING, LEVEL, MAKING
+from tests.gen.search.asked import ASKED, CHOOSING, MAKING
+from tests.pictures import LEVEL
 
 
 @pytest.fixture(scope="module")

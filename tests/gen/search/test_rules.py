@@ -19,7 +19,8 @@ from gen.search import SEARCHES, BestOf, Draft, FeynmanKac, Halving, Racing, Zer
 from gen.search.rules import LINE, overtaking, resampled
 from gen.settings import Settings
 from samplers.noise import noise
-from tests.gen.search.asked import ASKED, LEVEL, NOISY, STEPS
+from tests.gen.search.asked import ASKED, NOISY, STEPS
+from tests.pictures import LEVEL
 
 
 def test_all_are_there_by_name() -> None:
