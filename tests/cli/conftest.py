@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gen import command
-from tests.cli.typed import PROMPT
+from tests.typed import PROMPT
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from PIL import Image
 
 from gen import command
 from gen.picture import read_png
-from tests.cli.typed import PROMPT, answer, refused
 from tests.pictures import noise
+from tests.typed import PROMPT, answer, refused
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from PIL import Image
 
 from gen import command
 from gen.picture import read_png
-from tests.cli.typed import PROMPT, ROOT, UNCLIP, answer, refused
 from tests.stock import edited
+from tests.typed import PROMPT, ROOT, UNCLIP, answer, refused
 
 
 def test_generate_writes_the_best_and_a_sheet_of_all(

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from gen import command
-from tests.cli.typed import ROOT
+from tests.typed import ROOT
 
 
 @pytest.mark.parametrize("verb", [None, "generate", "score", "info", "reproduce"])

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from gen import command
 from gen.picture import read_png
 from tests.cli.damage import spoil
-from tests.cli.typed import answer, refused
 from tests.stock import edited
+from tests.typed import answer, refused
 
 
 def test_info_counts_what_the_files_hold(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from gen import cli, command
 from gen.picture import read_png
-from tests.cli.typed import PROMPT, ROOT, UNCLIP, answer
+from tests.typed import PROMPT, ROOT, UNCLIP, answer
 
 
 def heed_interrupts() -> None:

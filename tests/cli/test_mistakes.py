@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.damage import spoil
-from tests.cli.typed import PROMPT, refused
+from tests.typed import PROMPT, refused
 
 MISTAKES = {
     "unknown model": ("--model nowhere", "'nowhere' is unknown"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gen.output_folder import output_folder
-from tests.cli.typed import PROMPT, answer, refused
+from tests.typed import PROMPT, answer, refused
 
 
 def test_a_filled_folder_is_left_alone(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

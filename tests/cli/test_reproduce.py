@@ -12,8 +12,8 @@ from PIL import Image, PngImagePlugin
 
 from gen import command
 from gen.picture import read_png
-from tests.cli.typed import PROMPT, answer, refused
 from tests.tiny import make_tiny_clip, make_tiny_stable_unclip
+from tests.typed import PROMPT, answer, refused
 
 
 def rewrite(source: Path, target: Path, record: dict[str, Any], picture: Image.Image | None = None) -> Path:

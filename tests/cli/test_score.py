@@ -9,7 +9,7 @@ import pytest
 
 from gen import command
 from gen.picture import read_png
-from tests.cli.typed import PROMPT, answer, refused
+from tests.typed import PROMPT, answer, refused
 
 
 def test_score_is_what_ranked_the_picture(painted: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from gen import command
 from gen.picture import read_png
-from tests.cli.typed import PROMPT, answer, refused
+from tests.typed import PROMPT, answer, refused
 
 
 def searched(capsys: pytest.CaptureFixture[str], model: Path, out: Path, *words: str) -> Any:

@@ -5,10 +5,8 @@ A cache that diffusers' own folders lie in stands for the hub, and only what is 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from clip_core import hub
-from gen import command
 from gen.model_index import OF_KARLO
 from gen.picture import read_png
 from tests.gen.test_stable_unclip import img2img
@@ -31,6 +28,7 @@ from tests.tiny import (
 )
 from tests.tiny_kandinsky import make_tiny_kandinsky
 from tests.tiny_karlo import make_tiny_karlo
+from tests.typed import answer
 
 COMMIT = "0" * 40
 UNREAD = b"nothing here reads this"
@@ -130,23 +128,16 @@ def test_a_family_by_its_hub_id(
     monkeypatch.setattr(hub, "list_repo_files", files)
     monkeypatch.setattr(hub, "snapshot_download", download)
 
-    def run(*words: str) -> Any:
-        capsys.readouterr()
-        status = command.main([*words, "--json"])
-        printed = capsys.readouterr()
-        assert status == 0, printed.err
-        return json.loads(printed.out)
-
     asked = ["--model", f"someone/{family}", "--clip", "someone/clip", "-n", "2", "--keep", "1", "--steps", "3"]
-    told = run("generate", "a red star", *asked, *FAMILIES[family], "--out", "out")
+    told = answer(capsys, "generate", "a red star", *asked, *FAMILIES[family], "--out", "out")
     (picture,) = told["pictures"]
     assert picture["score"] == max(one["score"] for one in told["candidates"])
     image, record = read_png(Path(picture["path"]))
     assert len(np.unique(np.asarray(image))) > 2 and record["clip"] == "someone/clip"
     fetched = [path for path in (tmp_path / "fetched").rglob("*") if path.is_file()]
     assert fetched and not [path for path in fetched if path.read_bytes() == UNREAD]
-    facts = run("info", f"someone/{family}")
-    of_folder = run("info", str(folders[family]))
+    facts = answer(capsys, "info", f"someone/{family}")
+    of_folder = answer(capsys, "info", folders[family])
     assert facts["family"] == of_folder["family"] and facts["parts"].keys() == of_folder["parts"].keys()
     if "--prior-model" not in FAMILIES[family]:
         assert facts["hash"] == of_folder["hash"] == record["model_hash"]

@@ -11,19 +11,9 @@ import pytest
 
 from gen import command
 from tests.training.tiny_recipes import recipes, written
+from tests.typed import ROOT, refused
 from training.cli import PARTS
 from training.parts import PART_TASKS
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str | Path, of: str = "train") -> str:
-    """Run `unclip train`, or another command, with a mistake and return the one line it says."""
-    capsys.readouterr()
-    assert command.main([*of.split(), *map(str, words)]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith(f"unclip {of}: ")
-    return printed.err
 
 
 @pytest.mark.parametrize("words", [("train",), ("data",), ("data", "shapes")])
@@ -58,32 +48,36 @@ def test_the_parts_that_help_names_are_those_there_are(capsys: pytest.CaptureFix
 def test_mistakes_are_one_line(few_shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = recipes(few_shapes, tmp_path / "out")
     path = written(fields["vae"], tmp_path)
-    assert "part 'unet' is unknown; choose from: clip, vae" in refused(capsys, "unet", "--recipe", path)
-    assert "no recipe is given; say --recipe training/recipes/shapes64_vae.yaml" in refused(capsys, "vae")
-    assert "cannot be read: No such file" in refused(capsys, "vae", "--recipe", tmp_path / "none.yaml")
-    assert "is a recipe for 'vae', not for 'clip'" in refused(capsys, "clip", "--recipe", path)
+    assert "part 'unet' is unknown; choose from: clip, vae" in refused(capsys, "train", "unet", "--recipe", path)
+    assert "no recipe is given; say --recipe training/recipes/shapes64_vae.yaml" in refused(capsys, "train", "vae")
+    assert "cannot be read: No such file" in refused(capsys, "train", "vae", "--recipe", tmp_path / "none.yaml")
+    assert "is a recipe for 'vae', not for 'clip'" in refused(capsys, "train", "clip", "--recipe", path)
     assert "recipe key 'train.step' is unknown; choose from:" in refused(
-        capsys, "vae", "--recipe", path, "train.step=1"
+        capsys, "train", "vae", "--recipe", path, "train.step=1"
     )
-    assert "override 'steps' has no '='" in refused(capsys, "vae", "--recipe", path, "steps")
-    assert "holds no data" in refused(capsys, "vae", "--recipe", path, f"data={tmp_path}")
+    assert "override 'steps' has no '='" in refused(capsys, "train", "vae", "--recipe", path, "steps")
+    assert "holds no data" in refused(capsys, "train", "vae", "--recipe", path, f"data={tmp_path}")
     assert "batch_size 99 is larger than the 39 usable" in refused(
-        capsys, "vae", "--recipe", path, "train.batch_size=99"
+        capsys, "train", "vae", "--recipe", path, "train.batch_size=99"
     )
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused(capsys, "vae", "--recipe", path, f"out={tmp_path / 'file' / 'inside'}")
-    assert "holds no trained part" in refused(capsys, "prior", "--recipe", written(fields["prior"], tmp_path))
-    assert "holds no trained part" in refused(capsys, "bundle", "--recipe", written(fields["bundle"], tmp_path))
+    assert "cannot be written" in refused(
+        capsys, "train", "vae", "--recipe", path, f"out={tmp_path / 'file' / 'inside'}"
+    )
+    assert "holds no trained part" in refused(capsys, "train", "prior", "--recipe", written(fields["prior"], tmp_path))
+    assert "holds no trained part" in refused(
+        capsys, "train", "bundle", "--recipe", written(fields["bundle"], tmp_path)
+    )
     words = ("--recipe", path, "network.block_out_channels=8")
-    assert "network.block_out_channels is 8; give a list" in refused(capsys, "vae", *words)
+    assert "network.block_out_channels is 8; give a list" in refused(capsys, "train", "vae", *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_of_data_shapes_are_signed_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in ((tmp_path / "out", "--num", "0"), (tmp_path / "out", "--number", "3"), ()):
-        assert "(see unclip data shapes --help)" in refused(capsys, *words, of="data shapes")
-    assert "exists already" in refused(capsys, tmp_path, "--num", "1", of="data shapes")
-    assert "(see unclip data --help)" in refused(capsys, "squares", of="data")
+        assert "(see unclip data shapes --help)" in refused(capsys, "data shapes", *words)
+    assert "exists already" in refused(capsys, "data shapes", tmp_path, "--num", "1")
+    assert "(see unclip data --help)" in refused(capsys, "data", "squares")
     assert command.main(["data", "shapes", "--help"]) == 0
     told = capsys.readouterr().out
     assert "--num" in told and "Usage: unclip data shapes " in told
@@ -93,7 +87,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_before_the_data_is_read(
     trained: Path, few_shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = written(recipes(few_shapes, trained)["vae"], tmp_path)
-    said = refused(capsys, "vae", "--recipe", path, "train.steps=3", "data=nowhere")
+    said = refused(capsys, "train", "vae", "--recipe", path, "train.steps=3", "data=nowhere")
     assert "step-00000002 was made by another recipe" in said
 
 

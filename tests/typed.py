@@ -11,7 +11,7 @@ import pytest
 
 from gen import command
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 UNCLIP = [sys.executable, "-m", "gen.command"]  # what the installed script runs
 PROMPT = "a red circle above a blue square"
 
@@ -26,12 +26,12 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: i
     return json.loads(printed.out)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Run a verb that must refuse, and return the one line it says."""
+def refused(capsys: pytest.CaptureFixture[str], verb: str, *arguments: str | Path) -> str:
+    """Run a verb that must refuse ("data shapes" is one too), and return the one line it says."""
     capsys.readouterr()
-    status = command.main([str(argument) for argument in arguments])
+    status = command.main([*verb.split(), *map(str, arguments)])
     printed = capsys.readouterr()
     assert status == 2, printed.err
     assert printed.out == ""
-    assert printed.err.count("\n") == 1 and printed.err.startswith(f"unclip {arguments[0]}: "), printed.err
+    assert printed.err.count("\n") == 1 and printed.err.startswith(f"unclip {verb}: "), printed.err
     return printed.err
