@@ -42,6 +42,7 @@ from tests.tiny import LENGTH, WIDTH, WORDS, tiny_text_config, tiny_tokenizer
 
 BETAS: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012}
 TEXT_WIDTH = 24  # of the multilingual text tower's states
+VERSIONS = ("2.2", "2.1")
 KINDS: dict[tuple[str, bool], tuple[Any, Any, Any]] = {  # of version and inpainting: decoder, prior, both
     ("2.2", False): (KandinskyV22Pipeline, KandinskyV22PriorPipeline, KandinskyV22CombinedPipeline),
     ("2.2", True): (KandinskyV22InpaintPipeline, KandinskyV22PriorPipeline, KandinskyV22InpaintCombinedPipeline),

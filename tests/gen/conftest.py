@@ -8,7 +8,7 @@ import pytest
 from gen import TextToImage
 from gen.attention.network import restore_attention
 from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
-from tests.tiny_kandinsky import make_tiny_kandinsky
+from tests.tiny_kandinsky import VERSIONS, make_tiny_kandinsky
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def stable_diffusion_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def kandinsky_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     """Of 2.2 and 2.1: "decoder", "prior" and "combined"."""
     root = tmp_path_factory.mktemp("kandinsky")
-    return {version: make_tiny_kandinsky(root / version, version) for version in ("2.2", "2.1")}
+    return {version: make_tiny_kandinsky(root / version, version) for version in VERSIONS}
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,18 @@
-"""Kandinsky 2.2 and 2.1 folders that diffusers wrote, painted by us and by diffusers' own pipelines: the same pictures.
-
-Stock's prior steps by UnCLIPScheduler in float64 here, for in float32 that gives x0 the weight 1.0015 at last.
-"""
+"""Kandinsky 2.2 and 2.1 folders that diffusers wrote, painted by us and by its own pipelines: the same pictures."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -28,79 +22,13 @@ from gen.command import main
 from gen.facts import facts_of
 from gen.picture import largest_difference
 from gen.resolve import resolve
-from mended import MendedUnCLIP
-from samplers.noise import SEEDS, STAGES, noise
-from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, edited
+from samplers.noise import noise
+from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, draws, edited
+from tests.stock_kandinsky import SIZE, STEPS, Stock, stock_of
 from tests.tiny import WIDTH
-from tests.tiny_kandinsky import BETAS
+from tests.tiny_kandinsky import BETAS, KINDS, VERSIONS
 
-VERSIONS = ("2.2", "2.1")
-CLASSES = {  # decoder, prior, both
-    "2.2": ("KandinskyV22Pipeline", "KandinskyV22PriorPipeline", "KandinskyV22CombinedPipeline"),
-    "2.1": ("KandinskyPipeline", "KandinskyPriorPipeline", "KandinskyCombinedPipeline"),
-}
-SIZE = {"height": 64, "width": 64}
-STEPS = {"num_inference_steps": 4, "prior_num_inference_steps": 3}
 NEGATIVE = ["blue", "a white square on black"]
-
-
-def draws(stage: str, seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each picture, of the numbers that our seeds stand for."""
-    return [torch.Generator().manual_seed((seed + STAGES[stage]) % SEEDS) for seed in seeds]
-
-
-def seeds_of(prompts: Sequence[str], n: int) -> list[int]:
-    return [SEED + k for _ in prompts for k in range(n)]
-
-
-@dataclass(frozen=True)
-class Stock:
-    """Diffusers' two pipelines, asked as they can be: each prompt for itself as often as it has pictures."""
-
-    version: str
-    decoder: Any
-    prior: Any
-
-    @classmethod
-    def of(cls, version: str, decoder: Any, prior: Any) -> Stock:
-        prior.scheduler = MendedUnCLIP(**prior.scheduler.config)
-        for pipeline in (decoder, prior):
-            pipeline.set_progress_bar_config(disable=True)
-        return cls(version, decoder, prior)
-
-    def embeds(self, prompts: list[str], n: int, negative: list[str] | None, guidance: float) -> tuple[Tensor, Tensor]:
-        seeds = seeds_of(prompts, n)
-        rngs = draws("prior", seeds) + (draws("negative_prior", seeds) if negative else [])
-        steps = STEPS["prior_num_inference_steps"]
-        asked: dict[str, Any] = {"num_images_per_prompt": n, "guidance_scale": guidance, "num_inference_steps": steps}
-        said = self.prior(prompts, negative_prompt=negative, generator=rngs, **asked)
-        return said.image_embeds, said.negative_image_embeds
-
-    def paint(
-        self,
-        embeds: tuple[Tensor, Tensor],
-        prompts: list[str],
-        n: int = 1,
-        negative: list[str] | None = None,
-        **asked: Any,
-    ) -> tuple[Tensor, list[Image.Image]]:
-        """Final latents, which 2.1 does not give by itself, and pictures."""
-        asked = {"num_inference_steps": STEPS["num_inference_steps"], **SIZE} | asked
-        last: dict[str, Tensor] = {}
-        asked |= {"callback": lambda step, timestep, latents: last.update(latents=latents), "callback_steps": 1}
-        asked |= {"generator": draws("decoder", seeds_of(prompts, n)), "output_type": "pil"}
-        asked |= {"image_embeds": embeds[0], "negative_image_embeds": embeds[1]}
-        if self.version == "2.1":
-            asked["prompt"] = [prompt for prompt in prompts for _ in range(n)]
-            if negative:
-                asked["negative_prompt"] = [text for text in negative for _ in range(n)]
-        pictures = self.decoder(**asked).images
-        return last["latents"], pictures
-
-
-def stock_of(version: str, folders: dict[str, Path]) -> Stock:
-    decoder, prior, _ = (getattr(diffusers, name) for name in CLASSES[version])
-    return Stock.of(version, decoder.from_pretrained(folders["decoder"]), prior.from_pretrained(folders["prior"]))
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +254,7 @@ def test_stocks_faults(stocks: dict[str, Stock], version: str) -> None:
 def test_the_combined_pipelines_faults(
     folders: dict[str, dict[str, Path]], version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = getattr(diffusers, CLASSES[version][2]).from_pretrained(folders[version]["combined"])
+    both = KINDS[version, False][2].from_pretrained(folders[version]["combined"])
     both.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match="Unexpected latents shape"):  # handed to the prior
         both(SHORT, latents=torch.zeros(1, 4, 8, 8), prior_num_inference_steps=2)
@@ -369,16 +297,17 @@ def test_the_priors_towers_rank(models: dict[str, TextToImage], stocks: dict[str
 def test_what_we_save_stock_paints_the_same(models: dict[str, TextToImage], version: str, tmp_path: Path) -> None:
     folder = models[version].save(tmp_path / "saved")
     assert not (folder / "clip").exists()  # it is the prior's own
-    both = getattr(diffusers, CLASSES[version][2]).from_pretrained(folder)
+    both = KINDS[version, False][2].from_pretrained(folder)
     assert_same(models[version], Stock.of(version, both.decoder_pipe, both.prior_pipe), [SHORT], 1, negative=["blue"])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_info_tells_family_parts_and_sizes(folders: dict[str, dict[str, Path]], version: str) -> None:
-    for name, kind in zip(("decoder", "prior", "combined"), CLASSES[version], strict=True):
+    for name, kind in zip(("decoder", "prior", "combined"), KINDS[version, False], strict=True):
         told = facts_of(str(folders[version][name]))
         index = json.loads((folders[version][name] / "model_index.json").read_text())
-        assert told["family"] == kind and set(told["parts"]) == {part for part in index if not part.startswith("_")}
+        assert told["family"] == kind.__name__
+        assert set(told["parts"]) == {part for part in index if not part.startswith("_")}
         assert told["parameters"] > 0
 
 

@@ -26,11 +26,11 @@ from gen.families.kandinsky import widened
 from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.source import source
-from tests.gen.test_kandinsky import VERSIONS, draws, stock_of
 from tests.pictures import mask, picture
-from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart
+from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, draws
+from tests.stock_kandinsky import stock_of
 from tests.tiny import WIDTH
-from tests.tiny_kandinsky import BETAS, make_tiny_kandinsky
+from tests.tiny_kandinsky import BETAS, VERSIONS, make_tiny_kandinsky
 
 Kind: TypeAlias = "tuple[str, bool]"
 """A version, and whether its UNet is for inpainting"""

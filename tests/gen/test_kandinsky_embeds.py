@@ -14,12 +14,12 @@ from gen import Request, TextToImage
 from gen.command import main
 from gen.embeds import moved, slerp
 from gen.resolve import resolve
-from tests.gen.test_kandinsky import VERSIONS
 from tests.pictures import picture
 from tests.stock import LATENTS, LONG, SEED, SHORT, apart
+from tests.stock_kandinsky import SIZE
 from tests.tiny import WIDTH
+from tests.tiny_kandinsky import VERSIONS
 
-SIZE = {"height": 64, "width": 64}
 ASKED: dict[str, Any] = {"seed": SEED, "num_inference_steps": 4, "output_type": "latent", "rerank": False}
 PRIOR: dict[str, Any] = {"prior_num_inference_steps": 2}
 
