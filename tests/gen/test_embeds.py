@@ -18,9 +18,9 @@ from gen import Request, TextToImage
 from gen.embeds import PRIOR_SEED_STRIDE, moved, slerp
 from gen.resolve import resolve
 from samplers.noise import noise
-from tests.gen.test_stable_unclip import img2img, with_our_noise
 from tests.pictures import picture
 from tests.stock import LATENTS, LONG, SHORT, apart
+from tests.stock_unclip import img2img, with_our_noise
 from tests.tiny import WIDTH, make_tiny_clip
 from tests.tiny_karlo import make_tiny_karlo
 

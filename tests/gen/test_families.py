@@ -18,8 +18,8 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from clip_core import hub
 from gen.model_index import OF_KARLO
 from gen.picture import read_png
-from tests.gen.test_stable_unclip import img2img
 from tests.pictures import noise
+from tests.stock_unclip import img2img
 from tests.tiny import (
     make_tiny_clip,
     make_tiny_stable_diffusion,

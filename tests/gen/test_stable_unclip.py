@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from diffusers import (
     UnCLIPScheduler,
 )
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from gen import TextToImage
 from gen.scheduler import STOCK
-from samplers.noise import SEEDS as SEEDS_IN_ALL
-from samplers.noise import STAGES, noise
-from tests.stock import LATENTS, LEVEL, LONG, SHORT, apart, edited
+from samplers.noise import noise
+from tests.stock import LATENTS, LEVEL, LONG, SHORT, apart, draws, edited
+from tests.stock_unclip import img2img, with_our_noise
 from tests.tiny import WIDTH, make_tiny_stable_diffusion, make_tiny_stable_unclip
 from tests.tiny_karlo import make_tiny_karlo
 
@@ -38,31 +37,6 @@ COMMON: dict[str, Any] = {"num_images_per_prompt": N, "num_inference_steps": 5}
 COMMON |= {"latents": START, "noise_level": 200}
 
 
-def with_our_noise(pipeline: Any, seeds: list[int]) -> Any:
-    """The pipeline, its image noising fed our noise: one draw per picture, whoever is beside it."""
-    theirs = partial(type(pipeline).noise_image_embeddings, pipeline)  # its own, however often this is done
-
-    def noise_image_embeddings(image_embeds: Tensor, noise_level: int, **_: Any) -> Tensor:
-        return theirs(image_embeds, noise_level, noise=noise(seeds, "image_noise", 0, (WIDTH,)))
-
-    pipeline.noise_image_embeddings = noise_image_embeddings
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def img2img(folder: Path) -> StableUnCLIPImg2ImgPipeline:
-    whole = StableUnCLIPPipeline.from_pretrained(folder)
-    names = ["image_normalizer", "image_noising_scheduler", "tokenizer", "text_encoder", "unet"]
-    names += ["scheduler", "vae"]
-    parts = {name: getattr(whole, name) for name in names}
-    # with image_embeds given, stock asks its image encoder for nothing but the type of its weights
-    few = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    tiny = CLIPVisionConfig(**few, projection_dim=WIDTH)
-    return StableUnCLIPImg2ImgPipeline(
-        feature_extractor=None, image_encoder=CLIPVisionModelWithProjection(tiny), **parts
-    )
-
-
 def assert_same(model: TextToImage, stock: Any, n: int, **asked: Any) -> None:
     """From words to final latents and pictures, by one start of each stage and the prior's noise fed in."""
     seeds = [SEED + k for _ in TEXTS for k in range(n)]
@@ -73,7 +47,7 @@ def assert_same(model: TextToImage, stock: Any, n: int, **asked: Any) -> None:
     with_our_noise(stock, seeds)
     painted = []
     for output_type in ("latent", "pt"):
-        rngs = [torch.Generator().manual_seed((seed + STAGES["prior"]) % SEEDS_IN_ALL) for seed in seeds]
+        rngs = draws("prior", seeds)
         for rng in rngs:
             torch.randn(1, WIDTH, generator=rng)  # block 0 is the start
         painted.append(stock(TEXTS, generator=rngs, output_type=output_type, **told).images)
