@@ -33,7 +33,7 @@ from gen.families.stable_unclip import StableUnCLIP
 from gen.model_index import IMAGE_PARTS, part_class
 from gen.request import Request
 from gen.resolve import resolve
-from tests.gen.test_stable_diffusion_sizes import CLIP_L, FULL, at_full_size
+from tests.full_size import CLIP_L, FULL, at_full_size
 from tests.stock import shapes
 
 EYES: dict[int, dict[str, Any]] = {  # by the width of the embedding
