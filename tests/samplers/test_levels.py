@@ -20,9 +20,9 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from gen.scheduler import CLASSES, STOCK, NoiseLevels
+from peers import SPACINGS, stock_of
 from samplers.sample import SAMPLERS
 from samplers.schedule import Spacing, lcm_timesteps, spaced_timesteps, training_sigmas
-from tests.samplers.test_stock import SPACINGS, stock_of
 
 TWICE = ("dpm_2", "dpm_2_ancestral", "heun")  # stock lists the levels between, or each level twice
 
@@ -39,7 +39,7 @@ def visited(stock: SchedulerMixin, sampler: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("beyond_last", [False, True])
-@pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("linspace", 0), ("trailing", 0)])
+@pytest.mark.parametrize("spacing, offset", [("leading", 0), *SPACINGS.items()])
 def test_every_step_has_a_timestep_of_its_own(spacing: Spacing, offset: int, beyond_last: bool) -> None:
     """Two levels alike divide by zero in samplers of several steps."""
     told: dict[str, Any] = {"spacing": spacing, "steps_offset": offset, "beyond_last": beyond_last}
@@ -52,7 +52,7 @@ def test_every_step_has_a_timestep_of_its_own(spacing: Spacing, offset: int, bey
 
 
 @pytest.mark.parametrize("sampler", STOCK)
-@pytest.mark.parametrize("spacing, offset", SPACINGS[1:])
+@pytest.mark.parametrize("spacing, offset", SPACINGS.items())
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("respaced", [None, "use_karras_sigmas", "use_exponential_sigmas"])
 def test_levels_are_those_the_class_visits(
