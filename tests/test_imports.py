@@ -1,7 +1,8 @@
 """The four packages' arrows point one way (docs/design.md): read from the source, so unused paths count too.
 
 samplers -> torch alone; clip_core -> torch, transformers, open_clip; gen -> samplers, clip_core, diffusers;
-training -> all of them, and nobody -> training.
+training -> all of them, and nobody -> training. Nor does anybody import a test module: what several of them need
+lies beside them.
 """
 
 import ast
@@ -31,18 +32,32 @@ EXTRAS = {"gen": {"openvino", "xformers"}}  # optional: imported inside the func
 LATE = ("cli.py", "command.py")  # endings of the modules that import on purpose when called: `--help` is quick
 
 
-def imported(source: str) -> set[str]:
-    """Every package that a module imports: at its top, inside functions, for types only, or by name."""
+def modules_of(source: str) -> set[str]:
+    """Every module that a module imports: at its top, inside functions, for types only, or by name.
+
+    By their full names, beside those of what is taken from them; names that begin with a dot are relative.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import():
                 names |= {alias.name for alias in node.names}
-            case ast.ImportFrom(level=0, module=str(module)):
-                names.add(module)
+            case ast.ImportFrom():
+                module = "." * node.level + (node.module or "")
+                names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
             case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__")):
                 names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
-    return {name.partition(".")[0] for name in names}
+    return names
+
+
+def imported(source: str) -> set[str]:
+    """Every package that a module imports."""
+    return {name.partition(".")[0] for name in modules_of(source) if not name.startswith(".")}
+
+
+def imported_tests(source: str) -> set[str]:
+    """Every test module that a module imports."""
+    return {name for name in modules_of(source) if re.match(r"(tests)?\.(.*\.)?test_", name)}
 
 
 def violations(package: str, source: str) -> set[str]:
@@ -82,6 +97,28 @@ def test_only_the_command_line_imports_inside_functions(package: str, path: Path
     late = {name for function in functions for name in imported(ast.unparse(function))} - set(sys.stdlib_module_names)
     assert path.name.endswith(LATE) or not late - extras
     assert not (imported(source) - late) & extras
+
+
+def test_no_test_module_is_imported() -> None:
+    """By tests, nor by what lies beside them."""
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    assert [path for path in paths if imported_tests(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from tests.gen.test_rows import PLAIN",
+        "from tests.gen import test_rows",
+        "def f():\n    import tests.test_bundled as bundled",
+        "from .test_rows import PLAIN",
+        "from .. import test_bundled",
+        "import importlib\nimportlib.import_module('tests.gen.test_rows')",
+    ],
+)
+def test_an_imported_test_module_is_seen(source: str) -> None:
+    assert imported_tests(source)
+    assert not imported_tests(source.replace("test_", ""))
 
 
 def owners(design: str) -> set[str]:
