@@ -38,7 +38,7 @@ SLACK = 50  # objects of the requests that the engine is just taking out; a leak
 GROWTH = 1.1  # of the resident set
 
 
-def request(index: int, able: Abilities) -> Request:
+def request(index: int, abilities: Abilities) -> Request:
     """A short one; what each says is its own, so that nothing is shared."""
     several = {"num_images_per_prompt": 3, "keep": 1, "rerank": True, "search": "halving", "num_inference_steps": 4}
     kinds: list[dict[str, Any]] = [
@@ -47,21 +47,21 @@ def request(index: int, able: Abilities) -> Request:
         {"guidance_scale": 1.0},
         {"sampler": "heun"},
         {"sampler": "dpmpp_2m_sde", "num_inference_steps": 3},
-        {"width": able.defaults.width + able.size_multiple},
-        several if able.can_rank else {},
+        {"width": abilities.defaults.width + abilities.size_multiple},
+        several if abilities.can_rank else {},
     ]
     asked = Request(
         prompt=f"a small red circle, number {index}",
         seed=index,
         num_inference_steps=2,
-        prior=able.prior_max_steps > 0,
+        prior=abilities.prior_max_steps > 0,
         rerank=False,
         output_type="pt" if index % 5 == 0 else "latent",
     )
     asked = replace(asked, **kinds[index % len(kinds)])
-    if able.needs_image:
-        assert able.embedding_width is not None, "it takes image embeddings"
-        drawn = torch.randn(1, able.embedding_width, generator=torch.Generator().manual_seed(index))
+    if abilities.needs_image:
+        assert abilities.embedding_width is not None, "it takes image embeddings"
+        drawn = torch.randn(1, abilities.embedding_width, generator=torch.Generator().manual_seed(index))
         asked = replace(asked, image_embeds=drawn, prior=None)
     return replace(asked, prior_num_inference_steps=2) if asked.prior else asked
 

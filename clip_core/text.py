@@ -32,7 +32,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class TextChunk:
+class TextPiece:
     """A window of a long text: what a tower reads at once, up to L - 2 tokens between begin and end of text."""
 
     parts: tuple[tuple[str, float], ...]  # of the whole text, and what each counts; tokens never span two
@@ -81,7 +81,7 @@ class TextTower:
         return max(1, -(-len(counted(self.tokenizer, parts)) // room))
 
     def __call__(
-        self, texts: Sequence[str | TextChunk], clip_skip: int | None = None, *, normed: bool = True
+        self, texts: Sequence[str | TextPiece], clip_skip: int | None = None, *, normed: bool = True
     ) -> TextStates:
         """Encode texts; longer ones are cut with a warning."""
         length, _ = self.shape
@@ -91,7 +91,7 @@ class TextTower:
             tokens, lengths = tokenize(self.tokenizer, whole, length)
             warn_cut(whole, lengths, length)
         else:
-            tokens = tokens_of(self.tokenizer, [text for text in texts if isinstance(text, TextChunk)], length)
+            tokens = tokens_of(self.tokenizer, [text for text in texts if isinstance(text, TextPiece)], length)
         return self.read(tokens, clip_skip, normed=normed)
 
     def read(self, tokens: Tokens, clip_skip: int | None = None, *, normed: bool = True) -> TextStates:
@@ -141,7 +141,7 @@ def counted(tokenizer: Any, parts: Sequence[tuple[str, float]]) -> list[tuple[in
     ]
 
 
-def tokens_of(tokenizer: Any, pieces: Sequence[TextChunk], length: int) -> Tokens:
+def tokens_of(tokenizer: Any, pieces: Sequence[TextPiece], length: int) -> Tokens:
     """Ids of pieces of texts."""
     ids = torch.tensor([[token for token, _ in piece.tokens(tokenizer, length)] for piece in pieces])
     ends = (ids == tokenizer.eos_token_id).int().argmax(1)

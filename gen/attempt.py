@@ -77,15 +77,15 @@ class Attempt:
             return prediction
 
         now, then = (end.level for end in ends)
-        asking = denoise if self.plan.known is None else inpainting(denoise, self.plan.known)
+        asking = denoise if self.plan.known_regions is None else inpainting(denoise, self.plan.known_regions)
         try:
             state = advance(lane.sampler, asking, lane.state, now, then, self.noise, self.plan.options)
         except Question as asked:
             return asked.with_traceback(None)  # its frames hold all that asks, and would be held by it
         if self.momentum is not None:
             state = state.remember(**{MOMENTUM: self.momentum})
-        x0, holds = self.told[-1].x0, self.plan.known
-        x0 = x0 if holds is None else torch.where(holds.is_painted, x0, holds.known)
+        x0, regions = self.told[-1].x0, self.plan.known_regions
+        x0 = x0 if regions is None else torch.where(regions.is_painted, x0, regions.clean)
         self.end = End(state, lane.table.on(), x0)
         return None
 

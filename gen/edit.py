@@ -68,10 +68,10 @@ class WithEncoder(Protocol):
 class Beginning:
     """What the row of one candidate begins with."""
 
-    drawn: int = 0  # blocks of noise spent before its steps, over that of its start; -1: nor is that
+    drawn: int = 0  # blocks of noise drawn before its first step beyond that of its start; -1: its start draws none
     start: Tensor | None = None  # unit noise; None: block 0 of its seed's
     origin: Tensor | None = None  # latents that it is added to; None: it begins with noise alone
-    known: KnownRegion | None = None
+    known_region: KnownRegion | None = None
     channels: Tensor | None = None  # what the UNet is told beside x
 
     def telling(self, told: ConditionPair) -> ConditionPair:
@@ -163,7 +163,7 @@ def beginning(candidate: Candidate, read: EncodedImage | None, shape: Sequence[i
         drawn=0 if is_sure else at + has_mask,
         start=first_noise(candidate, shape, at),
         origin=known if from_image or not has_mask else None,
-        known=known_region,
+        known_region=known_region,
         channels=channels,
     )
 
@@ -174,11 +174,11 @@ def first_noise(candidate: Candidate, shape: Sequence[int], block: int = 0) -> T
         if candidate.latents is None and block:
             return noise([candidate.seed], STAGE, block, shape)[0]
         return candidate.latents
-    seeds = [*(before.seed for before in candidate.noise_path), candidate.seed]
+    seeds = [*(segment.seed for segment in candidate.noise_path), candidate.seed]
     x = noise(seeds[:1], STAGE, block, shape)[0]
-    for before, seed in zip(candidate.noise_path, seeds[1:], strict=True):
-        if before.steps == 0:
-            x = turned(x, noise([seed], STAGE, block, shape)[0], before.share)
+    for segment, seed in zip(candidate.noise_path, seeds[1:], strict=True):
+        if segment.steps == 0:
+            x = turned(x, noise([seed], STAGE, block, shape)[0], segment.share)
     return x
 
 

@@ -207,12 +207,12 @@ class Flight(Generic[R]):
 
     def step(self, one: Live) -> None:
         """Note where a row of the decoder stands; where it should halt, its candidate is at rest."""
-        place = row_key(one.row)
-        if not place.is_draft:
-            self.taken[place.candidate] = one.taken
-            if one.taken == self.goals[place.candidate].until:
-                del self.goals[place.candidate]
-                self.halting.add(place.candidate)
+        key = row_key(one.row)
+        if not key.is_draft:
+            self.taken[key.candidate] = one.taken
+            if one.taken == self.goals[key.candidate].until:
+                del self.goals[key.candidate]
+                self.halting.add(key.candidate)
 
     def paint(self, index: int, painted: Painted) -> None:
         """Note a candidate's end."""

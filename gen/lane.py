@@ -128,7 +128,7 @@ class Plan:
     guides: Guides | None  # None where all rows follow cfg
     thresholding: tuple[Tensor, Tensor] | None  # percentile and bound, (B,) each; None where no row asks for it
     clip_guided: list[tuple[int, float, Likeness]]  # slot, clip_guidance_scale and likeness of rows that climb
-    known: KnownRegions | None  # None where all of every row is painted
+    known_regions: KnownRegions | None  # None where all of every row is painted
     options: dict[str, Tensor]  # (B,) each; what all rows leave to the sampler is not among them
 
     @classmethod
@@ -169,7 +169,7 @@ class Plan:
                 for slot, one in enumerate(lane.rows)
                 if one.is_clip_guided and one.row.likeness is not None
             ],
-            known=known_regions(lane, device),
+            known_regions=known_regions_of(lane, device),
             options=options_of(lane, device),
         )
 
@@ -180,7 +180,7 @@ class NetworkCall:
 
     start: int
     stop: int
-    told: Conditions
+    conditions: Conditions
 
 
 @dataclass(eq=False)
@@ -270,18 +270,18 @@ def alike(state: State, other: State) -> State:
     return state.remember(**{MOMENTUM: torch.zeros_like(state.x)})
 
 
-def known_regions(lane: Lane, device: torch.device) -> KnownRegions | None:
-    """What is held of the rows; of one that is painted whole, nothing."""
-    if not any(one.row.known for one in lane.rows):
+def known_regions_of(lane: Lane, device: torch.device) -> KnownRegions | None:
+    """What is known of the rows; of one that is painted whole, nothing."""
+    if not any(one.row.known_region for one in lane.rows):
         return None
     nothing = torch.zeros(lane.rows[0].row.shape, device=device)
     everywhere = torch.ones(lane.rows[0].row.shape, dtype=torch.bool, device=device)
-    holds = [one.row.known for one in lane.rows]
+    regions = [one.row.known_region for one in lane.rows]
     return KnownRegions(
-        known=torch.stack([nothing if hold is None else hold.known.to(device) for hold in holds]),
+        clean=torch.stack([nothing if each is None else each.clean.to(device) for each in regions]),
         noise=to_device(torch.stack([one.start for one in lane.rows]), device),
         is_painted=torch.stack(
-            [everywhere if hold is None else hold.is_painted.to(device).expand_as(nothing) for hold in holds]
+            [everywhere if each is None else each.is_painted.to(device).expand_as(nothing) for each in regions]
         ),
         below=to_device(torch.tensor([one.first_sigma for one in lane.rows]), device),
     )

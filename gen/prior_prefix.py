@@ -88,7 +88,7 @@ class PrefixPlan:
 
 @dataclass(eq=False)
 class CachedPrior:
-    """A prior as rows ask it, `network(x, timestep, told)`; equal to the stock call.
+    """A prior as rows ask it, `network(x, timestep, conditions)`; equal to the stock call.
 
     It keeps a prefix for as long as somebody refers to its condition, and how to read the conditions of a call for as
     long as those are referred to, so it never holds more than what is in flight. The network's weights may not change
@@ -96,9 +96,8 @@ class CachedPrior:
     """
 
     network: PriorTransformer
-    _plans: WeakKeyDictionary[Conditions, PrefixPlan | None] = field(
-        default_factory=WeakKeyDictionary
-    )  # None: run whole
+    # None: run whole
+    _plans: WeakKeyDictionary[Conditions, PrefixPlan | None] = field(default_factory=WeakKeyDictionary)
     _kept: WeakKeyDictionary[Condition, Prefix] = field(default_factory=WeakKeyDictionary)  # views of what plans hold
     _said: str | None = None  # the reason last logged
 

@@ -30,7 +30,7 @@ Likeness = Callable[[Tensor], Tensor]
 class KnownRegion:
     """What is held of a picture while the rest of it is painted."""
 
-    known: Tensor  # as the row's x, clean
+    clean: Tensor  # as the row's x
     is_painted: Tensor  # bool, as the row's x or with 1 for channels
 
 
@@ -59,7 +59,7 @@ class Row:
     stream: str | None = None  # whose noise it draws (`samplers.noise.STAGES`); None: its stage's
     past: tuple[tuple[int, int], ...] = ()  # (seed, n): up to n steps taken noise is that seed's; then its own
     origin: Tensor | None = None  # what its start is added to; None: it begins with noise alone
-    known: KnownRegion | None = None  # what is held of it while the rest is painted; None: all of it is painted
+    known_region: KnownRegion | None = None  # what is held of it while the rest is painted; None: all of it is painted
 
 
 @dataclass(frozen=True, eq=False)

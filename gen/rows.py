@@ -352,8 +352,8 @@ class Rows:
         lanes = [attempt.lane for attempt, _ in questions]
         ask = self._pass(lanes, [attempt.plan for attempt, _ in questions])
         x = joined([each.x for _, each in questions])
-        known = [each.preconditioning or self.scaling.preconditioning(each.sigma) for _, each in questions]
-        preconditioning = Preconditioning(joined([each.values for each in known], 1))
+        at_levels = [each.preconditioning or self.scaling.preconditioning(each.sigma) for _, each in questions]
+        preconditioning = Preconditioning(joined([each.values for each in at_levels], 1))
 
         def asked(call: NetworkCall) -> Prediction:
             def whose() -> list[Member]:
@@ -362,7 +362,7 @@ class Rows:
             with Blame(whose, in_call=True):
                 at = ask.rows[call.start : call.stop]
                 # by index_select here and below, for x[at] wakes a thread per core, in milliseconds on some machines
-                return self._asked(call.told, x.index_select(0, at), preconditioning.select(at))
+                return self._asked(call.conditions, x.index_select(0, at), preconditioning.select(at))
 
         bucket, answers, start = lanes[0].bucket, list[Prediction](), 0
         if bucket.wants_probe(len(ask.owners)):
@@ -403,7 +403,7 @@ def joined(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
 def end_of(row: Row, x: Tensor) -> Tensor:
     """What a row has come to, of its x (...) at its last level."""
     x = x * row.schedule.end_scale
-    if row.known is None:
+    if row.known_region is None:
         return x
     # as it was handed in, also where the last level is not 0
-    return torch.where(row.known.is_painted.to(x.device), x, row.known.known.to(x.device))
+    return torch.where(row.known_region.is_painted.to(x.device), x, row.known_region.clean.to(x.device))

@@ -159,9 +159,9 @@ class SearchRunner:
         goal = flight.goals.get(index)
         if goal is not None and goal.draft_steps and index not in flight.awaiting_prior:
             del flight.goals[index]
-            place = RowKey(flight.number, index, is_draft=True)
-            flight.waiting = deque(each for each in flight.waiting if row_of(each.row).key != place)
-            self.stages.drop({place})
+            key = RowKey(flight.number, index, is_draft=True)
+            flight.waiting = deque(each for each in flight.waiting if row_of(each.row).key != key)
+            self.stages.drop({key})
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,8 +74,8 @@ class Stages:
         free = most - painted
         if flight.waiting[0].stage == PRIOR:
             assert self.model.prior is not None, "a request for a prior is refused where there is none"
-            places = {(place.request, place.candidate) for place in map(row_key, self._prior_rows)}
-            coming = num_evaluations(first) * len(places)
+            thinking = {(key.request, key.candidate) for key in map(row_key, self._prior_rows)}
+            coming = num_evaluations(first) * len(thinking)
             free, rows = min(most - coming, 2 * most - painted - coming), self.model.prior.num_answers(first)
         room = max(0, -(-free // num_evaluations(first))) * rows
         return room if max_rows is None else max(0, min(room, max_rows - self._num_rows))
@@ -167,20 +167,20 @@ class Stages:
 
     def branch(self, flight: Flight[Any], source: int, target: int) -> Lane:
         """A copy of a halted row that goes on as another candidate, by the noise of that one's seed."""
-        place = RowKey(flight.number, target)
-        return self.rows[DECODER].branch(flight.halted[source], place, flight.candidates[target].seed)
+        key = RowKey(flight.number, target)
+        return self.rows[DECODER].branch(flight.halted[source], key, flight.candidates[target].seed)
 
-    def drop(self, places: AbstractSet[Hashable]) -> None:
+    def drop(self, keys: AbstractSet[Hashable]) -> None:
         """Give up the rows of these keys, wherever they are."""
         for rows in self.rows.values():
-            rows.drop(places)
+            rows.drop(keys)
 
     def _prior_finished(self, flight: Flight[Any], finished: Sequence[Finished]) -> None:
         """The prior has answered: candidates of which all answers are there go on to the decoder."""
         assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
         for one in finished:
-            place = row_key(one.row)
-            flight.answers.setdefault(place.candidate, {})[place.prior_sample] = one
+            key = row_key(one.row)
+            flight.answers.setdefault(key.candidate, {})[key.prior_sample] = one
         prior = self.model.prior
         candidates = {
             index: flight.candidates[index]
@@ -192,10 +192,10 @@ class Stages:
         answers = {index: flight.answers.pop(index) for index in candidates}
         nulls = {index: each.pop(NULL) for index, each in answers.items() if NULL in each}
         every = [one for each in answers.values() for _, one in sorted(each.items())]
-        spoken = iter(zip(every, prior.embeds([one.x for one in every]), strict=True))
+        answered = iter(zip(every, prior.embeds([one.x for one in every]), strict=True))
         embeds = []
         for index, candidate in candidates.items():
-            rows, vectors = zip(*(next(spoken) for _ in answers[index]), strict=True)
+            rows, vectors = zip(*(next(answered) for _ in answers[index]), strict=True)
             embeds.append(decided(candidate, vectors, [one.row.prompt.vector for one in rows]))
         told = [flight.told[index] for index in candidates]
         prompts = self.model.add_image_embeds(list(candidates.values()), [prompt for prompt, _ in told], embeds)
@@ -259,9 +259,9 @@ class Stages:
             options=levels.options(settings.sampler) | settings.sampler_options,
             start=begins.start,
             drawn=begins.drawn,
-            past=tuple((before.seed, before.steps) for before in candidate.noise_path),
+            past=tuple((segment.seed, segment.steps) for segment in candidate.noise_path),
             origin=begins.origin,
-            known=begins.known,
+            known_region=begins.known_region,
         )
 
 

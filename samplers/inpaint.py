@@ -17,9 +17,9 @@ from samplers.state import Denoise, Prediction, per_row
 
 @dataclass(frozen=True)
 class KnownRegions:
-    """What is held of some rows."""
+    """What is known of some rows."""
 
-    known: Tensor  # (B, ...) clean
+    clean: Tensor  # (B, ...)
     noise: Tensor  # (B, ...) unit noise that it is shown under
     is_painted: Tensor  # (B, ...) bool, False where it is held
     below: Tensor  # (B,) the row's first level: there x is shown as it started; below it what is known replaces x
@@ -30,8 +30,8 @@ def inpainting(denoise: Denoise, rows: KnownRegions) -> Denoise:
 
     def hold(x: Tensor, sigma: Tensor) -> Prediction:
         free = rows.is_painted | per_row(sigma >= rows.below, x)
-        shown = torch.where(free, x, rows.known + per_row(sigma, x) * rows.noise)
+        shown = torch.where(free, x, rows.clean + per_row(sigma, x) * rows.noise)
         prediction = denoise(shown, sigma)
-        return Prediction(torch.where(rows.is_painted, prediction.x0, rows.known), prediction.variance)
+        return Prediction(torch.where(rows.is_painted, prediction.x0, rows.clean), prediction.variance)
 
     return hold

@@ -1,4 +1,4 @@
-"""Samplers for networks distilled to jump to the end of the path in one step."""
+"""The step of consistency models, which are distilled to jump to the end of the path at once."""
 
 from __future__ import annotations
 

@@ -28,15 +28,14 @@ Network = Callable[[Tensor, Tensor], Tensor]
 class Scaling:
     """A network's parameterisation and the noise level of each of its training timesteps."""
 
-    prediction_type: PredictionType
+    prediction_type: PredictionType  # ours; diffusers' epsilon, v_prediction and sample in `gen.scheduler`
     sigmas: Tensor  # (T,) float64, ascending: the sigma of timesteps 0, 1, ..., T - 1
     learned_range: bool = False  # whether a second half of the output's channels says the variance of a step
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"parameterisation {self.prediction_type!r} is unknown; choose from: {', '.join(PREDICTION_TYPES)}"
-            )
+            choices = ", ".join(PREDICTION_TYPES)
+            raise ValueError(f"prediction_type={self.prediction_type!r} is unknown; choose from: {choices}")
 
     @classmethod
     def from_betas(cls, prediction_type: PredictionType, betas: Tensor, max_sigma: float = ZERO_SNR_SIGMA) -> Scaling:

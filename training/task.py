@@ -44,7 +44,7 @@ class Task(nn.Module, ABC, Generic[Network]):
         """Scalar losses by name; `loss` is minimised, the others are logged. All noise comes from `rng`."""
 
     def groups(self) -> list[list[int]]:
-        """Indices of examples that must share a batch, but for those that are held; by default each stands alone."""
+        """Indices of examples that must share a batch, without those for validation; by default each stands alone."""
         return [[index] for index in range(self.validation_indices.start)]
 
     @property
@@ -64,7 +64,7 @@ class Task(nn.Module, ABC, Generic[Network]):
 
     @torch.no_grad()
     def validation_loss(self, network: Network, name: str) -> float:
-        """The mean of one of the losses over all that is held, by this network; its noise is the same every time."""
+        """The mean of one of the losses over all examples for validation; its noise is the same every time."""
         losses = []
         with self.asking(network):
             for first in self.validation_indices[::TOGETHER]:

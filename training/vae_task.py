@@ -84,14 +84,14 @@ class VaeTask(Task[AutoencoderKL]):
     @torch.no_grad()
     def sheet(self, network: AutoencoderKL) -> Image.Image:
         """Held-back pictures above their reconstructions."""
-        pixels = self._held_pixels(16)
+        pixels = self._validation_pixels(16)
         pictures = pictures_of(torch.cat([pixels, _reconstruct(network, pixels)]) / 2 + 0.5)
         return contact_sheet(pictures, columns=len(pixels))
 
     @torch.no_grad()
     def measure(self, network: AutoencoderKL) -> dict[str, float]:
         """Peak signal-to-noise ratio of held-back reconstructions, in dB over the range [-1, 1]."""
-        pixels = self._held_pixels(64)
+        pixels = self._validation_pixels(64)
         error = (_reconstruct(network, pixels) - pixels).square().mean(dim=(1, 2, 3))
         return {"psnr": (10 * torch.log10(4 / error)).mean().item()}
 
@@ -99,7 +99,7 @@ class VaeTask(Task[AutoencoderKL]):
     def save(self, network: AutoencoderKL, folder: Path) -> None:
         """The autoencoder with its `scaling_factor`: measured on held-back pictures, or kept with a frozen encoder."""
         if not self.recipe.freeze_encoder:
-            latents = network.encode(self._held_pixels(256)).latent_dist.mean
+            latents = network.encode(self._validation_pixels(256)).latent_dist.mean
             network.register_to_config(scaling_factor=1 / latents.std().item())
         network.save_pretrained(folder)
 
@@ -108,7 +108,7 @@ class VaeTask(Task[AutoencoderKL]):
         risen = self.progress / self.recipe.kl_warmup if self.recipe.kl_warmup else 1.0
         return self.recipe.kl_weight * 100 ** (min(risen, 1.0) - 1)
 
-    def _held_pixels(self, most: int) -> Tensor:
+    def _validation_pixels(self, most: int) -> Tensor:
         return to_signed(self.batch_of(self.validation_indices[:most])[0])
 
 

@@ -246,19 +246,19 @@ class Kandinsky(MoVQModel):
         """What candidates are told in words, with an image embedding (E,) beside it."""
         return [self.pictured(words, embeds) for words, embeds in zip(told, image_embeds, strict=True)]
 
-    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, told: Conditions) -> Tensor:
+    def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
 
-        def states(conditions: list[Condition]) -> Tensor:
-            of = Conditions(tuple(conditions))
+        def states(read: list[Condition]) -> Tensor:
+            of = Conditions(tuple(read))
             return network.process_encoder_hidden_states(of.tokens, self.added_cond_kwargs(of))
 
         return network(
-            told.beside(x).to(weights_dtype(network)),
+            conditions.beside(x).to(weights_dtype(network)),
             timestep,
-            encoder_hidden_states=told.tokens,
-            added_cond_kwargs=self.added_cond_kwargs(told),
-            cross_attention_kwargs=reading(network, told.distinct, states),
+            encoder_hidden_states=conditions.tokens,
+            added_cond_kwargs=self.added_cond_kwargs(conditions),
+            cross_attention_kwargs=reading(network, conditions.distinct, states),
             return_dict=False,
         )[0]
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
 from clip_core.device import weights_dtype
-from clip_core.text import TextChunk, TextTower
+from clip_core.text import TextPiece, TextTower
 from gen.candidate import Candidate
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, ConditionPair, Conditions, Table
@@ -211,16 +211,16 @@ class Karlo(Reader):
 
     def read(
         self,
-        texts: Sequence[str | TextChunk],
+        texts: Sequence[str | TextPiece],
         clip_skip: int | None,
-        texts_2: Sequence[str | TextChunk] | None = None,  # what a second text tower reads; None: the same
+        texts_2: Sequence[str | TextPiece] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts without an image."""
         said = self.text(texts, clip_skip)
         embeddings = self.text_encoder.text_projection(said.pooled)  # (B, E)
         return self._without([TextEncoding(*each) for each in zip(said.tokens, embeddings, said.mask, strict=True)])
 
-    def joined(self, pieces: Sequence[TextChunk], read: Sequence[Condition]) -> Condition:
+    def joined(self, pieces: Sequence[TextPiece], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
         said, empty = [each.read for each in read if isinstance(each, Illustrated)], self._empty
         assert len(said) == len(read) and isinstance(empty, Illustrated), "every text was read here"

@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from clip_core.device import to_device, weights_dtype
-from clip_core.text import TextChunk, TextTower
+from clip_core.text import TextPiece, TextTower
 from clip_core.wording import quoted
 from gen.adapters.ip_adapter import IPAdapter
 from gen.attention.network import reading, seeing
@@ -37,7 +37,7 @@ class PromptSpec(NamedTuple):
     text: str
     clip_skip: int | None = None  # layers of the text tower left out
     sizes: tuple[float, ...] = ()  # of the picture, as the UNet is told them; empty: it is not
-    pieces: tuple[TextChunk, ...] = ()  # as which the text is read, one by one; empty: it is read whole
+    pieces: tuple[TextPiece, ...] = ()  # as which the text is read, one by one; empty: it is read whole
     text_2: str | None = None  # what a second text tower reads; None: the same text
 
 
@@ -86,14 +86,14 @@ class Reader(FamilyModel):
 
     def read(
         self,
-        texts: Sequence[str | TextChunk],
+        texts: Sequence[str | TextPiece],
         clip_skip: int | None,
-        texts_2: Sequence[str | TextChunk] | None = None,  # what a second text tower reads; None: the same
+        texts_2: Sequence[str | TextPiece] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts."""
         return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
 
-    def joined(self, pieces: Sequence[TextChunk], read: Sequence[Condition]) -> Condition:
+    def joined(self, pieces: Sequence[TextPiece], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
         states = self.apply_prompt_weights(pieces, [each.tokens for each in read], self._empty.tokens)
         return replace(read[0], tokens=own(states, self.unet))
@@ -164,7 +164,7 @@ class Reader(FamilyModel):
         pieces = self._pieces(null, candidate)
         return PromptSpec(settings.plain(null), None, self.sizes(settings, of_null=True), pieces, second)
 
-    def _pieces(self, text: str, candidate: Candidate) -> tuple[TextChunk, ...]:
+    def _pieces(self, text: str, candidate: Candidate) -> tuple[TextPiece, ...]:
         """As what a candidate's text is read: prompt and null as equally many pieces; none where it is read whole."""
         settings = candidate.settings
         parts = self._parts(text, settings)
@@ -174,7 +174,7 @@ class Reader(FamilyModel):
             number = max(self.text.num_pieces(self._parts(other, settings)) for other in others)
         if number == 1 and all(weight == 1 for _, weight in parts):
             return ()
-        return tuple(TextChunk(parts, k) for k in range(number))
+        return tuple(TextPiece(parts, k) for k in range(number))
 
     def _parts(self, text: str, settings: Settings) -> tuple[tuple[str, float], ...]:
         if not settings.prompt_weights:
@@ -205,7 +205,7 @@ class Reader(FamilyModel):
         second = [each.text if each.text_2 is None else each.text_2 for each in words]
         return self.read([each.text for each in words], clip_skip, second)
 
-    def _in_pieces(self, pieces: Sequence[TextChunk], clip_skip: int | None) -> Condition:
+    def _in_pieces(self, pieces: Sequence[TextPiece], clip_skip: int | None) -> Condition:
         """A text read piece by piece: the states one behind the other, moved from the empty prompt's by their weights.
 
         What is told of it pooled is told of its first piece.
@@ -216,7 +216,7 @@ class Reader(FamilyModel):
         return self.joined(pieces, in_turns(pieces, lambda some: self.read(some, clip_skip)))
 
     def apply_prompt_weights(
-        self, pieces: Sequence[TextChunk], states: Sequence[Tensor | None], empty: Tensor | None
+        self, pieces: Sequence[TextPiece], states: Sequence[Tensor | None], empty: Tensor | None
     ) -> Tensor:
         """The states (L, D) of each piece moved from the empty prompt's by their weights, and one behind the other."""
         moved = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from clip_core.text import TextChunk, TextTower
+from clip_core.text import TextPiece, TextTower
 from gen.checkpoint import Parts
 from gen.conditioning import Condition, Conditions
 from gen.families.autoencoder import KLModel
@@ -151,9 +151,9 @@ class StableDiffusionXL(KLModel, Reader):
 
     def read(
         self,
-        texts: Sequence[str | TextChunk],
+        texts: Sequence[str | TextPiece],
         clip_skip: int | None,
-        texts_2: Sequence[str | TextChunk] | None = None,  # what a second text tower reads; None: the same
+        texts_2: Sequence[str | TextPiece] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts; the second tower reads the same or its own."""
         layer = 1 + (clip_skip or 0)

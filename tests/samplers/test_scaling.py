@@ -177,5 +177,5 @@ def test_a_learned_range_is_the_second_half_of_the_channels(kind: str) -> None:
 
 
 def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="parameterisation 'epsilon' is unknown; choose from: eps, v, x0, flow"):
+    with pytest.raises(ValueError, match="prediction_type='epsilon' is unknown; choose from: eps, v, x0, flow"):
         Scaling.from_betas("epsilon", BETAS["linear"])  # type: ignore[arg-type]

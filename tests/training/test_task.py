@@ -8,7 +8,7 @@ from training import task as module
 from training.task import moved
 
 
-def test_the_last_examples_are_held() -> None:
+def test_the_last_examples_are_kept_for_validation() -> None:
     task = Line()
     assert not task.validation_indices and len(task.groups()) == NUM_POINTS
     task.num_validation = 6
@@ -18,7 +18,7 @@ def test_the_last_examples_are_held() -> None:
     assert index.tolist() == [NUM_POINTS - 6, NUM_POINTS - 5]
 
 
-def test_the_error_is_of_all_that_is_held_with_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_is_of_all_that_is_kept_for_validation_with_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOGETHER", 4)
     task, other = Line(noise=0.5), Line(noise=0.5)
     task.num_validation = 10
