@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 SIZE = (48, 80)  # height and width, not the tiny models' own
-LEVEL = 1 / 255  # one 8-bit level of pixels from 0 to 1; the LEVEL of tests/stock.py is of pixels from 0 to 255
+LEVEL = 1 / 255  # one 8-bit level of pixels from 0 to 1; EIGHT_BIT_LEVEL of tests/stock.py is of those from 0 to 255
 
 
 def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:

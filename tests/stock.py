@@ -18,7 +18,7 @@ SHORT, LONG = "a star", "a small red circle above a large blue square left of a 
 PROMPTS = [SHORT, LONG]
 SEED = 11
 FEW: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 4.0}  # asked of both
-LATENTS, LEVEL = 1e-4, 1  # what may differ: of the largest latent, and 8-bit levels of a picture
+LATENTS, EIGHT_BIT_LEVEL = 1e-4, 1  # what may differ: of the largest latent, and 8-bit levels of a picture
 
 
 def stock_of(kind: Any, folder: Path) -> Any:
@@ -53,7 +53,7 @@ def assert_same(model: TextToImage, stock: Any, prompts: list[str], n: int, **as
     theirs = stock(prompts, output_type="pil", latents=latents, **asked).images
     ours = model(prompts, output_type="pil", seed=SEED, **asked).images
     assert len(ours) == len(theirs) == len(prompts) * n
-    assert max(largest_difference(a, b) for a, b in zip(ours, theirs, strict=True)) <= LEVEL
+    assert max(largest_difference(a, b) for a, b in zip(ours, theirs, strict=True)) <= EIGHT_BIT_LEVEL
 
 
 def assert_same_sampled(model: TextToImage, stock: Any, sampler: str | None) -> None:

@@ -18,7 +18,7 @@ from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.scheduler import STOCK
 from tests.pictures import picture
-from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, stock_of
+from tests.stock import EIGHT_BIT_LEVEL, LATENTS, LONG, PROMPTS, SEED, SHORT, apart, stock_of
 from tests.tiny import make_tiny_stable_diffusion_xl
 
 SHARE = 0.6
@@ -104,7 +104,7 @@ def test_both_halves_equal_stock(ours: Pair, stocks: Pair, sampler: str | None, 
 
 def test_the_picture_equals_stock(ours: Pair, stocks: Pair) -> None:
     same = zip(both(ours, None, 2, "pil")[1], theirs(stocks, None, 2, "pil")[1], strict=True)
-    assert max(largest_difference(a, b) for a, b in same) <= LEVEL
+    assert max(largest_difference(a, b) for a, b in same) <= EIGHT_BIT_LEVEL
 
 
 def test_samplers_that_ask_twice_end_between_steps(ours: Pair, stocks: Pair) -> None:

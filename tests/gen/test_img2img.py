@@ -21,7 +21,7 @@ from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.scheduler import STOCK
 from tests.pictures import SIZE, picture
-from tests.stock import FEW, LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
+from tests.stock import EIGHT_BIT_LEVEL, FEW, LATENTS, LONG, SEED, SHORT, apart, stock_of
 from tests.tiny import ddim, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
 
@@ -70,7 +70,7 @@ def test_pictures_equal_stock(
     assert apart(ours, theirs) <= LATENTS
     ours, theirs = both(models[kind], other, picture(), 2, output_type="pil", **asked)
     assert ours[0].size == theirs[0].size == SIZE[::-1]
-    assert max(largest_difference(a, b) for a, b in zip(ours, theirs, strict=True)) <= LEVEL
+    assert max(largest_difference(a, b) for a, b in zip(ours, theirs, strict=True)) <= EIGHT_BIT_LEVEL
 
 
 # not lms, of which stock takes the weights of steps that it has not made

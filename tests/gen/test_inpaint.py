@@ -23,7 +23,7 @@ from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.scheduler import STOCK
 from tests.pictures import SIZE, mask, picture
-from tests.stock import FEW, LATENTS, LEVEL, LONG, SEED, SHORT, apart, stock_of
+from tests.stock import EIGHT_BIT_LEVEL, FEW, LATENTS, LONG, SEED, SHORT, apart, stock_of
 from tests.tiny import ddim, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
 HEIGHT, WIDTH = SIZE
@@ -66,7 +66,7 @@ def test_pictures_equal_stock(
     for k in range(2):
         assert apart(painted[k : k + 1], theirs(pipeline, SEED + k, output_type="latent", **asked)) <= LATENTS
     same = zip(ours(models[kind], **asked), theirs(pipeline, **asked), strict=True)
-    assert max(largest_difference(a, b) for a, b in same) <= LEVEL
+    assert max(largest_difference(a, b) for a, b in same) <= EIGHT_BIT_LEVEL
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2s", "euler", "euler_ancestral", "heun", "unipc"])

@@ -23,7 +23,7 @@ from gen.facts import facts_of
 from gen.picture import largest_difference
 from gen.resolve import resolve
 from samplers.noise import noise
-from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, draws, edited
+from tests.stock import EIGHT_BIT_LEVEL, LATENTS, LONG, PROMPTS, SEED, SHORT, apart, draws, edited
 from tests.stock_kandinsky import SIZE, STEPS, Stock, stock_of
 from tests.tiny import WIDTH
 from tests.tiny_kandinsky import BETAS, KINDS, VERSIONS
@@ -61,7 +61,7 @@ def assert_same(model: TextToImage, stock: Stock, prompts: list[str], n: int, **
     with torch.no_grad():
         painted = as_output(list(model.model.decode(finished)), "pil")
     assert isinstance(painted, list) and len(painted) == len(pictures) == len(prompts) * n
-    assert max(largest_difference(a, b) for a, b in zip(painted, pictures, strict=True)) <= LEVEL
+    assert max(largest_difference(a, b) for a, b in zip(painted, pictures, strict=True)) <= EIGHT_BIT_LEVEL
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -27,7 +27,7 @@ from gen.picture import largest_difference
 from gen.resolve import resolve
 from gen.source import source
 from tests.pictures import mask, picture
-from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, draws
+from tests.stock import EIGHT_BIT_LEVEL, LATENTS, LONG, SEED, SHORT, apart, draws
 from tests.stock_kandinsky import stock_of
 from tests.tiny import WIDTH
 from tests.tiny_kandinsky import BETAS, VERSIONS, make_tiny_kandinsky
@@ -117,7 +117,7 @@ def assert_same(model: TextToImage, pipeline: Any, number: int, **asked: Any) ->
     assert apart(painted, latents) <= LATENTS
     again = ours(model, number, output_type="pil", **asked)
     assert len(again) == len(pictures) == number
-    assert max(largest_difference(a, b) for a, b in zip(again, pictures, strict=True)) <= LEVEL
+    assert max(largest_difference(a, b) for a, b in zip(again, pictures, strict=True)) <= EIGHT_BIT_LEVEL
 
 
 # --- image to image --------------------------------------------------------------------------------------------------

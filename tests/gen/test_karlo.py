@@ -31,7 +31,7 @@ from gen.resolve import resolve
 from gen.rows import Rows
 from gen.upscale import STAGE as SUPER_RESOLUTION
 from samplers.noise import noise
-from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SHORT, apart, edited, shapes
+from tests.stock import EIGHT_BIT_LEVEL, LATENTS, LONG, PROMPTS, SHORT, apart, edited, shapes
 from tests.tiny import WIDTH, make_tiny_clip, tiny_tokenizer
 from tests.tiny_karlo import LARGE, SMALL, make_tiny_karlo, stock_karlo
 
@@ -114,7 +114,7 @@ def assert_same(
     given |= {"seed": SEED, "rerank": False}
     assert apart(model(**given, output_type="latent").images, theirs) <= LATENTS
     ours = model(**given, output_type="pt").images
-    assert len(ours) == number * n and (ours - pictures).abs().max() * 255 <= LEVEL
+    assert len(ours) == number * n and (ours - pictures).abs().max() * 255 <= EIGHT_BIT_LEVEL
 
 
 # --- the same pictures ----------------------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def test_a_picture_does_not_depend_on_its_batch(model: TextToImage) -> None:
     alone = [model.paint([request])[0].images for request in requests]
     for batch_size in (None, 2):
         for one, whole in zip(model.paint(requests, batch_size=batch_size), alone, strict=True):
-            assert (one.images - whole).abs().max() * 255 <= LEVEL
+            assert (one.images - whole).abs().max() * 255 <= EIGHT_BIT_LEVEL
     assert alone[3].shape == (1, 3, 32, 16)
-    assert (alone[2][0] - alone[0][0]).abs().max() * 255 > LEVEL
+    assert (alone[2][0] - alone[0][0]).abs().max() * 255 > EIGHT_BIT_LEVEL
 
 
 def test_a_search_looks_at_small_pictures_and_a_record_paints_again(ranked: TextToImage) -> None:
@@ -248,7 +248,7 @@ def test_a_search_looks_at_small_pictures_and_a_record_paints_again(ranked: Text
     copied = ranked(SHORT, search="feynman_kac", **asked)
     for one in (result, copied):
         for image, record in zip(one.images, one.records, strict=True):
-            assert (ranked.repaint(json.loads(json.dumps(record))) - image).abs().max() * 255 <= LEVEL
+            assert (ranked.repaint(json.loads(json.dumps(record))) - image).abs().max() * 255 <= EIGHT_BIT_LEVEL
     seen: dict[str, int] = {}
     ranked(SHORT, seed=3, callback=lambda step: seen.update({step.stage: seen.get(step.stage, 0) + 1}), **STEPS)
     assert seen == {"prior": 3, "decoder": 4, "super_resolution": 3}

@@ -14,7 +14,7 @@ from gen import Request, TextToImage, command
 from gen.picture import largest_difference, read_png
 from gen.resolve import resolve
 from tests.pictures import picture
-from tests.stock import LATENTS, LEVEL, LONG, PROMPTS, SEED, SHORT, apart, edited, stock_of
+from tests.stock import EIGHT_BIT_LEVEL, LATENTS, LONG, PROMPTS, SEED, SHORT, apart, edited, stock_of
 from tests.tiny import make_tiny_stable_diffusion_xl
 
 IMAGE = picture(size=(64, 64))
@@ -58,7 +58,7 @@ def test_pictures_equal_stock(
 ) -> None:
     assert apart(*both(models[zeros], stocks[zeros], n, **guided)) <= LATENTS
     same = zip(*both(models[zeros], stocks[zeros], n, output_type="pil", **guided), strict=True)
-    assert max(largest_difference(a, b) for a, b in same) <= LEVEL
+    assert max(largest_difference(a, b) for a, b in same) <= EIGHT_BIT_LEVEL
 
 
 @pytest.mark.parametrize(

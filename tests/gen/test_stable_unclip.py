@@ -22,7 +22,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from gen import TextToImage
 from gen.scheduler import STOCK
 from samplers.noise import noise
-from tests.stock import LATENTS, LEVEL, LONG, SHORT, apart, draws, edited
+from tests.stock import EIGHT_BIT_LEVEL, LATENTS, LONG, SHORT, apart, draws, edited
 from tests.stock_unclip import img2img, with_our_noise
 from tests.tiny import WIDTH, make_tiny_stable_diffusion, make_tiny_stable_unclip
 from tests.tiny_karlo import make_tiny_karlo
@@ -54,7 +54,7 @@ def assert_same(model: TextToImage, stock: Any, n: int, **asked: Any) -> None:
     ours = [model(TEXTS, seed=SEED, rerank=False, output_type=kind, **given).images for kind in ("latent", "pt")]
     assert apart(ours[0], painted[0]) <= LATENTS
     assert ours[1].shape == (2 * n, 3, 64, 64)
-    assert ((ours[1] * 255).round() - (painted[1] * 255).round()).abs().max() <= LEVEL
+    assert ((ours[1] * 255).round() - (painted[1] * 255).round()).abs().max() <= EIGHT_BIT_LEVEL
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from gen.families.autoencoder import KLModel, has_tiles
 from gen.picture import largest_difference, read_png
 from gen.resolve import resolve
 from tests.pictures import mask, picture
-from tests.stock import LATENTS, LEVEL, LONG, SEED, SHORT, apart, edited, start, stock_of
+from tests.stock import EIGHT_BIT_LEVEL, LATENTS, LONG, SEED, SHORT, apart, edited, start, stock_of
 from tests.tiny import ddim, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 from tests.tiny_karlo import make_tiny_karlo
 
@@ -74,8 +74,10 @@ def test_pictures_equal_stock(
     asked = LARGE | {"num_images_per_prompt": 2, "height": size[0], "width": size[1]}
     latents = start(1, 2, (size[0] // 8, size[1] // 8))
     theirs = stock(kind, folders[name])(SHORT, latents=latents, **asked).images
-    assert furthest(models[name](SHORT, seed=SEED, vae_tiling=True, **asked).images, theirs) <= LEVEL
-    assert furthest(models[name](SHORT, seed=SEED, **asked).images, theirs) > 10 * LEVEL  # or it would say nothing
+    assert furthest(models[name](SHORT, seed=SEED, vae_tiling=True, **asked).images, theirs) <= EIGHT_BIT_LEVEL
+    assert (
+        furthest(models[name](SHORT, seed=SEED, **asked).images, theirs) > 10 * EIGHT_BIT_LEVEL
+    )  # or it would say nothing
 
 
 def test_a_picture_no_larger_than_a_tile_has_the_same_bits(models: dict[str, TextToImage]) -> None:
@@ -94,7 +96,7 @@ def test_a_picture_handed_in_is_read_as_stock_reads_it(
     assert apart(models["1"](SHORT, seed=SEED, vae_tiling=True, output_type="latent", **asked).images, theirs) < LATENTS
     assert apart(models["1"](SHORT, seed=SEED, output_type="latent", **asked).images, theirs) > 10 * LATENTS
     shown = pipeline(SHORT, generator=rng.manual_seed(SEED), **asked).images
-    assert furthest(models["1"](SHORT, seed=SEED, vae_tiling=True, **asked).images, shown) <= LEVEL
+    assert furthest(models["1"](SHORT, seed=SEED, vae_tiling=True, **asked).images, shown) <= EIGHT_BIT_LEVEL
 
 
 @pytest.mark.parametrize("name", ["1", "9"])  # a UNet for inpainting is told the masked picture's latents as well
@@ -312,7 +314,7 @@ def test_it_is_asked_for_on_the_command_line(
         read.append(read_png(Path(path))[0])
         assert command.main(["reproduce", path]) == 0
         capsys.readouterr()
-    assert largest_difference(*read) > 10 * LEVEL
+    assert largest_difference(*read) > 10 * EIGHT_BIT_LEVEL
     other = str(kandinsky_folders["2.2"]["combined"])
     assert command.main([*sized, "--model", other, "--out", str(tmp_path / "no"), "--vae-tiling"]) == 2
     err = capsys.readouterr().err
