@@ -20,9 +20,8 @@ request = Request(prompt="a small red circle", seed=0, guidance_scale=3.0, sampl
 family, (candidate,) = model.model, resolve(request, model.model.abilities).candidates
 with torch.no_grad():
     shape = family.latent_shape(candidate.settings)
-    # what the UNet is told: the text tower's states, and the image embedding that the prior makes of them
-    ((words, null),) = family.encode_prompts([candidate], Table())
-    (prompt,) = family.add_image_embeds([candidate], [words], family.prior.sample([candidate]))
+    ((words, null),) = family.encode_prompts([candidate], Table())  # what the UNet is told: states of the text, ...
+    (prompt,) = family.add_image_embeds([candidate], [words], family.prior.sample([candidate]))  # ... and a picture
     told, weights = Conditions((null, prompt)), torch.tensor([1 - 3.0, 3.0])
     estimate = denoiser(lambda x, timestep: family.call(x, timestep, told), family.levels.scaling)
 
