@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,12 +43,12 @@ class Ranked:
 class Result:
     """The kept pictures, flat: prompt by prompt, best first within a prompt."""
 
-    images: Images  # as output_type says; "pt" is (K, 3, H, W), "np" (K, H, W, 3), in [0, 1]
+    images: Images = field(repr=False)  # as output_type says; "pt" is (K, 3, H, W), "np" (K, H, W, 3), in [0, 1]
     scores: list[float] | None  # None: not ranked
     seeds: list[int]
     prompts: list[str]
-    records: list[dict[str, JSON]]  # of each picture all that paints it again, JSON
-    candidates: list[Ranked]  # all there were, in drawing order
+    records: list[dict[str, JSON]] = field(repr=False)  # of each picture all that paints it again, JSON
+    candidates: list[Ranked] = field(repr=False)  # all there were, in drawing order
     account: Account  # what they took
 
 

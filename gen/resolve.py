@@ -37,6 +37,7 @@ from gen.source import RGB, check_alike, num_of, size_of, sources
 
 NUMBERS = ("int | None", "float | None")  # what the words of a call that are numbers are annotated with
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+MOST_CANDIDATES = 1_000_000  # of a request: all are listed before one is painted, 0.3 GB of them
 MOST_IN_BUDGET = 4096  # candidates of a prompt, where only a budget says how many
 
 
@@ -47,7 +48,7 @@ def resolve(request: Request, abilities: Abilities) -> Job:
     """
     request = with_numbers(request)
     prompts = prompts_of(request)
-    n, keep, rank = counts(request, abilities)
+    n, keep, rank = counts(request, abilities, len(prompts))
     search = search_of(request, rank, chooses=keep < n)
     one_of("output_type", request.output_type, OUTPUT_TYPES)
 
@@ -117,9 +118,9 @@ def num_textless(request: Request) -> int:
     return len(source)
 
 
-def counts(request: Request, abilities: Abilities) -> tuple[int, int, bool]:
+def counts(request: Request, abilities: Abilities, prompts: int) -> tuple[int, int, bool]:
     """How many candidates of each prompt are painted, how many of them are kept, and whether they are ranked."""
-    n = num_candidates(request)
+    n = num_candidates(request, prompts)
     keep = n if request.keep is None else integer("keep", request.keep, 1)
     if keep > n:
         raise ValueError(f"keep={keep} is more than num_images_per_prompt={n}; keep at most what is painted")
@@ -134,15 +135,19 @@ def counts(request: Request, abilities: Abilities) -> tuple[int, int, bool]:
     return n, keep, rank
 
 
-def num_candidates(request: Request) -> int:
+def num_candidates(request: Request, prompts: int) -> int:
     """Those of each prompt, or the most of them that a budget may be spent on."""
+    most = MOST_CANDIDATES // prompts
+    if not most:
+        raise ValueError(f"{prompts} prompts are more than one request takes; give at most {MOST_CANDIDATES}")
     if request.budget is not None and (not is_number(request.budget, 0.0) or request.budget == 0):
         raise refusal("budget", request.budget, "a number of seconds above 0")
-    n = 1 if request.budget is None else MOST_IN_BUDGET
-    if request.num_images_per_prompt is not None:
-        n = integer("num_images_per_prompt", request.num_images_per_prompt, 1)
-    if n > MAX_SEED:
-        raise ValueError(f"num_images_per_prompt={n} is more than there are seeds; give at most {MAX_SEED}")
+    if request.num_images_per_prompt is None:
+        return 1 if request.budget is None else min(most, MOST_IN_BUDGET)
+    n = integer("num_images_per_prompt", request.num_images_per_prompt, 1)
+    if n > most:
+        of = "" if prompts == 1 else f" of {prompts} prompts"
+        raise ValueError(f"num_images_per_prompt={n}{of} is more than one request takes; give at most {most}")
     return n
 
 

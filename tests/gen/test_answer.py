@@ -40,8 +40,14 @@ def test_scores_are_clips_own_of_the_picture_on_file(tiny: TextToImage) -> None:
     assert clip is not None and result.scores is not None
     for image, prompt, score in zip(result.images, result.prompts, result.scores, strict=True):
         assert isinstance(image, Image.Image)
-        pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 255
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         assert clip.score(pixels, prompt).item() == pytest.approx(score, abs=1e-5)
+
+
+def test_an_answer_is_shown_in_a_line_or_two(tiny: TextToImage) -> None:
+    shown = repr(tiny(PROMPTS[0], num_images_per_prompt=2, seed=3))
+    assert shown.startswith("Result(scores=[") and "seeds=[" in shown and "account=Account(" in shown
+    assert len(shown) < 400
 
 
 def test_without_ranking_drawing_order(tiny: TextToImage) -> None:
