@@ -51,6 +51,11 @@ class Result:
     candidates: list[Ranked] = field(repr=False)  # all there were, in drawing order
     account: Account  # what they took
 
+    def ranking(self) -> list[JSON]:
+        """The candidates that were painted, best first, as JSON."""
+        painted = sorted((each for each in self.candidates if each.painted), key=lambda each: -(each.score or 0.0))
+        return [{"seed": each.seed, "score": each.score, "kept": each.kept} for each in painted]
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C ended a call of a model; what was painted by then can be had."""

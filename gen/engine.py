@@ -100,13 +100,8 @@ class Engine(Generic[R]):
         out at the next tick. Raises ValueError for what this model cannot paint, TypeError for what is no request and
         RuntimeError once closed.
         """
-        if not isinstance(request, Request | Job):
-            raise TypeError(f"request is of type {type(request).__name__}; give a Request")
         check_callback(callback)
-        job = resolve(request, self.model.abilities) if isinstance(request, Request) else request
-        for settings in {id(each.settings): each.settings for each in job.candidates}.values():
-            schedule_of(self.model.levels, settings)  # may refuse the sampler
-        job.search.check(self._search_runner.asked(job))
+        job = self.check(request)
         # What is free says little once a request has begun, as in a thread of its own any but the first may have.
         if self._check is not None and not (self._flights if self._thread is None else self._unsettled):
             self._check(job)
@@ -121,6 +116,22 @@ class Engine(Generic[R]):
             self._unsettled[flight.number] = flight
             self._changed.notify_all()
         return flight.future
+
+    def check(self, request: Request | Job) -> Job:
+        """What `submit` would paint; the same errors."""
+        if not isinstance(request, Request | Job):
+            raise TypeError(f"request is of type {type(request).__name__}; give a Request")
+        job = resolve(request, self.model.abilities) if isinstance(request, Request) else request
+        for settings in {id(each.settings): each.settings for each in job.candidates}.values():
+            schedule_of(self.model.levels, settings)  # may refuse the sampler
+        job.search.check(self._search_runner.asked(job))
+        return job
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not begun."""
+        with self._changed:
+            return sum(map(len, self._queue.values()))
 
     def so_far(self, future: Future[R]) -> Callable[[], R] | None:
         """What makes the answer to a request of what is painted of it by now; None: nothing is.

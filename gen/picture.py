@@ -57,16 +57,22 @@ class Writer:
 
     However the block ends, by an error or Ctrl-C too, all that was handed over by then is written before it is left.
     Ctrl-C meanwhile waits too, and one more does not. An error of a file is raised there, the first one's, where the
-    block itself raised none.
+    block itself raised none; or by the file's future.
     """
 
     def __init__(self, num_threads: int = 4) -> None:  # zlib takes most of the time, and lets other threads run
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="unclip-png")
-        self._files: list[Future[None]] = []
+        self._failed: list[Future[None]] = []
 
-    def write(self, picture: Image.Image, path: Path, record: dict[str, Any] | None = None) -> None:
+    def write(self, picture: Image.Image, path: Path, record: dict[str, Any] | None = None) -> Future[None]:
         """Have `write_png` called; the picture must not be changed any more."""
-        self._files.append(self._pool.submit(write_png, picture, path, record))
+        file = self._pool.submit(write_png, picture, path, record)
+        file.add_done_callback(self._note)
+        return file
+
+    def _note(self, file: Future[None]) -> None:
+        if file.exception() is not None:
+            self._failed.append(file)
 
     def __enter__(self) -> "Writer":
         return self
@@ -80,7 +86,7 @@ class Writer:
             self._pool.shutdown()
             raise
         if error is None:
-            for file in self._files:
+            for file in self._failed:
                 file.result()
 
 

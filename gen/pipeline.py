@@ -379,6 +379,11 @@ class TextToImage:
     def _result(self, job: Job, painted: Mapping[int, Painted], account: Account) -> Result:
         return answer(job, painted, account, self._record, self.adapters, self.compute.dtype)
 
+    @property
+    def record(self) -> Record:
+        """What the records of its pictures say of it."""
+        return self._recorded({}, self.origins.weak_unet is not None)
+
     def _record(self, candidate: Candidate, score: float | None) -> dict[str, JSON]:
         """All that paints a picture again, and how it scored."""
         asks_weak = candidate.settings.guidance_rule == "autoguidance"

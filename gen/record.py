@@ -98,10 +98,22 @@ class Record:
                 f"the picture was painted by model '{self.model}' of hash {self.model_hash[:12]}, "
                 f"and this is '{here.model}' of hash {here.model_hash[:12]}; load the one it was painted by"
             )
-        given, own = self.adapters, here.adapters
-        if len(given) != len(own) or not all(map(Adapter.is_same, given, own)):
-            wanted, has = (", ".join(map(str, each)) or "none" for each in (given, own))
+        if "adapters" in self.differences(here):
+            wanted, has = (", ".join(map(str, each.adapters)) or "none" for each in (self, here))
             raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
+
+    def differences(self, here: Record) -> list[str]:
+        """What of all that a picture comes by is another here, by the words that a model is loaded with."""
+        own, others = self.compute.to_json(), here.compute.to_json()
+        same = {
+            "model": self.model_hash == here.model_hash,
+            "clip": self.clip_hash == here.clip_hash,
+            "weak_unet": self.weak_unet_hash == here.weak_unet_hash,
+            "adapters": len(self.adapters) == len(here.adapters)
+            and all(map(Adapter.is_same, self.adapters, here.adapters)),
+            **{name: own[name] == others[name] for name in ("dtype", "runtime")},
+        }
+        return [name for name, is_same in same.items() if not is_same]
 
     def check_beside(self, here: Record) -> None:
         """ValueError where the networks that are asked beside the model are others.
