@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gen.answer import Interrupted, Result
+    from gen.batch import Batch
     from gen.engine import Engine
     from gen.flight import Cancelled, Step
     from gen.pipeline import TextToImage
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from gen.settings import Settings
 
 _HOMES = {
+    "Batch": "gen.batch",
     "Cancelled": "gen.flight",
     "Engine": "gen.engine",
     "Interrupted": "gen.answer",
@@ -26,7 +28,7 @@ _HOMES = {
     "TextToImage": "gen.pipeline",
 }
 
-__all__ = ["Cancelled", "Engine", "Interrupted", "Request", "Result", "Settings", "Step", "TextToImage"]
+__all__ = ["Batch", "Cancelled", "Engine", "Interrupted", "Request", "Result", "Settings", "Step", "TextToImage"]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,7 +51,7 @@ class Result:
     candidates: list[Ranked] = field(repr=False)  # all there were, in drawing order
     account: Account  # what they took
 
-    def ranking(self) -> list[JSON]:
+    def ranking(self) -> list[dict[str, JSON]]:
         """The candidates that were painted, best first, as JSON."""
         painted = sorted((each for each in self.candidates if each.painted), key=lambda each: -(each.score or 0.0))
         return [{"seed": each.seed, "score": each.score, "kept": each.kept} for each in painted]

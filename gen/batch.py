@@ -71,11 +71,11 @@ class Batch:
         self.model = model
         self._entries = [_filled(entry, given, model) for entry in entries[which - 1 :: number]]
         self.folder.check(model.record)
-        self._unpainted = self._left()
-        self.progress = Progress(len(self._entries), len(self._entries) - len(self._unpainted))
+        left = self._left()
+        self.progress = Progress(len(self._entries), len(self._entries) - len(left))
         self._engine = model.engine()
         where = f"{manifest}:" if isinstance(manifest, str | Path) else "line "
-        for entry in self._unpainted:
+        for entry in left:
             try:
                 self._engine.check(entry.request())
             except ValueError as error:
@@ -87,15 +87,17 @@ class Batch:
         A line that fails is written as such, and the others go on. On Ctrl-C what is painted is written, and
         KeyboardInterrupt raised; another batch of the same folder goes on from there.
         """
-        with self.folder.opened(self.model.record, [entry.number for entry in self._unpainted]) as results:
+        with self.folder.opened(self.model.record) as results, Writer() as writer:
+            left = self._left()  # others may have painted since
+            self.progress = replace(self.progress, before=len(self._entries) - len(left))
+            self.folder.clear(left)
             run = _Run(self, results, note)
-            with Writer() as writer:
-                try:
-                    run.paint(self._left(), writer)
-                finally:
-                    with deferred_interrupt():
-                        self._engine.close(cancel=True)
-                        run.write(writer, wait=True)
+            try:
+                run.paint(left, writer)
+            finally:
+                with deferred_interrupt():
+                    self._engine.close(cancel=True)
+                    run.write(writer, wait=True)
         return self.progress
 
     def _left(self) -> list[Entry]:
@@ -168,7 +170,7 @@ class _Run:
             files.append(writer.write(image, path, record))
             score = None if result.scores is None else result.scores[place - 1]
             pictures.append({"path": str(path.relative_to(folder.path)), "score": score, "seed": seed})
-        line |= {"pictures": pictures, "candidates": result.ranking(), "account": vars(result.account)}
+        line |= {"pictures": pictures, "candidates": list[JSON](result.ranking()), "account": vars(result.account)}
         return files, line | self._unknown_words(result.prompts[0], result.records[0])
 
     def _unknown_words(self, prompt: str, record: Mapping[str, Any]) -> dict[str, JSON]:

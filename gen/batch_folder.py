@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +73,8 @@ class BatchFolder:
         return found
 
     @contextmanager
-    def opened(self, model: Record, unpainted: Collection[int]) -> Iterator[IO[bytes]]:
-        """The results to write to, by this process alone; what an end in the middle left of unpainted lines is gone.
+    def opened(self, model: Record) -> Iterator[IO[bytes]]:
+        """The results to write to, by this process alone; a line that an end in the middle left half written is gone.
 
         ValueError where another process writes there, or the folder cannot be written.
         """
@@ -90,7 +90,6 @@ class BatchFolder:
             except OSError:
                 raise ValueError(f"another process writes to {self.results}; wait for it, or end it") from None
             file.truncate(self.results.read_bytes().rfind(b"\n") + 1)
-            self._clear(unpainted)
             yield file
 
     def picture(self, line: int, place: int, seed: int) -> Path:
@@ -99,19 +98,19 @@ class BatchFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def clear(self, entries: Iterable[Entry]) -> None:
+        """Remove what an end in the middle left of lines that are not painted; of this process's lines, once opened."""
+        numbers = {entry.number for entry in entries}
+        for path in (self.path / "pictures").glob("*/*"):
+            if (found := PICTURE.match(path.name)) and int(found[1]) in numbers:
+                path.unlink()
+
     def _write_card(self, model: Record) -> None:
         card = self.path / "batch.json"
         if not card.exists():
             part = card.with_name(f".{card.name}.{os.getpid()}.part")
             part.write_text(json.dumps(model.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
             part.replace(card)
-
-    def _clear(self, unpainted: Collection[int]) -> None:
-        """Remove pictures of lines that count as not painted."""
-        numbers = set(unpainted)
-        for path in (self.path / "pictures").glob("*/*"):
-            if (found := PICTURE.match(path.name)) and int(found[1]) in numbers:
-                path.unlink()
 
 
 def append(results: IO[bytes], line: Mapping[str, JSON]) -> None:

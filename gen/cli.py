@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import dropwhile
 from os.path import isfile
 from pathlib import Path
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
+from gen.counts import how_many
 from gen.interrupt import deferred_interrupt
-from gen.options import Config, with_options
+from gen.options import DEFAULTS, Config, with_options
 from gen.output_folder import output_folder
 from gen.picture import Writer, largest_difference, read_picture, read_png
 from gen.prompts import plain
 from gen.sheet import contact_sheet
+from gen.typed_model import typed_model
 from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:
@@ -32,40 +34,23 @@ if TYPE_CHECKING:
     from gen.pipeline import TextToImage
     from gen.request import Request
 
-DEFAULT_MODEL = "shapes64"
 DEFAULT_OUT = Path("out")
 SHEET = "sheet.png"
-CANDIDATES = 16  # where neither their number nor a budget is given
-KEPT = 4  # of those that are ranked, where it is not said
 TOLERANCE = 1  # 8-bit levels by which a picture may differ when painted again
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-@with_options
+@with_options()
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to paint, in words.")],
     *,  # words that more is done with than to hand them on; gen.options has what is typed for them
-    num_images_per_prompt: int | None = None,
-    keep: int | None = None,
-    seed: int = 0,
-    budget: float | None = None,
-    diverse: bool = False,
-    rerank: bool = True,
-    ip_adapter_image: Path | None = None,
-    model: str = DEFAULT_MODEL,
-    prior_model: str | None = None,
-    clip: str | None = None,
-    config: str | None = None,
-    weak_unet: Path | None = None,
-    draft_unet: Path | None = None,
-    attention: str = "auto",
-    dtype: str = "float32",
-    runtime: str = "torch",
-    lora: list[str] | None = None,
-    embedding: list[str] | None = None,
-    ip_adapter: str | None = None,
-    image_encoder: Path | None = None,
+    num_images_per_prompt: int | None,
+    keep: int | None,
+    budget: float | None,
+    diverse: bool,
+    rerank: bool,
+    ip_adapter_image: Path | None,
     out: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Where to write; when it holds something, a new DIR/002, DIR/003, ..."),
@@ -83,35 +68,20 @@ def generate(
     started = time.perf_counter()
     with speaking("generate"), output_folder(out) as folder:
         check_text(prompt, *(word for word in words.values() if isinstance(word, str)))
-        added = Added.typed(lora, embedding, ip_adapter, image_encoder)
-        if (ip_adapter is None) != (ip_adapter_image is None):
+        if (words["ip_adapter"] is None) != (ip_adapter_image is None):
             raise ValueError("--ip-adapter and --ip-image go together; give both or none")
-        from gen.pipeline import TextToImage
+        painter = typed_model("generate", words, quiet=quiet)
         from gen.request import Request
         from gen.resolve import resolve
 
-        painter = TextToImage.from_pretrained(
-            model,
-            dtype=dtype,
-            runtime=runtime,
-            attention=attention,
-            weak_unet=weak_unet,
-            draft_unet=draft_unet,
-            prior_model=prior_model,
-            clip=clip,
-            config=config,
-        )
-        if runtime != "torch" and not quiet:
-            say("generate", f"{runtime} reads and compiles each network when it is first asked, which takes a while")
-        added.to(painter)
         loaded = time.perf_counter()
         abilities = painter.model.abilities
-        num_images_per_prompt, keep = _how_many(num_images_per_prompt, keep, budget, rerank and abilities.can_rank)
+        is_ranked = rerank and abilities.can_rank
+        num_images_per_prompt, keep = how_many(num_images_per_prompt, keep, budget, is_ranked=is_ranked)
         request = Request(
             prompt=prompt,
             num_images_per_prompt=num_images_per_prompt,
             keep=keep,
-            seed=seed,
             budget=budget,
             diverse=diverse,
             rerank=None if rerank else False,
@@ -120,7 +90,7 @@ def generate(
         )
         resolve(request, abilities)  # every mistake, before the note on words
         foreign = painter.card.unknown_words(plain(prompt) if request.prompt_weights else prompt)
-        note = _foreign_words(model, painter.card.knows, foreign) if foreign else None
+        note = _foreign_words(painter.name, painter.card.knows, foreign) if foreign else None
         if note:
             say("generate", note)
         # Of a plain best-of-N all come back, best first, for the sheet shows them all; the first `keep` become files.
@@ -169,7 +139,7 @@ def score(
         typer.Option(
             "--model", "-m", metavar="NAME", help="Model whose CLIP judges, or CLIP or SigLIP by folder or hub id."
         ),
-    ] = DEFAULT_MODEL,
+    ] = DEFAULTS["model"],
     as_json: AsJson = False,
 ) -> None:
     """Say how well each IMAGE fits each TEXT: the cosine of their CLIP embeddings, from -1 to 1.
@@ -290,45 +260,6 @@ def _naming(picture: Path) -> Iterator[None]:
         raise
 
 
-@dataclass(frozen=True)
-class Added:
-    """What is added to a model, as it was typed."""
-
-    loras: list[tuple[str, float]]  # file and scale
-    embeddings: list[tuple[str, str | None]]  # file and token
-    ip_adapter: tuple[str, float] | None
-    image_encoder: Path | None
-
-    @classmethod
-    def typed(
-        cls, lora: list[str] | None, embedding: list[str] | None, ip_adapter: str | None, image_encoder: Path | None
-    ) -> "Added":
-        """Of the options; ValueError for a scale that is none."""
-        loras = [_scaled("--lora", given) for given in lora or []]
-        shown = None if ip_adapter is None else _scaled("--ip-adapter", ip_adapter)
-        return cls(loras, [_called(given) for given in embedding or []], shown, image_encoder)
-
-    def to(self, painter: "TextToImage") -> None:
-        """Load it all."""
-        for file, scale in self.loras:
-            painter.load_lora(file, scale)
-        for file, token in self.embeddings:
-            painter.load_textual_inversion(file, token)
-        if self.ip_adapter is not None:
-            painter.load_ip_adapter(*self.ip_adapter, self.image_encoder)
-
-
-def _how_many(
-    num_images_per_prompt: int | None, keep: int | None, budget: float | None, is_ranked: bool
-) -> tuple[int | None, int | None]:
-    """Candidates to paint (None: as many as fit the budget) and to keep (None: all), where these were left out."""
-    if num_images_per_prompt is None and budget is None:
-        num_images_per_prompt = CANDIDATES
-    if keep is None:
-        keep = min(KEPT, num_images_per_prompt or KEPT) if is_ranked else num_images_per_prompt
-    return num_images_per_prompt, keep
-
-
 def _painted(painter: "TextToImage", request: "Request", shows_progress: bool) -> tuple["Result", bool]:
     """The answer, or on Ctrl-C what is painted by then, and whether it was that."""
     from gen.answer import Interrupted
@@ -359,24 +290,6 @@ def _written(result: "Result", keep: int | None, folder: Path, title: str) -> li
     return pictures
 
 
-def _scaled(option: str, given: str) -> tuple[str, float]:
-    """FILE[:SCALE] as file and scale, which is 1 where it is left out; ValueError where that is no number."""
-    path, _, scale = given.rpartition(":")
-    try:
-        return (path, float(scale)) if path else (given, 1.0)
-    except ValueError:
-        if Path(given).exists() or len(path) < 2 or "/" in scale:  # a colon of the path's own, or a drive's
-            return given, 1.0
-        told = f"{option} '{given}': {scale!r} is no scale; give a number, as in {path}:0.8, or leave it out"
-        raise ValueError(told) from None
-
-
-def _called(given: str) -> tuple[str, str | None]:
-    """FILE[:TOKEN] as file and token, which is the file's own where it is left out."""
-    path, _, token = given.rpartition(":")
-    return (path, token) if path and not Path(given).exists() else (given, None)
-
-
 def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:
     """What is said when a prompt asks for something that the model cannot know."""
     unseen = ", ".join(dict.fromkeys(foreign))
@@ -387,23 +300,17 @@ def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:
 
 def _told(painter: "TextToImage", result: "Result", folder: Path, pictures: list[dict[str, Any]]) -> dict[str, Any]:
     """What `generate` tells of the model and of its pictures; `pictures` are those written."""
-    first = result.records[0]
+    first, kept = result.records[0], {one["seed"] for one in pictures}
     return {
         "model": {"name": first["model"], "hash": first["model_hash"], "knows": painter.card.knows},
         "settings": first["settings"],
         "out": str(folder),
         "sheet": str(folder / SHEET),
         "pictures": pictures,  # the kept ones, best first
-        "candidates": _candidates(result, {one["seed"] for one in pictures}),
+        "candidates": [{**each, "kept": each["seed"] in kept} for each in result.ranking()],
         "shown": len(result.images),  # on the sheet
         "account": vars(result.account),
     }
-
-
-def _candidates(result: "Result", kept: set[Any]) -> list[dict[str, Any]]:
-    """All candidates that were painted, best first."""
-    painted = sorted((each for each in result.candidates if each.painted), key=lambda each: -(each.score or 0.0))
-    return [{"seed": each.seed, "score": each.score, "kept": each.seed in kept} for each in painted]
 
 
 def _caption(score: float | None, seed: int) -> str:

@@ -77,11 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISTAKE
     name, rest = argv[0], argv[1:]
     if name in ("--help", "-h", "help"):
-        print(help_text(installed))
-        return DONE
+        return _print(help_text(installed))
     if name == "--version":
-        print(f"unclip {version('unclip')}")
-        return DONE
+        return _print(f"unclip {version('unclip')}")
     if name not in installed:
         kind = "option" if name.startswith("-") else "verb"
         return _tell("unclip", f"{kind} {name!r} is unknown; choose from: {', '.join(installed)}", MISTAKE)
@@ -114,9 +112,8 @@ def _run(verb: Verb, arguments: list[str]) -> int:
         return status if isinstance(status, int) else DONE
     except KeyboardInterrupt:
         return _tell(who, "interrupted", INTERRUPTED)
-    except BrokenPipeError:  # `unclip ... | head`: the reader left; keep the last flush quiet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:
+        return _left_alone()
     except Exception as error:
         own = OWN_PACKAGES | {_package(verb.entry)}
         if isinstance(error, ValueError) and _raised_in(error) in own:
@@ -125,6 +122,22 @@ def _run(verb: Verb, arguments: list[str]) -> int:
             return _tell(who, str(error), FAILED)
         traceback.print_exc()
         return _tell(who, f"failed with {type(error).__name__}: {error}", FAILED)
+
+
+def _print(text: str) -> int:
+    """Print what was asked for."""
+    try:
+        print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _left_alone()
+    return DONE
+
+
+def _left_alone() -> int:
+    """The reader of standard output has left, as of `unclip ... | head`: keep the last flush quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
 
 
 def _chosen(command: Any, arguments: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """The words of a request, and of the model that paints it, as options of the command line.
 
-Owns: how each is written there, its help, and its place in --help. `with_options` shows typer all of them where a verb
-says `**words`, and `typed` tells others what is typed for a word. Here no word is checked and none has a default: what
-was not given is None, and the model's own. It must not import torch, for `--help` answers at once.
+Owns: how each is written there, its help, its place in --help, and what it is where it is not given: None, and the
+model's own, but for a few. `with_options` shows typer all of them where a verb says `**words`, and `typed` tells others
+what is typed for a word. Here no word is checked. It must not import torch, for `--help` answers at once.
 """
 
 import inspect
@@ -187,6 +187,16 @@ OPTIONS: dict[str, Any] = {
     ],
 }
 
+DEFAULTS: dict[str, Any] = {
+    "seed": 0,
+    "model": "shapes64",
+    "diverse": False,
+    "attention": "auto",
+    "dtype": "float32",
+    "runtime": "torch",
+    "rerank": True,
+}
+
 
 def typed(word: str) -> str:
     """What is typed for a word: `--steps` for `num_inference_steps`; of a flag, what says yes."""
@@ -207,19 +217,25 @@ def _names(word: str) -> list[str]:
     return str(name).split("/")
 
 
-def with_options(verb: Verb) -> Verb:
-    """A verb to which typer hands every word of OPTIONS: what it names itself, and the others in its `**words`.
+def with_options(*without: str) -> Callable[[Verb], Verb]:
+    """A verb to which typer hands all words of OPTIONS but some: what it names itself, the others in its `**words`.
 
-    A word that the verb names keeps the default it has there. Its own arguments come first in --help, its own options
-    last; the latter are keyword-only.
+    Its own arguments come first in --help, its own options last; the latter are keyword-only.
     """
-    own = inspect.signature(verb).parameters
-    assert any(each.kind is each.VAR_KEYWORD for each in own.values()), f"{verb.__name__} takes no **words"
-    shown = [each for each in own.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
-    for word, option in OPTIONS.items():
-        named = own.get(word, inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY, default=None))
-        assert word not in own or named.annotation == get_args(option)[0], f"{word} is of two types"
-        shown.append(named.replace(annotation=option))
-    shown += [each for each in own.values() if each.kind is each.KEYWORD_ONLY and each.name not in OPTIONS]
-    verb.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    return verb
+
+    def dressed(verb: Verb) -> Verb:
+        own = inspect.signature(verb).parameters
+        assert any(each.kind is each.VAR_KEYWORD for each in own.values()), f"{verb.__name__} takes no **words"
+        shown = [each for each in own.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+        for word, option in OPTIONS.items():
+            assert word not in own or own[word].annotation == get_args(option)[0], f"{word} is of two types"
+            if word not in without:
+                default = DEFAULTS.get(word)
+                shown.append(
+                    inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
+                )
+        shown += [each for each in own.values() if each.kind is each.KEYWORD_ONLY and each.name not in OPTIONS]
+        verb.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        return verb
+
+    return dressed

@@ -23,15 +23,17 @@ def blocks(heading: str, language: str = "") -> list[str]:
 
 def test_the_command_line_section_runs_as_typed(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    commands = [line for line in blocks("On the command line")[0].splitlines() if line.startswith("unclip ")]
+    commands = blocks("On the command line")[0].splitlines()
     assert len(commands) >= 4
     for command in commands:
         ran = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
     assert len(list((tmp_path / "stars").glob("0*.png"))) == 4
+    assert len(list((tmp_path / "batch").rglob("*.png"))) == 2
 
 
-def test_the_python_section_runs(tmp_path: Path) -> None:
+def test_the_python_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=r".* is ignored: ")  # no example gives what counts for nothing
@@ -40,6 +42,7 @@ def test_the_python_section_runs(tmp_path: Path) -> None:
     result = names["result"]
     assert len(result.images) == len(result.scores) == len(result.seeds) == 4  # type: ignore[attr-defined]
     assert result.scores == sorted(result.scores, reverse=True)  # type: ignore[attr-defined]
+    assert len(list((tmp_path / "batch").rglob("*.png"))) == 2
     assert names["red"].done() and names["blue"].done()  # type: ignore[attr-defined]
 
 
