@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gen.model_cli import typed_model
 from gen.options import with_options
-from gen.typed_model import typed_model
 from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:

@@ -7,15 +7,16 @@ what ends in the middle, by Ctrl-C or worse, leaves no line and is painted anew.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from gen.manifest import Entry
 from gen.record import Record
@@ -78,17 +79,17 @@ class BatchFolder:
 
         ValueError where another process writes there, or the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write_card(model)
-            file = self.results.open("ab")
-        except OSError as error:
-            raise ValueError(f"out folder '{self.path}' cannot be written ({error.strerror}); choose another") from None
-        with file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(self.path / f".{self.results.name}.lock", timeout=0))
+                self._write_card(model)
+                file = held.enter_context(self.results.open("ab"))
+            except Timeout:
                 raise ValueError(f"another process writes to {self.results}; wait for it, or end it") from None
+            except OSError as error:
+                refused = f"out folder '{self.path}' cannot be written ({error.strerror})"
+                raise ValueError(f"{refused}; choose another") from None
             file.truncate(self.results.read_bytes().rfind(b"\n") + 1)
             yield file
 

@@ -21,12 +21,12 @@ from PIL import Image
 
 from gen.counts import how_many
 from gen.interrupt import deferred_interrupt
+from gen.model_cli import typed_model
 from gen.options import DEFAULTS, Config, with_options
 from gen.output_folder import output_folder
 from gen.picture import Writer, largest_difference, read_picture, read_png
 from gen.prompts import plain
 from gen.sheet import contact_sheet
-from gen.typed_model import typed_model
 from gen.wording import check_text, say, speaking
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ SMALL = {"numpy", "PIL", "tokenizers", "safetensors", "huggingface_hub"}  # what
 LIBRARIES = {
     "samplers": {"torch"},
     "clip_core": {"torch", "transformers", "open_clip"} | SMALL,
-    "gen": {"torch", "diffusers", "transformers", "scipy", "rich", "typer"} | SMALL,
+    "gen": {"torch", "diffusers", "transformers", "scipy", "rich", "typer", "filelock"} | SMALL,
     "training": {"torch", "torchvision", "diffusers", "transformers", "accelerate", "rich", "typer", "yaml", "pydantic"}
     | SMALL,
 }

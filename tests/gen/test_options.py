@@ -1,5 +1,6 @@
 """A request's words on the command line: each is an option or says why not, of the type that Python takes."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -7,8 +8,10 @@ from typing import Annotated, Any, get_args, get_type_hints
 import pytest
 import typer
 
+from gen.batch_cli import batch
 from gen.cli import generate
-from gen.options import OPTIONS, flags, typed, with_options
+from gen.model_cli import ADDED, READ
+from gen.options import DEFAULTS, OPTIONS, flags, typed, with_options
 from gen.request import Request
 
 TENSOR = "a command line holds no tensors"
@@ -48,9 +51,11 @@ def test_every_word_of_a_request_is_an_option_or_says_why_not() -> None:
     assert not OPTIONS.keys() & PYTHON_ONLY.keys()
 
 
-def test_what_generate_hands_on_are_words_of_a_request() -> None:
-    named = generate.__annotations__  # of its source, not of what typer is shown
-    assert "prompt" in named and OPTIONS.keys() - named.keys() <= TAKEN.keys()
+@pytest.mark.parametrize("verb", [generate, batch])
+def test_what_a_verb_hands_on_are_words_of_a_request(verb: Callable[..., None]) -> None:
+    named = verb.__annotations__.keys()  # of its source, not of what typer is shown
+    assert "out" in named and OPTIONS.keys() - named - {*READ, *ADDED} <= TAKEN.keys()
+    assert {*READ, *ADDED} <= OPTIONS.keys() - named
 
 
 @pytest.mark.parametrize("word", sorted(OPTIONS.keys() & TAKEN.keys()))
@@ -70,11 +75,11 @@ def test_what_is_typed_is_what_typer_reads() -> None:
 def test_a_verb_is_handed_every_word() -> None:
     handed: dict[str, Any] = {}
 
-    @with_options
+    @with_options("budget")
     def verb(
         text: Annotated[str, typer.Argument()],
         *,
-        seed: int = 7,
+        seed: int,
         own: Annotated[str, typer.Option()] = "x",
         **words: Any,
     ) -> None:
@@ -83,12 +88,14 @@ def test_a_verb_is_handed_every_word() -> None:
     given = ["a star", "--steps", "3", "--negative", "grey", "--guidance-interval", "0.5", "2", "--no-prior"]
     typer_of(verb).main([*given, "--mask", "m.png", "--own", "y"], standalone_mode=False)
     wanted = {"num_inference_steps": 3, "negative_prompt": "grey", "guidance_interval": (0.5, 2.0), "prior": False}
-    wanted |= {"mask_image": Path("m.png"), "seed": 7, "text": "a star", "own": "y"}
-    assert handed == dict.fromkeys(OPTIONS) | wanted
+    wanted |= {"mask_image": Path("m.png"), "seed": 0, "text": "a star", "own": "y"}
+    assert handed == dict.fromkeys(OPTIONS.keys() - {"budget"}) | DEFAULTS | wanted
+    with pytest.raises(typer.TyperException, match="--budget"):
+        typer_of(verb).main([*given, "--budget", "5"], standalone_mode=False)
 
 
 def test_a_word_of_another_type_than_its_option_is_our_own_mistake() -> None:
     def verb(*, seed: str = "", **words: Any) -> None: ...
 
     with pytest.raises(AssertionError, match="seed is of two types"):
-        with_options(verb)
+        with_options()(verb)
