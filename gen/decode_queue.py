@@ -70,14 +70,16 @@ class DecodeQueue:
         return partial(_likeness, model, self.text(flight, index)[None])
 
     def _read(self, flights: Sequence[Flight[Any]]) -> None:
-        """Let CLIP read the prompts of these requests together, of each once."""
+        """Let CLIP read the prompts of these requests together, of each once, unless its tower has read it."""
         said: dict[int, dict[str, None]] = {}
         for flight in flights:
             if not flight.texts:
                 said[flight.number] = dict.fromkeys(text for one in flight.job.candidates for text in _said(one))
         texts = list(dict.fromkeys(text for each in said.values() for text in each))
         if texts:
-            read = in_turns(texts, lambda some: self.clip.text(some).embedding.unbind(0))
+            told = dict.fromkeys(prompt for flight in flights for prompt, _ in flight.told.values())
+            ends = [prompt.end for prompt in told if prompt.end is not None]
+            read = in_turns(texts, lambda some: self.clip.text_embeddings(some, ends))
             found = dict(zip(texts, read, strict=True))
             for flight in flights:
                 flight.texts = flight.texts or {text: found[text] for text in said[flight.number]}

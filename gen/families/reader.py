@@ -91,7 +91,8 @@ class Reader(FamilyModel):
         texts_2: Sequence[str | TextPiece] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts."""
-        return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
+        said = self.text(texts, clip_skip)
+        return [replace(self.handed(tokens), end=end) for tokens, end in zip(said.tokens, said.ends, strict=True)]
 
     def joined(self, pieces: Sequence[TextPiece], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
