@@ -63,13 +63,13 @@ def measure(unet: UNet2DConditionModel, side: int, repeats: int) -> dict[str, li
     x = torch.randn(1, 4, side, side, device=device, dtype=dtype).expand(2, -1, -1, -1)
     null, prompt = (Condition(torch.randn(LENGTH, width_of(unet), device=device, dtype=dtype)) for _ in range(2))
     told = Conditions((null, prompt), ("row", "row"))
-    read: dict[str, Any] = reading(unet, told.distinct_tokens, torch.stack) or {}
+    read: dict[str, Any] = reading(unet, told.distinct_encoder_hidden_states, torch.stack) or {}
     ways = {"for both": read, "once": read | {"alike": told.alike}}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, kwargs in ways.items():
             began = now(device)
-            unet(x, torch.full((2,), 500.0, device=device), told.tokens, cross_attention_kwargs=kwargs)
+            unet(x, torch.full((2,), 500.0, device=device), told.encoder_hidden_states, cross_attention_kwargs=kwargs)
             found[name].append(now(device) - began)
     return {name: seconds[1:] for name, seconds in found.items()}  # the first plans
 

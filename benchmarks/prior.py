@@ -86,7 +86,8 @@ def stock(
     """As StableUnCLIPPipeline runs its prior: every candidate brings its text and the empty one to every step."""
     prompts = [prompt for prompt in told[1:] for _ in range(candidates)]
     rows = [told[0]] * len(prompts) + prompts
-    tokens, vector, mask = (torch.stack([getattr(one, kind) for one in rows]) for kind in ("tokens", "vector", "mask"))
+    kinds = ("encoder_hidden_states", "pooled_projections", "attention_mask")
+    tokens, vector, mask = (torch.stack([getattr(one, kind) for one in rows]) for kind in kinds)
     scheduler = DDIMScheduler.from_config(levels.stock.config)
     scheduler.set_timesteps(sizes.steps)
     x = start(candidates, sizes).to(network.device)

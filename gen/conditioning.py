@@ -26,20 +26,26 @@ NetworkName = Literal["own", "weak", "draft", "last"]
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """One thing a network can be told; what is None, this network does not take."""
+    """One thing a network can be told; what is None, this network does not take.
 
-    tokens: Tensor | None = None  # (L, D), cross-attended
-    vector: Tensor | None = None  # (V,), the UNet's class input or pooled text, or the prior's text embedding
-    mask: Tensor | None = None  # (L,) bool, True where there is text
-    sizes: Tensor | None = None  # (S,), of the picture, in pixels, and what else is told beside them
-    channels: Tensor | None = None  # (C', h, w), what the network sees beside x
-    picture: Tensor | None = None  # (T, D), cross-attended beside the text (IP-Adapter); None: no picture
+    `pooled_projections` is one vector beside the token states, under the name that each network has for it: the class
+    labels of Stable unCLIP and Karlo, `text_embeds` and `image_embeds` of SDXL and Kandinsky, the prior's
+    `proj_embedding`.
+    """
+
+    encoder_hidden_states: Tensor | None = None  # (L, D), cross-attended
+    pooled_projections: Tensor | None = None  # (V,), of the whole text, image or both
+    attention_mask: Tensor | None = None  # (L,) bool, True where there is text
+    time_ids: Tensor | None = None  # (S,), SDXL's: sizes of the picture in pixels, and its aesthetic score
+    concat_channels: Tensor | None = None  # (C', h, w), what the network sees behind the channels of x
+    ip_hidden_states: Tensor | None = None  # (T, D), cross-attended beside the text (IP-Adapter); None: no picture
     network: NetworkName = "own"
     end: TextEnd | None = None  # of the text, for who ranks by the tower that has read it; no network is told
 
-    def twin(self) -> Condition:
+    def copy(self) -> Condition:
         """The same told by another object, so that what is kept beside the one is not found beside the other."""
-        return replace(self, tokens=None if self.tokens is None else self.tokens[:])
+        states = self.encoder_hidden_states
+        return replace(self, encoder_hidden_states=None if states is None else states[:])
 
 
 ConditionPair = tuple[Condition, Condition | None]
@@ -50,37 +56,37 @@ ConditionPair = tuple[Condition, Condition | None]
 class Conditions:
     """Conditions gathered for one network call of M evaluations.
 
-    A network that takes a tensor per evaluation reads `tokens`, `vector`, `mask`, `sizes` and `channels`; what can be
-    worked out once for all evaluations that are told the same is worked out for the distinct ones.
+    A network that takes a tensor per evaluation reads those of `Condition`'s names; what can be worked out once for all
+    evaluations that are told the same is worked out for the distinct ones.
     """
 
     each: tuple[Condition, ...]  # M of them
     rows: tuple[Hashable, ...] | None = None  # (M,) whose x each evaluation sees; None: nobody says
 
     @cached_property
-    def tokens(self) -> Tensor | None:
+    def encoder_hidden_states(self) -> Tensor | None:
         """(M, L, D)."""
-        return stacked([condition.tokens for condition in self.each])
+        return stacked([condition.encoder_hidden_states for condition in self.each])
 
     @cached_property
-    def vector(self) -> Tensor | None:
+    def pooled_projections(self) -> Tensor | None:
         """(M, V)."""
-        return stacked([condition.vector for condition in self.each])
+        return stacked([condition.pooled_projections for condition in self.each])
 
     @cached_property
-    def mask(self) -> Tensor | None:
+    def attention_mask(self) -> Tensor | None:
         """(M, L)."""
-        return stacked([condition.mask for condition in self.each])
+        return stacked([condition.attention_mask for condition in self.each])
 
     @cached_property
-    def sizes(self) -> Tensor | None:
+    def time_ids(self) -> Tensor | None:
         """(M, S)."""
-        return stacked([condition.sizes for condition in self.each])
+        return stacked([condition.time_ids for condition in self.each])
 
     @cached_property
-    def channels(self) -> Tensor | None:
+    def concat_channels(self) -> Tensor | None:
         """(M, C', h, w)."""
-        return stacked([condition.channels for condition in self.each])
+        return stacked([condition.concat_channels for condition in self.each])
 
     @cached_property
     def places(self) -> dict[NetworkName, list[int]]:
@@ -103,7 +109,7 @@ class Conditions:
 
     def beside(self, x: Tensor) -> Tensor:
         """What the network sees: x (M, C, h, w), and behind it what it is told beside it."""
-        return x if self.channels is None else torch.cat([x, self.channels], dim=1)
+        return x if self.concat_channels is None else torch.cat([x, self.concat_channels], dim=1)
 
     @cached_property
     def distinct(self) -> Distinct[Condition]:
@@ -111,32 +117,34 @@ class Conditions:
         return Distinct.among(self.each)
 
     @cached_property
-    def distinct_tokens(self) -> Distinct[Tensor]:
-        """Every text's token states (L, D) once; candidates that differ in their vector share these."""
-        tokens = [condition.tokens for condition in self.each if condition.tokens is not None]
-        assert len(tokens) == len(self.each), "asked of a network that takes no tokens"
-        return Distinct.among(tokens)
+    def distinct_encoder_hidden_states(self) -> Distinct[Tensor]:
+        """Every text's token states (L, D) once; candidates that differ in their pooled projections share these."""
+        states = [
+            condition.encoder_hidden_states for condition in self.each if condition.encoder_hidden_states is not None
+        ]
+        assert len(states) == len(self.each), "asked of a network that takes no tokens"
+        return Distinct.among(states)
 
     @cached_property
     def alike(self) -> Alike | None:
         """Which evaluations are one until their texts are read, as prompt and null of a row; None: no two are."""
-        if self.rows is None or self.tokens is None:
+        if self.rows is None or self.encoder_hidden_states is None:
             return None
         kinds: dict[Hashable, int] = {}
         first, of = list[int](), list[int]()
         for place, (row, one) in enumerate(zip(self.rows, self.each, strict=True)):
-            kind = (row, *map(id, (one.vector, one.mask, one.sizes, one.channels)))
+            kind = (row, *map(id, (one.pooled_projections, one.attention_mask, one.time_ids, one.concat_channels)))
             if kind not in kinds:
                 kinds[kind] = len(kinds)
                 first.append(place)
             of.append(kinds[kind])
         if len(first) == len(of):
             return None
-        return Alike(*(to_device(torch.tensor(each), self.tokens.device) for each in (first, of)))
+        return Alike(*(to_device(torch.tensor(each), self.encoder_hidden_states.device) for each in (first, of)))
 
-    def distinct_pictures(self, blank: Tensor) -> Distinct[Tensor]:
+    def distinct_ip_hidden_states(self, blank: Tensor) -> Distinct[Tensor]:
         """Every picture's tokens (T, D) once; those of no picture are `blank`."""
-        return Distinct.among([blank if each.picture is None else each.picture for each in self.each])
+        return Distinct.among([blank if each.ip_hidden_states is None else each.ip_hidden_states for each in self.each])
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +191,7 @@ def each_read(
     known = {"": empty()} if "" in texts else {}
     unknown = [text for text in dict.fromkeys(texts) if text not in known]
     known |= zip(unknown, in_turns(unknown, read), strict=True)
-    return [known[text].twin() for text in texts]
+    return [known[text].copy() for text in texts]
 
 
 def in_turns(texts: Sequence[T], read: Callable[[list[T]], Iterable[M]]) -> list[M]:

@@ -72,17 +72,17 @@ class Beginning:
     start: Tensor | None = None  # unit noise; None: block 0 of its seed's
     origin: Tensor | None = None  # latents that it is added to; None: it begins with noise alone
     known_region: KnownRegion | None = None
-    channels: Tensor | None = None  # what the UNet is told beside x
+    concat_channels: Tensor | None = None  # what the UNet is told beside x
 
     def telling(self, told: ConditionPair) -> ConditionPair:
         """What a candidate is told, with the channels beside x."""
-        if self.channels is None:
+        if self.concat_channels is None:
             return told
         prompt, null = told
         return self._beside(prompt), None if null is None else self._beside(null)
 
     def _beside(self, condition: Condition) -> Condition:
-        return replace(condition, channels=self.channels)
+        return replace(condition, concat_channels=self.concat_channels)
 
 
 def schedule_of(levels: NoiseLevels, settings: Settings, draft_steps: int | None = None) -> Schedule:
@@ -152,19 +152,19 @@ def beginning(candidate: Candidate, read: EncodedImage | None, shape: Sequence[i
         return posterior.mean + posterior.deviation * fresh
 
     known = drawn(read.image, 0) if reads_image else None
-    known_region = channels = None
+    known_region = concat_channels = None
     if read.is_painted is not None and read.is_held:
         assert known is not None
         known_region = KnownRegion(known, read.is_painted)
     if read.beside is not None:
         masked, mask = drawn(read.beside.masked, at + 1), read.beside.mask
-        channels = torch.cat([mask, masked] if read.beside.mask_first else [masked, mask])
+        concat_channels = torch.cat([mask, masked] if read.beside.mask_first else [masked, mask])
     return Beginning(
         drawn=0 if is_sure else at + has_mask,
         start=first_noise(candidate, shape, at),
         origin=known if from_image or not has_mask else None,
         known_region=known_region,
-        channels=channels,
+        concat_channels=concat_channels,
     )
 
 

@@ -71,7 +71,11 @@ def between(start: Condition, end: Condition, share: float) -> Condition:
     def mixed(one: Tensor | None, other: Tensor | None) -> Tensor | None:
         return None if one is None or other is None else slerp(one.float(), other.float(), share).to(one.dtype)
 
-    return replace(start, tokens=mixed(start.tokens, end.tokens), vector=mixed(start.vector, end.vector))
+    return replace(
+        start,
+        encoder_hidden_states=mixed(start.encoder_hidden_states, end.encoder_hidden_states),
+        pooled_projections=mixed(start.pooled_projections, end.pooled_projections),
+    )
 
 
 def with_embeds(model: object, candidates: Sequence[Candidate]) -> list[Candidate]:

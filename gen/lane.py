@@ -246,9 +246,9 @@ def text_by_text(conditions: Sequence[Condition]) -> list[int]:
     texts: dict[int, int] = {}
     known: dict[int, int] = {}
     for condition in conditions:
-        texts.setdefault(id(condition.tokens), len(texts))
+        texts.setdefault(id(condition.encoder_hidden_states), len(texts))
         known.setdefault(id(condition), len(known))
-    keys = [(texts[id(condition.tokens)], known[id(condition)]) for condition in conditions]
+    keys = [(texts[id(condition.encoder_hidden_states)], known[id(condition)]) for condition in conditions]
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
@@ -259,7 +259,7 @@ def lane_of(row: Row) -> Hashable:
 
 def batch_of(row: Row) -> Hashable:
     """What rows have in common whose evaluations share network calls."""
-    tokens = row.prompt.tokens
+    tokens = row.prompt.encoder_hidden_states
     return row.shape, None if tokens is None else tokens.shape
 
 

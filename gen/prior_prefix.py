@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from clip_core.device import network_device, to_device, weights_dtype
 from gen.attention.processor import STOCK, Processor
-from gen.conditioning import Condition, Conditions, stacked
+from gen.conditioning import Condition, Conditions
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +171,12 @@ def why_not_constant(network: PriorTransformer, conditions: Sequence[Condition])
     """
     length = network.config.num_embeddings
     for condition in conditions:
-        if condition.tokens is None or condition.mask is None:
+        states, mask = condition.encoder_hidden_states, condition.attention_mask
+        if states is None or mask is None:
             return "without text tokens and their mask it is not causal"
-        if condition.tokens.shape[0] != length:
-            return f"a text has {condition.tokens.shape[0]} tokens where its masks and positions are for {length}"
-    masks = [condition.mask for condition in conditions if condition.mask is not None]
+        if states.shape[0] != length:
+            return f"a text has {states.shape[0]} tokens where its masks and positions are for {length}"
+    masks = [condition.attention_mask for condition in conditions if condition.attention_mask is not None]
     if masks and not torch.stack(masks)[:, 0].all():
         return "a text begins with padding, for which its mask is not causal"
     return None
@@ -212,18 +213,17 @@ def whole(network: PriorTransformer, x: Tensor, timestep: Tensor, conditions: Co
     output = network(
         x,
         timestep,
-        proj_embedding=conditions.vector,
-        encoder_hidden_states=conditions.tokens,
-        attention_mask=conditions.mask,
+        proj_embedding=conditions.pooled_projections,
+        encoder_hidden_states=conditions.encoder_hidden_states,
+        attention_mask=conditions.attention_mask,
     )
     return output.predicted_image_embedding.reshape(len(x), -1)
 
 
 def read_prefix(network: PriorTransformer, conditions: Sequence[Condition]) -> Prefix:
     """Run the constant tokens of U conditions and keep every layer's keys and values."""
-    tokens, vector, mask = (
-        stacked(kind) for kind in zip(*((each.tokens, each.vector, each.mask) for each in conditions), strict=True)
-    )
+    together = Conditions(tuple(conditions))
+    tokens, vector, mask = together.encoder_hidden_states, together.pooled_projections, together.attention_mask
     assert tokens is not None and vector is not None and mask is not None
     if network.embedding_proj_norm is not None:
         vector = network.embedding_proj_norm(vector)

@@ -366,7 +366,7 @@ class Rows:
 
         bucket, answers, start = lanes[0].bucket, list[Prediction](), 0
         if bucket.wants_probe(len(ask.owners)):
-            twins = Conditions(tuple(condition.twin() for condition in ask.conditions[:PROBE]))
+            twins = Conditions(tuple(condition.copy() for condition in ask.conditions[:PROBE]))
             bucket.probe(partial(asked, NetworkCall(0, PROBE, twins)))
         while start < len(ask.owners):
             call = ask.call(len(answers), start, bucket.size)

@@ -196,7 +196,7 @@ class Stages:
         embeds = []
         for index, candidate in candidates.items():
             rows, vectors = zip(*(next(answered) for _ in answers[index]), strict=True)
-            embeds.append(decided(candidate, vectors, [one.row.prompt.vector for one in rows]))
+            embeds.append(decided(candidate, vectors, [one.row.prompt.pooled_projections for one in rows]))
         told = [flight.told[index] for index in candidates]
         prompts = self.model.add_image_embeds(list(candidates.values()), [prompt for prompt, _ in told], embeds)
         for index, prompt, (_, null) in zip(candidates, prompts, told, strict=True):

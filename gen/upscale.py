@@ -39,7 +39,7 @@ class Upscaler:
         rows = []
         for candidate, key, picture in zip(candidates, keys, small, strict=True):
             settings = candidate.settings
-            seen = Condition(channels=enlarged(picture, settings.height, settings.width).to(self.first.dtype))
+            seen = Condition(concat_channels=enlarged(picture, settings.height, settings.width).to(self.first.dtype))
             rows.append(
                 Row(
                     key=key,
@@ -48,7 +48,7 @@ class Upscaler:
                     schedule=self.levels.schedule(self.levels.sampler, settings.super_res_num_inference_steps),
                     sampler=self.levels.sampler,
                     prompt=seen,
-                    last=Condition(channels=seen.channels, network="last"),
+                    last=Condition(concat_channels=seen.concat_channels, network="last"),
                     options=self.levels.options(self.levels.sampler),
                     start=candidate.super_res_latents,
                 )
@@ -64,7 +64,7 @@ def as_network(network: UNet2DModel) -> Network:
     """A network as rows ask it."""
 
     def call(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        assert conditions.channels is not None, "it sees the small picture"
+        assert conditions.concat_channels is not None, "it sees the small picture"
         seen = conditions.beside(x).to(weights_dtype(network))
         return network(seen, timestep, return_dict=False)[0]
 

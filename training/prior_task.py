@@ -112,9 +112,9 @@ class PriorTask(Task[PriorTransformer]):
         output = self.network(
             scaling.network_input(x0 + sigma[:, None] * eps, sigma),
             timestep,
-            proj_embedding=stacked([each.vector for each in told]),
-            encoder_hidden_states=stacked([each.tokens for each in told]),
-            attention_mask=stacked([each.mask for each in told]),
+            proj_embedding=stacked([each.pooled_projections for each in told]),
+            encoder_hidden_states=stacked([each.encoder_hidden_states for each in told]),
+            attention_mask=stacked([each.attention_mask for each in told]),
         ).predicted_image_embedding.float()
         return {"loss": F.mse_loss(output, scaling.target(x0, eps, sigma))}
 

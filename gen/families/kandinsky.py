@@ -251,12 +251,12 @@ class Kandinsky(MoVQModel):
 
         def states(read: list[Condition]) -> Tensor:
             of = Conditions(tuple(read))
-            return network.process_encoder_hidden_states(of.tokens, self.added_cond_kwargs(of))
+            return network.process_encoder_hidden_states(of.encoder_hidden_states, self.added_cond_kwargs(of))
 
         return network(
             conditions.beside(x).to(weights_dtype(network)),
             timestep,
-            encoder_hidden_states=conditions.tokens,
+            encoder_hidden_states=conditions.encoder_hidden_states,
             added_cond_kwargs=self.added_cond_kwargs(conditions),
             cross_attention_kwargs=reading(network, conditions.distinct, states),
             return_dict=False,
@@ -292,11 +292,11 @@ class Kandinsky22(Kandinsky):
 
     def pictured(self, words: Condition, image_embeds: Tensor) -> Condition:
         """What the UNet is told of an image embedding (E,)."""
-        return replace(words, vector=own(image_embeds, self.unet))
+        return replace(words, pooled_projections=own(image_embeds, self.unet))
 
     def added_cond_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
-        return {"image_embeds": conditions.vector}
+        return {"image_embeds": conditions.pooled_projections}
 
 
 def widened(is_painted: Tensor) -> Tensor:

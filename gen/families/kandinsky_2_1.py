@@ -83,13 +83,13 @@ class Kandinsky21(Kandinsky):
 
     def pictured(self, words: Condition, image_embeds: Tensor) -> Condition:
         """The same with an image embedding behind the text's, (2E,)."""
-        assert words.vector is not None, "words have an embedding"
-        return replace(words, vector=torch.cat([words.vector, own(image_embeds, self.unet)]))
+        assert words.pooled_projections is not None, "words have an embedding"
+        return replace(words, pooled_projections=torch.cat([words.pooled_projections, own(image_embeds, self.unet)]))
 
     def added_cond_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """The UNet's `added_cond_kwargs`."""
-        assert conditions.vector is not None, "every condition has its image embedding by now"
-        text, image = conditions.vector.chunk(2, dim=1)
+        assert conditions.pooled_projections is not None, "every condition has its image embedding by now"
+        text, image = conditions.pooled_projections.chunk(2, dim=1)
         return {"text_embeds": text, "image_embeds": image}
 
     def _read(self, texts: Sequence[str]) -> list[Condition]:

@@ -250,7 +250,7 @@ class Karlo(Reader):
 
     def unet_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the tokens, by the names of its arguments."""
-        return {"class_labels": conditions.vector, "attention_mask": conditions.mask}
+        return {"class_labels": conditions.pooled_projections, "attention_mask": conditions.attention_mask}
 
     def _without(self, read: Sequence[TextEncoding]) -> list[Condition]:
         """What the UNet is told of texts without an image."""
@@ -272,6 +272,11 @@ class Karlo(Reader):
         seen = F.pad(masks, (tokens.shape[1] - masks.shape[1], 0), value=True)
         made = zip(tokens, vectors, seen, read, strict=True)
         return [
-            Illustrated(tokens=own(text, self.unet), vector=own(vector, self.unet), mask=mask, read=each)
+            Illustrated(
+                encoder_hidden_states=own(text, self.unet),
+                pooled_projections=own(vector, self.unet),
+                attention_mask=mask,
+                read=each,
+            )
             for text, vector, mask, each in made
         ]

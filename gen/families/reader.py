@@ -36,7 +36,7 @@ class PromptSpec(NamedTuple):
 
     text: str
     clip_skip: int | None = None  # layers of the text tower left out
-    sizes: tuple[float, ...] = ()  # of the picture, as the UNet is told them; empty: it is not
+    time_ids: tuple[float, ...] = ()  # SDXL's, as the UNet takes them; empty: it takes none
     pieces: tuple[TextPiece, ...] = ()  # as which the text is read, one by one; empty: it is read whole
     text_2: str | None = None  # what a second text tower reads; None: the same text
 
@@ -96,14 +96,15 @@ class Reader(FamilyModel):
 
     def joined(self, pieces: Sequence[TextPiece], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
-        states = self.apply_prompt_weights(pieces, [each.tokens for each in read], self._empty.tokens)
-        return replace(read[0], tokens=own(states, self.unet))
+        empty = self._empty.encoder_hidden_states
+        states = self.apply_prompt_weights(pieces, [each.encoder_hidden_states for each in read], empty)
+        return replace(read[0], encoder_hidden_states=own(states, self.unet))
 
     def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
         """What the UNet is told of a text with these token states (L, D), and where it takes it pooled, (P,)."""
         return Condition(own(tokens, self.unet))
 
-    def sizes(self, settings: Settings, of_null: bool = False) -> tuple[float, ...]:
+    def time_ids(self, settings: Settings, of_null: bool = False) -> tuple[float, ...]:
         """What the UNet is told of a picture's size beside the prompt, or beside the null; empty: nothing."""
         return ()
 
@@ -136,8 +137,8 @@ class Reader(FamilyModel):
                 (one.negative_prompt_embeds, one.negative_pooled_prompt_embeds, True),
             ):
                 if embeds is not None and id(embeds) not in handed:
-                    sizes = self.sizes(one.settings, of_null)
-                    handed[id(embeds)] = self._sized(self.handed(embeds, pooled), sizes)
+                    time_ids = self.time_ids(one.settings, of_null)
+                    handed[id(embeds)] = self._with_time_ids(self.handed(embeds, pooled), time_ids)
         asked = dict.fromkeys(words for candidate in candidates for words in self._read_for(candidate))
         said = table.of(list(asked), self._encoded)
 
@@ -156,14 +157,14 @@ class Reader(FamilyModel):
     def _prompt_of(self, candidate: Candidate) -> PromptSpec:
         settings, text = candidate.settings, candidate.prompt
         pieces = self._pieces(text, candidate)
-        return PromptSpec(settings.plain(text), settings.clip_skip, self.sizes(settings), pieces, settings.prompt_2)
+        return PromptSpec(settings.plain(text), settings.clip_skip, self.time_ids(settings), pieces, settings.prompt_2)
 
     def _null_of(self, candidate: Candidate) -> PromptSpec:
         """What it is guided away from; as in diffusers, no layer is skipped here."""
         settings = candidate.settings
         null, second = settings.negative_prompt, settings.negative_prompt_2
         pieces = self._pieces(null, candidate)
-        return PromptSpec(settings.plain(null), None, self.sizes(settings, of_null=True), pieces, second)
+        return PromptSpec(settings.plain(null), None, self.time_ids(settings, of_null=True), pieces, second)
 
     def _pieces(self, text: str, candidate: Candidate) -> tuple[TextPiece, ...]:
         """As what a candidate's text is read: prompt and null as equally many pieces; none where it is read whole."""
@@ -191,16 +192,16 @@ class Reader(FamilyModel):
 
     def _encoded(self, words: Sequence[PromptSpec]) -> list[Condition]:
         """The conditions of these words; those of one `clip_skip` are read together, and each in pieces by itself."""
-        asked = dict.fromkeys(each._replace(sizes=()) for each in words if not each.pieces)
+        asked = dict.fromkeys(each._replace(time_ids=()) for each in words if not each.pieces)
         found = {EMPTY: self._empty} if EMPTY in asked else {}
         for clip_skip in dict.fromkeys(each.clip_skip for each in asked):
             new = [each for each in asked if each.clip_skip == clip_skip and each not in found]
             found |= zip(new, in_turns(new, partial(self._read_whole, clip_skip)), strict=True)
         told = [
-            self._in_pieces(each.pieces, each.clip_skip) if each.pieces else found[each._replace(sizes=())].twin()
+            self._in_pieces(each.pieces, each.clip_skip) if each.pieces else found[each._replace(time_ids=())].copy()
             for each in words
         ]
-        return [self._sized(condition, each.sizes) for condition, each in zip(told, words, strict=True)]
+        return [self._with_time_ids(condition, each.time_ids) for condition, each in zip(told, words, strict=True)]
 
     def _read_whole(self, clip_skip: int | None, words: Sequence[PromptSpec]) -> list[Condition]:
         second = [each.text if each.text_2 is None else each.text_2 for each in words]
@@ -228,10 +229,11 @@ class Reader(FamilyModel):
             moved.append(torch.where(weights == 1, each.float(), empty.float() + weights * difference))
         return torch.cat(moved)
 
-    def _sized(self, condition: Condition, sizes: tuple[float, ...]) -> Condition:
-        if not sizes:
+    def _with_time_ids(self, condition: Condition, time_ids: tuple[float, ...]) -> Condition:
+        if not time_ids:
             return condition
-        return replace(condition, sizes=to_device(torch.tensor(sizes, dtype=weights_dtype(self.unet)), self.device))
+        ids = torch.tensor(time_ids, dtype=weights_dtype(self.unet))
+        return replace(condition, time_ids=to_device(ids, self.device))
 
     @cached_property
     @torch.no_grad()
@@ -241,9 +243,9 @@ class Reader(FamilyModel):
 
     def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""
-        read: dict[str, Any] | None = reading(network, conditions.distinct_tokens, torch.stack)
+        read: dict[str, Any] | None = reading(network, conditions.distinct_encoder_hidden_states, torch.stack)
         if self.ip_adapter is not None and network is self.unet:
-            pictures = conditions.distinct_pictures(self.ip_adapter.blank)
+            pictures = conditions.distinct_ip_hidden_states(self.ip_adapter.blank)
             if any(picture is not self.ip_adapter.blank for picture in pictures.unique):
                 seen = seeing(network, pictures, partial(self.ip_adapter.pairs, network))
                 read = {**(read or {}), **seen}
@@ -252,7 +254,7 @@ class Reader(FamilyModel):
         return network(
             conditions.beside(x).to(weights_dtype(network)),
             timestep,
-            encoder_hidden_states=conditions.tokens,
+            encoder_hidden_states=conditions.encoder_hidden_states,
             cross_attention_kwargs=read,
             return_dict=False,
             **self.unet_kwargs(conditions),
@@ -272,7 +274,7 @@ def shown(adapter: IPAdapter, candidates: Sequence[Candidate], told: Sequence[Co
     def beside(condition: Condition, picture: Tensor) -> Condition:
         key = (id(condition), id(picture))
         if key not in with_it:
-            with_it[key] = replace(condition, picture=picture)
+            with_it[key] = replace(condition, ip_hidden_states=picture)
         return with_it[key]
 
     return [

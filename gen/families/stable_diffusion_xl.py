@@ -171,9 +171,9 @@ class StableDiffusionXL(KLModel, Reader):
     def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
         """What the UNet is told of a text with these token states (L, D) and this pooled embedding (P,)."""
         assert pooled is not None, "a request with embeddings of one kind is refused"
-        return replace(super().handed(tokens), vector=own(pooled, self.unet))
+        return replace(super().handed(tokens), pooled_projections=own(pooled, self.unet))
 
-    def sizes(self, settings: Settings, of_null: bool = False) -> tuple[float, ...]:
+    def time_ids(self, settings: Settings, of_null: bool = False) -> tuple[float, ...]:
         """What the UNet is told of a picture's size: by default never scaled and never cropped, as stock says.
 
         Of the null it is what is told of the prompt, where nothing else was said.
@@ -191,4 +191,4 @@ class StableDiffusionXL(KLModel, Reader):
 
     def unet_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""
-        return {"added_cond_kwargs": {"text_embeds": conditions.vector, "time_ids": conditions.sizes}}
+        return {"added_cond_kwargs": {"text_embeds": conditions.pooled_projections, "time_ids": conditions.time_ids}}

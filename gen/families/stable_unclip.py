@@ -139,16 +139,16 @@ class StableUnCLIP(KLModel, Reader):
         vectors = self.noise_image_embeddings(torch.stack(list(image_embeds)), levels, fresh).to(
             weights_dtype(self.unet)
         )
-        return [replace(each, vector=vector) for each, vector in zip(told, vectors, strict=True)]
+        return [replace(each, pooled_projections=vector) for each, vector in zip(told, vectors, strict=True)]
 
     def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
         """What the UNet is told of a text with these token states (L, D): no image embedding."""
         zeros = torch.zeros(2 * self.embedding_width, dtype=weights_dtype(self.unet), device=self.device)
-        return replace(super().handed(tokens, pooled), vector=zeros)
+        return replace(super().handed(tokens, pooled), pooled_projections=zeros)
 
     def unet_kwargs(self, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is told beside the token states, by the names of its arguments."""
-        return {"class_labels": conditions.vector}
+        return {"class_labels": conditions.pooled_projections}
 
     def noise_image_embeddings(self, image_embeds: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Noised embedding (B, E) beside the sinusoids of its level (B,): (B, 2E), the UNet's class input.

@@ -188,5 +188,5 @@ def test_texts_side_by_side_are_read_in_one_block_each(own: TextToImage) -> None
     )
     (lane,) = rows.lanes.values()
     conditions = Pass.of([lane], [Plan.of(lane, rows.device)], rows.device).conditions
-    texts = Texts.read(Conditions(tuple(conditions)).distinct_tokens.of, [])
+    texts = Texts.read(Conditions(tuple(conditions)).distinct_encoder_hidden_states.of, [])
     assert len(set(conditions)) == 5 and (texts.block, texts.of_block) == (2, (0, 0, 1, 2))

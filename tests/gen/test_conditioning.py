@@ -9,8 +9,8 @@ from gen.conditioning import Condition, Conditions
 
 def test_evaluations_of_a_row_are_alike_where_they_differ_in_their_text_alone() -> None:
     prompt, null, other = (Condition(torch.zeros(2, 3)) for _ in range(3))
-    vector = Condition(torch.zeros(2, 3), vector=torch.zeros(4))
-    same_vector = Condition(torch.zeros(2, 3), vector=vector.vector)
+    vector = Condition(torch.zeros(2, 3), pooled_projections=torch.zeros(4))
+    same_vector = Condition(torch.zeros(2, 3), pooled_projections=vector.pooled_projections)
     rows = ("a", "b", "a", "b", "c")
     alike = Conditions((null, null, prompt, other, prompt), rows).alike
     assert alike is not None and alike.first.tolist() == [0, 1, 4] and alike.of.tolist() == [0, 1, 0, 1, 2]

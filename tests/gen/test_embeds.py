@@ -178,7 +178,7 @@ def test_the_best_of_the_priors_answers_is_taken(tiny: TextToImage) -> None:
         seeds = [(seed + k * PRIOR_SEED_STRIDE) % 2**32 for k in range(3)]
         answers = prior.sample(resolve(Request(prompt=[SHORT] * 3, seed=seeds), tiny.model.abilities).candidates)
         with torch.no_grad():
-            text = prior.conditions([SHORT])[0].vector
+            text = prior.conditions([SHORT])[0].pooled_projections
         assert text is not None
         best = int(cosine(answers, text).argmax())
         taken.add(best)

@@ -153,7 +153,8 @@ def test_full_size(version: str, billions: dict[str, float]) -> None:
     assert model.prior is not None and model.prior.num_answers(candidates[0]) == 2
     (said,) = model.prior.rows(candidates, ["key"], Table())
     width = FULL[version]["width"]
-    assert said.prompt.tokens is not None and said.prompt.tokens.shape == (77, FULL[version]["text"]["hidden_size"])
+    states = said.prompt.encoder_hidden_states
+    assert states is not None and states.shape == (77, FULL[version]["text"]["hidden_size"])
     x = torch.empty(2, width, device="meta")
     assert said.null is not None
     told = Conditions((said.null, said.prompt))
@@ -188,7 +189,7 @@ def test_full_size_for_inpainting(version: str, name: str) -> None:
     x = torch.empty(1, *model.latent_shape(candidate.settings), device="meta")
     (read,) = edit.read(model, [candidate])
     begins = edit.beginning(candidate, read, x.shape[1:], edit.schedule_of(model.levels, candidate.settings))
-    assert begins.channels is not None and begins.channels.shape == (5, height // 8, width // 8)
+    assert begins.concat_channels is not None and begins.concat_channels.shape == (5, height // 8, width // 8)
     words, width = Condition(), FULL[version]["width"]
     if version == "2.1":
         words = Condition(torch.empty(77, XLM["hidden_size"], device="meta"), torch.empty(width, device="meta"))

@@ -482,8 +482,8 @@ def test_full_size(folder: Path) -> None:
     ((words, null),) = model.encode_prompts([candidate], Table())
     (prompt,) = model.add_image_embeds([candidate], [words], [torch.empty(768, device="meta")])
     for each in (prompt, null):
-        assert each is not None and each.tokens is not None and each.mask is not None
-        assert each.tokens.shape == (4 + 77, 1536) and each.mask.shape == (4 + 77,)
+        assert each is not None and each.encoder_hidden_states is not None and each.attention_mask is not None
+        assert each.encoder_hidden_states.shape == (4 + 77, 1536) and each.attention_mask.shape == (4 + 77,)
     assert null is not None
     x, timestep = torch.empty(2, *model.latent_shape(settings), device="meta"), torch.empty(2, device="meta")
     assert x.shape == (2, 3, 64, 64) and model.call(x, timestep, Conditions((null, prompt))).shape == (2, 6, 64, 64)

@@ -84,9 +84,9 @@ def stock(prior: PriorTransformer) -> Callable[[Tensor, Tensor, Conditions], Ten
 
     def call(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         asked = {
-            "proj_embedding": conditions.vector,
-            "encoder_hidden_states": conditions.tokens,
-            "attention_mask": conditions.mask,
+            "proj_embedding": conditions.pooled_projections,
+            "encoder_hidden_states": conditions.encoder_hidden_states,
+            "attention_mask": conditions.attention_mask,
         }
         return prior(x.to(prior.dtype), timestep, **asked).predicted_image_embedding.reshape(len(x), -1)
 
@@ -133,7 +133,7 @@ def test_the_reference_can_fail(variant: str) -> None:
     """Step, noise, text, text embedding and mask all show in the answer."""
     prior = make_prior(**VARIANTS[variant])
     condition, (x, timestep) = texts_for(prior)[2], asked(1)
-    tokens, vector, mask = condition.tokens, condition.vector, condition.mask
+    tokens, vector, mask = condition.encoder_hidden_states, condition.pooled_projections, condition.attention_mask
     assert tokens is not None and vector is not None and mask is not None
 
     def answer(condition: Condition = condition, x: Tensor = x, timestep: Tensor = timestep) -> Tensor:
@@ -149,10 +149,10 @@ def test_padding_says_nothing() -> None:
     """What is padded may be anything, in the stock call as in ours."""
     prior = make_prior()
     condition, (x, timestep) = texts_for(prior)[2], asked(1)
-    assert condition.tokens is not None
-    other = Condition(condition.tokens.clone(), condition.vector, condition.mask)
-    assert other.tokens is not None
-    other.tokens[LENGTHS[2] :] += 5
+    assert condition.encoder_hidden_states is not None
+    other = Condition(condition.encoder_hidden_states.clone(), condition.pooled_projections, condition.attention_mask)
+    assert other.encoder_hidden_states is not None
+    other.encoder_hidden_states[LENGTHS[2] :] += 5
     plain, padded = (Conditions((each,)) for each in (condition, other))
     for network in (stock(prior), CachedPrior(prior)):
         assert (network(x, timestep, plain) - network(x, timestep, padded)).abs().max() < 1e-5
@@ -179,9 +179,9 @@ def test_half_precision_is_no_further_from_the_truth_than_diffusers(dtype: torch
     texts, (x, timestep) = texts_for(prior), asked(10)
     true = stock(prior)(x, timestep, gathered(texts, CALLS["unequal"]))
     half = copy.deepcopy(prior).to(dtype)
-    kinds = [(one.tokens, one.vector) for one in texts]
+    kinds = [(one.encoder_hidden_states, one.pooled_projections) for one in texts]
     cast = [
-        Condition(tokens.to(dtype), vector.to(dtype), one.mask)
+        Condition(tokens.to(dtype), vector.to(dtype), one.attention_mask)
         for one, (tokens, vector) in zip(texts, kinds, strict=True)
         if tokens is not None and vector is not None
     ]
@@ -370,7 +370,7 @@ def test_a_text_that_begins_with_padding_runs_whole(caplog: pytest.LogCaptureFix
     texts = texts_for(prior)
     left, none = len(texts), len(texts) + 1
     for mask in (torch.arange(LENGTH) >= 4, torch.zeros(LENGTH, dtype=torch.bool)):
-        texts.append(Condition(texts[0].tokens, texts[0].vector, mask))
+        texts.append(Condition(texts[0].encoder_hidden_states, texts[0].pooled_projections, mask))
     network, (x, timestep) = CachedPrior(prior), asked(2)
     with caplog.at_level(logging.INFO, "gen.prior_prefix"):
         for call in ([0, 1], [left, 1], [none, left], [0, 1]):
@@ -381,7 +381,7 @@ def test_a_text_that_begins_with_padding_runs_whole(caplog: pytest.LogCaptureFix
 
 def test_without_a_mask_it_is_not_causal(caplog: pytest.LogCaptureFixture) -> None:
     prior = make_prior()
-    told = Conditions(tuple(Condition(one.tokens, one.vector) for one in texts_for(prior)))
+    told = Conditions(tuple(Condition(one.encoder_hidden_states, one.pooled_projections) for one in texts_for(prior)))
     x, timestep = asked(len(LENGTHS))
     theirs, shapes = stock(prior)(x, timestep, told), read(prior)
     with caplog.at_level(logging.INFO, "gen.prior_prefix"):
@@ -423,12 +423,13 @@ def test_conditions_are_told_apart_by_identity() -> None:
     ]
     told = gathered(texts, [0, 0, 1, 2])
     assert told.distinct.unique == tuple(texts) and told.distinct.of == (0, 0, 1, 2)
-    assert [id(each) for each in told.distinct_tokens.unique] == [id(words), id(other)]
-    assert told.distinct_tokens.of == (0, 0, 1, 0)
-    assert told.tokens is not None and told.tokens.shape == (4, 3, 2) and told.mask is None
+    assert [id(each) for each in told.distinct_encoder_hidden_states.unique] == [id(words), id(other)]
+    assert told.distinct_encoder_hidden_states.of == (0, 0, 1, 0)
+    assert told.encoder_hidden_states is not None and told.encoder_hidden_states.shape == (4, 3, 2)
+    assert told.attention_mask is None
     assert Distinct.among([words, words]).of == (0, 0)
-    twins = Conditions((texts[0], texts[0].twin()))
-    assert len(twins.distinct.unique) == len(twins.distinct_tokens.unique) == 2
+    twins = Conditions((texts[0], texts[0].copy()))
+    assert len(twins.distinct.unique) == len(twins.distinct_encoder_hidden_states.unique) == 2
 
 
 def test_a_table_gives_the_same_to_all_who_say_the_same_while_they_are_told_it() -> None:

@@ -646,7 +646,7 @@ def test_one_evaluation_that_does_not_fit_fails_the_rows_it_was_of(tiny: TextToI
 
 def test_a_call_that_fails_takes_its_own_rows_along_and_no_others(tiny: TextToImage) -> None:
     rows = rows_of(tiny, 6)
-    rows[4] = replace(rows[4], prompt=rows[4].prompt.twin())  # so that its evaluations are known
+    rows[4] = replace(rows[4], prompt=rows[4].prompt.copy())  # so that its evaluations are known
     whole = finish(rows_over(tiny), rows)
     together = rows_over(tiny, buckets_of(2))
     network, poison = together.network, rows[4].prompt

@@ -63,8 +63,10 @@ def test_full_size(name: str) -> None:
     # a prompt and its null through towers, UNet and autoencoder
     (candidate,) = resolve(Request(prompt="a star", seed=0, **full.get("words", {})), model.abilities).candidates
     ((prompt, null),) = model.encode_prompts([candidate], Table())
-    assert null is not None and prompt.tokens is not None and null.tokens is not None
-    assert prompt.tokens.shape == null.tokens.shape == (77, full["unet"]["cross_attention_dim"])
+    assert null is not None
+    for each in (prompt, null):
+        assert each.encoder_hidden_states is not None
+        assert each.encoder_hidden_states.shape == (77, full["unet"]["cross_attention_dim"])
     x = torch.empty(2, *model.latent_shape(settings), device="meta")
     assert x.shape[1:] == (4, size // 8, size // 8)
     assert model.call(x, torch.empty(2, device="meta"), Conditions((null, prompt))).shape == x.shape

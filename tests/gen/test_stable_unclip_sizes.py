@@ -105,8 +105,9 @@ def test_full_size(width: int, has_prior: bool, numbers: int) -> None:
         said = model.prior.cached_network()(torch.empty(2, width, device="meta"), torch.empty(2, device="meta"), told)
         assert said.shape == (2, width)
     (prompt, null) = model.encode_prompts([candidate], Table())[0]
-    assert null is not None and prompt.tokens is not None and prompt.tokens.shape == (77, 1024)
-    assert null.vector is not None and null.vector.shape == (2 * width,)
+    assert prompt.encoder_hidden_states is not None and prompt.encoder_hidden_states.shape == (77, 1024)
+    assert null is not None and null.pooled_projections is not None
+    assert null.pooled_projections.shape == (2 * width,)
     x = torch.empty(2, *model.latent_shape(settings), device="meta")
-    assert model.call(x, torch.empty(2, device="meta"), Conditions((null, null.twin()))).shape == x.shape
+    assert model.call(x, torch.empty(2, device="meta"), Conditions((null, null.copy()))).shape == x.shape
     assert model.decode(x).shape == (2, 3, 768, 768)
