@@ -19,7 +19,7 @@ import typer
 from contest.tasks import WORKLOADS, task_of
 from gen import TextToImage
 from gen.openvino_runtime import PRECISIONS, compiled, convert, read_of
-from gen.openvino_weights import Kept
+from gen.openvino_weights import WeightCache
 from gen.runtime import DTYPES
 from gen.traced import Call
 from options import PROMPT, chosen, known
@@ -50,7 +50,7 @@ def call_of(model: TextToImage, rows: int) -> tuple[tuple[Any, ...], dict[str, A
 def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str, float]:
     """Milliseconds of each kind of operation, the median of so many calls."""
     call = Call.of(*call_of(model, rows))
-    converted = convert(model.model.unet, call, PRECISIONS[DTYPES[dtype]], Kept())
+    converted = convert(model.model.unet, call, PRECISIONS[DTYPES[dtype]], WeightCache())
     arrays = [tensor.contiguous().numpy() for tensor in call.given]
     levels = None if converted.levels is None else converted.levels(arrays)
     inputs = converted.inputs(arrays, levels, read_of(call.texts), True, slice(0, rows), [])

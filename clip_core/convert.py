@@ -59,14 +59,14 @@ DEFAULT_EPS = 1e-5  # of torch's and both libraries' layer norms
 COMPARED = ("a photo of a cat", "", "naïve café!", "two words " * 99)  # plain, empty, beyond ASCII, too long
 
 
-class Converted(NamedTuple):
+class Conversion(NamedTuple):
     """What a conversion wrote."""
 
     library: str  # whose folder it is now: "transformers" or "open_clip"
     difference: float  # of any number the two say of the same texts and pictures, by `largest_difference`
 
 
-def convert(name_or_folder: str | Path, folder: str | Path) -> Converted:
+def convert(name_or_folder: str | Path, folder: str | Path) -> Conversion:
     """Write a CLIP as the other library's folder, read it again and compare: open_clip to transformers, or back.
 
     Raises ValueError for a folder that holds something, and for a CLIP that the other library cannot hold exactly.
@@ -80,7 +80,7 @@ def convert(name_or_folder: str | Path, folder: str | Path) -> Converted:
         library, save = "open_clip", save_open_clip
     save(clip, folder)
     pixels = torch.rand(2, 3, *clip.image_size, generator=torch.Generator().manual_seed(0))
-    return Converted(library, largest_difference(clip, CLIP.from_pretrained(folder), COMPARED, pixels))
+    return Conversion(library, largest_difference(clip, CLIP.from_pretrained(folder), COMPARED, pixels))
 
 
 def to_transformers(clip: CLIP) -> CLIP:

@@ -48,7 +48,7 @@ CONFIGS = {"clip": CLIPConfig, "siglip": SiglipConfig}  # by the model_type of c
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
-class Loaded(NamedTuple):
+class CLIPParts(NamedTuple):
     """What a CLIP is made of."""
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Loaded(NamedTuple):
     files: dict[str, Path]  # all that it was read from, by name
 
 
-def load(name_or_folder: str | Path, dtype: torch.dtype, attn_implementation: str) -> Loaded:
+def load(name_or_folder: str | Path, dtype: torch.dtype, attn_implementation: str) -> CLIPParts:
     """Find out what kind of CLIP it is and load it; see `clip_core.clip.CLIP.from_pretrained`."""
     name = str(name_or_folder)
     folder = Path(name).expanduser()
@@ -75,7 +75,7 @@ def load(name_or_folder: str | Path, dtype: torch.dtype, attn_implementation: st
     return _load_folder(_download(name), dtype, attn_implementation, network=True)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, attn_implementation: str, network: bool) -> Loaded:
+def _load_folder(folder: Path, dtype: torch.dtype, attn_implementation: str, network: bool) -> CLIPParts:
     if (folder / "config.json").is_file():
         return _load_transformers(folder, dtype, attn_implementation)
     if (folder / OPEN_CLIP_CONFIG).is_file():
@@ -83,7 +83,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, attn_implementation: str, net
     raise ValueError(f"{folder} has neither config.json nor {OPEN_CLIP_CONFIG}; it is not a CLIP folder")
 
 
-def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: str) -> Loaded:
+def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: str) -> CLIPParts:
     values = read_json(folder / "config.json", FILE)
     check_sizes(values, f"CLIP '{folder}'")
     kind = values.get("model_type")
@@ -99,7 +99,7 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
     files = _weight_files(folder)
     fill(model, _read_weights(files), f"CLIP '{folder}'", dtype)
     tokenizer = load_tokenizer(folder) if kind == "clip" else _load_siglip_tokenizer(folder)
-    return Loaded(model, tokenizer, Preprocess.from_folder(folder), _files(folder, files))
+    return CLIPParts(model, tokenizer, Preprocess.from_folder(folder), _files(folder, files))
 
 
 def _files(folder: Path, weights: Sequence[Path]) -> dict[str, Path]:
@@ -157,7 +157,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return legacy or (folder / "tokenizer.json").is_file()
 
 
-def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
+def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> CLIPParts:
     """A folder as open_clip's `save_for_hf` or `clip_core.convert` writes it."""
     path = folder / OPEN_CLIP_CONFIG
     config = read_json(path, FILE)
@@ -179,7 +179,7 @@ def _load_open_clip(folder: Path, dtype: torch.dtype, network: bool) -> Loaded:
         model = open_clip.create_model(f"local-dir:{folder}")
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, OSError) as error:
         raise ValueError(f"{weights} and {path} do not make a CLIP: {one_line(error)}") from error
-    return Loaded(
+    return CLIPParts(
         model.to(dtype),
         _open_clip_tokenizer(f"local-dir:{folder}"),
         Preprocess.from_open_clip(model.visual.preprocess_cfg),
@@ -200,7 +200,7 @@ def _unfilled(folder: Path) -> nn.Module:
         root.setLevel(level)
 
 
-def _load_open_clip_name(name: str, dtype: torch.dtype) -> Loaded:
+def _load_open_clip_name(name: str, dtype: torch.dtype) -> CLIPParts:
     """One of open_clip's own list, such as ViT-B-32/laion2b_s34b_b79k, its safetensors from the hub."""
     architecture, _, tag = name.rpartition("/")
     config = get_pretrained_cfg(architecture, tag)
@@ -225,7 +225,7 @@ def _load_open_clip_name(name: str, dtype: torch.dtype) -> Loaded:
     )
     preprocess = Preprocess.from_open_clip(model.visual.preprocess_cfg)
     files = {f"{architecture}/{file}": Path(weights)}  # what else it is made of, open_clip knows by the architecture
-    return Loaded(model.to(dtype), _open_clip_tokenizer(architecture), preprocess, files)
+    return CLIPParts(model.to(dtype), _open_clip_tokenizer(architecture), preprocess, files)
 
 
 def _open_clip_tokenizer(name: str) -> Any:

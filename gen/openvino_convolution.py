@@ -14,7 +14,7 @@ import numpy as np
 
 from gen import avx512
 from gen.openvino_model import Kernels, added, as_float32, constant, put, told_in
-from gen.openvino_weights import Weights, stored, stored_as_low
+from gen.openvino_weights import PackedWeights, stored, stored_as_low
 
 WIDE = 32  # of whose multiples our kernel takes channels
 SMALLEST_SIDE, LARGEST_SIDE = 2, 4  # of a patch's answers; the larger, the more is rounded
@@ -55,7 +55,7 @@ def own_convolutions(model: Any, kernels: Kernels) -> None:
             else:
                 break
             answer = behind
-        filters = kernels.kept.of([weight], (side, precision), partial(packed, weight, side, precision))
+        filters = kernels.weights.of([weight], (side, precision), partial(packed, weight, side, precision))
         given = [last(node.input_value(0), precision), filters.output]
         given += [] if told is None else [told]
         given += [] if beside is None else [last(beside, precision)]
@@ -107,7 +107,7 @@ def by_tiles(precision: Any) -> bool:
     return precision == Type.bf16 and set(avx512.TILE_FLAGS) <= set(avx512.flags())
 
 
-def packed(weight: np.ndarray, side: int, precision: Any) -> Weights:
+def packed(weight: np.ndarray, side: int, precision: Any) -> PackedWeights:
     """A weight (out, in, 3, 3) turned for patches of a side, (out / 32, places of a patch, ...) as our kernel reads it.
 
     Scales, of whole numbers, are (out / 32, places of a patch, 32).

@@ -20,7 +20,7 @@ from gen.compiled import built
 from gen.openvino_convolution import own_convolutions
 from gen.openvino_linear import Layer, layer_at, own_linear, own_linears
 from gen.openvino_model import Kernels, as_float32, constant, fold, put, told_in
-from gen.openvino_weights import Kept
+from gen.openvino_weights import WeightCache
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def operations() -> Any | None:
     return factory
 
 
-def own_kernels(model: Any, threads: int, precision: Any, kept: Kept) -> None:
+def own_kernels(model: Any, threads: int, precision: Any, weights: WeightCache) -> None:
     """Let our kernels compute what they can of an openvino.Model of fixed sizes, by so many threads, in place.
 
-    `precision` is what they multiply in, bf16 or f32 of openvino.Type; `kept` has the weights they were given before.
+    `precision` is what they multiply in, bf16 or f32 of openvino.Type; `weights` has those they were given before.
     Where they cannot run nothing changes.
     """
     from openvino import Type
@@ -63,7 +63,7 @@ def own_kernels(model: Any, threads: int, precision: Any, kept: Kept) -> None:
         for node in model.get_ops():
             if node.get_type_name() == "Reshape" and node.get_input_shape(0) == node.get_output_shape(0):
                 put(node.output(0), node.input_value(0))
-        kernels = Kernels(factory, precision, threads, kept)
+        kernels = Kernels(factory, precision, threads, weights)
         own_convolutions(model, kernels)
         if precision == Type.bf16:
             own_attention(model, kernels)

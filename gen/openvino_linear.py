@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gen.openvino_model import Kernels, added, as_float32, constant, is_bias, put, told_in, weight_of
-from gen.openvino_weights import Weights, stored
+from gen.openvino_weights import PackedWeights, stored
 
 ROW, BESIDE = 32, 16  # of whose multiples our kernel takes inputs and answers: a row of a tile, and its columns
 FUSED = {"Gelu", "Swish", "Relu", "Sigmoid", "Tanh", "HSwish", "Clamp"}  # which OpenVINO computes within its own layer
@@ -75,8 +75,8 @@ def own_linear(
         epsilon = x.get_node().get_attributes()["eps"]
         x = x.get_node().input_value(0)
     plain = [*layer.weights, *(() if gates is None else gates.weights)]
-    kept = kernels.kept.of(plain, (gates is None, precision), partial(packed, layer, gates, precision))
-    weight, bias = kept.output, biases(layer, gates).tolist()
+    packed_weights = kernels.weights.of(plain, (gates is None, precision), partial(packed, layer, gates, precision))
+    weight, bias = packed_weights.output, biases(layer, gates).tolist()
     more = [] if beside is None else [told_in(beside, precision)]
     is_plain = epsilon is None and gates is None and not active
     before = feeding(x) if is_plain else None
@@ -92,7 +92,7 @@ def own_linear(
     return as_float32(answer)
 
 
-def packed(layer: Layer, gates: Layer | None, precision: Any) -> Weights:
+def packed(layer: Layer, gates: Layer | None, precision: Any) -> PackedWeights:
     """A layer's weights as our kernel reads them, with those of its gates."""
     from openvino import Type
 
@@ -156,7 +156,7 @@ def layer_at(output: Any) -> Layer | None:
     if weight is None or (bias is not None and not is_bias(bias, node.output(0), len(weight))):
         return None
     told = np.zeros(1) if bias is None else bias.ravel()
-    weight = weight.astype(np.float32, copy=False)  # where it lies, it is known again (`Kept`)
+    weight = weight.astype(np.float32, copy=False)  # where it lies, it is known again (`WeightCache`)
     return Layer(node.input_value(0), (weight,), np.broadcast_to(told, len(weight)).astype(np.float32))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gen.openvino_weights import Kept
+from gen.openvino_weights import WeightCache
 from gen.weights import quiet
 
 
@@ -62,7 +62,7 @@ class Kernels:
     factory: Any  # an openvino.utils.node_factory.NodeFactory that knows them
     precision: Any  # what they multiply in, bf16 or f32 of openvino.Type
     threads: int  # that each computes by
-    kept: Kept
+    weights: WeightCache
 
 
 def cut_levels(model: Any, vectors: Collection[int]) -> tuple[Part | None, Part]:

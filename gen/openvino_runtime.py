@@ -25,7 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from gen.attention.texts import Texts
 from gen.openvino_kernels import own_kernels
 from gen.openvino_model import Part, cut_layers, cut_levels, drop_ones, fold, fold_norms, plain_norms, read
-from gen.openvino_weights import Kept
+from gen.openvino_weights import WeightCache
 from gen.pieces import LARGE_SIZES, SIZES, SMALL, Piece, pieces_of
 from gen.traced import Call, Flat, stand_in
 
@@ -68,8 +68,8 @@ class Answering:
 
     network: nn.Module
     precision: str  # in OpenVINO's words
-    read: dict[Hashable, Converted] = field(default_factory=dict)  # by what tells calls apart but for their rows
-    weights: Kept = field(default_factory=Kept)  # that our kernels read, whatever is compiled
+    read: dict[Hashable, OpenVINONetwork] = field(default_factory=dict)  # by what tells calls apart but for their rows
+    weights: WeightCache = field(default_factory=WeightCache)  # that our kernels read, whatever is compiled
     workers: list[ThreadPoolExecutor] = field(default_factory=list)  # one thread each: a stream's, whatever is compiled
     _one_at_a_time: Lock = field(default_factory=Lock)  # engines in other threads may ask the same network
 
@@ -131,7 +131,7 @@ class Levels:
 
 
 @dataclass(eq=False)
-class Converted:
+class OpenVINONetwork:
     """A network as OpenVINO read it, for inputs of one shape but for their rows."""
 
     name: str  # for the log
@@ -139,7 +139,7 @@ class Converted:
     rest: Part  # of what it is handed, what its layers read of a text, and what the levels say
     answer: TreeSpec  # how the network hands over its tensors
     precision: str  # in OpenVINO's words
-    weights: Kept  # that our kernels read
+    weights: WeightCache  # that our kernels read
     requests: dict[tuple[int, bool, int], list[Stream]] = field(default_factory=dict)
 
     def ask(
@@ -273,7 +273,7 @@ def compiled(
 
 
 @torch.no_grad()
-def convert(network: nn.Module, call: Call, precision: str, weights: Kept) -> Converted:
+def convert(network: nn.Module, call: Call, precision: str, weights: WeightCache) -> OpenVINONetwork:
     """Have OpenVINO read a network by tracing one call of it; its other calls' `weights` are used again."""
     began, name = time.perf_counter(), type(network).__name__
     flat = Flat(network, call)
@@ -289,4 +289,4 @@ def convert(network: nn.Module, call: Call, precision: str, weights: Kept) -> Co
     levels, rest = cut_levels(model, vectors)
     fold(rest.model)  # of weights, so that all sizes have the same
     told = None if levels is None else Levels.of(levels, vectors)
-    return Converted(name, told, rest, flat.told.answer, precision, weights)
+    return OpenVINONetwork(name, told, rest, flat.told.answer, precision, weights)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 
-class Weights(NamedTuple):
+class PackedWeights(NamedTuple):
     """What one of our operations reads in place of a layer's weights."""
 
     numbers: Any  # an openvino.Tensor
@@ -29,15 +29,15 @@ class Weights(NamedTuple):
 
 
 @dataclass(eq=False)
-class Kept:
+class WeightCache:
     """A network's, by their layout and by where the plain ones lie.
 
     They are those of when they were first asked for: a network whose weights change is read anew.
     """
 
-    made: dict[Hashable, tuple[Sequence[np.ndarray], Weights]] = field(default_factory=dict)
+    made: dict[Hashable, tuple[Sequence[np.ndarray], PackedWeights]] = field(default_factory=dict)
 
-    def of(self, plain: Sequence[np.ndarray], layout: Hashable, make: Callable[[], Weights]) -> Weights:
+    def of(self, plain: Sequence[np.ndarray], layout: Hashable, make: Callable[[], PackedWeights]) -> PackedWeights:
         """The weights that `make` makes of plain ones in a layout, or made of them before.
 
         Plain ones are known again by where they lie, so they are kept as well, or others could come to lie there. Most
@@ -49,7 +49,7 @@ class Kept:
         return self.made[place][1]
 
 
-def stored(data: np.ndarray, precision: Any) -> Weights:
+def stored(data: np.ndarray, precision: Any) -> PackedWeights:
     """Float32 numbers in a precision, bf16 or f32 of openvino.Type."""
     import openvino
     from openvino import Type
@@ -59,14 +59,14 @@ def stored(data: np.ndarray, precision: Any) -> Weights:
         return stored_as_low(low.view(torch.int16).numpy())
     tensor = openvino.Tensor(Type.f32, openvino.Shape(list(data.shape)))
     tensor.data[:] = data
-    return Weights(tensor, np.empty(0, np.float32))
+    return PackedWeights(tensor, np.empty(0, np.float32))
 
 
-def stored_as_low(data: np.ndarray, scales: np.ndarray | None = None) -> Weights:
+def stored_as_low(data: np.ndarray, scales: np.ndarray | None = None) -> PackedWeights:
     """Numbers of 16 bits that OpenVINO takes for bfloat16 and keeps as they are."""
     import openvino
     from openvino import Type
 
     tensor = openvino.Tensor(Type.bf16, openvino.Shape(list(data.shape)))
     tensor.data[:] = np.ascontiguousarray(data).view(np.float16)  # numpy has no bfloat16, and is shown these
-    return Weights(tensor, np.empty(0, np.float32) if scales is None else scales)
+    return PackedWeights(tensor, np.empty(0, np.float32) if scales is None else scales)

@@ -27,7 +27,7 @@ from gen.weights import files_hash, named_folder
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model on a device."""
 
     model: FamilyModel
@@ -52,7 +52,7 @@ class Origins:
             if (origin := getattr(self, item.name)) is not None or item.name == "name_or_path":
                 check_name(item.name, origin)
 
-    def read(self, device: torch.device, dtype: torch.dtype) -> Loaded:
+    def read(self, device: torch.device, dtype: torch.dtype) -> LoadedModel:
         """Read it all; what is unknown, missing or damaged, or does not go together, is a ValueError that names it."""
         weak_folder = None if self.weak_unet is None else named_folder("weak_unet", self.weak_unet)
         draft_folder = None if self.draft_unet is None else named_folder("draft_unet", self.draft_unet)
@@ -69,9 +69,9 @@ class Origins:
         place = draft_folder or parts.folder / drafts.FOLDER
         if draft_folder is not None or place.exists():
             model = model.with_drafter(drafts.read(place, model.unet), str(place))
-        return Loaded(model, lambda: parts.hash, None if ranking is None else partial(files_hash, ranking.files))
+        return LoadedModel(model, lambda: parts.hash, None if ranking is None else partial(files_hash, ranking.files))
 
-    def read_where_it_fits(self, device: torch.device, dtype: torch.dtype) -> tuple[Loaded, bool]:
+    def read_where_it_fits(self, device: torch.device, dtype: torch.dtype) -> tuple[LoadedModel, bool]:
         """Read it all on a device, or in host memory where a GPU has no room; whether its networks are to take turns.
 
         NoRoom, a ValueError, where there is no room for that either.

@@ -61,7 +61,7 @@ class Adapter:
         return replace(self, name="", image_encoder=None) == replace(other, name="", image_encoder=None)
 
 
-class Weights(NamedTuple):
+class AdapterWeights(NamedTuple):
     """What a file holds."""
 
     tensors: dict[str, Tensor]
@@ -136,10 +136,10 @@ def chosen(kind: str, name: str, files: list[str], usual: str) -> str:
     return offered[0]
 
 
-def read(path: Path) -> Weights:
+def read(path: Path) -> AdapterWeights:
     """All tensors of a file and what it says of itself; ValueError for a damaged one, and for numbers that are none."""
     with opened(path, "file") as file:
-        weights = Weights({key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
+        weights = AdapterWeights({key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
     for key, tensor in weights.tensors.items():
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise ValueError(f"file '{path}' is damaged: its {key} has numbers that are not finite")

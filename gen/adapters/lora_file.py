@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clip_core.fit import named
 from clip_core.weights import read_json
-from gen.adapters.file import Weights, read
+from gen.adapters.file import AdapterWeights, read
 from gen.adapters.lora_names import DOWN, PREFIXES, Layer, by_name, flat, split, text_names
 from gen.checks import is_number
 from gen.weights import ADAPTER
@@ -59,7 +59,9 @@ def read_factors(
     return factors_of(name, weights, layers), files
 
 
-def of_part(name: str, weights: Weights, beside: Path, layers: Mapping[Layer, nn.Linear | nn.Conv2d]) -> Weights:
+def of_part(
+    name: str, weights: AdapterWeights, beside: Path, layers: Mapping[Layer, nn.Linear | nn.Conv2d]
+) -> AdapterWeights:
     """A file of peft's own as diffusers writes it: with the part that it is of, and with its configuration."""
     if not beside.is_file():
         raise ValueError(f"LoRA '{name}' is peft's own and has no {ADAPTER} beside it; give the folder that peft saved")
@@ -81,10 +83,10 @@ def of_part(name: str, weights: Weights, beside: Path, layers: Mapping[Layer, nn
 
     part = max(PREFIXES, key=fitting)
     tensors = {key.replace(PEFT, f"{part}.", 1): tensor for key, tensor in weights.tensors.items()}
-    return Weights(tensors, {SAID: json.dumps({f"{part}.{key}": value for key, value in said.items()})})
+    return AdapterWeights(tensors, {SAID: json.dumps({f"{part}.{key}": value for key, value in said.items()})})
 
 
-def factors_of(name: str, weights: Weights, layers: Mapping[Layer, nn.Module]) -> dict[Layer, Factors]:
+def factors_of(name: str, weights: AdapterWeights, layers: Mapping[Layer, nn.Module]) -> dict[Layer, Factors]:
     """What a file says of each layer; ValueError where a key is of no layer, or half of a pair is missing."""
     said, known = configuration(name, weights.metadata), by_name(layers)
     told: dict[Layer, dict[str, Tensor]] = {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clip_core.device import network_device
 from gen.attention.kernels import AUTO, check_attention
 from gen.attention.processor import STOCK, Processor, told_pair
-from gen.attention.texts import Kept, Texts
+from gen.attention.texts import TextCache, Texts
 from gen.conditioning import Distinct
 
 T = TypeVar("T")
@@ -41,13 +41,13 @@ def set_attention(network: nn.Module, name: str = AUTO) -> None:
             kind = type(layer.processor).__name__
             raise ValueError(f"attention '{name}' would replace a {kind}, which does more; take that one out first")
     restore_attention(network)
-    places, kept = count(), Kept()
+    places, cache = count(), TextCache()
     down = getattr(network, "down_blocks", None)  # which compute in the order that they are listed in, and first
     first = None if down is None else next(attentions(down), None)
     for layer in layers:
         place = next(places) if layer.is_cross_attention else None
         is_first = layer is first and place is None
-        layer.set_processor(Processor(name, layer.processor, place, kept, is_first))
+        layer.set_processor(Processor(name, layer.processor, place, cache, is_first))
 
 
 def restore_attention(network: nn.Module) -> None:
@@ -81,8 +81,8 @@ def reading(
 
     A text that is new is projected here, not in the network's own call. None where `set_attention` was not called.
     """
-    kept = kept_of(network)
-    return None if kept is None else {"texts": kept.read(texts, lambda new: projected(network, states(new)))}
+    cache = text_cache_of(network)
+    return None if cache is None else {"texts": cache.read(texts, lambda new: projected(network, states(new)))}
 
 
 def seeing(
@@ -91,12 +91,12 @@ def seeing(
     project: Callable[[list[T]], list[tuple[Tensor, ...]]],  # of some of them the pairs of each layer that reads text
 ) -> dict[str, Texts]:
     """The same for pictures that the layers see beside their text, by keys and values of their own (IP-Adapter)."""
-    kept = kept_of(network)
-    assert kept is not None, "asked of a network without these processors"
-    return {"pictures": kept.read(pictures, project)}
+    cache = text_cache_of(network)
+    assert cache is not None, "asked of a network without these processors"
+    return {"pictures": cache.read(pictures, project)}
 
 
-def kept_of(network: nn.Module) -> Kept | None:
+def text_cache_of(network: nn.Module) -> TextCache | None:
     """What a network's processors keep; None where `set_attention` was not called."""
     known = FIRST_LAYER.get(network)
     first = None if known is None else known()
@@ -105,7 +105,7 @@ def kept_of(network: nn.Module) -> Kept | None:
         if first is None:
             return None
         FIRST_LAYER[network] = ref(first)
-    return first.processor.kept if isinstance(first.processor, Processor) else None
+    return first.processor.text_cache if isinstance(first.processor, Processor) else None
 
 
 @torch.no_grad()  # constants of the text, whatever else is differentiated

@@ -24,7 +24,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 
 from gen.attention.kernels import ANYWHERE, KERNELS, kernel_for
-from gen.attention.texts import Kept, Reading
+from gen.attention.texts import Reading, TextCache
 from gen.conditioning import Alike
 
 # What ours stands in for. Others carry weights or do more (IP-Adapter, PAG, ...) and are not replaced.
@@ -47,7 +47,7 @@ class Processor:
     name: str  # of the kernel that was asked for
     former: Any  # the processor it stands in for
     place: int | None  # among the layers that read the text; None: this one does not
-    kept: Kept  # the network's
+    text_cache: TextCache  # the network's
     is_first: bool = False  # whether no layer before this one reads the text
 
     def __call__(

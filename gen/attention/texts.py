@@ -95,7 +95,7 @@ class Handed:
 
 
 @dataclass(eq=False)
-class Kept:
+class TextCache:
     """What the processors of one network keep of texts: told apart by identity, gone with them."""
 
     pairs: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # Texts.pairs of a text

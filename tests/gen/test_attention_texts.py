@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gen import Request, TextToImage
 from gen.attention.network import attentions, restore_attention, set_attention
-from gen.attention.texts import Kept, Texts
+from gen.attention.texts import TextCache, Texts
 from gen.candidate import Candidate
 from gen.conditioning import Conditions, Distinct, Table
 from gen.lane import Pass, Plan
@@ -97,10 +97,10 @@ def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> list
     ]
 
 
-def kept_by(unet: nn.Module) -> Kept:
+def cache_of(unet: nn.Module) -> TextCache:
     """What a network's processors keep, which is one object."""
-    (kept,) = {layer.processor.kept for layer in attentions(unet)}
-    return kept
+    (cache,) = {layer.processor.text_cache for layer in attentions(unet)}
+    return cache
 
 
 def counted(unet: nn.Module) -> dict[str, int]:
@@ -151,15 +151,15 @@ def test_nothing_is_kept_after_the_rows(own: TextToImage) -> None:
     with torch.no_grad():
         rows.admit(rows_at(own, WORDS * 2))
         rows.tick()
-    kept = kept_by(unet)
-    assert len(kept.pairs) == 3 and len(kept.calls) == 1
-    key_value = weakref.ref(next(iter(kept.pairs.values()))[0])
+    cache = cache_of(unet)
+    assert len(cache.pairs) == 3 and len(cache.calls) == 1
+    key_value = weakref.ref(next(iter(cache.pairs.values()))[0])
     rows.drop({0, 2})
     with torch.no_grad():
         rows.tick()
-    assert len(kept.pairs) == 2 and key_value() is not None  # the other prompt's, and the empty one's
+    assert len(cache.pairs) == 2 and key_value() is not None  # the other prompt's, and the empty one's
     rows.drop({1, 3})
-    assert key_value() is None and len(kept.pairs) == len(kept.calls) == 0
+    assert key_value() is None and len(cache.pairs) == len(cache.calls) == 0
 
 
 def test_tokens_that_the_caller_keeps_do_not_keep_keys_and_values(own: TextToImage) -> None:
@@ -169,7 +169,7 @@ def test_tokens_that_the_caller_keeps_do_not_keep_keys_and_values(own: TextToIma
     asked: dict[str, Any] = {"prior": False, "rerank": False, "output_type": "latent", "seed": 0}
     own(prompt_embeds=embeds, **asked)
     gc.collect()
-    assert len(kept_by(unet).pairs) == len(kept_by(unet).calls) == 0
+    assert len(cache_of(unet).pairs) == len(cache_of(unet).calls) == 0
 
 
 def test_texts_side_by_side_are_read_in_one_block_each(own: TextToImage) -> None:

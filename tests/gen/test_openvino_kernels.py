@@ -17,7 +17,7 @@ from gen.openvino_convolution import by_tiles, side_of
 from gen.openvino_kernels import operations, own_kernels
 from gen.openvino_model import cut_layers, drop_ones, fold, fold_norms, read
 from gen.openvino_runtime import Answering, core
-from gen.openvino_weights import Kept
+from gen.openvino_weights import WeightCache
 from gen.traced import Call
 
 openvino = pytest.importorskip("openvino")
@@ -62,7 +62,7 @@ def changed(layer: nn.Module, given: tuple[Tensor, ...], threads: int = 1, preci
     for change in (drop_ones, cut_layers, fold_norms):
         change(model)
     model.reshape({place: list(each.shape) for place, each in enumerate(given)})
-    own_kernels(model, threads, getattr(openvino.Type, precision), Kept())
+    own_kernels(model, threads, getattr(openvino.Type, precision), WeightCache())
     return model
 
 
@@ -550,12 +550,12 @@ def test_weights_are_laid_out_once_for_all_sizes(precision: str, most: float) ->
     layer, x = Both(), torch.randn(16, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = read(layer, (x,))
     cut_layers(plain)
-    kept, made = Kept(), []
+    cache, made = WeightCache(), []
     for rows in (16, 4):
         model = plain.clone()
         model.reshape({0: [rows, 32, 8, 8]})
-        own_kernels(model, 1, getattr(openvino.Type, precision), kept)
-        made.append({place: weights.numbers for place, (_, weights) in kept.made.items()})
+        own_kernels(model, 1, getattr(openvino.Type, precision), cache)
+        made.append({place: weights.numbers for place, (_, weights) in cache.made.items()})
         assert error(model, layer.float(), (x[:rows],), precision) < most
     assert made[0] and made[0].keys() == made[1].keys()
     assert all(made[0][place] is made[1][place] for place in made[0])
@@ -563,12 +563,12 @@ def test_weights_are_laid_out_once_for_all_sizes(precision: str, most: float) ->
 
 def test_weights_of_another_network_are_its_own() -> None:
     """Although it was read when the first had gone, and may lie where that lay."""
-    kept, given = Kept(), shown(32, 32, 4, 8, 8)[:1]
+    cache, given = WeightCache(), shown(32, 32, 4, 8, 8)[:1]
     for _ in range(4):
         layer = nn.Conv2d(32, 32, 3, padding=1)
         model = read(layer, given)
         model.reshape({0: list(given[0].shape)})
-        own_kernels(model, 1, openvino.Type.f32, kept)
+        own_kernels(model, 1, openvino.Type.f32, cache)
         assert error(model, layer, given, "f32") < 1e-6
         del model, layer
 
@@ -586,14 +586,14 @@ class Cut(nn.Module):
 
 def test_weights_that_are_worked_out_are_the_same_for_all_sizes() -> None:
     layer, x = Cut(), torch.randn(8, 32)
-    plain, kept = read(layer, (x,)), Kept()
+    plain, cache = read(layer, (x,)), WeightCache()
     fold(plain)
     for rows in (8, 4):
         model = plain.clone()
         model.reshape({0: [rows, 32]})
-        own_kernels(model, 1, openvino.Type.f32, kept)
+        own_kernels(model, 1, openvino.Type.f32, cache)
         assert error(model, layer.float(), (x[:rows],), "f32") < 1e-6
-    assert len(kept.made) == 1
+    assert len(cache.made) == 1
 
 
 @torch.no_grad()
