@@ -93,16 +93,16 @@ def main(
 
 def measured(kind: str, name: str, shape: Shape) -> dict[str, Any]:
     """One kernel at one shape."""
-    told = {"shape": kind, "kernel": name}
+    found = {"shape": kind, "kernel": name}
     runs = chosen(name, shape) if name == AUTO else name
     reason = None if runs == TORCHS_CHOICE else refusal(runs, shape)
     if reason is not None:
-        return told | {"refused": reason, "size": size(shape)}
+        return found | {"refused": reason, "size": size(shape)}
     arguments, kernel = shape.example(ROWS), KERNELS[runs]
     out = kernel(*arguments)
     alone = kernel(*(each[:1] if isinstance(each, Tensor) else each for each in arguments))
     exact = KERNELS["math"](*(each[:1].double() if isinstance(each, Tensor) else each for each in arguments))
-    return told | {
+    return found | {
         "runs": runs,
         "error": (alone - exact).abs().max().item(),
         "same_again": all(torch.equal(out, kernel(*arguments)) for _ in range(2)),

@@ -56,9 +56,9 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             asked = WORKLOADS[name]
             asked = replace(asked, number=number or asked.number, steps=steps or asked.steps)
-            task, told = task_of(asked, Path(folder), device)
+            task, described = task_of(asked, Path(folder), device)
             outcome = contest(task, entrants, repeats, profile)
-        found["workloads"][name] = told | outcome
+        found["workloads"][name] = described | outcome
         save(found, result)
         print(f"\n{name}: best {task.keep} of {task.number}, {task.steps} steps, guidance {task.guidance_scale}\n")
         print(table(outcome["rows"]))

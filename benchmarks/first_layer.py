@@ -43,9 +43,9 @@ def unet_of(family: str, device: str) -> UNet2DConditionModel:
 def share(family: str, side: int) -> float:
     """Of the operations of a call, that of the first attention."""
     unet = unet_of(family, "meta")
-    x, told = torch.empty(1, 4, side, side, device="meta"), torch.empty(1, LENGTH, width_of(unet), device="meta")
+    x, states = torch.empty(1, 4, side, side, device="meta"), torch.empty(1, LENGTH, width_of(unet), device="meta")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, depth=6) as counted:
-        unet(x, torch.zeros(1, device="meta"), told)
+        unet(x, torch.zeros(1, device="meta"), states)
     counts = counted.get_flop_counts()
     return sum(counts[FIRST].values()) / sum(counts["Global"].values())
 
@@ -62,14 +62,19 @@ def measure(unet: UNet2DConditionModel, side: int, repeats: int) -> dict[str, li
     device, dtype = unet.device, unet.dtype
     x = torch.randn(1, 4, side, side, device=device, dtype=dtype).expand(2, -1, -1, -1)
     null, prompt = (Condition(torch.randn(LENGTH, width_of(unet), device=device, dtype=dtype)) for _ in range(2))
-    told = Conditions((null, prompt), ("row", "row"))
-    read: dict[str, Any] = reading(unet, told.distinct_encoder_hidden_states, torch.stack) or {}
-    ways = {"for both": read, "once": read | {"alike": told.alike}}
+    conditions = Conditions((null, prompt), ("row", "row"))
+    read: dict[str, Any] = reading(unet, conditions.distinct_encoder_hidden_states, torch.stack) or {}
+    ways = {"for both": read, "once": read | {"alike": conditions.alike}}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, kwargs in ways.items():
             began = now(device)
-            unet(x, torch.full((2,), 500.0, device=device), told.encoder_hidden_states, cross_attention_kwargs=kwargs)
+            unet(
+                x,
+                torch.full((2,), 500.0, device=device),
+                conditions.encoder_hidden_states,
+                cross_attention_kwargs=kwargs,
+            )
             found[name].append(now(device) - began)
     return {name: seconds[1:] for name, seconds in found.items()}  # the first plans
 

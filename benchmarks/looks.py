@@ -104,13 +104,13 @@ def lost(looks: np.ndarray, ends: np.ndarray, few: int, keep: int) -> float:
 
 def measure(found: list[dict[Look | None, list[float]]]) -> dict[Look, dict[str, Any]]:
     """What each look says, over all prompts."""
-    told: dict[Look, dict[str, Any]] = {}
+    measured: dict[Look, dict[str, Any]] = {}
     for look in found[0]:
         if look is None:
             continue
         pairs = [(np.array(one[look]), np.array(one[None])) for one in found]
         half = len(found[0][None]) // 2
-        told[look] = {
+        measured[look] = {
             "evaluations": look.evaluations,
             "rank_correlation": mean(float(spearmanr(looks, ends).statistic) for looks, ends in pairs),
             "best": {few: mean(lost(looks, ends, few, 1) for looks, ends in pairs) for few in FEW["best"]},
@@ -118,7 +118,7 @@ def measure(found: list[dict[Look | None, list[float]]]) -> dict[Look, dict[str,
                 few: mean(lost(looks[:half], ends[:half], few, 4) for looks, ends in pairs) for few in FEW["best four"]
             },
         }
-    return told
+    return measured
 
 
 def main(
@@ -134,16 +134,16 @@ def main(
     painter = TextToImage.from_pretrained(model, runtime=runtime, dtype=dtype, draft_unet=draft_unet)
     texts = captions(prompts)
     found = [looks_at(painter, text, 1000 * index, candidates) for index, text in enumerate(texts)]
-    told = measure(found)
+    measured = measure(found)
     settings: dict[str, Any] = {"model": model, "runtime": runtime, "dtype": dtype}
     settings |= {"prompts": len(texts), "candidates": candidates}
     save(
-        {**settings, "looks": {look.name: each for look, each in told.items()}, **provenance(painter.model.device)},
+        {**settings, "looks": {look.name: each for look, each in measured.items()}, **provenance(painter.model.device)},
         result,
     )
     print(f"{len(texts)} captions, {candidates} candidates each\n")
     rows = []
-    for look, each in told.items():
+    for look, each in measured.items():
         losses = [" / ".join(f"{each[name][few]:.4f}" for few in FEW[name]) for name in FEW]
         rows.append([look.name, str(look.evaluations), f"{each['rank_correlation']:.2f}", *losses])
     columns = ["look", "evaluations", "rank correlation"]

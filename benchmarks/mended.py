@@ -40,20 +40,20 @@ class MendedDDIM(DDIMScheduler):
     """DDIM that steps to the timestep it visits next."""
 
     @wraps(DDIMScheduler.step)
-    def step(self, output: Tensor, timestep: Tensor, *told: Any, **more: Any) -> Any:
+    def step(self, output: Tensor, timestep: Tensor, *args: Any, **more: Any) -> Any:
         """As stock steps, elsewhere."""
         nearer = self.timesteps[self.timesteps < timestep]
         with going(self, int(timestep - (nearer.max() if len(nearer) else -1))):
-            return super().step(output, timestep, *told, **more)
+            return super().step(output, timestep, *args, **more)
 
 
 class MendedEuler(EulerDiscreteScheduler):
     """Euler written so that nothing cancels: from sigma 4096 stock's `x + slope * (next - now)` keeps 3 digits of x."""
 
     @wraps(EulerDiscreteScheduler.step)
-    def step(self, output: Tensor, timestep: Tensor, sample: Tensor, *told: Any, **more: Any) -> Any:
+    def step(self, output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **more: Any) -> Any:
         """As stock steps, in another order."""
-        done = super().step(output, timestep, sample, *told, **more)
+        done = super().step(output, timestep, sample, *args, **more)
         now, next = self.sigmas[self.step_index - 1 : self.step_index + 1]
         done.prev_sample = done.pred_original_sample + next / now * (sample - done.pred_original_sample)
         return done
@@ -63,9 +63,9 @@ class MendedAncestral(EulerAncestralDiscreteScheduler):
     """The same for Euler ancestral."""
 
     @wraps(EulerAncestralDiscreteScheduler.step)
-    def step(self, output: Tensor, timestep: Tensor, sample: Tensor, *told: Any, **more: Any) -> Any:
+    def step(self, output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **more: Any) -> Any:
         """As stock steps, in another order."""
-        done = super().step(output, timestep, sample, *told, **more)
+        done = super().step(output, timestep, sample, *args, **more)
         now, next = self.sigmas[self.step_index - 1 : self.step_index + 1]
         x0 = done.pred_original_sample
         up = (next**2 * (now**2 - next**2) / now**2) ** 0.5
@@ -103,7 +103,7 @@ class Mended3M(DPMSolverMultistepScheduler):
     third of h, for small h, in its SDE form, whose 0.5 has the wrong sign.
     """
 
-    def multistep_dpm_solver_third_order_update(self, estimates: list[Tensor], **told: Any) -> Tensor:
+    def multistep_dpm_solver_third_order_update(self, estimates: list[Tensor], **kwargs: Any) -> Tensor:
         """As stock, and what its coefficient lacks."""
         at = self.step_index
         s_next, s0, s1, s2 = self.sigmas[[at + 1, at, at - 1, at - 2]].double()
@@ -115,7 +115,7 @@ class Mended3M(DPMSolverMultistepScheduler):
         else:
             z, has = 2 * h, (1 - (-2 * h).exp() - 2 * h) / (2 * h) ** 2 - 0.5
         right = 1 - 2 / z * (1 - (1 - (-z).exp()) / z)
-        wrong = super().multistep_dpm_solver_third_order_update(estimates, **told)
+        wrong = super().multistep_dpm_solver_third_order_update(estimates, **kwargs)
         return (wrong + (right - has) * d2 / (1 + s_next**2).sqrt()).float()
 
 
@@ -129,9 +129,9 @@ class MendedUnCLIP(UnCLIPScheduler):
         self.betas = 1 - self.alphas
 
     @wraps(UnCLIPScheduler.step)
-    def step(self, *told: Any, **more: Any) -> Any:
+    def step(self, *args: Any, **more: Any) -> Any:
         """As stock steps, to a latent in float32 as networks take it."""
-        done = super().step(*told, **more)
+        done = super().step(*args, **more)
         done.prev_sample = done.prev_sample.float()
         return done
 
@@ -140,8 +140,8 @@ def with_true_timesteps(kind: type[SchedulerMixin]) -> type[SchedulerMixin]:
     """A solver that tells the network the timestep of each respaced level, where stock rounds it."""
 
     class TrueTimesteps(kind):  # type: ignore[misc, valid-type]
-        def set_timesteps(self, num_inference_steps: int, **told: Any) -> None:
-            super().set_timesteps(num_inference_steps, **told)
+        def set_timesteps(self, num_inference_steps: int, **kwargs: Any) -> None:
+            super().set_timesteps(num_inference_steps, **kwargs)
             table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().double().log().numpy()
             visited = np.interp(self.sigmas[:-1].double().log().numpy(), table, np.arange(len(table)))
             self.timesteps = torch.from_numpy(visited)

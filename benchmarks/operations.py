@@ -56,20 +56,20 @@ def measure(model: TextToImage, rows: int, dtype: str, repeats: int) -> dict[str
     inputs = converted.inputs(arrays, levels, read_of(call.texts), True, slice(0, rows), [])
     fixed = converted.of_sizes([each.shape for each in inputs], threads=1)
     request = compiled(fixed, converted.precision, threads=1, counted=True).create_infer_request()
-    told: list[Counter[str]] = []
+    milliseconds: list[Counter[str]] = []
     for _ in range(repeats + 1):
         request.infer(inputs)
-        told.append(Counter())
+        milliseconds.append(Counter())
         for each in request.profiling_info:
-            told[-1][kind_of(each)] += 1e3 * each.real_time.total_seconds()
-    kinds = {kind for each in told for kind in each}
-    return {kind: median(each[kind] for each in told[1:]) for kind in kinds}  # the first plans
+            milliseconds[-1][kind_of(each)] += 1e3 * each.real_time.total_seconds()
+    kinds = {kind for each in milliseconds for kind in each}
+    return {kind: median(each[kind] for each in milliseconds[1:]) for kind in kinds}  # the first plans
 
 
 def kind_of(operation: Any) -> str:
     """What an operation of a profile does: ours, attention between cells, to the text, or by OpenVINO's own name."""
     if operation.node_type == "Reference":
-        return next((told for kind, told in OURS.items() if operation.node_name.startswith(kind)), "Reference")
+        return next((name for kind, name in OURS.items() if operation.node_name.startswith(kind)), "Reference")
     if ATTENTION in operation.node_name and operation.node_type == "Subgraph":
         return "attention to the text" if ".attn2" in operation.node_name else "attention of a picture to itself"
     return str(operation.node_type)
@@ -88,14 +88,14 @@ def main(
     for name in chosen(workload or ["shapes64", "unet-36m"], WORKLOADS, "workload"):
         with tempfile.TemporaryDirectory() as folder:
             task, _ = task_of(WORKLOADS[name], Path(folder), "cpu")
-            told = measure(TextToImage.from_pretrained(task.model), rows, dtype, repeats)
-        found["workloads"][name] = told
+            found_milliseconds = measure(TextToImage.from_pretrained(task.model), rows, dtype, repeats)
+        found["workloads"][name] = found_milliseconds
         save({**found, **provenance("cpu")}, result)
-        total = sum(told.values())
+        total = sum(found_milliseconds.values())
         print(f"\n{name}, {rows} rows, {dtype}, one thread: {total:.1f} ms\n")
         lines = [
             [kind, f"{milliseconds:.2f}", f"{milliseconds / total:.0%}"]
-            for kind, milliseconds in sorted(told.items(), key=lambda item: -item[1])
+            for kind, milliseconds in sorted(found_milliseconds.items(), key=lambda item: -item[1])
             if milliseconds > 0.01 * total
         ]
         print(markdown(["operation", "ms", "share"], lines))

@@ -79,14 +79,14 @@ def stock_run(stock: SchedulerMixin, network: Network, steps: int, **step_option
 def our_run(stock: SchedulerMixin, network: Network, steps: int, **options: float) -> Tensor:
     """Ours: the sampler, levels and options that the stock scheduler stands for, through the engine's own loop."""
     levels = NoiseLevels.of(stock, type(stock).__name__)
-    told = Condition()
+    condition = Condition()
 
     def asked(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         return network(x, timestep)
 
     rows = Rows(asked, levels.scaling, "decoder")
     schedule, options = levels.schedule(levels.sampler, steps), levels.options(levels.sampler) | options
-    rows.admit([Row(seed, seed, SHAPE, schedule, levels.sampler, told, options=options) for seed in SEEDS])
+    rows.admit([Row(seed, seed, SHAPE, schedule, levels.sampler, condition, options=options) for seed in SEEDS])
     done: dict[Any, Tensor] = {}
     while rows.live:
         tick = rows.tick()
@@ -96,12 +96,12 @@ def our_run(stock: SchedulerMixin, network: Network, steps: int, **options: floa
     return torch.stack([done[seed] for seed in SEEDS])
 
 
-def stock_of(sampler: str, kind: str = "eps", **told: Any) -> SchedulerMixin:
+def stock_of(sampler: str, kind: str = "eps", **config: Any) -> SchedulerMixin:
     """The diffusers scheduler of a sampler, told what of this its class knows."""
     name, options = STOCK[sampler]
     made = getattr(diffusers, name)
-    told = {**BETAS, "prediction_type": PREDICTION[kind], "clip_sample": False, **told, **options}
-    return made(**{key: value for key, value in told.items() if key in known_to(sampler)})
+    config = {**BETAS, "prediction_type": PREDICTION[kind], "clip_sample": False, **config, **options}
+    return made(**{key: value for key, value in config.items() if key in known_to(sampler)})
 
 
 def known_to(sampler: str) -> Mapping[str, Any]:
@@ -122,7 +122,7 @@ class Peer:
     """A sampler beside its diffusers scheduler, told these options."""
 
     sampler: str
-    told: Mapping[str, Any] = field(default_factory=dict)  # in the configuration
+    config: Mapping[str, Any] = field(default_factory=dict)  # in the configuration
     asked: Mapping[str, float] = field(default_factory=dict)  # of a step, by both
     kinds: tuple[str, ...] = tuple(PREDICTION)
     mended: type[SchedulerMixin] | None = None  # None: stock needs no mending
@@ -134,9 +134,13 @@ class Peer:
         """What to ask of us, the class and what it is told, and what the network predicts."""
         more = "".join(f", {name}={value:g}" for name, value in self.asked.items())
         known, options = STOCK[self.sampler]
-        told = "".join(f", {name}={value}" for name, value in {**options, **self.told}.items())
+        listed = "".join(f", {name}={value}" for name, value in {**options, **self.config}.items())
         name = f" ({self.name})" if self.name else ""
-        return {"ours": f"`{self.sampler}`{more}{name}", "theirs": f"`{known}`{told}", "network": ", ".join(self.kinds)}
+        return {
+            "ours": f"`{self.sampler}`{more}{name}",
+            "theirs": f"`{known}`{listed}",
+            "network": ", ".join(self.kinds),
+        }
 
     def configs(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """What the network predicts, and the configuration: every spacing that the class knows, and zero SNR."""
@@ -145,16 +149,16 @@ class Peer:
         spacings = {"leading": 1} if has_one else SPACINGS
         for kind in self.kinds:
             for spacing, offset in spacings.items():
-                yield kind, {"timestep_spacing": spacing, "steps_offset": offset, **self.told}
+                yield kind, {"timestep_spacing": spacing, "steps_offset": offset, **self.config}
             # an eps network says nothing of a level without signal
             if "rescale_betas_zero_snr" in known and kind != "eps" and not self.respaced:
                 for spacing in ("linspace", "trailing"):  # leading never visits the last level
-                    yield kind, {"timestep_spacing": spacing, "rescale_betas_zero_snr": True, **self.told}
+                    yield kind, {"timestep_spacing": spacing, "rescale_betas_zero_snr": True, **self.config}
 
     @property
     def respaced(self) -> bool:
         """Whether levels are spaced by themselves and not by timesteps."""
-        return any(name.startswith("use_") for name in self.told)
+        return any(name.startswith("use_") for name in self.config)
 
 
 def mends(sampler: str) -> type[SchedulerMixin]:
@@ -222,8 +226,8 @@ def compare(peer: Peer) -> Found:
             theirs = stock_run(stock_of(peer.sampler, kind, **config), network, steps, **peer.asked)
             as_it_is.append(apart(ours, theirs))
             if peer.mended is not None:
-                told = {name: value for name, value in stock.config.items() if name in known_to(peer.sampler)}
-                theirs = stock_run(peer.mended(**told), network, steps, **peer.asked)
+                known_config = {name: value for name, value in stock.config.items() if name in known_to(peer.sampler)}
+                theirs = stock_run(peer.mended(**known_config), network, steps, **peer.asked)
             right.append(apart(ours, theirs))
     return Found(worst(right), worst(as_it_is) if peer.mended else None, len(right))
 

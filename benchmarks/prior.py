@@ -70,22 +70,22 @@ def texts(sizes: Sizes, network: PriorTransformer) -> list[Condition]:
     """What the prior is told: an empty text, then prompts of lengths from a quarter of all tokens to all."""
     rng = torch.Generator().manual_seed(1)
     lengths = [2, *torch.linspace(sizes.text_tokens // 4, sizes.text_tokens, sizes.prompts).round().int().tolist()]
-    told = []
+    conditions = []
     for length in lengths:
         tokens = torch.randn(sizes.text_tokens, sizes.embedding_width, generator=rng)
         vector = torch.randn(sizes.embedding_width, generator=rng)
         mask = torch.arange(sizes.text_tokens) < length
         placed = (each.to(network.device, network.dtype) for each in (tokens, vector))
-        told.append(Condition(*placed, mask.to(network.device)))
-    return told
+        conditions.append(Condition(*placed, mask.to(network.device)))
+    return conditions
 
 
 def stock(
-    network: PriorTransformer, told: list[Condition], candidates: int, sizes: Sizes, levels: NoiseLevels
+    network: PriorTransformer, conditions: list[Condition], candidates: int, sizes: Sizes, levels: NoiseLevels
 ) -> Tensor:
     """As StableUnCLIPPipeline runs its prior: every candidate brings its text and the empty one to every step."""
-    prompts = [prompt for prompt in told[1:] for _ in range(candidates)]
-    rows = [told[0]] * len(prompts) + prompts
+    prompts = [prompt for prompt in conditions[1:] for _ in range(candidates)]
+    rows = [conditions[0]] * len(prompts) + prompts
     kinds = ("encoder_hidden_states", "pooled_projections", "attention_mask")
     tokens, vector, mask = (torch.stack([getattr(one, kind) for one in rows]) for kind in kinds)
     scheduler = DDIMScheduler.from_config(levels.stock.config)
@@ -106,7 +106,7 @@ def stock(
 
 def ours(
     network: PriorTransformer,
-    told: list[Condition],
+    conditions: list[Condition],
     candidates: int,
     sizes: Sizes,
     levels: NoiseLevels,
@@ -121,8 +121,8 @@ def ours(
             shape=shape,
             schedule=schedule,
             sampler=levels.sampler,
-            prompt=told[1 + key // candidates],
-            null=told[0],
+            prompt=conditions[1 + key // candidates],
+            null=conditions[0],
             guidance_scale=sizes.guidance_scale,
         )
         for key in range(sizes.prompts * candidates)
@@ -139,7 +139,7 @@ def start(candidates: int, sizes: Sizes) -> Tensor:
 
 def compare(network: PriorTransformer, candidates: int, sizes: Sizes, repeats: int) -> dict[str, Any]:
     """Seconds of both loops in turns, and how far what they end with is apart."""
-    told = texts(sizes, network)
+    conditions = texts(sizes, network)
     levels = NoiseLevels.of(
         DDIMScheduler(prediction_type="sample", beta_schedule="squaredcos_cap_v2", clip_sample=False), ""
     )
@@ -149,7 +149,7 @@ def compare(network: PriorTransformer, candidates: int, sizes: Sizes, repeats: i
     for repeat in range(repeats + 1):
         for name, loop in loops.items():
             began = now(network.device)
-            ends[name] = loop(network, told, candidates, sizes, levels)
+            ends[name] = loop(network, conditions, candidates, sizes, levels)
             if repeat:  # the first warms up
                 seconds[name].append(now(network.device) - began)
     apart = (ends["diffusers"] - ends["unclip"]).abs().max().item()
@@ -197,8 +197,8 @@ def main(
     measured = [compare(network, number, sizes, repeats) for number in candidates or [1, 4, 16]]
     found = {"parameters": parameters, "sizes": asdict(sizes), "measured": measured, **provenance(place)}
     save(found, result)
-    told = f"{parameters / 1e6:.0f} M parameters, {sizes.dtype}, {text_tokens} text tokens"
-    print(f"{told}, {sizes.steps} steps, {prompts} prompt(s), guidance {guidance_scale}, {place.type}\n")
+    described = f"{parameters / 1e6:.0f} M parameters, {sizes.dtype}, {text_tokens} text tokens"
+    print(f"{described}, {sizes.steps} steps, {prompts} prompt(s), guidance {guidance_scale}, {place.type}\n")
     rows = []
     for one in measured:
         seconds = [spread(each) for each in one["seconds"].values()]

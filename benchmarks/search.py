@@ -133,17 +133,17 @@ def faster(pairs: Sequence[tuple[Turn, Turn]]) -> float:
     return sum(theirs.seconds for _, theirs in pairs) / sum(ours.seconds for ours, _ in pairs)
 
 
-def row(name: str, turns: Sequence[Turn], told: dict[str, Any]) -> list[str]:
+def row(name: str, turns: Sequence[Turn], measured: dict[str, Any]) -> list[str]:
     """A way as a line of the table."""
-    low, high = told["score_interval"]
-    slow, fast = told["times_faster_interval"]
+    low, high = measured["score_interval"]
+    slow, fast = measured["times_faster_interval"]
     return [
         name,
         f"{mean(each.seconds for each in turns):.3g}",
-        f"{told['times_faster']:.2f}× ({slow:.2f}–{fast:.2f})",
+        f"{measured['times_faster']:.2f}× ({slow:.2f}–{fast:.2f})",
         f"{mean(each.score for each in turns):.4f}",
-        f"{told['score_difference']:+.4f} ({low:+.4f} to {high:+.4f})",
-        "yes" if told["not_worse"] else "no",
+        f"{measured['score_difference']:+.4f} ({low:+.4f} to {high:+.4f})",
+        "yes" if measured["not_worse"] else "no",
         f"{mean(each.decoder_evaluations for each in turns):.0f}",
         f"{mean(each.decodes for each in turns):.1f}",
     ]
@@ -180,11 +180,11 @@ def main(
             for some in parts_of(asked, together):
                 for each in ways:
                     turns[each] += turns_of(painter, some, repeat, TASKS[name], WAYS[each])
-        told = {each: beside(taken, turns[EXACT], together) for each, taken in turns.items()}
+        measured = {each: beside(taken, turns[EXACT], together) for each, taken in turns.items()}
         found["tasks"][name] = {
             **asdict(TASKS[name]),
             "ways": {
-                each: {"search": repr(WAYS[each].search), "draws": WAYS[each].draws, **told[each]}
+                each: {"search": repr(WAYS[each].search), "draws": WAYS[each].draws, **measured[each]}
                 | {"turns": [asdict(one) for one in taken]}
                 for each, taken in turns.items()
             },
@@ -193,7 +193,7 @@ def main(
         print(f"\n{name}: {len(turns[EXACT])} prompts, {together} together\n")
         columns = ["way", "mean seconds", "times as fast (95 %)", "mean score kept", "to best_of (95 %)", "not worse"]
         columns += ["decoder evaluations", "decodes"]
-        print(markdown(columns, [row(each, taken, told[each]) for each, taken in turns.items()]))
+        print(markdown(columns, [row(each, taken, measured[each]) for each, taken in turns.items()]))
 
 
 if __name__ == "__main__":

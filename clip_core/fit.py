@@ -66,13 +66,13 @@ def check_asked(network: nn.Module, held: int, what: str) -> None:
         )
 
 
-def _numbers(told: object, name: str = "") -> Iterator[tuple[str, int]]:
+def _numbers(config: object, name: str = "") -> Iterator[tuple[str, int]]:
     """Every whole number of a configuration, however deep, by the name it stands under."""
-    if isinstance(told, Mapping):
-        for key, value in told.items():
+    if isinstance(config, Mapping):
+        for key, value in config.items():
             yield from _numbers(value, str(key))
-    elif isinstance(told, list):
-        for each in told:
+    elif isinstance(config, list):
+        for each in config:
             yield from _numbers(each, name)
-    elif isinstance(told, int) and not isinstance(told, bool):
-        yield name, told
+    elif isinstance(config, int) and not isinstance(config, bool):
+        yield name, config

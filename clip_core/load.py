@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPTokenizer, Si
 from clip_core.fit import check_asked, check_sizes
 from clip_core.hub import fetch
 from clip_core.preprocess import Preprocess
-from clip_core.weights import PICKLES, SAID, fill, opened, read_json, shapes, shards
+from clip_core.weights import CONFIG_SUFFIXES, PICKLES, fill, opened, read_json, shapes, shards
 from clip_core.wording import one_line
 
 OPEN_CLIP_PREFIX = "open_clip:"
@@ -104,8 +104,8 @@ def _load_transformers(folder: Path, dtype: torch.dtype, attn_implementation: st
 
 def _files(folder: Path, weights: Sequence[Path]) -> dict[str, Path]:
     """By name these weights of a folder and whatever else it says; weights that were not read are left out."""
-    said = (path for path in folder.iterdir() if path.suffix in SAID)
-    return {path.name: path for path in sorted({*said, *weights})}
+    others = (path for path in folder.iterdir() if path.suffix in CONFIG_SUFFIXES)
+    return {path.name: path for path in sorted({*others, *weights})}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -250,7 +250,7 @@ def _needed(names: Iterable[str]) -> list[str]:
     weights = [name for name in known if name in tops][:1]
     if not weights:  # shards, whose names an index says
         weights = [name for name in tops if name.endswith(".safetensors") and name not in OPEN_CLIP_WEIGHTS]
-    return [*(name for name in tops if name.endswith(SAID)), *weights]
+    return [*(name for name in tops if name.endswith(CONFIG_SUFFIXES)), *weights]
 
 
 def _no_weights(folder: Path, wanted: str) -> ValueError:

@@ -21,7 +21,7 @@ from clip_core.fit import check_fit, misshaped
 from clip_core.wording import one_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-SAID = (".json", ".txt", ".model")  # what lies beside weights: configurations, vocabularies
+CONFIG_SUFFIXES = (".json", ".txt", ".model")  # what lies beside weights: configurations, vocabularies
 
 
 @contextmanager
@@ -55,14 +55,14 @@ def shards(index: Path, what: str = "model file") -> list[Path]:
 def read_json(path: Path, what: str = "model file") -> dict[str, Any]:
     """A JSON object from a file; ValueError that names the file when it is missing or damaged."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{what} '{path}' is missing; the folder is not complete") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{what} '{path}' is damaged ({one_line(error)}); fetch or save it again") from None
-    if not isinstance(told, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{what} '{path}' is damaged (not a JSON object); fetch or save it again")
-    return told
+    return content
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, dtype: torch.dtype) -> nn.Module:

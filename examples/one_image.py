@@ -22,8 +22,8 @@ with torch.no_grad():
     shape = family.latent_shape(candidate.settings)
     ((words, null),) = family.encode_prompts([candidate], Table())  # what the UNet is told: states of the text, ...
     (prompt,) = family.add_image_embeds([candidate], [words], family.prior.sample([candidate]))  # ... and a picture
-    told, weights = Conditions((null, prompt)), torch.tensor([1 - 3.0, 3.0])
-    estimate = denoiser(lambda x, timestep: family.call(x, timestep, told), family.levels.scaling)
+    conditions, weights = Conditions((null, prompt)), torch.tensor([1 - 3.0, 3.0])
+    estimate = denoiser(lambda x, timestep: family.call(x, timestep, conditions), family.levels.scaling)
 
     def denoise(x, sigma):  # one row, asked about under both conditions, weighed into one estimate
         both = estimate(x.expand(2, *shape), sigma.expand(2)).x0

@@ -140,11 +140,11 @@ def not_finite(candidate: Candidate, adapters: Sequence[Adapter], dtype: torch.d
     names += ["prior_guidance_scale"] * settings.prior
     factors = {f"{name}={value:g}": value for name in names if (value := getattr(settings, name)) is not None}
     factors |= {f"the scale of {each}": abs(each.scale) for each in adapters if each.scale is not None}
-    largest = max(factors, key=lambda told: factors[told])
+    largest = max(factors, key=lambda factor: factors[factor])
     ways = [f"lower {largest}"] if factors[largest] > 1 else []
     ways += [f"compute in float32, not {name_of(dtype)}"] if dtype != torch.float32 else []
-    told = f"the picture of seed {candidate.seed} came out as numbers that are not finite"
-    return ValueError(f"{told}; {', or '.join(ways) or 'the weights of its model may be damaged'}")
+    problem = f"the picture of seed {candidate.seed} came out as numbers that are not finite"
+    return ValueError(f"{problem}; {', or '.join(ways) or 'the weights of its model may be damaged'}")
 
 
 def as_output(pictures: Sequence[Tensor], output_type: str) -> Images:

@@ -58,7 +58,7 @@ class Attempt:
     plan: Plan
     noise: Tensor | None  # (B, ...); None where no row of the lane takes any
     momentum: Tensor | None  # (B, ...), the running differences of rows that follow apg; None: no row has one
-    told: list[Prediction] = field(default_factory=list)  # what its denoiser has said so far
+    predictions: list[Prediction] = field(default_factory=list)  # what its denoiser has said so far
     end: End | None = None  # None: not worked out yet
 
     def play(self) -> Question | None:
@@ -67,10 +67,10 @@ class Attempt:
         It begins anew each time, which is nothing to a pure function, so that lanes of several samplers, some of which
         ask twice, can share network calls.
         """
-        told, lane, ends = iter(self.told), self.lane, self.lane.table.step
+        predictions, lane, ends = iter(self.predictions), self.lane, self.lane.table.step
 
         def denoise(x: Tensor, sigma: Tensor) -> Prediction:
-            prediction = next(told, None)
+            prediction = next(predictions, None)
             if prediction is None:
                 known = (end.preconditioning for end in ends if end.level.sigma is sigma)  # handed on as it is
                 raise Question(x, sigma, next(known, None))
@@ -84,7 +84,7 @@ class Attempt:
             return asked.with_traceback(None)  # its frames hold all that asks, and would be held by it
         if self.momentum is not None:
             state = state.remember(**{MOMENTUM: self.momentum})
-        x0, regions = self.told[-1].x0, self.plan.known_regions
+        x0, regions = self.predictions[-1].x0, self.plan.known_regions
         x0 = x0 if regions is None else torch.where(regions.is_painted, x0, regions.clean)
         self.end = End(state, lane.table.on(), x0)
         return None

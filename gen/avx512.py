@@ -63,8 +63,8 @@ def ready() -> tuple[ctypes.CDLL, tuple[str, ...]]:
 
 def abilities() -> set[str]:
     """The processor's flags in /proc/cpuinfo; none off Linux, whose system call the kernel needs for AMX's tiles."""
-    told = Path("/proc/cpuinfo")
-    return set(told.read_text().partition("flags")[2].partition("\n")[0].split()) if told.exists() else set()
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().partition("flags")[2].partition("\n")[0].split()) if cpuinfo.exists() else set()
 
 
 @torch.library.custom_op("unclip::avx512_attention", mutates_args=())  # torch.compile does not look into it
@@ -74,8 +74,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     arrays = (query, key, value, answer)
     steps = (ctypes.c_int64 * 12)(*(step for each in arrays for step in each.stride()[:3]))
     rows, heads, queries, size = query.shape
-    told = (steps, rows, heads, queries, key.shape[2], size, ctypes.c_float(scale), torch.get_num_threads())
-    library().attend(*(ctypes.c_void_p(each.data_ptr()) for each in arrays), *told)
+    arguments = (steps, rows, heads, queries, key.shape[2], size, ctypes.c_float(scale), torch.get_num_threads())
+    library().attend(*(ctypes.c_void_p(each.data_ptr()) for each in arrays), *arguments)
     return answer
 
 

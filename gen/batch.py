@@ -200,10 +200,10 @@ def _line(entry: Entry) -> dict[str, JSON]:
 
 def _filled(entry: Entry, words: Mapping[str, JSON], model: TextToImage) -> Entry:
     """A line with what it leaves out: what was given for all, and how many are painted and kept."""
-    said = {**words, **entry.words}
-    is_ranked = model.model.abilities.can_rank and said.get("rerank") is not False and "prompt" in said
-    n, keep = said.get("num_images_per_prompt"), said.get("keep")
+    filled = {**words, **entry.words}
+    is_ranked = model.model.abilities.can_rank and filled.get("rerank") is not False and "prompt" in filled
+    n, keep = filled.get("num_images_per_prompt"), filled.get("keep")
     if isinstance(n, int | None) and isinstance(keep, int | None):  # else it is refused as it stands
         n, keep = how_many(n, keep, None, is_ranked=is_ranked)
-        said |= {"num_images_per_prompt": n, "keep": keep}
-    return replace(entry, words={"seed": 0, **said})
+        filled |= {"num_images_per_prompt": n, "keep": keep}
+    return replace(entry, words={"seed": 0, **filled})

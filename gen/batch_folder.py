@@ -62,9 +62,9 @@ class BatchFolder:
             whole = path.read_bytes().split(b"\n")[:-1]  # the last line is one that is just being written, or was not
             for number, line in enumerate(whole, 1):
                 try:
-                    said = json.loads(line)
-                    if "error" not in said:  # those are tried again
-                        found[said["line"]] = said
+                    record = json.loads(line)
+                    if "error" not in record:  # those are tried again
+                        found[record["line"]] = record
                 except (ValueError, TypeError, KeyError):
                     raise ValueError(f"{path}:{number} is damaged; remove that line, and it is painted anew") from None
         for entry in entries:

@@ -182,8 +182,8 @@ class Bucket:
 
     def overflow(self, error: Exception, cure: str = "paint smaller, or in another dtype") -> MemoryError:
         """What to say where one evaluation alone was too many; it keeps nothing of what was in memory."""
-        told = str(error).strip().partition("\n")[0]
-        reason = MemoryError(f"{self.name}: not even one fits in memory; {cure} ({told})")
+        message = str(error).strip().partition("\n")[0]
+        reason = MemoryError(f"{self.name}: not even one fits in memory; {cure} ({message})")
         reason.__cause__ = error.with_traceback(None)
         return reason
 
@@ -221,7 +221,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator had no more to give; all but torch's for CUDA say so in a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(told in str(error) for told in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 # --- how long a call takes ---------------------------------------------------------------------------------------

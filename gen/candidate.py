@@ -52,12 +52,12 @@ class NoiseSegment:
     share: float = 0.0  # of that mix which is the next seed's; 0 where steps is not
 
     @classmethod
-    def from_json(cls, told: object) -> NoiseSegment:
+    def from_json(cls, segment: object) -> NoiseSegment:
         """As a record has it; ValueError where it is damaged."""
-        if not isinstance(told, Mapping) or told.keys() != {"seed", "steps", "share"}:
-            raise ValueError(f"the record is damaged: its noise_path has {told!r}")
-        seed, steps = integer("seed", told["seed"], 0, MAX_SEED), integer("steps", told["steps"], 0)
-        return cls(seed, steps, finite_float("share", told["share"], 0.0, 1.0))
+        if not isinstance(segment, Mapping) or segment.keys() != {"seed", "steps", "share"}:
+            raise ValueError(f"the record is damaged: its noise_path has {segment!r}")
+        seed, steps = integer("seed", segment["seed"], 0, MAX_SEED), integer("steps", segment["steps"], 0)
+        return cls(seed, steps, finite_float("share", segment["share"], 0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,13 +123,13 @@ class Candidate:
         if given := record.get("given"):
             raise ValueError(f"the picture was painted from tensors ({', '.join(given)}) that its record lacks")
         try:
-            prompt, seed, told = record["prompt"], record["seed"], record["settings"]
+            prompt, seed, settings_record = record["prompt"], record["seed"], record["settings"]
         except KeyError as error:
             raise ValueError(f"the record has no {error}; give one that a picture was saved with") from None
-        if not isinstance(prompt, str) or not isinstance(told, Mapping):
+        if not isinstance(prompt, str) or not isinstance(settings_record, Mapping):
             raise ValueError("the record is damaged: its prompt is no text or its settings no object")
         # records of old have no vae_tiling, and knew none
-        settings = replace(abilities.defaults, vae_tiling=False).updated(told, "record")
+        settings = replace(abilities.defaults, vae_tiling=False).updated(settings_record, "record")
         check_settings(settings, abilities)
         path = noise_path_of(record)
         shown = unpacked(record[SHOWN], abilities.ip_adapter_shape) if SHOWN in record else None
@@ -151,10 +151,10 @@ class Candidate:
 
 def noise_path_of(record: Mapping[str, Any]) -> tuple[NoiseSegment, ...]:
     """The `noise_path` of a record, empty where it has none; ValueError where it is damaged."""
-    told = record.get("noise_path", [])
-    if not isinstance(told, list):
-        raise ValueError(f"the record is damaged: its noise_path is {told!r}")
-    return tuple(NoiseSegment.from_json(each) for each in told)
+    segments = record.get("noise_path", [])
+    if not isinstance(segments, list):
+        raise ValueError(f"the record is damaged: its noise_path is {segments!r}")
+    return tuple(NoiseSegment.from_json(each) for each in segments)
 
 
 def check_named(settings: Settings, pictures: Mapping[str, Source], abilities: Abilities) -> None:
@@ -176,10 +176,10 @@ def packed(embeds: Tensor) -> str:
     return base64.b64encode(embeds.float().cpu().numpy().astype("<f4").tobytes()).decode()
 
 
-def unpacked(told: object, shape: tuple[int, ...] | None) -> Tensor:
+def unpacked(encoded: object, shape: tuple[int, ...] | None) -> Tensor:
     """The embedding (E,) of a record; ValueError where it is damaged, or of another shape than is taken."""
     try:
-        values = np.frombuffer(base64.b64decode(str(told), validate=True), "<f4")
+        values = np.frombuffer(base64.b64decode(str(encoded), validate=True), "<f4")
     except ValueError:  # base 64's own, or bytes that are no whole numbers of floats
         raise ValueError(f"the record is damaged: its {SHOWN} is no embedding") from None
     if (len(values),) != shape:
@@ -192,8 +192,8 @@ def unpacked(told: object, shape: tuple[int, ...] | None) -> Tensor:
 def check_seeing(settings: Settings, abilities: Abilities) -> None:
     """Refuse a picture's embedding (ValueError) of a model that takes none, or has nothing to make it by."""
     if not abilities.can_see:
-        told = "takes no image embedding" if abilities.embedding_width is None else "has no CLIP for it"
-        raise ValueError(f"variation_of was given, but this model {told}; leave it out, or begin from it with image")
+        problem = "takes no image embedding" if abilities.embedding_width is None else "has no CLIP for it"
+        raise ValueError(f"variation_of was given, but this model {problem}; leave it out, or begin from it with image")
     if settings.edit_from and not abilities.can_compare:
         raise ValueError("edit_from compares texts by the CLIP whose embeddings the model takes; it has no such clip/")
 

@@ -28,18 +28,18 @@ class Card:
         path = folder / CARD
         if not path.exists():
             return cls()
-        told = read_json(path)
+        content = read_json(path)
         known: dict[str, Any] = {}
         for name, kind in {"knows": str, "words": list, "defaults": dict, "scores": dict}.items():
-            if name in told and not isinstance(known.setdefault(name, told.pop(name)), kind):
+            if name in content and not isinstance(known.setdefault(name, content.pop(name)), kind):
                 raise ValueError(f"model file '{path}' is damaged ({name} is no {kind.__name__}); correct it")
         known["words"] = tuple(known.get("words", ()))
-        return cls(**known, more=told)
+        return cls(**known, more=content)
 
     def to_json(self) -> dict[str, JSON]:
         """As it stands in `unclip.json`."""
-        told = {"knows": self.knows, "defaults": self.defaults, "scores": self.scores, **self.more}
-        return told | ({"words": list(self.words)} if self.words else {})
+        content = {"knows": self.knows, "defaults": self.defaults, "scores": self.scores, **self.more}
+        return content | ({"words": list(self.words)} if self.words else {})
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a text that the model never saw; none where it does not say what it saw."""

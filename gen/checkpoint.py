@@ -144,10 +144,10 @@ def refuse_prior_alone(model: str | Path, family: str) -> None:
 def stored_twice(folder: Path, index: Mapping[str, Any]) -> dict[str, type]:
     """The text towers of a folder that stand in its `clip/` bit for bit, by their names, with their classes."""
     config = folder / "clip" / "config.json"
-    if not config.is_file() or (told := read_json(config)).get("model_type") != CLIPConfig.model_type:
+    if not config.is_file() or (content := read_json(config)).get("model_type") != CLIPConfig.model_type:
         return {}
     with damaged(folder / "clip"):
-        whole = CLIPConfig.from_dict(told).text_config.to_dict()  # defaults filled in
+        whole = CLIPConfig.from_dict(content).text_config.to_dict()  # defaults filled in
     towers = {name: part_class(*entry, folder / INDEX) for name, entry in listed(index).items()}
     return {
         name: kind
@@ -198,8 +198,8 @@ def save(
         save_part(clip.model, folder / "clip", dtype)
         clip.tokenizer.save_pretrained(folder / "clip")
         write_json(folder / "clip" / "preprocessor_config.json", clip.preprocess.to_config())
-    told = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__, **entries, **(options or {})}
-    write_json(folder / INDEX, told)
+    index = {"_class_name": pipeline_class, "_diffusers_version": diffusers.__version__, **entries, **(options or {})}
+    write_json(folder / INDEX, index)
     if card is not None:
         write_json(folder / CARD, card.to_json())
     return folder

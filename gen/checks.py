@@ -37,8 +37,8 @@ def check_name(name: str, value: object) -> None:
 def check_callback(callback: object) -> None:
     """ValueError unless it is None or can be called."""
     if callback is not None and not callable(callback):
-        told = f"callback={shortened(callback)} is of type {type(callback).__name__}"
-        raise ValueError(f"{told}; give a function, which is called with each step")
+        problem = f"callback={shortened(callback)} is of type {type(callback).__name__}"
+        raise ValueError(f"{problem}; give a function, which is called with each step")
 
 
 def count_of(number: int, what: str) -> str:

@@ -105,7 +105,7 @@ def generate(
         "prompt": prompt,
         "unknown_words": foreign,
         "note": note,
-        **_told(painter, result, folder, pictures),
+        **_report(painter, result, folder, pictures),
         "interrupted": interrupted,  # by Ctrl-C, with these painted
         "seconds": {
             "load": round(loaded - started, 3),
@@ -152,9 +152,9 @@ def score(
         pictures = [read_picture(path) for path in paths]
         rows = _scores(model, pictures, texts)
     scores = [
-        {"image": str(path), "text": text, **told}
+        {"image": str(path), "text": text, **cell}
         for path, row in zip(paths, rows, strict=True)
-        for text, told in zip(texts, row, strict=True)
+        for text, cell in zip(texts, row, strict=True)
     ]
     if as_json:
         print(json.dumps({"model": model, "scores": scores}))
@@ -293,12 +293,12 @@ def _written(result: "Result", keep: int | None, folder: Path, title: str) -> li
 def _foreign_words(model: str, knows: str, foreign: list[str]) -> str:
     """What is said when a prompt asks for something that the model cannot know."""
     unseen = ", ".join(dict.fromkeys(foreign))
-    told = f"model '{model}' has never seen: {unseen}. It paints all the same, from what it knows"
-    told += f": {knows.strip().rstrip('.')}." if knows else "."
-    return f"{told} For other pictures choose another model with --model (a diffusers folder or a hub id)."
+    note = f"model '{model}' has never seen: {unseen}. It paints all the same, from what it knows"
+    note += f": {knows.strip().rstrip('.')}." if knows else "."
+    return f"{note} For other pictures choose another model with --model (a diffusers folder or a hub id)."
 
 
-def _told(painter: "TextToImage", result: "Result", folder: Path, pictures: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(painter: "TextToImage", result: "Result", folder: Path, pictures: list[dict[str, Any]]) -> dict[str, Any]:
     """What `generate` tells of the model and of its pictures; `pictures` are those written."""
     first, kept = result.records[0], {one["seed"] for one in pictures}
     return {
@@ -322,8 +322,8 @@ def _summary(answer: dict[str, Any]) -> list[str]:
     """What `generate` prints for people."""
     lines = []
     for one in answer["pictures"]:
-        told = "" if one["score"] is None else f"score {one['score']:.4f}  "
-        lines.append(f"{one['path']}  {told}seed {one['seed']}")
+        shown_score = "" if one["score"] is None else f"score {one['score']:.4f}  "
+        lines.append(f"{one['path']}  {shown_score}seed {one['seed']}")
     number = len(answer["candidates"])
     shown = f"all {number} candidates" if answer["shown"] == number else f"the {answer['shown']} kept"
     lines.append(f"{answer['sheet']}  contact sheet of {shown}")
@@ -373,8 +373,10 @@ def _scores(model: str, pictures: list[Image.Image], texts: list[str]) -> list[l
         model = str(source)
     clip = CLIP.from_pretrained(model, "cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        said = clip.text(texts).embedding  # (T, E)
-        scores = torch.stack([cosine(one.expand(len(texts), -1), said) for one in clip.image(pictures)])  # (B, T)
+        text_embeds = clip.text(texts).embedding  # (T, E)
+        scores = torch.stack(
+            [cosine(one.expand(len(texts), -1), text_embeds) for one in clip.image(pictures)]
+        )  # (B, T)
         likely = clip.probability(scores)
     if likely is None:
         return [[{"score": value} for value in row] for row in scores.tolist()]

@@ -47,8 +47,8 @@ Program = Callable[..., Sequence[Tensor]]
 def check_compile(device: torch.device, attention: str) -> None:
     """ValueError where nothing can be compiled for this device, or attention's kernel would be lost."""
     if attention not in KERNELS:
-        told = f"runtime 'compile' compiles attention itself; attention '{attention}' is for runtime 'torch'"
-        raise ValueError(f"{told}; choose from: {', '.join(KERNELS)}")
+        problem = f"runtime 'compile' compiles attention itself; attention '{attention}' is for runtime 'torch'"
+        raise ValueError(f"{problem}; choose from: {', '.join(KERNELS)}")
     if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), *COMPILERS]))):  # triton needs one too
         raise ValueError(f"runtime 'compile' needs a C++ compiler ({', '.join(COMPILERS)}, or what CXX names)")
     if device.type == "cuda" and find_spec("triton") is None:
@@ -92,7 +92,7 @@ class Compiling:
             compiled = self.known[call.kind]
             answers = [compiled.ask(call, piece) for piece in self._pieces(call)]
             whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*answers, strict=True)]
-        answer = compiled.flat.told.answer
+        answer = compiled.flat.call_layout.answer
         assert answer is not None, "it has been traced"
         return tree_unflatten(whole, answer)
 
@@ -136,8 +136,8 @@ class Compiled:
             program(*given)
             if self.common is not None:
                 program = Graph(program, given, self.common)
-        told = f"{type(self.flat.network).__name__} for {rows} rows"
-        logger.info("torch compiled %s, in %.1f s", told, time.perf_counter() - began)
+        what = f"{type(self.flat.network).__name__} for {rows} rows"
+        logger.info("torch compiled %s, in %.1f s", what, time.perf_counter() - began)
         return program
 
 

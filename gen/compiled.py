@@ -50,7 +50,7 @@ def built(name: str, flags: Sequence[str]) -> Path:
     return path
 
 
-def first_error(told: str) -> str:
+def first_error(output: str) -> str:
     """The line of a compiler's words that says what is wrong."""
-    lines = told.splitlines() or ["it said nothing"]
+    lines = output.splitlines() or ["it said nothing"]
     return next((line for line in lines if "error" in line), lines[0]).strip()

@@ -33,8 +33,8 @@ def convert(
     exact = difference <= EXACT
     if as_json:
         # JSON has no infinity, which stands for other token ids
-        told = difference if difference < float("inf") else None
-        print(json.dumps({"folder": str(out), "library": library, "largest_difference": told, "exact": exact}))
+        finite = difference if difference < float("inf") else None
+        print(json.dumps({"folder": str(out), "library": library, "largest_difference": finite, "exact": exact}))
     else:
         verdict = "the same" if exact else "something else"
         print(f"{out}: a CLIP of {library}, which says {verdict}; largest difference {difference:.2g}")

@@ -61,7 +61,7 @@ class DecodeQueue:
         """CLIP's embedding (E,) of a candidate's prompt, or between it and another where it goes there."""
         self._read([flight])
         candidate = flight.job.candidates[index]
-        text, *others = (flight.texts[said] for said in _said(candidate))
+        text, *others = (flight.texts[each] for each in _texts(candidate))
         return slerp(text, others[0], candidate.settings.interpolation) if others else text
 
     def likeness(self, flight: Flight[Any], index: int) -> Likeness:
@@ -71,18 +71,18 @@ class DecodeQueue:
 
     def _read(self, flights: Sequence[Flight[Any]]) -> None:
         """Let CLIP read the prompts of these requests together, of each once, unless its tower has read it."""
-        said: dict[int, dict[str, None]] = {}
+        texts_of: dict[int, dict[str, None]] = {}
         for flight in flights:
             if not flight.texts:
-                said[flight.number] = dict.fromkeys(text for one in flight.job.candidates for text in _said(one))
-        texts = list(dict.fromkeys(text for each in said.values() for text in each))
+                texts_of[flight.number] = dict.fromkeys(text for one in flight.job.candidates for text in _texts(one))
+        texts = list(dict.fromkeys(text for each in texts_of.values() for text in each))
         if texts:
-            told = dict.fromkeys(prompt for flight in flights for prompt, _ in flight.told.values())
-            ends = [prompt.end for prompt in told if prompt.end is not None]
+            prompts = dict.fromkeys(prompt for flight in flights for prompt, _ in flight.conditions.values())
+            ends = [prompt.end for prompt in prompts if prompt.end is not None]
             read = in_turns(texts, lambda some: self.clip.text_embeddings(some, ends))
             found = dict(zip(texts, read, strict=True))
             for flight in flights:
-                flight.texts = flight.texts or {text: found[text] for text in said[flight.number]}
+                flight.texts = flight.texts or {text: found[text] for text in texts_of[flight.number]}
 
     def decode_ready(self, flights: Mapping[int, Flight[Any]], fail: Fail) -> None:
         """Decode and score what has finished, once it makes a whole chunk or a request waits for nothing else.
@@ -191,8 +191,8 @@ class DecodeQueue:
         # a view would keep its whole chunk
         alone = [pixels[place].clone() if flight.lets_go else pixels[place] for place, (flight, _) in enumerate(chunk)]
         for place, (flight, index) in enumerate(chunk):
-            told = scores.get(place), scored, embeddings.get(place)
-            flight.paint(index, Painted(latents[place], alone[place], *told))
+            scored_by = scores.get(place), scored, embeddings.get(place)
+            flight.paint(index, Painted(latents[place], alone[place], *scored_by))
 
     def _decode(self, key: DecodeKey, latents: Tensor) -> Tensor:
         return tiling(self.model, key.is_tiled).decode(latents)
@@ -229,7 +229,7 @@ def chunk_of(shape: Sequence[int]) -> int:
     return SMALL_CHUNK if math.prod(shape) <= SMALL else DECODE_CHUNK
 
 
-def _said(candidate: Candidate) -> list[str]:
+def _texts(candidate: Candidate) -> list[str]:
     """The prompt, and the one it goes towards where there is one, as CLIP reads them."""
     settings = candidate.settings
     return [settings.plain(text) for text in (candidate.prompt, settings.interpolate_prompt) if text]

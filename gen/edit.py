@@ -74,11 +74,11 @@ class Beginning:
     known_region: KnownRegion | None = None
     concat_channels: Tensor | None = None  # what the UNet is told beside x
 
-    def telling(self, told: ConditionPair) -> ConditionPair:
+    def with_concat_channels(self, pair: ConditionPair) -> ConditionPair:
         """What a candidate is told, with the channels beside x."""
         if self.concat_channels is None:
-            return told
-        prompt, null = told
+            return pair
+        prompt, null = pair
         return self._beside(prompt), None if null is None else self._beside(null)
 
     def _beside(self, condition: Condition) -> Condition:
@@ -91,9 +91,9 @@ def schedule_of(levels: NoiseLevels, settings: Settings, draft_steps: int | None
         share = settings.denoising_start, settings.denoising_end
         run = levels.schedule(settings.sampler, settings.num_inference_steps, settings.skipped_steps, *share)
         if run.num_steps < 1:
-            told = f"strength={settings.strength}, denoising_start={share[0]} and denoising_end={share[1]}"
+            given = f"strength={settings.strength}, denoising_start={share[0]} and denoising_end={share[1]}"
             raise ValueError(
-                f"{told} leave none of {settings.num_inference_steps} steps; let them be further apart, "
+                f"{given} leave none of {settings.num_inference_steps} steps; let them be further apart, "
                 "or give more num_inference_steps"
             )
         return run

@@ -113,12 +113,12 @@ def _embed(model: object, candidate: Candidate, picture: Source, made: dict[tupl
 
 
 def with_other_prompts(
-    model: Family, candidates: Sequence[Candidate], told: Sequence[ConditionPair], others: Sequence[ConditionPair]
+    model: Family, candidates: Sequence[Candidate], pairs: Sequence[ConditionPair], others: Sequence[ConditionPair]
 ) -> list[ConditionPair]:
     """What candidates are told between their prompt and another; `others` is what they are told of that one."""
     made: dict[tuple[int, int, float], Condition] = {}
     found = []
-    for candidate, (prompt, null), (other, _) in zip(candidates, told, others, strict=True):
+    for candidate, (prompt, null), (other, _) in zip(candidates, pairs, others, strict=True):
         if candidate.settings.interpolate_prompt:
             key = (id(prompt), id(other), candidate.settings.interpolation)
             if key not in made:
@@ -130,12 +130,12 @@ def with_other_prompts(
 
 def encode_prompts(model: Family, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
     """What each candidate is told before any prior has spoken, also where that is between two prompts."""
-    told = model.encode_prompts(candidates, table)
+    pairs = model.encode_prompts(candidates, table)
     goals = [one.settings.interpolate_prompt for one in candidates]
     if not any(goals):
-        return told
+        return pairs
     others = [replace(one, prompt=goal) if goal else one for one, goal in zip(candidates, goals, strict=True)]
-    return with_other_prompts(model, candidates, told, model.encode_prompts(others, table))
+    return with_other_prompts(model, candidates, pairs, model.encode_prompts(others, table))
 
 
 def prior_samples(candidate: Candidate) -> list[Candidate]:

@@ -14,8 +14,8 @@ from torch import nn
 
 from clip_core.weights import read_json, shapes
 from gen import single_file
+from gen.adapters.drafts import DRAFT_CONFIG, is_low_rank
 from gen.adapters.drafts import FOLDER as DRAFTS
-from gen.adapters.drafts import TOLD, is_low_rank
 from gen.card import Card
 from gen.model_folder import LICENCES, find
 from gen.model_index import INDEX, listed, part_class
@@ -67,7 +67,7 @@ def _of_folder(name: str) -> dict[str, Any]:
         "hash": folder_hash(folder, hashed),
         "parts": parts,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        "told": told_of(folder, classes) | licence_of(folder),
+        "told": config_facts(folder, classes) | licence_of(folder),
         "card": Card.read(folder).to_json(),
     }
 
@@ -87,7 +87,7 @@ def _of_file(path: Path, config: str | None) -> dict[str, Any]:
             for part, kind in classes.items()
         },
         "bytes": path.stat().st_size,
-        "told": {"configurations": str(folder), **told_of(folder, classes)},
+        "told": {"configurations": str(folder), **config_facts(folder, classes)},
         "card": Card().to_json(),
     }
 
@@ -100,24 +100,24 @@ def is_network(library: str, name: str, where: Path) -> bool:
         return False
 
 
-def told_of(folder: Path, classes: Mapping[str, str]) -> dict[str, Any]:
+def config_facts(folder: Path, classes: Mapping[str, str]) -> dict[str, Any]:
     """What configurations say of a model's towers, text lengths and schedulers, part by part."""
-    told: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for part, kind in classes.items():
         if part in TEXTS | PICTURES:
-            told[part] = tower(kind, read_json(folder / part / "config.json"), part in PICTURES)
+            facts[part] = tower(kind, read_json(folder / part / "config.json"), part in PICTURES)
         elif part == DRAFTS:
-            told[part] = drafter(read_json(folder / part / TOLD))
+            facts[part] = drafter(read_json(folder / part / DRAFT_CONFIG))
         elif part == "clip":
-            told[part] = whole_clip(read_json(folder / part / "config.json"))
+            facts[part] = whole_clip(read_json(folder / part / "config.json"))
         elif "tokenizer" in part:
             path = folder / part / "tokenizer_config.json"
             length = read_json(path).get("model_max_length") if path.is_file() else None
-            told[part] = f"{length} tokens" if length else "as many tokens as its tower reads"
+            facts[part] = f"{length} tokens" if length else "as many tokens as its tower reads"
         elif "scheduler" in part:
             config = read_json(folder / part / "scheduler_config.json")
-            told[part] = ", ".join([kind, *(f"{name} {config[name]}" for name in SCHEDULED if name in config)])
-    return told
+            facts[part] = ", ".join([kind, *(f"{name} {config[name]}" for name in SCHEDULED if name in config)])
+    return facts
 
 
 def drafter(config: Mapping[str, Any]) -> str:
@@ -151,9 +151,9 @@ def licence_of(folder: Path) -> dict[str, str]:
     return {}
 
 
-def lines_of(told: dict[str, Any], indent: str = "") -> Iterator[str]:
+def lines_of(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
     """Nested facts as lines, one fact each; a list of words in one line, of sentences one to a line."""
-    for name, value in told.items():
+    for name, value in facts.items():
         if isinstance(value, dict):
             yield f"{indent}{name}:"
             yield from lines_of(value, indent + "  ")

@@ -140,7 +140,7 @@ class Flight(Generic[R]):
     awaiting_prior: set[int] = field(default_factory=set)  # those that the prior is to be asked for
     answers: dict[int, dict[int, Finished]] = field(default_factory=dict)  # of the prior, until all of one are there
     # Of each candidate whose search is not over; once its prior has spoken, with its answer.
-    told: dict[int, ConditionPair] = field(default_factory=dict)
+    conditions: dict[int, ConditionPair] = field(default_factory=dict)
     read: list[EncodedImage | None] = field(default_factory=list)  # of each candidate, its picture handed in
     taken: dict[int, int] = field(default_factory=dict)  # the decoder's steps, of those that have begun
     halting: set[int] = field(default_factory=set)  # those that are where they should halt, and still in a batch

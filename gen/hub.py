@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from clip_core.hub import fetch
-from clip_core.weights import SAID
+from clip_core.weights import CONFIG_SUFFIXES
 from gen.weights import of_one_variant
 
 
@@ -37,4 +37,4 @@ def needed(names: Iterable[str], parts: Sequence[str]) -> list[str]:
 
 def _of_part(files: Sequence[str]) -> list[str]:
     weights, _ = of_one_variant(file for file in files if file.endswith(".safetensors"))
-    return [*(file for file in files if file.endswith(SAID)), *weights]
+    return [*(file for file in files if file.endswith(CONFIG_SUFFIXES)), *weights]

@@ -210,16 +210,16 @@ class Pass:
             order = list(range(len(listed)))  # as its plan has it
         else:
             order = text_by_text([condition for condition, _, _ in listed])
-        told = [listed[k][0] for k in order]
+        conditions = [listed[k][0] for k in order]
         owners = [listed[k][1:] for k in order]
         first_rows = list(accumulate((len(lane.rows) for lane in lanes), initial=0))
         places = sorted(range(len(order)), key=order.__getitem__)
         first_places = list(accumulate((len(plan.slots) for plan in plans), initial=0))
         return cls(
             plans=list(plans),
-            conditions=told,
+            conditions=conditions,
             owners=owners,
-            ends=list(accumulate(len(list(group)) for _, group in groupby(told, key=id))),
+            ends=list(accumulate(len(list(group)) for _, group in groupby(conditions, key=id))),
             rows=to_device(torch.tensor([first_rows[number] + slot for number, slot in owners]), device),
             places=None
             if len(plans) == 1
@@ -233,8 +233,8 @@ class Pass:
             former = self.calls[place]
             if (former.start, former.stop) == (start, stop):
                 return former
-        told = Conditions(tuple(self.conditions[start:stop]), tuple(self.owners[start:stop]))
-        self.calls[place:] = [NetworkCall(start, stop, told)]
+        conditions = Conditions(tuple(self.conditions[start:stop]), tuple(self.owners[start:stop]))
+        self.calls[place:] = [NetworkCall(start, stop, conditions)]
         return self.calls[place]
 
 
@@ -289,9 +289,9 @@ def known_regions_of(lane: Lane, device: torch.device) -> KnownRegions | None:
 
 def options_of(lane: Lane, device: torch.device) -> dict[str, Tensor]:
     """The sampler's options, (B,) each; one that every row leaves as the sampler has it is left out."""
-    told = {}
+    options = {}
     for name, default in SAMPLERS[lane.sampler].defaults.items():
         values = [one.option(name) for one in lane.rows]
         if any(value != default for value in values):
-            told[name] = to_device(torch.tensor(values), device)
-    return told
+            options[name] = to_device(torch.tensor(values), device)
+    return options

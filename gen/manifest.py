@@ -95,13 +95,13 @@ def checked(words: Mapping[str, Any], folder: Path) -> dict[str, JSON]:
 
 def _entry(number: int, line: str, folder: Path) -> Entry:
     try:
-        said = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
         raise ValueError(f"no JSON ({error}); write one object a line, such as {EXAMPLE}") from None
-    if not isinstance(said, dict):
+    if not isinstance(record, dict):
         raise ValueError(f"no object; write one a line, such as {EXAMPLE}")
-    known_by = said.pop(ID, None)
-    return Entry(number, checked(said, folder), known_by)
+    known_by = record.pop(ID, None)
+    return Entry(number, checked(record, folder), known_by)
 
 
 def _check_name(name: str) -> None:

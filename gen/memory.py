@@ -27,13 +27,13 @@ def free_memory(device: torch.device) -> int | None:
         return free + in_store(device)
     if device.type != "cpu":
         return None
-    told = [amount for amount in (of_system(), of_control_group()) if amount is not None]
-    return min(told, default=None)
+    amounts = [amount for amount in (of_system(), of_control_group()) if amount is not None]
+    return min(amounts, default=None)
 
 
 def reserve() -> int:
     """Bytes that a machine may find beyond what is free: on a disk, and in files that a container has read of late."""
-    swap, files = said(MEMINFO, "SwapFree:"), said(CONTROL_GROUP / "memory.stat", "active_file")
+    swap, files = number_behind(MEMINFO, "SwapFree:"), number_behind(CONTROL_GROUP / "memory.stat", "active_file")
     return (swap or 0) * 1024 + (files or 0)
 
 
@@ -41,7 +41,7 @@ def peak_memory(device: torch.device | str) -> int:
     """Most bytes that this process ever held: what torch did of a GPU, or what was resident; 0 where nobody says."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    resident = said(STATUS, "VmHWM:")  # Linux; unlike getrusage not inherited from the parent
+    resident = number_behind(STATUS, "VmHWM:")  # Linux; unlike getrusage not inherited from the parent
     if resident is not None:
         return resident * 1024
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
@@ -60,7 +60,7 @@ def set_apart(device: torch.device, num_bytes: int) -> None:
 
 def of_system() -> int | None:
     """What the machine has left; None off Linux."""
-    available = said(MEMINFO, "MemAvailable:")
+    available = number_behind(MEMINFO, "MemAvailable:")
     return None if available is None else available * 1024
 
 
@@ -71,10 +71,10 @@ def of_control_group() -> int | None:
         taken = int((CONTROL_GROUP / "memory.current").read_text())
     except (OSError, ValueError):  # no such file, or "max"
         return None
-    return max(0, most - taken + (said(CONTROL_GROUP / "memory.stat", "inactive_file") or 0))
+    return max(0, most - taken + (number_behind(CONTROL_GROUP / "memory.stat", "inactive_file") or 0))
 
 
-def said(path: Path, name: str) -> int | None:
+def number_behind(path: Path, name: str) -> int | None:
     """The number behind a name in a file of lines; None where there is none."""
     try:
         lines = (line.split() for line in path.read_text().splitlines())

@@ -93,6 +93,6 @@ class WithImage(Protocol):
     """A family that takes image embeddings, as every family with a prior does."""
 
     def add_image_embeds(
-        self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
+        self, candidates: Sequence[Candidate], conditions: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What candidates are told, with an image embedding (E,) beside it."""

@@ -57,8 +57,8 @@ def _scaled(option: str, given: str) -> tuple[str, float]:
     except ValueError:
         if Path(given).exists() or len(path) < 2 or "/" in scale:  # a colon of the path's own, or a drive's
             return given, 1.0
-        told = f"{option} '{given}': {scale!r} is no scale; give a number, as in {path}:0.8, or leave it out"
-        raise ValueError(told) from None
+        message = f"{option} '{given}': {scale!r} is no scale; give a number, as in {path}:0.8, or leave it out"
+        raise ValueError(message) from None
 
 
 def _called(given: str) -> tuple[str, str | None]:

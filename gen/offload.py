@@ -163,8 +163,8 @@ class Offload:
         self.device, free = device, free_memory(device)
         for each in travellers_of(self.networks):
             if free is not None and each.num_bytes > free:
-                told = f"{each.name} alone needs {each.num_bytes / 1e9:.1f} GB for its weights"
-                raise NoRoom(f"{told}, and {free / 1e9:.1f} GB are free on {device}; take a smaller dtype or model")
+                problem = f"{each.name} alone needs {each.num_bytes / 1e9:.1f} GB for its weights"
+                raise NoRoom(f"{problem}, and {free / 1e9:.1f} GB are free on {device}; take a smaller dtype or model")
         self.begin()
 
     def begin(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gen import avx512
-from gen.openvino_model import Kernels, added, as_float32, constant, put, told_in
+from gen.openvino_model import Kernels, added, as_float32, constant, converted, put
 from gen.openvino_weights import PackedWeights, stored, stored_as_low
 
 WIDE = 32  # of whose multiples our kernel takes channels
@@ -41,15 +41,15 @@ def own_convolutions(model: Any, kernels: Kernels) -> None:
         if weight is None or side is None:
             continue
         answer, bias = node.output(0), np.zeros(len(weight), np.float32)
-        told = beside = None
+        per_channel = beside = None
         while (more := added(answer)) is not None:
             behind, other = more
             rows, width = answer.get_shape()[:2]
             data = constant(other)
             if data is not None and data.shape == (1, width, 1, 1):
                 bias = bias + data.ravel()
-            elif data is None and list(other.get_shape()) == [rows, width, 1, 1] and told is None:
-                told = opset13.reshape(other, np.array([rows, width]), special_zero=False).output(0)
+            elif data is None and list(other.get_shape()) == [rows, width, 1, 1] and per_channel is None:
+                per_channel = opset13.reshape(other, np.array([rows, width]), special_zero=False).output(0)
             elif data is None and other.get_shape() == answer.get_shape() and beside is None:
                 beside = other
             else:
@@ -57,12 +57,12 @@ def own_convolutions(model: Any, kernels: Kernels) -> None:
             answer = behind
         filters = kernels.weights.of([weight], (side, precision), partial(packed, weight, side, precision))
         given = [last(node.input_value(0), precision), filters.output]
-        given += [] if told is None else [told]
+        given += [] if per_channel is None else [per_channel]
         given += [] if beside is None else [last(beside, precision)]
         attributes = {
             "bias": bias.tolist(),
             "scales": filters.scales.ravel().tolist(),
-            "is_told": told is not None,
+            "is_told": per_channel is not None,
             "threads": threads,
         }
         own = as_float32(kernels.factory.create("WinogradConvolution", given, attributes))
@@ -85,11 +85,11 @@ def weight_of(node: Any) -> np.ndarray | None:
     """The weight (out, in, 3, 3) of a convolution that our kernel computes; None: it is none."""
     if node.get_type_name() != "Convolution":
         return None
-    weight, told = constant(node.input_value(1)), node.get_attributes()
+    weight, attributes = constant(node.input_value(1)), node.get_attributes()
     if weight is None or weight.ndim != 4 or any(width % WIDE for width in weight.shape[:2]):
         return None
-    plain = all(told[name] == [1, 1] for name in ("strides", "dilations", "pads_begin", "pads_end"))
-    return weight if plain and weight.shape[2:] == (3, 3) and told["auto_pad"] == "explicit" else None
+    plain = all(attributes[name] == [1, 1] for name in ("strides", "dilations", "pads_begin", "pads_end"))
+    return weight if plain and weight.shape[2:] == (3, 3) and attributes["auto_pad"] == "explicit" else None
 
 
 def turn_of(side: int) -> np.ndarray:
@@ -133,4 +133,4 @@ def last(output: Any, precision: Any) -> Any:
     """An output (B, channels, height, width) with channels last, in a precision."""
     from openvino import opset13
 
-    return told_in(opset13.transpose(output, LAST).output(0), precision)
+    return converted(opset13.transpose(output, LAST).output(0), precision)

@@ -19,7 +19,7 @@ from gen import avx512
 from gen.compiled import built
 from gen.openvino_convolution import own_convolutions
 from gen.openvino_linear import Layer, layer_at, own_linear, own_linears
-from gen.openvino_model import Kernels, as_float32, constant, fold, put, told_in
+from gen.openvino_model import Kernels, as_float32, constant, converted, fold, put
 from gen.openvino_weights import WeightCache
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,14 @@ def own_attention(model: Any, kernels: Kernels) -> None:
         read = [each.get_node().input_value(0) if turn else each for each, turn in zip(given, turned, strict=True)]
         layers = [layer_at(before(each, "Reshape")) for each in read]
         scale = node.get_input_shape(0)[3] ** -0.5 if node.get_input_size() < 5 else number(node.input_value(4))
-        told = {"turned": [int(each) for each in turned], "scale": scale, "threads": kernels.threads}
+        attributes = {"turned": [int(each) for each in turned], "scale": scale, "threads": kernels.threads}
         rows, heads, _, size = node.get_input_shape(0)
         if kernels.threads == 1 and all(turned) and is_one(layers, heads * size):
             together = own_linear(kernels, joined([each for each in layers if each is not None]))
             read = [opset13.reshape(together, np.array([rows, -1, 3, heads, size]), special_zero=False).output(0)]
-        answer = as_float32(kernels.factory.create("TileAttention", [told_in(each, Type.bf16) for each in read], told))
+        answer = as_float32(
+            kernels.factory.create("TileAttention", [converted(each, Type.bf16) for each in read], attributes)
+        )
         for reader in node.output(0).get_target_inputs():
             put(reader.get_node().output(0), answer)
 
@@ -138,12 +140,14 @@ def own_norms(model: Any, kernels: Kernels) -> None:
         readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
         active = [each.get_type_name() for each in readers] == ["Swish"] and readers[0].get_input_size() == 1
         last = readers[0] if active else node
-        told = {name: node.get_attributes()[key] for name, key in (("groups", "num_groups"), ("epsilon", "epsilon"))}
-        told |= {name: data.ravel().tolist() for name, data in zip(("scale", "shift"), weights, strict=True)}
+        attributes = {
+            name: node.get_attributes()[key] for name, key in (("groups", "num_groups"), ("epsilon", "epsilon"))
+        }
+        attributes |= {name: data.ravel().tolist() for name, data in zip(("scale", "shift"), weights, strict=True)}
         rank = len(x.get_shape())
-        turned = told_in(opset13.transpose(x, np.array([0, *range(2, rank), 1])).output(0), kernels.precision)
-        told |= {"active": active, "threads": kernels.threads}
-        normed = as_float32(kernels.factory.create("GroupNormLast", [turned], told))
+        turned = converted(opset13.transpose(x, np.array([0, *range(2, rank), 1])).output(0), kernels.precision)
+        attributes |= {"active": active, "threads": kernels.threads}
+        normed = as_float32(kernels.factory.create("GroupNormLast", [turned], attributes))
         answer = opset13.transpose(normed, np.array([0, rank - 1, *range(1, rank - 1)]))
         put(last.output(0), answer.output(0))
 
@@ -176,8 +180,8 @@ def no_detours(model: Any) -> None:
 def fits(node: Any) -> bool:
     """Whether our kernel computes an attention: of small heads, unmasked, whose answer is brought back."""
     query, key, value = (node.get_input_shape(place) for place in range(3))
-    told = [number(node.input_value(place)) for place in range(3, node.get_input_size())]  # its mask, its scale
-    plain = not node.get_attributes()["causal"] and told[:1] in ([], [0.0]) and None not in told[1:]
+    numbers = [number(node.input_value(place)) for place in range(3, node.get_input_size())]  # its mask, its scale
+    plain = not node.get_attributes()["causal"] and numbers[:1] in ([], [0.0]) and None not in numbers[1:]
     sizes = query[3] == value[3] <= avx512.LARGEST and query[:2] == key[:2]
     return plain and sizes and all(is_turn(reader.get_node()) for reader in node.output(0).get_target_inputs())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gen.openvino_model import Kernels, added, as_float32, constant, is_bias, put, told_in, weight_of
+from gen.openvino_model import Kernels, added, as_float32, constant, converted, is_bias, put, weight_of
 from gen.openvino_weights import PackedWeights, stored
 
 ROW, BESIDE = 32, 16  # of whose multiples our kernel takes inputs and answers: a row of a tile, and its columns
@@ -77,18 +77,18 @@ def own_linear(
     plain = [*layer.weights, *(() if gates is None else gates.weights)]
     packed_weights = kernels.weights.of(plain, (gates is None, precision), partial(packed, layer, gates, precision))
     weight, bias = packed_weights.output, biases(layer, gates).tolist()
-    more = [] if beside is None else [told_in(beside, precision)]
+    more = [] if beside is None else [converted(beside, precision)]
     is_plain = epsilon is None and gates is None and not active
     before = feeding(x) if is_plain else None
     if before is None:
-        told = {"bias": bias, "out": len(layer.bias), "active": active, "gated": gates is not None}
-        told |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
-        answer = kernels.factory.create("TileLinear", [told_in(x, precision), weight, *more], told)
+        attributes = {"bias": bias, "out": len(layer.bias), "active": active, "gated": gates is not None}
+        attributes |= {"normed": epsilon is not None, "epsilon": epsilon or 0.0}
+        answer = kernels.factory.create("TileLinear", [converted(x, precision), weight, *more], attributes)
     else:
         first = before.get_attributes()
-        told = {name: first[name] for name in ("normed", "epsilon", "gated")}
-        told |= {"first": list(first["bias"]), "between": first["out"], "second": bias, "out": len(layer.bias)}
-        answer = kernels.factory.create("TileFeedForward", [*before.input_values(), weight, *more], told)
+        attributes = {name: first[name] for name in ("normed", "epsilon", "gated")}
+        attributes |= {"first": list(first["bias"]), "between": first["out"], "second": bias, "out": len(layer.bias)}
+        answer = kernels.factory.create("TileFeedForward", [*before.input_values(), weight, *more], attributes)
     return as_float32(answer)
 
 
@@ -120,8 +120,8 @@ def feeding(x: Any) -> Any | None:
     layer = x.get_node().input_value(0).get_node() if x.get_node().get_type_name() == "Convert" else x.get_node()
     if layer.get_type_name() != "TileLinear" or len(x.get_target_inputs()) > 1:
         return None
-    told = layer.get_attributes()
-    return layer if told["active"] or told["gated"] else None
+    attributes = layer.get_attributes()
+    return layer if attributes["active"] or attributes["gated"] else None
 
 
 def gated(node: Any) -> tuple[Layer, Layer] | None:
@@ -155,9 +155,9 @@ def layer_at(output: Any) -> Layer | None:
     weight = weight_of(node, node.input_value(0)) if node.get_type_name() == "MatMul" else None
     if weight is None or (bias is not None and not is_bias(bias, node.output(0), len(weight))):
         return None
-    told = np.zeros(1) if bias is None else bias.ravel()
+    shift = np.zeros(1) if bias is None else bias.ravel()
     weight = weight.astype(np.float32, copy=False)  # where it lies, it is known again (`WeightCache`)
-    return Layer(node.input_value(0), (weight,), np.broadcast_to(told, len(weight)).astype(np.float32))
+    return Layer(node.input_value(0), (weight,), np.broadcast_to(shift, len(weight)).astype(np.float32))
 
 
 def whole(product: Any) -> Any:
@@ -176,7 +176,7 @@ def alike(answer: Any) -> Any | None:
 
 def is_last(norm: Any) -> bool:
     """Whether an MVN goes over the last axis alone, as a layer norm without scale and shift."""
-    axes, told = constant(norm.input_value(1)), norm.get_attributes()
+    axes, attributes = constant(norm.input_value(1)), norm.get_attributes()
     last = norm.input_value(0).get_partial_shape().rank.get_length() - 1
-    plain = told["normalize_variance"] and str(told["eps_mode"]).lower() == "inside_sqrt"
+    plain = attributes["normalize_variance"] and str(attributes["eps_mode"]).lower() == "inside_sqrt"
     return plain and axes is not None and axes.ravel().tolist() in ([-1], [last])

@@ -154,19 +154,21 @@ def plain_norms(model: Any) -> None:
     for node in model.get_ops():
         if node.get_type_name() != "GroupNormalization":
             continue
-        told = node.get_attributes()
+        attributes = node.get_attributes()
         x, scale, shift = (each.get_source_output() for each in node.inputs())
         rank = x.get_partial_shape().rank.get_length()
-        grouped = opset13.reshape(x, np.array([0, told["num_groups"], -1]), special_zero=True)
+        grouped = opset13.reshape(x, np.array([0, attributes["num_groups"], -1]), special_zero=True)
         mean = opset13.reduce_mean(grouped, np.array([2]), keep_dims=True)  # (B, G, 1)
         apart = opset13.subtract(grouped, mean)
         variance = opset13.reduce_mean(opset13.multiply(apart, apart), np.array([2]), keep_dims=True)
-        spread = opset13.sqrt(opset13.add(variance, np.float32(told["epsilon"])))
-        by_group = np.array([1, told["num_groups"], -1])
+        spread = opset13.sqrt(opset13.add(variance, np.float32(attributes["epsilon"])))
+        by_group = np.array([1, attributes["num_groups"], -1])
         per_channel = np.array([0, -1] + [1] * (rank - 2))
         factor = opset13.divide(opset13.reshape(scale, by_group, special_zero=False), spread)  # (B, G, C / G)
         factor = opset13.reshape(factor, per_channel, special_zero=True)
-        centre = opset13.tile(mean, np.array([1, 1, scale.get_partial_shape()[0].get_length() // told["num_groups"]]))
+        centre = opset13.tile(
+            mean, np.array([1, 1, scale.get_partial_shape()[0].get_length() // attributes["num_groups"]])
+        )
         centre = opset13.reshape(centre, per_channel, special_zero=True)
         shift = opset13.reshape(shift, np.array([1, -1] + [1] * (rank - 2)), special_zero=False)
         normed = opset13.add(opset13.multiply(opset13.subtract(x, centre), factor), shift)
@@ -224,7 +226,7 @@ def fold_norms(model: Any) -> None:
             put(whole, answer.output(0))
 
 
-def told_in(output: Any, precision: Any) -> Any:
+def converted(output: Any, precision: Any) -> Any:
     """An output in a precision (of openvino.Type), by one conversion for all that read it so."""
     from openvino import opset13
 
@@ -241,7 +243,7 @@ def as_float32(operation: Any) -> Any:
     """What one of our operations answers, in float32 (an openvino.Output)."""
     from openvino import Type
 
-    return told_in(operation.output(0), Type.f32)
+    return converted(operation.output(0), Type.f32)
 
 
 def constant_behind(output: Any, kind: str) -> tuple[Any, np.ndarray] | None:
@@ -274,8 +276,8 @@ def weight_of(node: Any, x: Any) -> np.ndarray | None:
     """The weight (out, in) of a linear layer that reads x; None where a node is none."""
     if node.get_type_name() != "MatMul" or node.input_value(0) != x:
         return None
-    told = node.get_attributes()
-    if told["transpose_a"] or not told["transpose_b"]:
+    attributes = node.get_attributes()
+    if attributes["transpose_a"] or not attributes["transpose_b"]:
         return None
     weight = constant(node.input_value(1))
     return weight if weight is not None and weight.ndim == 2 else None

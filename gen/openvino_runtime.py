@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # that OpenVINO is asked for, in its words
 
-Telling = Callable[[slice, list[np.ndarray]], Sequence[Any]]
-"""told(rows, room) -> what a compiled network is given for them"""
+Inputs = Callable[[slice, list[np.ndarray]], Sequence[Any]]
+"""inputs(rows, room) -> what a compiled network is given for them"""
 
 KNOWN = 512  # different rows' levels and vectors whose embeddings are kept, of 10 to 100 KB each
 AT_A_TIME = 16  # of them that are computed, always: what is kept must not depend on who else was there
@@ -121,13 +121,13 @@ class Levels:
         for start in range(0, len(fresh), AT_A_TIME):
             some = fresh[start : start + AT_A_TIME]
             at = [row for _, row in some] + [some[0][1]] * (AT_A_TIME - len(some))
-            (said,) = self.compiled([arrays[place][at] for place in self.reads]).values()
-            assert len(said) == AT_A_TIME, "a row's axis comes first"
-            self.known |= {key: said[place].copy() for place, (key, _) in enumerate(some)}
-        told = np.stack([self.known[key] for key in keys])
+            (computed,) = self.compiled([arrays[place][at] for place in self.reads]).values()
+            assert len(computed) == AT_A_TIME, "a row's axis comes first"
+            self.known |= {key: computed[place].copy() for place, (key, _) in enumerate(some)}
+        embeddings = np.stack([self.known[key] for key in keys])
         for key in list(self.known)[:-KNOWN]:
             del self.known[key]
-        return told
+        return embeddings
 
 
 @dataclass(eq=False)
@@ -161,8 +161,8 @@ class OpenVINONetwork:
         answers: list[np.ndarray] = []  # what other threads write into knows no mode of torch's
         for size, is_shared in dict.fromkeys((piece.size, piece.is_shared) for piece in pieces):
             alike = [piece.at for piece in pieces if (piece.size, piece.is_shared) == (size, is_shared)]
-            told = partial(self.inputs, arrays, levels, read, is_shared)
-            asked = self._streams(size, is_shared, streams, partial(told, alike[0], []))
+            inputs = partial(self.inputs, arrays, levels, read, is_shared)
+            asked = self._streams(size, is_shared, streams, partial(inputs, alike[0], []))
             if not answers:
                 shapes = [(len(arrays[0]), *each.get_shape()[1:]) for each in asked[0].request.model_outputs]
                 answers = [np.empty(shape, np.float32) for shape in shapes]
@@ -171,9 +171,9 @@ class OpenVINONetwork:
             try:
                 for stream, worker in zip(asked, workers, strict=False):
                     try:
-                        running.append(worker.submit(stream.fill, answers, told, left))
+                        running.append(worker.submit(stream.fill, answers, inputs, left))
                     except RuntimeError:  # the interpreter is ending, and its threads take nothing any more
-                        stream.fill(answers, told, left)
+                        stream.fill(answers, inputs, left)
                 for each in running:
                     each.result()
             finally:  # also on Ctrl-C: what runs reads arrays of this call
@@ -195,16 +195,16 @@ class OpenVINONetwork:
         `read` is what layers read of each row's text (`read_of`). Rows' own texts are put side by side
         in the array in `room`, which is made where it is empty.
         """
-        told = [each[at] for each in arrays]
+        given = [each[at] for each in arrays]
         if read is not None and is_shared:
-            told.append(read[at.start][None])
+            given.append(read[at.start][None])
         elif read is not None:
             if not room:
                 room.append(np.empty((len(read[at]), *read[0].shape), read[0].dtype))
-            told.append(np.stack(read[at], out=room[0]))
+            given.append(np.stack(read[at], out=room[0]))
         if levels is not None:
-            told.append(levels[at])
-        return [told[place] for place in self.rest.reads]
+            given.append(levels[at])
+        return [given[place] for place in self.rest.reads]
 
     def of_sizes(self, shapes: Sequence[Sequence[int]], threads: int) -> Any:
         """The rest as an openvino.Model for inputs of these sizes, that computes by so many threads."""
@@ -225,8 +225,8 @@ class OpenVINONetwork:
             model = self.of_sizes([each.shape for each in given], threads_of(streams))
             ready = compiled(model, self.precision, streams)
             self.requests[size, is_shared, streams] = [Stream(ready.create_infer_request()) for _ in range(streams)]
-            told = f"{self.name} for {size} rows, {streams} at a time"
-            logger.info("OpenVINO compiled %s, in %.1f s", told, time.perf_counter() - began)
+            what = f"{self.name} for {size} rows, {streams} at a time"
+            logger.info("OpenVINO compiled %s, in %.1f s", what, time.perf_counter() - began)
         return self.requests[size, is_shared, streams]
 
 
@@ -245,10 +245,10 @@ class Stream:
     request: Any  # an openvino.InferRequest
     room: list[np.ndarray] = field(default_factory=list)  # where it is given texts of rows that have their own
 
-    def fill(self, answers: Sequence[np.ndarray], told: Telling, left: Iterator[slice]) -> None:
+    def fill(self, answers: Sequence[np.ndarray], inputs: Inputs, left: Iterator[slice]) -> None:
         """Compute pieces for as long as some are left: which rows of the answers, for what is told of them."""
         for at in left:
-            found = self.request.infer(told(at, self.room), share_inputs=True, share_outputs=True)
+            found = self.request.infer(inputs(at, self.room), share_inputs=True, share_outputs=True)
             for place, answer in enumerate(answers):
                 answer[at] = found[place]
 
@@ -280,7 +280,7 @@ def convert(network: nn.Module, call: Call, precision: str, weights: WeightCache
     example = [tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for tensor in call.given]  # 1 row would be traced as such
     pairs = [] if call.texts is None else [call.texts.of_rows(slice(1))]
     model = read(flat, (*example, *pairs))
-    assert flat.told.answer is not None, "tracing asks it"
+    assert flat.call_layout.answer is not None, "tracing asks it"
     logger.info("OpenVINO read %s in %.1f s", name, time.perf_counter() - began)
     drop_ones(model)
     cut_layers(model)
@@ -288,5 +288,5 @@ def convert(network: nn.Module, call: Call, precision: str, weights: WeightCache
     vectors = [place for place, tensor in enumerate(call.given) if tensor.ndim <= 2]
     levels, rest = cut_levels(model, vectors)
     fold(rest.model)  # of weights, so that all sizes have the same
-    told = None if levels is None else Levels.of(levels, vectors)
-    return OpenVINONetwork(name, told, rest, flat.told.answer, precision, weights)
+    kept_levels = None if levels is None else Levels.of(levels, vectors)
+    return OpenVINONetwork(name, kept_levels, rest, flat.call_layout.answer, precision, weights)

@@ -21,8 +21,8 @@ def output_folder(out: Path) -> Iterator[Path]:
                 folder = _make_folder(out, made)
                 held.enter_context(tempfile.NamedTemporaryFile(prefix=".unclip-", dir=folder))
             except OSError as error:
-                told = f"out folder '{out}' cannot be written ({error.strerror or error})"
-                raise ValueError(f"{told}; choose another with --out DIR") from None
+                problem = f"out folder '{out}' cannot be written ({error.strerror or error})"
+                raise ValueError(f"{problem}; choose another with --out DIR") from None
             yield folder
     except BaseException:  # Ctrl-C can come anywhere
         for path in reversed(made):

@@ -33,11 +33,11 @@ def load_part(kind: type, folder: Path, device: torch.device | str, dtype: torch
     if not issubclass(kind, nn.Module):
         return load_settings(kind, folder)
     what = f"model part '{folder}'"
-    told = read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     check_weights(folder)
-    check_sizes(told, what)
+    check_sizes(config, what)
     with damaged(folder):
-        network = unfilled(kind, told)
+        network = unfilled(kind, config)
     check_asked(network, numbers(folder), what)
     check_fit(what, [], misshaped(network, held(folder)), [])  # all of them, where diffusers would name one
     _, variant = of_one_variant([path.name for path in folder.glob("*.safetensors")])
@@ -63,12 +63,12 @@ def load_settings(kind: Any, folder: Path) -> Any:
         return kind.from_pretrained(folder)
 
 
-def unfilled(kind: Any, told: Mapping[str, Any]) -> nn.Module:
+def unfilled(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     """A network of diffusers or transformers of the sizes that its configuration says, with no weights yet."""
     with torch.device("meta"):
         if issubclass(kind, transformers.PreTrainedModel):
-            return kind(kind.config_class.from_dict(told))
-        return kind.from_config(told)
+            return kind(kind.config_class.from_dict(config))
+        return kind.from_config(config)
 
 
 def save_part(part: Any, folder: Path, dtype: torch.dtype | None) -> None:
@@ -82,6 +82,6 @@ def save_part(part: Any, folder: Path, dtype: torch.dtype | None) -> None:
         write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": "float32"})
 
 
-def write_json(path: Path, told: Mapping[str, JSON]) -> None:
+def write_json(path: Path, content: Mapping[str, JSON]) -> None:
     """A JSON object as a file for people to read."""
-    path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

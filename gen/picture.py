@@ -93,16 +93,16 @@ class Writer:
 def read_png(path: Path) -> tuple[Image.Image, dict[str, Any]]:
     """A picture and its record; ValueError when the file is no picture or holds no record of ours."""
     picture = read_picture(path)
-    told = "paint one with `unclip generate`, and keep the PNG as written: editors drop its text chunks"
+    advice = "paint one with `unclip generate`, and keep the PNG as written: editors drop its text chunks"
     text = getattr(picture, "text", {}).get(CHUNK)
     if text is None:
-        raise ValueError(f"{path} holds no unclip record; {told}")
+        raise ValueError(f"{path} holds no unclip record; {advice}")
     try:
         record = json.loads(text)
     except json.JSONDecodeError:
         record = None
     if not isinstance(record, dict):
-        raise ValueError(f"{path} holds a damaged unclip record; {told}")
+        raise ValueError(f"{path} holds a damaged unclip record; {advice}")
     return picture, record
 
 

@@ -75,11 +75,11 @@ class Prior:
 
         The null is the empty prompt, whatever the candidate's negative prompt, unless the prior reads that.
         """
-        told = self.told(candidates, table)
+        conditions = self.conditions_of(candidates, table)
         return [
             replace(
-                self._row(key, one, told[one.settings.plain(one.prompt)]),
-                null=told[self._null_of(one)],
+                self._row(key, one, conditions[one.settings.plain(one.prompt)]),
+                null=conditions[self._null_of(one)],
                 guidance_scale=one.settings.prior_guidance_scale,
                 start=one.prior_latents,
             )
@@ -91,25 +91,27 @@ class Prior:
 
         As in diffusers it is guided away from itself, so not at all; its noise is its own.
         """
-        told = self.told(candidates, table)
+        conditions = self.conditions_of(candidates, table)
         return [
-            replace(self._row(key, one, told[self._null_of(one)]), stream=NULLS)
+            replace(self._row(key, one, conditions[self._null_of(one)]), stream=NULLS)
             for key, one in zip(keys, candidates, strict=True)
         ]
 
-    def told(self, candidates: Sequence[Candidate], table: Table) -> dict[str, Condition]:
+    def conditions_of(self, candidates: Sequence[Candidate], table: Table) -> dict[str, Condition]:
         """What it is told by each text that these candidates' rows read."""
-        said = dict.fromkeys(
+        texts = dict.fromkeys(
             text for one in candidates for text in (self._null_of(one), one.settings.plain(one.prompt))
         )
-        told = table.of([(STAGE, text) for text in said], lambda names: self.conditions([text for _, text in names]))
-        return {text: condition for (_, text), condition in told.items()}
+        conditions = table.of(
+            [(STAGE, text) for text in texts], lambda names: self.conditions([text for _, text in names])
+        )
+        return {text: condition for (_, text), condition in conditions.items()}
 
     def predicts_null(self, candidate: Candidate) -> bool:
         """Whether what this candidate is guided away from is the prior's to say."""
         settings = candidate.settings
-        is_told = bool(settings.negative_prompt) and candidate.negative_image_embeds is None
-        return self.reads_negative and settings.prior and is_told and settings.guidance_scale != 1
+        has_negative = bool(settings.negative_prompt) and candidate.negative_image_embeds is None
+        return self.reads_negative and settings.prior and has_negative and settings.guidance_scale != 1
 
     def num_answers(self, candidate: Candidate) -> int:
         """How many embeddings this candidate asks it for."""
@@ -146,5 +148,5 @@ class Prior:
     def _encoded(self, texts: Sequence[str]) -> list[Condition]:
         features = self.text(texts)
         embedding = self.text_encoder.text_projection(features.pooled)  # (B, E)
-        tokens, vectors = (told.to(weights_dtype(self.network)) for told in (features.tokens, embedding))
+        tokens, vectors = (states.to(weights_dtype(self.network)) for states in (features.tokens, embedding))
         return [Condition(*each) for each in zip(tokens, vectors, features.mask, strict=True)]

@@ -99,7 +99,7 @@ class CachedPrior:
     # None: run whole
     _plans: WeakKeyDictionary[Conditions, PrefixPlan | None] = field(default_factory=WeakKeyDictionary)
     _kept: WeakKeyDictionary[Condition, Prefix] = field(default_factory=WeakKeyDictionary)  # views of what plans hold
-    _said: str | None = None  # the reason last logged
+    _logged: str | None = None  # the reason last logged
 
     def __call__(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """(M, E) noisy embeddings -> the network's own output, (M, E)."""
@@ -125,9 +125,9 @@ class CachedPrior:
         return self._plans[conditions]
 
     def _say(self, reason: str | None) -> None:
-        if reason not in (None, self._said):
+        if reason not in (None, self._logged):
             logger.info("the prior runs all its tokens at every step: %s", reason)
-        self._said = reason
+        self._logged = reason
 
     def _planned(self, unique: Sequence[Condition], of: Sequence[int], new: Sequence[Condition]) -> PrefixPlan:
         if new:

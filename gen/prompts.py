@@ -56,9 +56,9 @@ def parse(name: str, text: str) -> tuple[WeightedText, ...]:
             close("(", float(match[1]))
         elif match[2] is not None:
             close(CLOSES[match[3]], 1.0)
-            told = f"'{match[2].strip()}', which is no weight" if match[3] == ")" else "a number in square brackets"
+            problem = f"'{match[2].strip()}', which is no weight" if match[3] == ")" else "a number in square brackets"
             way = f"write it as in (word:1.3), or \\{CLOSES[match[3]]} and \\{match[3]} for the brackets themselves"
-            raise ValueError(f"{name} {text!r} has {told}; {way}")
+            raise ValueError(f"{name} {text!r} has {problem}; {way}")
         elif token in CLOSES:
             close(CLOSES[token], STEP if token == ")" else 1 / STEP)
         else:

@@ -39,35 +39,37 @@ class Record:
 
     def to_json(self) -> dict[str, JSON]:
         """As it stands beside a picture."""
-        said: dict[str, JSON] = {"version": VERSION, "model": self.model, "model_hash": self.model_hash}
-        said |= {name: text for name in TEXTS if name not in said and (text := getattr(self, name))}
+        known: dict[str, JSON] = {"version": VERSION, "model": self.model, "model_hash": self.model_hash}
+        known |= {name: text for name in TEXTS if name not in known and (text := getattr(self, name))}
         if self.adapters:
-            said["adapters"] = [each.to_json() for each in self.adapters]
-        return {**self.picture, **said, **self.compute.to_json()}
+            known["adapters"] = [each.to_json() for each in self.adapters]
+        return {**self.picture, **known, **self.compute.to_json()}
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Record:
+    def from_json(cls, record: Mapping[str, Any]) -> Record:
         """As it was read; ValueError for one that is damaged, or of a version to come."""
-        version = told.get("version", VERSION)
+        version = record.get("version", VERSION)
         if not isinstance(version, int) or version < 1:
             raise damaged("version", version)
         if version > VERSION:
             raise ValueError(f"the record is of version {version}, and here {VERSION} is the last; use a newer unclip")
         for name in (*TEXTS, "dtype", "attention", "runtime"):
-            if not isinstance(told.get(name, ""), str):
-                raise damaged(name, told[name])
-        if not isinstance(told.get("settings", {}), dict):
-            raise damaged("settings", told["settings"])
-        if not isinstance(adapters := told.get("adapters", []), list):
+            if not isinstance(record.get(name, ""), str):
+                raise damaged(name, record[name])
+        if not isinstance(record.get("settings", {}), dict):
+            raise damaged("settings", record["settings"])
+        if not isinstance(adapters := record.get("adapters", []), list):
             raise ValueError(f"the record is damaged: its adapters are {adapters!r}")
-        usual, dtype = Compute(), told.get("dtype", "float32")
+        usual, dtype = Compute(), record.get("dtype", "float32")
         if dtype not in READ:
             raise ValueError(f"the record is damaged: its dtype is {dtype!r}; ours are: {', '.join(DTYPES)}")
         return cls(
-            picture={name: value for name, value in told.items() if name not in OURS},
-            **{name: told[name] for name in TEXTS if name in told},
+            picture={name: value for name, value in record.items() if name not in OURS},
+            **{name: record[name] for name in TEXTS if name in record},
             adapters=tuple(Adapter.from_json(each) for each in adapters),
-            compute=Compute(READ[dtype], told.get("runtime", usual.runtime), told.get("attention", usual.attention)),
+            compute=Compute(
+                READ[dtype], record.get("runtime", usual.runtime), record.get("attention", usual.attention)
+            ),
         )
 
     @property
@@ -133,9 +135,9 @@ class Record:
         if self.clip and not self.clip_hash:
             raise ValueError(f"the record names CLIP '{self.clip}' and has no clip_hash, so none can be told to be it")
         if self.clip_hash != here.clip_hash:
-            told = f"CLIP '{self.clip}' of hash {self.clip_hash[:12]}" if self.clip_hash else "the model's own CLIP"
+            painter = f"CLIP '{self.clip}' of hash {self.clip_hash[:12]}" if self.clip_hash else "the model's own CLIP"
             own = f"'{here.clip}' of hash {here.clip_hash[:12]}" if here.clip else "the model's own"
-            raise ValueError(f"the picture was painted by {told}, and this is {own}; load the one it was painted by")
+            raise ValueError(f"the picture was painted by {painter}, and this is {own}; load the one it was painted by")
 
 
 TEXTS = tuple(item.name for item in fields(Record) if item.type == "str")

@@ -48,18 +48,18 @@ def check_conditions(request: Request, settings: Settings, abilities: Abilities)
     if not request.has_embedding and settings.prior and request.prompt is None:
         raise ValueError("the prior reads the prompt as text; give prompt as well, or prior=False")
     if abilities.needs_image and not request.has_embedding and not settings.prior:
-        told, cure = "this model has no prior and", "give image_embeds or variation_of"
+        problem, cure = "this model has no prior and", "give image_embeds or variation_of"
         if abilities.prior_max_steps:
-            told, cure = "without its prior this model", "leave prior=False out"
+            problem, cure = "without its prior this model", "leave prior=False out"
         elif abilities.takes_null_image:
             cure = "give image_embeds, or load it with prior_model=NAME"
-        raise ValueError(f"{told} paints nothing from a text alone; {cure}")
+        raise ValueError(f"{problem} paints nothing from a text alone; {cure}")
     if request.variation_of is not None:
         check_seeing(settings, abilities)
     is_lacking = abilities.takes_null_image and not abilities.has_null_image and request.negative_image_embeds is None
     if is_lacking and settings.guidance_scale != 1:
-        told = "without its prior this model has no image to be guided away from"
-        raise ValueError(f"{told}; give negative_image_embeds, or guidance_scale=1")
+        problem = "without its prior this model has no image to be guided away from"
+        raise ValueError(f"{problem}; give negative_image_embeds, or guidance_scale=1")
     if request.prior_latents is not None and settings.num_prior_samples > 1:
         raise ValueError("prior_latents are the start of one answer of the prior, but several are asked for")
     if settings.clip_guidance_scale and request.prompt is None:
@@ -75,8 +75,8 @@ def check_variation(request: Request) -> None:
         if getattr(request, name) is not None and request.prompt is None:
             raise ValueError(f"{name} was given without {wanted}; give it in words as well")
     if request.interpolate_prompt is not None and (request.has_embedding or request.prompt_embeds is not None):
-        told = "interpolate_prompt goes from the prompt in words"
-        raise ValueError(f"{told}; leave out what stands in its place, or use interpolate_image between pictures")
+        problem = "interpolate_prompt goes from the prompt in words"
+        raise ValueError(f"{problem}; leave out what stands in its place, or use interpolate_image between pictures")
     if request.interpolation is not None and request.interpolate_prompt is None and request.interpolate_image is None:
         raise ValueError("interpolation was given without interpolate_prompt or interpolate_image; give one of them")
     if request.edit_amount is not None and request.edit_from is None:
@@ -105,10 +105,10 @@ def check_pictures(request: Request, settings: Settings, abilities: Abilities, p
             check_mask(mask, image, settings.height, settings.width, abilities.size_multiple)
 
 
-def check_reading(request: Request, settings: Settings, said: Sequence[str]) -> None:
+def check_reading(request: Request, settings: Settings, texts: Sequence[str]) -> None:
     """Refuse texts that cannot be weighed, and embeddings in their place where they are to be read in pieces."""
     if settings.prompt_weights:
-        for text in dict.fromkeys(said):
+        for text in dict.fromkeys(texts):
             if text and not any(part.text.strip() for part in parse("prompt", text)):
                 raise ValueError(f"prompt {text!r} has brackets and no words; say in words what to paint")
     given = next((name for name in POOLED if getattr(request, name) is not None), None)

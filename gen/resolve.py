@@ -111,8 +111,8 @@ def num_textless(request: Request) -> int:
             raise ValueError("variation_of is empty; give at least one picture")
         return number
     if source is None:
-        told = "give a text, a list of texts, prompt_embeds, image_embeds or variation_of"
-        raise ValueError(f"prompt is missing; {told}")
+        advice = "give a text, a list of texts, prompt_embeds, image_embeds or variation_of"
+        raise ValueError(f"prompt is missing; {advice}")
     if not isinstance(source, Tensor) or source.ndim < 2 or not len(source):
         raise ValueError("without a prompt, prompt_embeds or image_embeds must be a tensor of one or more")
     return len(source)
@@ -158,8 +158,8 @@ def is_ranked(request: Request, abilities: Abilities) -> bool:
     if request.rerank and not request.is_whole:
         raise ValueError(f"rerank=True needs whole pictures, and denoising_end={request.denoising_end} leaves none")
     if request.rerank and not abilities.can_rank:
-        told = "load it with clip=NAME (a CLIP folder, hub id or open_clip:NAME/TAG), or leave rerank out"
-        raise ValueError(f"rerank=True, but this model has no clip/ to rank with; {told}")
+        advice = "load it with clip=NAME (a CLIP folder, hub id or open_clip:NAME/TAG), or leave rerank out"
+        raise ValueError(f"rerank=True, but this model has no clip/ to rank with; {advice}")
     if request.rerank and request.prompt is None:
         raise ValueError("rerank=True needs the prompt as text; give prompt as well, or leave rerank out")
     return request.rerank
@@ -185,8 +185,8 @@ def image_latents(request: Request, abilities: Abilities, num_prompts: int, n: i
     is_latents = isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels != RGB
     if not is_latents:
         if request.denoising_start:
-            told = "denoising_start goes on from latents; give image=latents of a request with denoising_end"
-            raise ValueError(f"{told} and output_type='latent'")
+            problem = "denoising_start goes on from latents; give image=latents of a request with denoising_end"
+            raise ValueError(f"{problem} and output_type='latent'")
         return None
     assert isinstance(image, Tensor)
     each = image.detach().cpu().float().clone().unbind(0)
@@ -195,8 +195,8 @@ def image_latents(request: Request, abilities: Abilities, num_prompts: int, n: i
             raise ValueError(f"{name} and image as latents were both given; leave {name} out")
     repeats = {1: num_prompts * n, num_prompts: n, num_prompts * n: 1}
     if len(each) not in repeats:
-        told = f"image has {len(each)} latents for {count_of(num_prompts, 'prompt')} of {count_of(n, 'picture')}"
-        raise ValueError(f"{told}; give one, one for each prompt, or one for each picture")
+        problem = f"image has {len(each)} latents for {count_of(num_prompts, 'prompt')} of {count_of(n, 'picture')}"
+        raise ValueError(f"{problem}; give one, one for each prompt, or one for each picture")
     return [one for one in each for _ in range(repeats[len(each)])]
 
 
@@ -265,8 +265,8 @@ def each_of(name: str, value: str | Sequence[str] | None, num_prompts: int) -> t
     if isinstance(value, str):
         given *= num_prompts
     if len(given) != num_prompts:
-        told = f"{name} has {count_of(len(given), 'text')} for {count_of(num_prompts, 'prompt')}"
-        raise ValueError(f"{told}; give one or as many")
+        problem = f"{name} has {count_of(len(given), 'text')} for {count_of(num_prompts, 'prompt')}"
+        raise ValueError(f"{problem}; give one or as many")
     return given
 
 
@@ -280,8 +280,8 @@ def candidate_seeds(seed: int | Sequence[int] | None, num_prompts: int, n: int) 
     else:
         starts = [integer("seed", value, 0, last) for value in seed]
         if len(starts) != num_prompts:
-            told = f"seed has {count_of(len(starts), 'number')} for {count_of(num_prompts, 'prompt')}"
-            raise ValueError(f"{told}; give one, or one for each")
+            problem = f"seed has {count_of(len(starts), 'number')} for {count_of(num_prompts, 'prompt')}"
+            raise ValueError(f"{problem}; give one, or one for each")
     return tuple(start + k for start in starts for k in range(n))
 
 
@@ -290,8 +290,8 @@ def tensors_of(
 ) -> dict[str, dict[int, Tensor]]:
     """The entries of each tensor, taken apart once, so that the candidates of a prompt share them; of `unread` none."""
     unread = {*unread, *(POOLED[name] for name in POOLED if name in unread)}
-    told = {name: entries(None if name in unread else getattr(request, name)) for name in (*TENSORS, SHOWN)}
-    return told | {"image_latents": dict(enumerate(latents or ()))}
+    tensors = {name: entries(None if name in unread else getattr(request, name)) for name in (*TENSORS, SHOWN)}
+    return tensors | {"image_latents": dict(enumerate(latents or ()))}
 
 
 def entries(tensor: Tensor | None) -> dict[int, Tensor]:

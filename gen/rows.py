@@ -275,7 +275,7 @@ class Rows:
             while questions := self._questions(asking):
                 for (attempt, asked), each in zip(questions, self._estimates(questions), strict=True):
                     with blaming(attempt.lane):
-                        attempt.told.append(guided_denoiser(attempt, each, self.scaling)(asked.x, asked.sigma))
+                        attempt.predictions.append(guided_denoiser(attempt, each, self.scaling)(asked.x, asked.sigma))
                 asking = [attempt for attempt, _ in questions]
             return attempts
 
@@ -298,7 +298,7 @@ class Rows:
 
     def _taken(self, attempt: Attempt) -> Taken:
         """Take a step that has been worked out."""
-        lane, num_asked = attempt.lane, len(attempt.told)
+        lane, num_asked = attempt.lane, len(attempt.predictions)
         assert attempt.end is not None and num_asked, "every step asks at least once"
         evaluations = [num_asked * number for number in attempt.plan.num_terms]
         gradients = [num_asked * is_clip_guided for _, is_clip_guided, _ in attempt.plan.asking]

@@ -83,8 +83,10 @@ class Compute:
     def check_unets(self, unets: Iterable[nn.Module], family: str) -> None:
         """ValueError for a family's UNets that the runtime cannot compute."""
         if self.runtime == OPENVINO and any(adds_keys(unet) for unet in unets):
-            told = f"runtime '{self.runtime}' cannot compute the UNet of a {family}, whose layers see text and picture"
-            raise ValueError(f"{told} at once (OpenVINO crashes on them); give runtime 'torch'")
+            problem = (
+                f"runtime '{self.runtime}' cannot compute the UNet of a {family}, whose layers see text and picture"
+            )
+            raise ValueError(f"{problem} at once (OpenVINO crashes on them); give runtime 'torch'")
 
     def lay_out(self, network: nn.Module, device: torch.device) -> None:
         """Have convolutions' weights lie as the device reads them: with channels last on CUDA, as is asked of cuDNN.

@@ -243,14 +243,14 @@ class NoiseLevels:
     def options(self, sampler: str) -> dict[str, float]:
         """This sampler's options as the configuration has them; those it does not speak of are left out."""
         config = self._config(sampler)
-        told = {name: float(config[name]) for name in SAMPLERS[sampler].defaults if name in config}
+        options = {name: float(config[name]) for name in SAMPLERS[sampler].defaults if name in config}
         if sampler == "unipc":
-            told["bh1"] = float(config["solver_type"] == "bh1")
+            options["bh1"] = float(config["solver_type"] == "bh1")
         if "clip" in SAMPLERS[sampler].defaults:
-            told["clip"] = float(config["clip_sample_range"]) if config["clip_sample"] else math.inf
+            options["clip"] = float(config["clip_sample_range"]) if config["clip_sample"] else math.inf
         if "learned" in SAMPLERS[sampler].defaults:
-            told["learned"] = float(config["variance_type"] == "learned_range")
-        return told
+            options["learned"] = float(config["variance_type"] == "learned_range")
+        return options
 
     def _config(self, sampler: str) -> Config:
         """What the stock class of this sampler is told; ValueError for an option that has no equal here."""
@@ -299,17 +299,17 @@ def _own_sampler(stock: SchedulerMixin, where: str) -> str:
     """The sampler that equals a stock scheduler."""
     name = type(stock).__name__
     deciding = {key for known, options in STOCK.values() if known == name for key in options}
-    told = {key: value for key, value in stock.config.items() if key in deciding}
+    decided = {key: value for key, value in stock.config.items() if key in deciding}
     for sampler, (known, options) in STOCK.items():
-        if known == name and options == told:
+        if known == name and options == decided:
             return sampler
     choices = ", ".join(sorted(_spelled(*known) for known in STOCK.values()))
-    raise ValueError(f"{where}: scheduler {_spelled(name, told)} is not supported; choose from: {choices}")
+    raise ValueError(f"{where}: scheduler {_spelled(name, decided)} is not supported; choose from: {choices}")
 
 
 def _spelled(name: str, options: Config) -> str:
-    told = ", ".join(f"{key}={value!r}" for key, value in sorted(options.items()))
-    return f"{name}({told})" if told else name
+    listed = ", ".join(f"{key}={value!r}" for key, value in sorted(options.items()))
+    return f"{name}({listed})" if listed else name
 
 
 def _checked(stock: SchedulerMixin, where: str) -> Config:
@@ -325,8 +325,8 @@ def _checked(stock: SchedulerMixin, where: str) -> Config:
             continue
         allowed = here.get(option, (known[option].default,))
         if value not in allowed:
-            told = ", ".join(map(repr, allowed))
-            raise ValueError(f"{where}: {option}={value!r} is not supported; choose from: {told}")
+            choices = ", ".join(map(repr, allowed))
+            raise ValueError(f"{where}: {option}={value!r} is not supported; choose from: {choices}")
     ours = HONOURED | IDLE | ALLOWED.keys() | config.keys()
     for option in stock.config:
         if option not in ours and not option.startswith("_") and option not in _all_options():

@@ -77,7 +77,7 @@ class SearchRunner:
                         raise ValueError("the search gave up every candidate; one at least has to be painted") from None
                     self.give_up(flight, [index for index in unpainted if index not in flight.given_up])
                     for index in trail.candidates:  # with all that networks keep beside it
-                        del flight.told[index]
+                        del flight.conditions[index]
                 else:
                     trail.awaited = list(move.candidates)
                     self._set_going(flight, trail, move)
@@ -108,8 +108,8 @@ class SearchRunner:
         goal = Goal(until=move.until) if isinstance(move, Go) else self._draft(flight, move)
         num_steps = self.num_steps(flight.job)
         if goal.until is not None and goal.until >= num_steps:
-            told = f"the search takes candidates to step {goal.until} of {num_steps}"
-            raise ValueError(f"{told}; leave until out where they are to be painted")
+            problem = f"the search takes candidates to step {goal.until} of {num_steps}"
+            raise ValueError(f"{problem}; leave until out where they are to be painted")
         if goal.draft_steps is not None and goal.draft_steps < 1:
             raise ValueError(f"the search scouts in {goal.draft_steps} steps; give 1 or more")
         for index in move.candidates:
@@ -228,7 +228,7 @@ class PromptField:
         for index in targets:
             flight.candidates[index] = replace(flight.candidates[index], noise_path=path)
             flight.halted[index] = stages.branch(flight, source, index)
-            flight.told[index], flight.estimates[index] = flight.told[source], flight.estimates[source]
+            flight.conditions[index], flight.estimates[index] = flight.conditions[source], flight.estimates[source]
             flight.taken[index] = flight.taken[source]
             flight.awaiting_prior.discard(index)
 
@@ -238,15 +238,15 @@ class PromptField:
         flight = self.flight
         begun = flight.goals.keys() | flight.taken.keys() | flight.given_up | flight.painted.keys()
         if source in flight.awaiting_prior or begun & set(targets):
-            told = f"the search turns candidates {list(targets)} towards {source}"
-            raise ValueError(f"{told}: of these some have begun or are given up, or its prior has not spoken")
+            problem = f"the search turns candidates {list(targets)} towards {source}"
+            raise ValueError(f"{problem}: of these some have begun or are given up, or its prior has not spoken")
         origin = flight.candidates[source]
         if origin.latents is not None:
             raise ValueError("the search turns noise that was handed in; leave latents out")
         path = (*origin.noise_path, NoiseSegment(origin.seed, 0, float(share)))
         for index in targets:
             flight.candidates[index] = replace(flight.candidates[index], noise_path=path)
-            flight.told[index] = flight.told[source]
+            flight.conditions[index] = flight.conditions[source]
             flight.awaiting_prior.discard(index)
 
     def seconds_left(self) -> float:

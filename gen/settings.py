@@ -167,5 +167,5 @@ class Settings:
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"{origin}: setting '{unknown[0]}' is unknown; choose from: {', '.join(known)}")
         pairs = {name: values[name] for name in PAIRS if isinstance(values.get(name), list | tuple)}  # a list in JSON
-        told = {name: as_number(value) for name, value in values.items()}
-        return replace(self, **told | {name: tuple(map(as_number, pair)) for name, pair in pairs.items()})
+        numbers = {name: as_number(value) for name, value in values.items()}
+        return replace(self, **numbers | {name: tuple(map(as_number, pair)) for name, pair in pairs.items()})

@@ -20,7 +20,7 @@ def check_settings(settings: Settings, abilities: Abilities) -> None:
     """Refuse settings this model cannot paint with (ValueError); each function below refuses some."""
     check_size(settings, abilities)
     check_words(settings, abilities)
-    check_told(settings, abilities)
+    check_sizes_and_scores(settings, abilities)
     check_steps(settings, abilities)
     check_guidance(settings, abilities)
     check_thresholding(settings)
@@ -57,12 +57,12 @@ def check_words(settings: Settings, abilities: Abilities) -> None:
             if not abilities.has_second_text:
                 raise ValueError(f"{name} was given, but this model has no second text tower; leave it out")
             if settings.prompt_weights or settings.long_prompts:
-                told = "prompt_weights" if settings.prompt_weights else "long_prompts"
-                raise ValueError(f"{name} and {told}=True were both given; leave one of them out")
+                other = "prompt_weights" if settings.prompt_weights else "long_prompts"
+                raise ValueError(f"{name} and {other}=True were both given; leave one of them out")
             texts(name, second)
 
 
-def check_told(settings: Settings, abilities: Abilities) -> None:
+def check_sizes_and_scores(settings: Settings, abilities: Abilities) -> None:
     """Sizes and scores that the UNet is told beside the texts."""
     for name, at_least in SIZES.items():
         if (pair := getattr(settings, name)) is not None:
@@ -86,14 +86,14 @@ def check_steps(settings: Settings, abilities: Abilities) -> None:
         settings.skipped_steps == settings.num_inference_steps
     ):
         least = math.ceil(100 / settings.num_inference_steps) / 100
-        told = f"strength={settings.strength} leaves none of {settings.num_inference_steps} steps"
-        raise ValueError(f"{told}; give {least} or more, up to 1, or more num_inference_steps")
+        problem = f"strength={settings.strength} leaves none of {settings.num_inference_steps} steps"
+        raise ValueError(f"{problem}; give {least} or more, up to 1, or more num_inference_steps")
     start, end = (
         finite_float(name, getattr(settings, name), 0.0, 1.0) for name in ("denoising_start", "denoising_end")
     )
     if start >= end:
-        told = f"denoising_start={start} is not below denoising_end={end}"
-        raise ValueError(f"{told}; give shares of the way from noise to a picture, the start before the end")
+        problem = f"denoising_start={start} is not below denoising_end={end}"
+        raise ValueError(f"{problem}; give shares of the way from noise to a picture, the start before the end")
     if end < 1 and abilities.super_res_max_steps:
         raise ValueError(f"denoising_end={end} leaves no whole picture, which super resolution needs; leave it out")
 
@@ -135,8 +135,8 @@ def check_sampler(settings: Settings) -> None:
     if low > high:
         raise ValueError(f"s_tmin={low} is above s_tmax={high}; give the lowest level churned and the highest")
     if options.get("eta", 0.0) > 0 and options.get("s_churn", 0.0) > 0:  # a step's noise is spent once
-        told = f"eta={options['eta']} and s_churn={options['s_churn']}"
-        raise ValueError(f"{told} were both given, and each would spend the noise of a step; set one of them to 0")
+        given = f"eta={options['eta']} and s_churn={options['s_churn']}"
+        raise ValueError(f"{given} were both given, and each would spend the noise of a step; set one of them to 0")
 
 
 def check_interval(settings: Settings) -> None:

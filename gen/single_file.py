@@ -168,8 +168,8 @@ def load(
 
 def files(path: Path, folder: Path) -> dict[str, Path]:
     """All that a model of this file and these configurations depends on, by name."""
-    said = sorted([*folder.glob("**/*.json"), *folder.glob("**/*.txt")])
-    return {"weights": path, **{file.relative_to(folder).as_posix(): file for file in said if file.name != CARD}}
+    others = sorted([*folder.glob("**/*.json"), *folder.glob("**/*.txt")])
+    return {"weights": path, **{file.relative_to(folder).as_posix(): file for file in others if file.name != CARD}}
 
 
 def opened(path: Path, config: str | Path | None) -> tuple[Layout, Path]:
@@ -206,25 +206,27 @@ def config_folder(layout: Layout, config: str | Path | None) -> Path:
 
 def network_of(kind: Any, config: Path, path: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
     """One network of a file, of the sizes that its configuration says; it has to find every weight."""
-    told = read_json(config / "config.json")
-    check_sizes(told, f"config '{config}'")
+    network_config = read_json(config / "config.json")
+    check_sizes(network_config, f"config '{config}'")
     what = f"{config.name} of model file '{path}'"
     with damaged(config):
-        network = unfilled(kind, told)
+        network = unfilled(kind, network_config)
     weights = read(path, [prefix])
     try:
-        converted = _converted(network, weights, prefix, told)
+        converted = _converted(network, weights, prefix, network_config)
     except (KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{what} does not fit '{config}' ({error}); give config=FOLDER of its own sizes") from error
     return fill(network, converted, what, dtype)
 
 
-def _converted(network: nn.Module, weights: dict[str, Tensor], prefix: str, told: dict[str, Any]) -> dict[str, Tensor]:
+def _converted(
+    network: nn.Module, weights: dict[str, Tensor], prefix: str, config: dict[str, Any]
+) -> dict[str, Tensor]:
     """Weights by the names of diffusers and transformers."""
     if isinstance(network, UNet2DConditionModel):
-        return dict(convert_ldm_unet_checkpoint(weights, told))
+        return dict(convert_ldm_unet_checkpoint(weights, config))
     if isinstance(network, AutoencoderKL):
-        return dict(convert_ldm_vae_checkpoint(weights, told))
+        return dict(convert_ldm_vae_checkpoint(weights, config))
     if prefix.endswith(CLIP_KIND):
         converted = convert_ldm_clip_checkpoint(weights)
     else:
@@ -238,8 +240,8 @@ def tokenizer_of(folder: Path) -> CLIPTokenizer:
     """A folder's tokenizer; where it has no vocabulary, CLIP's own, padded as its configuration says."""
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
         return load_tokenizer(folder)
-    told = read_json(folder / "tokenizer_config.json")
-    return clip_tokenizer(told["model_max_length"], told["pad_token"])
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
+    return clip_tokenizer(tokenizer_config["model_max_length"], tokenizer_config["pad_token"])
 
 
 def parameters(held: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, int]:

@@ -61,8 +61,8 @@ class Source:
     @cached_property
     def sha256(self) -> str:
         """Of its pixels, whichever file holds them."""
-        told = f"{self.pixels.dtype} {tuple(self.pixels.shape)}\0".encode()
-        return hashlib.sha256(told + self.pixels.contiguous().numpy().tobytes()).hexdigest()
+        layout = f"{self.pixels.dtype} {tuple(self.pixels.shape)}\0".encode()
+        return hashlib.sha256(layout + self.pixels.contiguous().numpy().tobytes()).hexdigest()
 
     def sized(self, height: int, width: int, by: Filter = LANCZOS) -> Tensor:
         """Pixels (C, height, width) float32 in [0, 1]."""
@@ -76,15 +76,15 @@ class Source:
 
     def to_json(self) -> JSON:
         """How it is found again: by its hash, and its path where it has one."""
-        told: dict[str, JSON] = {"sha256": self.sha256}
-        return told | ({"path": self.path} if self.path else {})
+        record: dict[str, JSON] = {"sha256": self.sha256}
+        return record | ({"path": self.path} if self.path else {})
 
 
-def found(name: str, told: object, given: Sequence[Source], channels: int = RGB) -> Source:
+def found(name: str, record: object, given: Sequence[Source], channels: int = RGB) -> Source:
     """The source that a record names: among those given, else at its path; ValueError where it is not as it was."""
-    if not isinstance(told, Mapping) or not isinstance(sha256 := told.get("sha256"), str):
-        raise ValueError(f"the record is damaged: its {name} is {told!r}")
-    path = told.get("path")
+    if not isinstance(record, Mapping) or not isinstance(sha256 := record.get("sha256"), str):
+        raise ValueError(f"the record is damaged: its {name} is {record!r}")
+    path = record.get("path")
     for one in given:
         if len(one.pixels) < channels:
             continue  # a mask is no picture
@@ -92,12 +92,12 @@ def found(name: str, told: object, given: Sequence[Source], channels: int = RGB)
         if seen.sha256 == sha256:
             return seen
     if not isinstance(path, str):
-        told = f"a picture that its record has no file of (sha256 {sha256[:12]})"
-        raise ValueError(f"the {name} was {told}; give that picture with image=")
+        missing = f"a picture that its record has no file of (sha256 {sha256[:12]})"
+        raise ValueError(f"the {name} was {missing}; give that picture with image=")
     there = source(name, path, channels)
     if there.sha256 != sha256:
-        told = f"the {name} '{path}' has changed since (its pixels' sha256 was {sha256[:12]})"
-        raise ValueError(f"{told}; give it as it was with image=")
+        problem = f"the {name} '{path}' has changed since (its pixels' sha256 was {sha256[:12]})"
+        raise ValueError(f"{problem}; give it as it was with image=")
     return there
 
 
@@ -108,8 +108,8 @@ def sources(name: str, given: object, number: int, channels: int = RGB) -> tuple
     if is_batch(given):
         each = list(given)  # type: ignore[call-overload]
         if len(each) != number:
-            told = f"{name} has {count_of(len(each), 'picture')} for {count_of(number, 'prompt')}"
-            raise ValueError(f"{told}; give one, or one for each")
+            problem = f"{name} has {count_of(len(each), 'picture')} for {count_of(number, 'prompt')}"
+            raise ValueError(f"{problem}; give one, or one for each")
         return tuple(source(name, one, channels) for one in each)
     return (source(name, given, channels),) * number
 
@@ -143,8 +143,8 @@ def source(name: str, given: object, channels: int = RGB) -> Source:
     if isinstance(given, Image.Image):
         return with_channels(given, channels)
     if not isinstance(given, Tensor | np.ndarray):
-        told = "a file's path, a Pillow picture, an array or a tensor"
-        raise ValueError(f"{name} is a {type(given).__name__}; give {told}")
+        allowed = "a file's path, a Pillow picture, an array or a tensor"
+        raise ValueError(f"{name} is a {type(given).__name__}; give {allowed}")
     try:
         pixels = as_tensor(given) if isinstance(given, np.ndarray) else given.detach().clone().cpu()
     except (TypeError, ValueError):  # torch's: numbers of kinds or byte orders that it does not have
@@ -186,22 +186,22 @@ def check_alike(images: Sequence[Source | None], height: int | None, width: int 
     """ValueError for pictures of different sizes where nobody said at which they are painted."""
     sizes = list(dict.fromkeys(one.size for one in images if one is not None))
     if len(sizes) > 1 and height is None and width is None:
-        told = " and ".join(f"{columns} x {rows}" for rows, columns in sizes[:2])
-        raise ValueError(f"image holds pictures of {told} pixels; give height and width to have them resized")
+        listed = " and ".join(f"{columns} x {rows}" for rows, columns in sizes[:2])
+        raise ValueError(f"image holds pictures of {listed} pixels; give height and width to have them resized")
 
 
 def check_sized(name: str, one: Source, height: int, width: int) -> None:
     """ValueError where a picture would have to be resized and is a tensor of floats, which is not done."""
     if one.size != (height, width) and one.pixels.is_floating_point():
-        told = f"{name} is {one.size[1]} x {one.size[0]} pixels, to be painted at {width} x {height}"
-        raise ValueError(f"{told}; give floats in that size, or 8 bits to have them resized")
+        problem = f"{name} is {one.size[1]} x {one.size[0]} pixels, to be painted at {width} x {height}"
+        raise ValueError(f"{problem}; give floats in that size, or 8 bits to have them resized")
 
 
 def check_mask(mask: Source, image: Source, height: int, width: int, multiple: int) -> None:
     """ValueError for a mask of another size than its picture, and for one that leaves nothing to paint."""
     if mask.size != image.size:
-        told = f"mask_image is {mask.size[1]} x {mask.size[0]} pixels, and image {image.size[1]} x {image.size[0]}"
-        raise ValueError(f"{told}; give a mask of the picture's size")
+        problem = f"mask_image is {mask.size[1]} x {mask.size[0]} pixels, and image {image.size[1]} x {image.size[0]}"
+        raise ValueError(f"{problem}; give a mask of the picture's size")
     check_sized("mask_image", mask, height, width)
     if not bool(cells(is_white(mask, height, width), (height // multiple, width // multiple)).any()):
         raise ValueError("mask_image is black all over, so nothing would be painted; make white what is to be painted")

@@ -99,15 +99,15 @@ class Stages:
         for flight in flights:
             flight.candidates = with_embeds(self.model, flight.candidates)
         candidates = [candidate for flight in flights for candidate in flight.candidates]
-        told = iter(encode_prompts(self.model, candidates, self.table))
+        pairs = iter(encode_prompts(self.model, candidates, self.table))
         for flight in flights:
-            flight.told = dict(enumerate(islice(told, len(flight.candidates))))
+            flight.conditions = dict(enumerate(islice(pairs, len(flight.candidates))))
             flight.read = read(self.model, flight.candidates)
         asking = [each for one in candidates if one.settings.prior for each in prior_samples(one)]
         if not asking:
             return []
         assert self.model.prior is not None, "a request for a prior is refused where there is none"
-        return list(self.model.prior.told(asking, self.table).values())
+        return list(self.model.prior.conditions_of(asking, self.table).values())
 
     def begin(self, flight: Flight[Any], candidates: Sequence[int]) -> Iterator[Waiting]:
         """The first row of each candidate: the prior's, or the decoder's."""
@@ -197,10 +197,10 @@ class Stages:
         for index, candidate in candidates.items():
             rows, vectors = zip(*(next(answered) for _ in answers[index]), strict=True)
             embeds.append(decided(candidate, vectors, [one.row.prompt.pooled_projections for one in rows]))
-        told = [flight.told[index] for index in candidates]
-        prompts = self.model.add_image_embeds(list(candidates.values()), [prompt for prompt, _ in told], embeds)
-        for index, prompt, (_, null) in zip(candidates, prompts, told, strict=True):
-            flight.told[index] = (prompt, null)
+        pairs = [flight.conditions[index] for index in candidates]
+        prompts = self.model.add_image_embeds(list(candidates.values()), [prompt for prompt, _ in pairs], embeds)
+        for index, prompt, (_, null) in zip(candidates, prompts, pairs, strict=True):
+            flight.conditions[index] = (prompt, null)
         self._guide_away(flight, nulls)
         flight.awaiting_prior.difference_update(candidates)
         self.rows[DECODER].admit([self._decoder_row(flight, index) for index in candidates])
@@ -210,11 +210,11 @@ class Stages:
         if not nulls:
             return
         assert self.model.prior is not None and isinstance(self.model, WithImage), "its rows are in flight"
-        said = [null for _, null in (flight.told[index] for index in nulls) if null is not None]
+        conditions = [null for _, null in (flight.conditions[index] for index in nulls) if null is not None]
         embeds = self.model.prior.embeds([one.x for one in nulls.values()]).unbind(0)
-        shown = self.model.add_image_embeds([flight.candidates[index] for index in nulls], said, embeds)
+        shown = self.model.add_image_embeds([flight.candidates[index] for index in nulls], conditions, embeds)
         for index, null in zip(nulls, shown, strict=True):
-            flight.told[index] = (flight.told[index][0], null)
+            flight.conditions[index] = (flight.conditions[index][0], null)
 
     def _decoder_row(self, flight: Flight[Any], index: int) -> Row:
         row, goal, levels = self._row(flight, index), flight.goals[index], self.model.levels
@@ -240,7 +240,7 @@ class Stages:
         if draft_steps is not None and interval is None:
             interval = inner_levels(schedule)
         begins = beginning(candidate, flight.read[index], shape, schedule)
-        prompt, null = begins.telling(flight.told[index])
+        prompt, null = begins.with_concat_channels(flight.conditions[index])
         return Row(
             key=RowKey(flight.number, index, draft_steps is not None),
             seed=candidate.seed,

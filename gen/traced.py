@@ -99,17 +99,17 @@ class Flat(nn.Module):
         super().__init__()
         self.network = network
         leaves = [Shapes.of(leaf) if isinstance(leaf, Texts) else leaf for leaf in call.leaves]
-        self.told = CallLayout([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], call.layout)
+        self.call_layout = CallLayout([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], call.layout)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """`given` are all tensors that the network is handed, in their order, then what the layers read of a text."""
         tensors = iter(given)
-        leaves = [next(tensors) if one is None else one[0] for one in self.told.fixed]
+        leaves = [next(tensors) if one is None else one[0] for one in self.call_layout.fixed]
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, Shapes):
                 leaves[place] = Handed.of(next(tensors), leaf.pairs)
-        args, kwargs = tree_unflatten(leaves, self.told.layout)
-        answers, self.told.answer = tree_flatten(type(self.network).forward(self.network, *args, **kwargs))
+        args, kwargs = tree_unflatten(leaves, self.call_layout.layout)
+        answers, self.call_layout.answer = tree_flatten(type(self.network).forward(self.network, *args, **kwargs))
         return tuple(answers)
 
 

@@ -61,7 +61,7 @@ def _clip_guided(guided: Denoise, attempt: Attempt) -> Denoise:
         x0 = list(prediction.x0.split(1))
         for slot, scale, likeness in plan.clip_guided:  # one by one, for a gradient through a picture takes much memory
             one = slice(slot, slot + 1)
-            climb = score_guided(partial(_said, x0[slot]), likeness, scale * inside[one])
+            climb = score_guided(partial(_clean, x0[slot]), likeness, scale * inside[one])
             with blaming_row(attempt.lane, slot):
                 x0[slot] = climb(x[one], sigma[one]).x0
         return Prediction(torch.cat(x0), prediction.variance)
@@ -69,6 +69,6 @@ def _clip_guided(guided: Denoise, attempt: Attempt) -> Denoise:
     return clip_guided
 
 
-def _said(x0: Tensor, x: Tensor, sigma: Tensor) -> Prediction:
+def _clean(x0: Tensor, x: Tensor, sigma: Tensor) -> Prediction:
     """A denoiser that has spoken."""
     return Prediction(x0)

@@ -40,10 +40,12 @@ def check_weights(folder: Path) -> None:
         raise ValueError(f"model part '{folder}' has an {ADAPTER}, by which peft changes weights; load it by load_lora")
     if not (paths := weight_files(folder)):
         pickled = [path.name for path in folder.glob("*") if path.suffix in PICKLES]
-        told = "no .safetensors file; fetch it again"
+        problem = "no .safetensors file; fetch it again"
         if pickled:
-            told = f"only {pickled[0]}, which is pickle and is never read; save the model with safe_serialization=True"
-        raise ValueError(f"model part '{folder}' has {told}")
+            problem = (
+                f"only {pickled[0]}, which is pickle and is never read; save the model with safe_serialization=True"
+            )
+        raise ValueError(f"model part '{folder}' has {problem}")
     for path in paths:
         shapes(path)
 
@@ -74,7 +76,7 @@ def sizes(path: Path) -> dict[str, int]:
     with opened(path), path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {
-        name: told["data_offsets"][1] - told["data_offsets"][0] for name, told in header.items() if name != METADATA
+        name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != METADATA
     }
 
 

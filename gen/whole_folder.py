@@ -49,6 +49,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             with suppress(OSError):  # it holds something, or is not there yet
                 path.rmdir()
         if isinstance(error, OSError | SafetensorError):
-            told = getattr(error, "strerror", None) or one_line(error)
-            raise ValueError(f"folder '{folder}' cannot be written ({told}); choose another") from error
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise ValueError(f"folder '{folder}' cannot be written ({reason}); choose another") from error
         raise

@@ -35,11 +35,11 @@ def speaking(verb: str) -> Iterator[None]:
     """While a verb works: errors in the command line's words, warnings in one line, standard output clean."""
 
     def warn(message: Warning | str, category: type[Warning], *where: object) -> None:
-        if issubclass(category, UserWarning) and (line := in_options(str(message))) not in said:
-            said.add(line)
+        if issubclass(category, UserWarning) and (line := in_options(str(message))) not in printed:
+            printed.add(line)
             say(verb, line)
 
-    said: set[str] = set()
+    printed: set[str] = set()
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # a library's deprecations are no news to who paints
         warnings.filterwarnings("always", message=r".* is ignored: ", category=UserWarning)
@@ -69,7 +69,7 @@ def in_options(message: str) -> str:
     for name, option in BARE.items():
         message = re.sub("|".join(SPOKEN).format(name=name), option, message)
     parts = message.split("\0")
-    return "".join(part + said for part, said in zip(parts, [*quoted, ""], strict=True))
+    return "".join(part + quoted_part for part, quoted_part in zip(parts, [*quoted, ""], strict=True))
 
 
 def check_text(*texts: str) -> None:

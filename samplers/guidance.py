@@ -145,18 +145,18 @@ class Guides:
     how: Projection
 
     @classmethod
-    def of(cls, told: Sequence[tuple[Guide, float]], move: Callable[[Tensor], Tensor]) -> Guides | None:
+    def of(cls, guides: Sequence[tuple[Guide, float]], move: Callable[[Tensor], Tensor]) -> Guides | None:
         """Each row's guide and guidance scale, put on the device by `move`; None where all rows follow cfg."""
 
         def rows_of(rule: str) -> Tensor | None:
-            found = [guide.rule == rule for guide, _ in told]
+            found = [guide.rule == rule for guide, _ in guides]
             return move(torch.tensor(found)) if any(found) else None
 
         zero, apg = rows_of("cfg_zero"), rows_of("apg")
         if zero is None and apg is None:
             return None
         rows = [
-            (scale, one.zero_init_steps, one.apg_eta, one.apg_norm_threshold, one.apg_momentum) for one, scale in told
+            (scale, one.zero_init_steps, one.apg_eta, one.apg_norm_threshold, one.apg_momentum) for one, scale in guides
         ]
         scale, still, parallel, limit, momentum = move(torch.tensor(rows, dtype=torch.float32)).unbind(1)
         return cls(scale, zero, still, apg, Projection(parallel, limit, momentum))

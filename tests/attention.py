@@ -109,9 +109,9 @@ def unet_of(kind: str) -> UNet2DConditionModel:
 def inputs(kind: str, of: Sequence[int]) -> dict[str, Any]:
     """Evaluation m of text of[m], every row with an x and a timestep of its own."""
     rows = len(of)
-    told = drawn(max(of) + 1, LENGTH, 12, seed=5)[list(of)]
+    states = drawn(max(of) + 1, LENGTH, 12, seed=5)[list(of)]
     given: dict[str, Any] = {"sample": drawn(rows, 4, 8, 8), "timestep": torch.arange(rows) * 100}
-    given |= {"encoder_hidden_states": told}
+    given |= {"encoder_hidden_states": states}
     if kind == "SD XL":
         given["added_cond_kwargs"] = {"text_embeds": drawn(rows, 6, seed=6), "time_ids": drawn(rows, 6, seed=7)}
     if kind == "Karlo":
@@ -127,13 +127,13 @@ def painted(
     texts: Distinct[Tensor] | None = None,
     alike: Alike | None = None,
 ) -> Tensor:
-    told: dict[str, Any] | None = None
+    kwargs: dict[str, Any] | None = None
     if texts is not None:
         states = unet.process_encoder_hidden_states(given["encoder_hidden_states"], given.get("added_cond_kwargs"))
         of_text = {id(text): states[texts.of.index(place)] for place, text in enumerate(texts.unique)}
-        told = reading(unet, texts, lambda new: torch.stack([of_text[id(text)] for text in new]))
-        told = told and (told if alike is None else {**told, "alike": alike})
-    return unet(**given, cross_attention_kwargs=told).sample
+        kwargs = reading(unet, texts, lambda new: torch.stack([of_text[id(text)] for text in new]))
+        kwargs = kwargs and (kwargs if alike is None else {**kwargs, "alike": alike})
+    return unet(**given, cross_attention_kwargs=kwargs).sample
 
 
 def texts_of(of: Sequence[int]) -> Distinct[Tensor]:

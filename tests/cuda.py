@@ -47,8 +47,8 @@ class Remote(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Remote:
-        told = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        made: Remote = Tensor._make_wrapper_subclass(cls, inner.shape, device=GPU, **told)  # type: ignore[attr-defined]
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        made: Remote = Tensor._make_wrapper_subclass(cls, inner.shape, device=GPU, **layout)  # type: ignore[attr-defined]
         made.inner = inner
         return made
 
@@ -58,7 +58,7 @@ class Remote(Tensor):
         return ["inner"], None
 
     @staticmethod
-    def __tensor_unflatten__(inner: Mapping[str, Tensor], told: None, size: Any, stride: Any) -> Remote:
+    def __tensor_unflatten__(inner: Mapping[str, Tensor], context: None, size: Any, stride: Any) -> Remote:
         return Remote(inner["inner"])
 
     @classmethod

@@ -47,11 +47,11 @@ def in_peft(pairs: Pairs) -> tuple[dict[str, Tensor], dict[str, str]]:
     weights = {}
     for layer, (down, up) in pairs.items():
         weights |= {f"{layer[0]}.{full(layer)}.lora_A.weight": down, f"{layer[0]}.{full(layer)}.lora_B.weight": up}
-    said: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for part in dict.fromkeys(part for part, _ in pairs):
         names = [name.removeprefix("text_model.") for of, name in pairs if of == part]
-        said |= {f"{part}.r": RANK, f"{part}.lora_alpha": ALPHA, f"{part}.target_modules": names}
-    return weights, {"format": "pt", "lora_adapter_metadata": json.dumps(said)}
+        config |= {f"{part}.r": RANK, f"{part}.lora_alpha": ALPHA, f"{part}.target_modules": names}
+    return weights, {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
 
 
 def in_kohya(pairs: Pairs, name_of: Callable[[Layer], str] = full) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -72,8 +72,8 @@ def in_stability(pairs: Pairs) -> tuple[dict[str, Tensor], dict[str, str]]:
     def name_of(layer: Layer) -> str:
         return [full(layer), *stability_names(layer[1], 1)][-1] if layer[0] == "unet" else full(layer)
 
-    weights, said = in_kohya(pairs, name_of)
-    return {key.replace("lora_te_", "lora_te1_"): value for key, value in weights.items()}, said
+    weights, metadata = in_kohya(pairs, name_of)
+    return {key.replace("lora_te_", "lora_te1_"): value for key, value in weights.items()}, metadata
 
 
 def in_processors(pairs: Pairs) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -96,8 +96,8 @@ LAYOUTS = {"peft": in_peft, "kohya": in_kohya, "stability": in_stability, "proce
 
 
 def write(path: Path, layout: str, pairs: Pairs) -> Path:
-    weights, said = LAYOUTS[layout](pairs)
-    save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata=said or None)
+    weights, metadata = LAYOUTS[layout](pairs)
+    save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata=metadata or None)
     return path
 
 

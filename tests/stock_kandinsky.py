@@ -45,8 +45,8 @@ class Stock:
         rngs = draws("prior", seeds) + (draws("negative_prior", seeds) if negative else [])
         steps = STEPS["prior_num_inference_steps"]
         asked: dict[str, Any] = {"num_images_per_prompt": n, "guidance_scale": guidance, "num_inference_steps": steps}
-        said = self.prior(prompts, negative_prompt=negative, generator=rngs, **asked)
-        return said.image_embeds, said.negative_image_embeds
+        output = self.prior(prompts, negative_prompt=negative, generator=rngs, **asked)
+        return output.image_embeds, output.negative_image_embeds
 
     def paint(
         self,

@@ -138,11 +138,11 @@ def owners(design: str) -> set[str]:
 
 def test_the_design_has_every_module() -> None:
     """Its table says who owns what: by the module's name, or by the folder's where it says so of all in it."""
-    told = owners((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+    owned = owners((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
     modules = [path.relative_to(ROOT) for _, path in MODULES if path.name != "__init__.py"]
     where = {path: {path.as_posix(), *(f"{folder.as_posix()}/" for folder in path.parents)} for path in modules}
-    assert [path for path in modules if not where[path] & told] == []
-    assert [name for name in told if not (ROOT / name).exists()] == []
+    assert [path for path in modules if not where[path] & owned] == []
+    assert [name for name in owned if not (ROOT / name).exists()] == []
 
 
 def test_a_row_of_the_table_names_what_lies_in_its_folder() -> None:

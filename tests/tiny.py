@@ -102,7 +102,7 @@ def tiny_vae(**options: Any) -> AutoencoderKL:
 
 
 def tiny_unet(class_width: int | None = 2 * WIDTH, **options: Any) -> UNet2DConditionModel:
-    told: dict[str, Any] = dict(
+    config: dict[str, Any] = dict(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -116,7 +116,7 @@ def tiny_unet(class_width: int | None = 2 * WIDTH, **options: Any) -> UNet2DCond
         class_embed_type=None if class_width is None else "projection",
         projection_class_embeddings_input_dim=class_width,
     )
-    return UNet2DConditionModel(**(told | options)).eval()
+    return UNet2DConditionModel(**(config | options)).eval()
 
 
 def tiny_prior() -> PriorTransformer:

@@ -68,7 +68,7 @@ def tiny_movq() -> VQModel:
     return movq
 
 
-def tiny_unet(told: dict[str, Any]) -> UNet2DConditionModel:
+def tiny_unet(config: dict[str, Any]) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         out_channels=8,
@@ -80,7 +80,7 @@ def tiny_unet(told: dict[str, Any]) -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=4,
         resnet_time_scale_shift="scale_shift",
-        **told,
+        **config,
     ).eval()
 
 
@@ -161,16 +161,18 @@ def make_tiny_kandinsky(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         prior = tiny_kandinsky_prior()
-        told: dict[str, Any] = {"in_channels": 9 if inpaints else 4}
+        config: dict[str, Any] = {"in_channels": 9 if inpaints else 4}
         if version == "2.2":
-            told |= {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
-            decoder: dict[str, Any] = {"unet": tiny_unet(told | {"encoder_hid_dim": WIDTH, "cross_attention_dim": 20})}
+            config |= {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
+            decoder: dict[str, Any] = {
+                "unet": tiny_unet(config | {"encoder_hid_dim": WIDTH, "cross_attention_dim": 20})
+            }
             own: SchedulerMixin = DDPMScheduler(**BETAS, clip_sample=False, variance_type="learned_range")
         else:
-            told |= {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"}
-            told |= {"encoder_hid_dim": TEXT_WIDTH, "cross_attention_dim": WIDTH}
+            config |= {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"}
+            config |= {"encoder_hid_dim": TEXT_WIDTH, "cross_attention_dim": WIDTH}
             tokenizer = tiny_tokenizer_2_1()
-            decoder = {"unet": tiny_unet(told), "tokenizer": tokenizer}
+            decoder = {"unet": tiny_unet(config), "tokenizer": tokenizer}
             decoder["text_encoder"] = tiny_text_encoder_2_1(tokenizer)
             own = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
         decoder |= {"movq": tiny_movq(), "scheduler": scheduler or own}

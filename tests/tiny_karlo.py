@@ -94,8 +94,8 @@ def make_tiny_karlo(folder: str | Path, seed: int = 0, prior: bool = True) -> Pa
             "super_res_scheduler": UnCLIPScheduler(variance_type="fixed_small_log"),
         }
         if prior:
-            told: dict[str, Any] = {"variance_type": "fixed_small_log", "prediction_type": "sample"}
-            parts |= {"prior": tiny_prior(), "prior_scheduler": UnCLIPScheduler(**told, clip_sample_range=5.0)}
+            config: dict[str, Any] = {"variance_type": "fixed_small_log", "prediction_type": "sample"}
+            parts |= {"prior": tiny_prior(), "prior_scheduler": UnCLIPScheduler(**config, clip_sample_range=5.0)}
             pipeline = UnCLIPPipeline(**parts)
         else:
             tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -114,8 +114,8 @@ def stock_karlo(folder: Path) -> Any:
     parts = {name: part_class(*entry, folder).from_pretrained(folder / name) for name, entry in listed.items()}  # type: ignore[attr-defined]
     for name in parts:
         if name.endswith("_scheduler"):
-            told = {option: value for option, value in parts[name].config.items() if not option.startswith("_")}
-            parts[name] = MendedUnCLIP(**told)
+            config = {option: value for option, value in parts[name].config.items() if not option.startswith("_")}
+            parts[name] = MendedUnCLIP(**config)
     kind = UnCLIPPipeline if "prior" in parts else UnCLIPImageVariationPipeline
     pipeline = kind(**parts)
     pipeline.set_progress_bar_config(disable=True)

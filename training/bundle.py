@@ -58,7 +58,7 @@ def bundle(recipe: BundleRecipe) -> Path:
     """
     model, drafting = _model(recipe), None
     if recipe.draft is not None:
-        drafting = trained(recipe.draft, drafts.TOLD)
+        drafting = trained(recipe.draft, drafts.DRAFT_CONFIG)
         model = model.with_drafter(drafts.read(drafting, model.unet), str(drafting))
     out = Path(recipe.out)
     if out.exists() and not (out / INDEX).exists():

@@ -158,8 +158,8 @@ class DecoderTask(Task[Aligned]):
         with_text, with_image = self._draw_kinds(rows, rng)
         with torch.no_grad():
             words = [text if kept else "" for text, kept in zip(captions, with_text.tolist(), strict=True)]
-            said = list(dict.fromkeys(words))  # the empty prompt is encoded once
-            tokens = self.text(said).tokens[[said.index(text) for text in words]]  # (B, L, D)
+            distinct = list(dict.fromkeys(words))  # the empty prompt is encoded once
+            tokens = self.text(distinct).tokens[[distinct.index(text) for text in words]]  # (B, L, D)
             vector = self._class_input(embeddings, rng) * with_image[:, None]  # (B, 2E); zeros are the null
         scaling = self.levels.scaling
         timestep = torch.randint(self.levels.num_train_timesteps, (rows,), generator=rng, device=device)
@@ -170,12 +170,12 @@ class DecoderTask(Task[Aligned]):
             scaling.network_input(x, sigma), timestep, encoder_hidden_states=tokens, class_labels=vector
         )
         error = (output.float() - scaling.target(x0, eps, sigma)).square().mean(dim=(1, 2, 3))  # (B,)
-        told = {"error": error.mean()}
+        losses = {"error": error.mean()}
         loss = (error * scaling.loss_weight(sigma, self.recipe.snr_gamma)).mean()
         if seen is not None:
-            told["misalignment"] = misalignment(seen, patches)
-            loss = loss + self.recipe.align_weight * told["misalignment"]
-        return {"loss": loss, **told}
+            losses["misalignment"] = misalignment(seen, patches)
+            loss = loss + self.recipe.align_weight * losses["misalignment"]
+        return {"loss": loss, **losses}
 
     def measure(self, network: Aligned) -> dict[str, float]:
         """The unweighted error over held-back pictures with fixed noise."""

@@ -58,7 +58,7 @@ class DraftRecipe(AttentionRecipe):
     teacher_runtime: Literal["torch", "openvino"] = "torch"  # who computes them; openvino is faster on a CPU
 
 
-TOLD_TOGETHER = 64  # captions that the text tower reads at once
+READ_TOGETHER = 64  # captions that the text tower reads at once
 
 Item = tuple[Tensor, str]
 """Points of a trajectory (P, C, h, w), one more than a draft's steps, and its caption."""
@@ -114,8 +114,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         several = [caption for caption in captions for _ in range(recipe.num_images_per_prompt)]
 
         def teacher() -> TextToImage:
-            told = recipe.teacher_dtype, recipe.teacher_runtime
-            return TextToImage.from_pretrained(recipe.model, dtype=told[0], runtime=told[1])
+            return TextToImage.from_pretrained(recipe.model, dtype=recipe.teacher_dtype, runtime=recipe.teacher_runtime)
 
         options = TrajectoryOptions(finer, within, self.scale)
         place = Path(recipe.data) / ".cache" / "trajectories"
@@ -123,7 +122,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         self.dataset: Trajectories = Trajectories(several, trajectories(teacher, several, options, place, computed))
         self.reads = hashlib.sha256("\0".join([*digests, *captions]).encode()).hexdigest()
         self.num_validation = validation_size(len(captions)) * recipe.num_images_per_prompt
-        self.told: dict[str, Condition] = {}  # what the UNet is told of each caption, worked out when first asked
+        self.conditions: dict[str, Condition] = {}  # what the UNet is told of each caption, worked out when first asked
 
     def start_from(self, folder: Path) -> None:
         """From a network for drafts of the same model; a LoRA from the nearest to it."""
@@ -145,7 +144,7 @@ class DraftTask(Task[UNet2DConditionModel]):
         scaling = self.model.levels.scaling
         wanted = scaling.output((there - share * x) / (1 - share), x, sigma)
         given = scaling.network_input(x, sigma), scaling.timestep(sigma)
-        output = self.model.call_unet(self.network, *given, Conditions(tuple(self._told(captions)))).float()
+        output = self.model.call_unet(self.network, *given, Conditions(tuple(self._conditions_of(captions)))).float()
         return {"loss": (output - wanted).square().mean()}
 
     def measure(self, network: UNet2DConditionModel) -> dict[str, float]:
@@ -179,17 +178,17 @@ class DraftTask(Task[UNet2DConditionModel]):
             return drafts.read(Path(folder), self.model.unet).unet
 
     @torch.no_grad()
-    def _told(self, captions: list[str]) -> list[Condition]:
+    def _conditions_of(self, captions: list[str]) -> list[Condition]:
         """What the UNet is told of each caption; of all at once, so that a resumed run has the same bits."""
-        said = [] if self.told else list(dict.fromkeys(self.dataset.captions))
-        for start in range(0, len(said), TOLD_TOGETHER):
-            some = said[start : start + TOLD_TOGETHER]
+        captions_left = [] if self.conditions else list(dict.fromkeys(self.dataset.captions))
+        for start in range(0, len(captions_left), READ_TOGETHER):
+            some = captions_left[start : start + READ_TOGETHER]
             asked = Request(prompt=some, guidance_scale=1.0, seed=0, prior=False, rerank=False)
             candidates = resolve(asked, self.model.abilities).candidates
             with torch.autocast(self.model.device.type, enabled=False):
-                told = self.model.encode_prompts(candidates, Table())
-            self.told |= {caption: prompt for caption, (prompt, _) in zip(some, told, strict=True)}
-        return [self.told[caption] for caption in captions]
+                pairs = self.model.encode_prompts(candidates, Table())
+            self.conditions |= {caption: prompt for caption, (prompt, _) in zip(some, pairs, strict=True)}
+        return [self.conditions[caption] for caption in captions]
 
 
 def captions_of(recipe: DraftRecipe, skipped: Skipped) -> list[str]:

@@ -82,8 +82,8 @@ def latents(dataset: Pictures, vae: AutoencoderKL, folder: str | Path) -> Tensor
 
 def reads(dataset: Pictures, *folders: str | Path) -> str:
     """A digest of the pictures and captions of a data set and of the frozen networks in `folders`."""
-    told = [dataset.digest, *(weights_digest(Path(folder)) for folder in folders)]
-    return hashlib.sha256(" ".join(told).encode()).hexdigest()
+    digests = [dataset.digest, *(weights_digest(Path(folder)) for folder in folders)]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def trained(folder: str | Path, file: str = "config.json") -> Path:

@@ -81,8 +81,8 @@ def check_place(recipe: Recipe) -> None:
         raise ValueError(f"out {recipe.out!r} cannot be written: {nearest} is no folder that lets us; choose another")
     checkpoint = latest(out / "checkpoints")
     if checkpoint is not None and (state := read_state(checkpoint)).get("recipe") != recipe.digest():
-        told = changes(state.get("recipe_keys") or recipe.counted(), recipe.counted())  # older ones do not say theirs
-        what = f" ({', '.join(told[:MOST_CHANGES])}{', ...' if len(told) > MOST_CHANGES else ''})" if told else ""
+        diff = changes(state.get("recipe_keys") or recipe.counted(), recipe.counted())  # older ones do not say theirs
+        what = f" ({', '.join(diff[:MOST_CHANGES])}{', ...' if len(diff) > MOST_CHANGES else ''})" if diff else ""
         raise CheckpointError(
             f"{checkpoint} was made by another recipe{what}; choose another `out` or remove {out / 'checkpoints'}"
         )

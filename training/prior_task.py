@@ -104,7 +104,7 @@ class PriorTask(Task[PriorTransformer]):
         dropped = torch.rand(rows, generator=rng, device=device) < self.recipe.drop_text
         words = ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
         with torch.no_grad():
-            told = self.reader.conditions(words)
+            conditions = self.reader.conditions(words)
         scaling = self.levels.scaling
         timestep = torch.randint(self.levels.num_train_timesteps, (rows,), generator=rng, device=device)
         sigma = scaling.sigma(timestep)
@@ -112,9 +112,9 @@ class PriorTask(Task[PriorTransformer]):
         output = self.network(
             scaling.network_input(x0 + sigma[:, None] * eps, sigma),
             timestep,
-            proj_embedding=stacked([each.pooled_projections for each in told]),
-            encoder_hidden_states=stacked([each.encoder_hidden_states for each in told]),
-            attention_mask=stacked([each.attention_mask for each in told]),
+            proj_embedding=stacked([each.pooled_projections for each in conditions]),
+            encoder_hidden_states=stacked([each.encoder_hidden_states for each in conditions]),
+            attention_mask=stacked([each.attention_mask for each in conditions]),
         ).predicted_image_embedding.float()
         return {"loss": F.mse_loss(output, scaling.target(x0, eps, sigma))}
 

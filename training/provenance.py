@@ -85,15 +85,15 @@ def _version(name: str) -> str | None:
 
 def _driver() -> str | None:
     """NVIDIA's, which all GPUs of a machine share."""
-    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return said.splitlines()[0] if said else None
+    output = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return output.splitlines()[0] if output else None
 
 
 def _git(*arguments: str) -> str | None:
-    return _said("git", *arguments)
+    return _output("git", *arguments)
 
 
-def _said(*command: str) -> str | None:
+def _output(*command: str) -> str | None:
     """What a command says, asked beside this file; None: it failed."""
     here = Path(__file__).parent
     try:

@@ -54,8 +54,8 @@ def trajectories(
                 made.append(painter())
             return painted(made[0], some, range(first, first + len(some)), options)
 
-        told = [reads, str(options.schedule.sigmas.tolist()), str(options.every), str(options.guidance_scale), *some]
-        key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+        hashed = [reads, str(options.schedule.sigmas.tolist()), str(options.every), str(options.guidance_scale), *some]
+        key = hashlib.sha256("\0".join(hashed).encode()).hexdigest()[:16]
         points.append(kept(folder / f"{first:07d}-{key}.safetensors", paint))
     return torch.cat(points)
 

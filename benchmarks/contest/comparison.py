@@ -61,13 +61,13 @@ def entered(entrant: Entrant, task: Task, stack: ExitStack, workers: dict[Entran
         return row | {NOT_MEASURED: reason}
     worker = stack.enter_context(Worker(entrant, task))
     try:
-        told = worker.answer()
+        answer = worker.answer()
     except RuntimeError as error:
         if entrant in (STOCK, OURS):
             raise
         return row | {NOT_MEASURED: f"it failed: {str(error).strip().splitlines()[-1]}"}
     workers[entrant] = worker
-    return row | told
+    return row | answer
 
 
 def compare(workers: Mapping[Entrant, Worker], rows: Mapping[Entrant, dict[str, Any]]) -> None:

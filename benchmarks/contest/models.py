@@ -113,10 +113,10 @@ def write_random(shape: Shape, prompt: str, folder: Path) -> int:
             vae=random_vae(shape),
         ).save_pretrained(folder)
     index = folder / "model_index.json"
-    told = json.loads(index.read_text()) | {
+    content = json.loads(index.read_text()) | {
         "_class_name": "StableUnCLIPPipeline"
     }  # which paints texts; no prior needed
-    index.write_text(json.dumps(told, indent=2) + "\n")
+    index.write_text(json.dumps(content, indent=2) + "\n")
     clip.save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
     size = shape.image_size

@@ -16,12 +16,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns += ["of the roof"]
     lines = []
     for row in rows:
-        told = [WAYS[row["way"]].label, row["dtype"]]
+        line = [WAYS[row["way"]].label, row["dtype"]]
         if NOT_MEASURED in row:
-            told += [f"not measured: {row[NOT_MEASURED]}", *[""] * (len(columns) - 3)]
+            line += [f"not measured: {row[NOT_MEASURED]}", *[""] * (len(columns) - 3)]
         else:
-            told += cells(row, [each for each in measured(rows) if each["dtype"] == row["dtype"]])
-        lines.append(told)
+            line += cells(row, [each for each in measured(rows) if each["dtype"] == row["dtype"]])
+        lines.append(line)
     return markdown(columns, lines)
 
 

@@ -66,14 +66,14 @@ class Task:
 
 def task_of(workload: Workload, folder: Path, device: str) -> tuple[Task, dict[str, Any]]:
     """A workload as contestants are given it, its model written to a folder where it is random; and what it is."""
-    told: dict[str, Any] = asdict(workload)
+    described: dict[str, Any] = asdict(workload)
     if isinstance(workload.model, Shape):
         model = str(folder)
-        told["unet_parameters"] = write_random(workload.model, PROMPT, folder)
+        described["unet_parameters"] = write_random(workload.model, PROMPT, folder)
     else:
         model = workload.model
     defaults = Card.read(find(model)).defaults
     steps = defaults["num_inference_steps"] if workload.steps is None else workload.steps
     scale = defaults["guidance_scale"] if workload.guidance_scale is None else workload.guidance_scale
     task = Task(model, workload.number, min(workload.keep, workload.number), steps, scale, device)
-    return task, told | {"keep": task.keep, "steps": steps, "guidance_scale": scale}
+    return task, described | {"keep": task.keep, "steps": steps, "guidance_scale": scale}

@@ -27,7 +27,7 @@ def ready(entrant: Entrant, task: Task) -> tuple[Contestant, dict[str, Any]]:
         contestant = Ours.load(task, loaded, way.is_tuned, way.runtime)
     else:
         contestant = Peer.load(task, loaded, way.is_tuned)
-    told = contestant.prepare(way)
+    prepared = contestant.prepare(way)
     began = now(task.device)
     if way.backend == "inductor":
         parts = contestant.parts()
@@ -36,7 +36,7 @@ def ready(entrant: Entrant, task: Task) -> tuple[Contestant, dict[str, Any]]:
         assert isinstance(contestant, Peer), "ours has no such way"
         to_openvino(contestant, entrant.dtype)
     contestant.warm_up()
-    return contestant, told | {"ready_seconds": now(task.device) - began}
+    return contestant, prepared | {"ready_seconds": now(task.device) - began}
 
 
 def turn(contestant: Contestant) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def serve(line: Connection, entrant: Entrant, task: Task) -> None:
     """The life of a contestant's process: it gets ready, says so, and does what it is asked until told None."""
     quiet()
     try:
-        contestant, told = ready(entrant, task)
-        line.send(told)
+        contestant, prepared = ready(entrant, task)
+        line.send(prepared)
         while (asked := line.recv()) is not None:
             name, *arguments = asked
             line.send(ASKED[name](contestant, *arguments))
@@ -89,10 +89,10 @@ class Worker:
     def answer(self) -> Any:
         """The next thing it says; the first is how it got ready."""
         try:
-            said = self._line.recv()
+            received = self._line.recv()
         except EOFError:
             self._process.join()
             raise RuntimeError(f"{self.name} died with exit status {self._process.exitcode}") from None
-        if isinstance(said, Raised):
-            raise RuntimeError(f"{self.name}: {said.trace}")
-        return said
+        if isinstance(received, Raised):
+            raise RuntimeError(f"{self.name}: {received.trace}")
+        return received

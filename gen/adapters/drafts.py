@@ -15,7 +15,7 @@ from gen.drafter import Drafter
 from gen.part import load_part, save_part, write_json
 
 FOLDER = "draft_unet"  # in a model's folder; stock diffusers does not look there
-TOLD = "draft.json"  # in that folder: what it was trained for
+DRAFT_CONFIG = "draft.json"  # in that folder: what it was trained for
 
 
 def read(folder: Path, base: UNet2DConditionModel) -> Drafter:
@@ -23,11 +23,12 @@ def read(folder: Path, base: UNet2DConditionModel) -> Drafter:
 
     ValueError where a file is missing or damaged, or of another model.
     """
-    told = read_json(folder / TOLD)
-    steps, scale = told.get("num_inference_steps"), told.get("guidance_scale")
+    path = folder / DRAFT_CONFIG
+    config = read_json(path)
+    steps, scale = config.get("num_inference_steps"), config.get("guidance_scale")
     if not isinstance(steps, int) or steps < 1 or not isinstance(scale, int | float) or not scale >= 1:
         raise ValueError(
-            f"model file '{folder / TOLD}' is damaged (num_inference_steps {steps!r}, guidance_scale {scale!r}); "
+            f"model file '{path}' is damaged (num_inference_steps {steps!r}, guidance_scale {scale!r}); "
             "give 1 or more of each"
         )
     if is_low_rank(folder):
@@ -63,5 +64,5 @@ def save_low_rank(drafter: Drafter, base: UNet2DConditionModel, rank: int, folde
 
 def tell(drafter: Drafter, folder: Path) -> None:
     """Write what a network was trained for."""
-    told = {"num_inference_steps": drafter.num_inference_steps, "guidance_scale": drafter.guidance_scale}
-    write_json(folder / TOLD, told)
+    config = {"num_inference_steps": drafter.num_inference_steps, "guidance_scale": drafter.guidance_scale}
+    write_json(folder / DRAFT_CONFIG, config)

@@ -35,21 +35,21 @@ class Adapter:
 
     def to_json(self) -> dict[str, JSON]:
         """As it stands in a record."""
-        told: dict[str, JSON] = {"kind": self.kind, "name": self.name, "hash": self.hash}
-        told |= {} if self.scale is None else {"scale": self.scale}
-        told |= {} if self.token is None else {"token": self.token}
-        return told | ({} if self.image_encoder is None else {"image_encoder": self.image_encoder})
+        record: dict[str, JSON] = {"kind": self.kind, "name": self.name, "hash": self.hash}
+        record |= {} if self.scale is None else {"scale": self.scale}
+        record |= {} if self.token is None else {"token": self.token}
+        return record | ({} if self.image_encoder is None else {"image_encoder": self.image_encoder})
 
     @classmethod
-    def from_json(cls, told: object) -> Adapter:
+    def from_json(cls, record: object) -> Adapter:
         """As a record has it; ValueError where it is damaged."""
-        if isinstance(told, Mapping):
-            kind, name, digest, scale, token, encoder = (told.get(item.name) for item in fields(cls))
+        if isinstance(record, Mapping):
+            kind, name, digest, scale, token, encoder = (record.get(item.name) for item in fields(cls))
             good = (scale is None or is_number(scale, -math.inf)) and isinstance(token, str | None)
             good = good and isinstance(encoder, str | None)
             if isinstance(kind, str) and isinstance(name, str) and isinstance(digest, str) and good:
                 return cls(kind, name, digest, scale, token, encoder)
-        raise ValueError(f"the record is damaged: its adapters have {told!r}")
+        raise ValueError(f"the record is damaged: its adapters have {record!r}")
 
     def __str__(self) -> str:
         scaled = "" if self.scale is None else f" x {self.scale:g}"
@@ -116,8 +116,8 @@ def fetched(kind: str, name: str | Path, repository: str, wanted: Callable[[Sequ
     try:
         return fetch(repository, wanted)
     except HUB_ERRORS as error:
-        told = f"{kind} '{name}' is no file here and cannot be fetched from the hub ({one_line(error)})"
-        raise ValueError(told) from error
+        message = f"{kind} '{name}' is no file here and cannot be fetched from the hub ({one_line(error)})"
+        raise ValueError(message) from error
 
 
 def tops(folder: Path) -> list[str]:
@@ -131,8 +131,8 @@ def chosen(kind: str, name: str, files: list[str], usual: str) -> str:
     if usual in offered:
         return usual
     if len(offered) != 1:
-        told = f"has {', '.join(offered)}; name one of them" if offered else f"has no {SUFFIX} file"
-        raise ValueError(f"{kind} '{name}' {told}")
+        problem = f"has {', '.join(offered)}; name one of them" if offered else f"has no {SUFFIX} file"
+        raise ValueError(f"{kind} '{name}' {problem}")
     return offered[0]
 
 

@@ -80,10 +80,10 @@ class IPAdapter:
     def embed(self, pixels: Tensor) -> Tensor:
         """What is read of pixels (3, H, W) in [0, 1]: (E,) or (S, E) float32."""
         assert self.encoder is not None, "a picture is refused where there is none"
-        return self._said(self.encoder, self.encoder.values(pixels))
+        return self._features(self.encoder, self.encoder.values(pixels))
 
     @torch.no_grad()
-    def _said(self, encoder: ImageEncoder, values: Tensor) -> Tensor:
+    def _features(self, encoder: ImageEncoder, values: Tensor) -> Tensor:
         if reads_states(self.projection):
             return encoder.tower(values, output_hidden_states=True).hidden_states[-2][0].float()
         return encoder.tower(values).image_embeds[0].float()
@@ -105,7 +105,7 @@ class IPAdapter:
         assert self.encoder is not None, "an adapter that reads states is refused without one"
         size = self.encoder.tower.config.image_size
         nothing = torch.zeros_like(self.encoder.values(torch.zeros(3, size, size)))
-        return self.tokens([self._said(self.encoder, nothing)])[0]
+        return self.tokens([self._features(self.encoder, nothing)])[0]
 
     @cached_property
     def blank(self) -> Tensor:
@@ -144,8 +144,10 @@ def load(
     if folder is not None:
         check_encoder(str(name), folder, projection)
     elif reads_states(projection):
-        told = f"reads the states of an image encoder, and there is no {ENCODER}/ beside it; give image_encoder=FOLDER"
-        raise ValueError(f"IP-Adapter '{name}' is of the kind {kind}, which {told}")
+        problem = (
+            f"reads the states of an image encoder, and there is no {ENCODER}/ beside it; give image_encoder=FOLDER"
+        )
+        raise ValueError(f"IP-Adapter '{name}' is of the kind {kind}, which {problem}")
     scaled = tuple((keys, values * scale) for keys, values in layers)
     adapter = IPAdapter(projection, scaled, None if folder is None else load_encoder(unet, folder))
     if folder is None or not reads_states(projection):  # pictures are painted by embeddings, whoever made them
@@ -191,8 +193,8 @@ def projection_of(name: str, unet: UNet2DConditionModel, tensors: Mapping[str, T
     try:
         projection = unet._convert_ip_adapter_image_proj_to_diffusers(given, low_cpu_mem_usage=False)
     except (KeyError, IndexError, RuntimeError) as error:  # what is missing, no matrix, too much or of another shape
-        told = f"its {PROJECTION}* do not fit each other ({one_line(error)})"
-        raise ValueError(f"IP-Adapter '{name}' is damaged: {told}") from error
+        problem = f"its {PROJECTION}* do not fit each other ({one_line(error)})"
+        raise ValueError(f"IP-Adapter '{name}' is damaged: {problem}") from error
     norm = projection.norm_out if isinstance(projection, IPAdapterPlusImageProjection) else projection.norm
     (wide,), reads = norm.normalized_shape, unet.config.cross_attention_dim
     if wide != reads:
@@ -236,9 +238,9 @@ def encoder_folder(name: str, place: Found, projection: Projection) -> Path | No
 
 def encoder_width(folder: Path, projection: Projection) -> int:
     """E of what the image encoder of a folder says where a projection reads it."""
-    told = read_json(folder / "config.json")
+    content = read_json(folder / "config.json")
     with damaged(folder):
-        config = CLIPVisionConfig.from_dict(told)
+        config = CLIPVisionConfig.from_dict(content)
     return config.hidden_size if reads_states(projection) else config.projection_dim
 
 
@@ -247,8 +249,8 @@ def check_encoder(name: str, folder: Path, projection: Projection) -> None:
     wanted, given = width_of(projection), encoder_width(folder, projection)
     if given != wanted:
         what = "states" if reads_states(projection) else "embeddings"
-        told = f"takes {what} of width {wanted}, not {given} of its image encoder"
-        raise ValueError(f"IP-Adapter '{name}' {told}; give another with image_encoder=FOLDER")
+        problem = f"takes {what} of width {wanted}, not {given} of its image encoder"
+        raise ValueError(f"IP-Adapter '{name}' {problem}; give another with image_encoder=FOLDER")
 
 
 def load_encoder(unet: UNet2DConditionModel, folder: Path) -> ImageEncoder:
@@ -261,5 +263,5 @@ def load_encoder(unet: UNet2DConditionModel, folder: Path) -> ImageEncoder:
 
 def encoder_files(folder: Path) -> list[Path]:
     """The files of an image encoder that its answers depend on."""
-    said = [folder / name for name in ("config.json", CONFIG_NAME)]
-    return [*(path for path in said if path.is_file()), *weight_files(folder)]
+    configs = [folder / name for name in ("config.json", CONFIG_NAME)]
+    return [*(path for path in configs if path.is_file()), *weight_files(folder)]

@@ -58,15 +58,15 @@ def between(base: nn.Module, other: nn.Module, rank: int) -> dict[str, Tensor]:
 
     By the singular values of each difference (Eckart & Young 1936). Norms and biases are left out.
     """
-    told = {}
+    tensors = {}
     others = layers_of({"unet": other})
     for (part, name), layer in layers_of({"unet": base}).items():
         difference = (others[part, name].weight.float() - layer.weight.float()).flatten(1)
         up, sizes, down = torch.linalg.svd(difference, full_matrices=False)
         root, beside = sizes[:rank].sqrt(), layer.weight.shape[2:]
-        told[f"{part}.{name}{DOWN[0]}"] = (root[:, None] * down[:rank]).reshape(-1, layer.weight.shape[1], *beside)
-        told[f"{part}.{name}{UP[0]}"] = (up[:, :rank] * root).reshape(len(up), -1, *[1] * len(beside))
-    return {key: factor.contiguous() for key, factor in told.items()}
+        tensors[f"{part}.{name}{DOWN[0]}"] = (root[:, None] * down[:rank]).reshape(-1, layer.weight.shape[1], *beside)
+        tensors[f"{part}.{name}{UP[0]}"] = (up[:, :rank] * root).reshape(len(up), -1, *[1] * len(beside))
+    return {key: factor.contiguous() for key, factor in tensors.items()}
 
 
 def layers_of(parts: Mapping[str, Any]) -> dict[Layer, nn.Linear | nn.Conv2d]:

@@ -23,7 +23,7 @@ from gen.adapters.lora_names import DOWN, PREFIXES, Layer, by_name, flat, split,
 from gen.checks import is_number
 from gen.weights import ADAPTER
 
-SAID = "lora_adapter_metadata"  # where diffusers' files keep peft's configuration
+PEFT_METADATA = "lora_adapter_metadata"  # where diffusers' files keep peft's configuration
 PEFT = "base_model.model."  # stands before the names of peft's own files, which are of one part and do not say which
 # What peft's own files were trained beside the weights of the base model, and not beside weights changed at the start.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -65,10 +65,10 @@ def of_part(
     """A file of peft's own as diffusers writes it: with the part that it is of, and with its configuration."""
     if not beside.is_file():
         raise ValueError(f"LoRA '{name}' is peft's own and has no {ADAPTER} beside it; give the folder that peft saved")
-    said = read_json(beside)
-    if (kind := said.get("peft_type")) != "LORA":
+    config = read_json(beside)
+    if (kind := config.get("peft_type")) != "LORA":
         raise ValueError(f"LoRA '{name}' is of peft's kind {kind!r}, which is not read; give a LoRA")
-    if (start := said.get("init_lora_weights")) not in STARTS:
+    if (start := config.get("init_lora_weights")) not in STARTS:
         raise ValueError(f"LoRA '{name}' started from {start!r}, which changes the base model; save it as a plain LoRA")
     known = by_name(layers)
     downs = {key.removesuffix(DOWN[0]): tensor for key, tensor in weights.tensors.items() if key.endswith(DOWN[0])}
@@ -83,36 +83,38 @@ def of_part(
 
     part = max(PREFIXES, key=fitting)
     tensors = {key.replace(PEFT, f"{part}.", 1): tensor for key, tensor in weights.tensors.items()}
-    return AdapterWeights(tensors, {SAID: json.dumps({f"{part}.{key}": value for key, value in said.items()})})
+    return AdapterWeights(
+        tensors, {PEFT_METADATA: json.dumps({f"{part}.{key}": value for key, value in config.items()})}
+    )
 
 
 def factors_of(name: str, weights: AdapterWeights, layers: Mapping[Layer, nn.Module]) -> dict[Layer, Factors]:
     """What a file says of each layer; ValueError where a key is of no layer, or half of a pair is missing."""
-    said, known = configuration(name, weights.metadata), by_name(layers)
-    told: dict[Layer, dict[str, Tensor]] = {}
+    config, known = configuration(name, weights.metadata), by_name(layers)
+    factors: dict[Layer, dict[str, Tensor]] = {}
     unread, unknown = [], []
     for key, tensor in weights.tensors.items():
         stem, role = split(key)
         if not role:
             unread.append(key)
         elif (alias := flat(stem)) in known:
-            told.setdefault(known[alias], {})[role] = tensor
+            factors.setdefault(known[alias], {})[role] = tensor
         else:
             unknown.append(key)
     if unread:
         raise ValueError(f"LoRA '{name}' cannot be read: {named(sorted(unread))} neither up, down nor alpha")
     if unknown:
         raise ValueError(f"LoRA '{name}' is of another base model: {named(sorted(unknown))} of no layer here")
-    if lonely := sorted(" ".join(layer) for layer, each in told.items() if not {"down", "up"} <= each.keys()):
+    if lonely := sorted(" ".join(layer) for layer, each in factors.items() if not {"down", "up"} <= each.keys()):
         raise ValueError(f"LoRA '{name}' is damaged: {named(lonely)} without up or down")
-    if not told:
+    if not factors:
         raise ValueError(f"LoRA '{name}' holds nothing")
-    for layer, each in told.items():
+    for layer, each in factors.items():
         if wrong := next((role for role, tensor in each.items() if not is_shaped(role, tensor)), None):
             wanted = "number" if wrong == "alpha" else "matrix"
             what = f"{wrong} of {' '.join(layer)} has shape {tuple(each[wrong].shape)}, which is no {wanted}"
             raise ValueError(f"LoRA '{name}' is damaged: {what}")
-    return {layer: Factors(each["down"], each["up"], weight_of(layer, each, said)) for layer, each in told.items()}
+    return {layer: Factors(each["down"], each["up"], weight_of(layer, each, config)) for layer, each in factors.items()}
 
 
 def is_shaped(role: str, tensor: Tensor) -> bool:
@@ -123,12 +125,12 @@ def is_shaped(role: str, tensor: Tensor) -> bool:
 def configuration(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a file of diffusers says of its ranks and alphas; empty where it says nothing."""
     try:
-        said = json.loads(metadata.get(SAID, "{}"))
+        config = json.loads(metadata.get(PEFT_METADATA, "{}"))
     except ValueError:
-        raise ValueError(f"LoRA '{name}' is damaged: its {SAID} is no JSON") from None
-    if not isinstance(said, dict):
-        raise ValueError(f"LoRA '{name}' is damaged: its {SAID} is no object")
-    for key, value in said.items():
+        raise ValueError(f"LoRA '{name}' is damaged: its {PEFT_METADATA} is no JSON") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"LoRA '{name}' is damaged: its {PEFT_METADATA} is no object")
+    for key, value in config.items():
         match key.rpartition(".")[2]:
             case "use_dora" if value:
                 raise ValueError(f"LoRA '{name}' is a DoRA, which is not read; give a plain LoRA")
@@ -136,7 +138,7 @@ def configuration(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
                 raise ValueError(f"LoRA '{name}' is damaged: its {key} is {value!r}, which is no number")
             case "alpha_pattern" if not is_pattern(value):
                 raise ValueError(f"LoRA '{name}' is damaged: its {key} is {value!r}, and not numbers by layer")
-    return said
+    return config
 
 
 def is_pattern(value: object) -> bool:
@@ -151,14 +153,14 @@ def is_pattern(value: object) -> bool:
         return False
 
 
-def weight_of(layer: Layer, told: Mapping[str, Tensor], said: Mapping[str, Any]) -> float:
+def weight_of(layer: Layer, factors: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
     """Its alpha / rank, or alpha / sqrt(rank) of a rank-stabilised one; alpha is the rank where nobody says it."""
     part, name = layer
-    rank = len(told["down"])
-    if "alpha" in told:
-        return float(told["alpha"]) / rank
-    patterns = said.get(f"{part}.alpha_pattern") or {}
+    rank = len(factors["down"])
+    if "alpha" in factors:
+        return float(factors["alpha"]) / rank
+    patterns = config.get(f"{part}.alpha_pattern") or {}
     names = list(text_names(name)) if part.startswith("text") else [name]
     own = (alpha for ends, alpha in patterns.items() if any(re.fullmatch(rf"(.*\.)?({ends})", each) for each in names))
-    alpha = next(own, said.get(f"{part}.lora_alpha", rank))
-    return float(alpha) / (math.sqrt(rank) if said.get(f"{part}.use_rslora") else rank)
+    alpha = next(own, config.get(f"{part}.lora_alpha", rank))
+    return float(alpha) / (math.sqrt(rank) if config.get(f"{part}.use_rslora") else rank)

@@ -38,15 +38,15 @@ def learn(model: FamilyModel, name: str | Path, token: str | None = None) -> Ada
     """
     path = found("embedding", name, USUAL).path
     tensors = read(path).tensors
-    word = said_in(tensors, path) if token is None else token
+    word = token_in(tensors, path) if token is None else token
     if not word or any(letter.isspace() for letter in word):
         raise ValueError(f"embedding '{name}': token {word!r} is no word; give one without spaces, such as <cat>")
     parts = model.parts()
     towers = {tower: (parts[tokenizer], parts[tower]) for tower, tokenizer in TOWERS.items() if tower in parts}
     vectors = {tower: vectors_of(str(name), tensors, tower, len(towers)) for tower in towers}
     if not towers or len({len(each) for each in vectors.values()}) != 1:
-        told = ", ".join(f"{len(each)} for {tower}" for tower, each in vectors.items()) or "no text tower"
-        raise ValueError(f"embedding '{name}' does not fit this model: its vectors are {told}")
+        lengths = ", ".join(f"{len(each)} for {tower}" for tower, each in vectors.items()) or "no text tower"
+        raise ValueError(f"embedding '{name}' does not fit this model: its vectors are {lengths}")
     for tower, (tokenizer, encoder) in towers.items():
         if not isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
             raise ValueError(
@@ -72,7 +72,7 @@ def learn(model: FamilyModel, name: str | Path, token: str | None = None) -> Ada
     return Adapter("embedding", str(name), content_hash(path), token=word)
 
 
-def said_in(tensors: Mapping[str, Tensor], path: Path) -> str:
+def token_in(tensors: Mapping[str, Tensor], path: Path) -> str:
     """The word of a file: what diffusers says in it, or else its name, as other programs take it."""
     of_programs = {name for names in NAMES.values() for name in names}
     return path.stem if set(tensors) & of_programs or len(tensors) != 1 else next(iter(tensors))
@@ -84,9 +84,9 @@ def vectors_of(name: str, tensors: Mapping[str, Tensor], tower: str, num_towers:
     if num_towers == len(tensors) == 1:
         found = list(tensors.values())
     if len(found) != 1 or found[0].ndim not in (1, 2) or not found[0].numel() or len(tensors) != num_towers:
-        told = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5]) or "nothing"
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5]) or "nothing"
         wanted = " and ".join(NAMES[each][-1] for each in list(TOWERS)[:num_towers]) if num_towers > 1 else "one tensor"
-        raise ValueError(f"embedding '{name}' holds {told}; this model takes {wanted} of shape (vectors, width)")
+        raise ValueError(f"embedding '{name}' holds {shapes}; this model takes {wanted} of shape (vectors, width)")
     return torch.atleast_2d(found[0])
 
 

@@ -105,8 +105,8 @@ class Shape:
 
     def __str__(self) -> str:
         masked = "" if self.mask is None else ", masked"
-        told = f"{self.heads} heads of {self.size}, {self.queries} queries, {self.keys} keys{masked}"
-        return f"{told}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+        sizes = f"{self.heads} heads of {self.size}, {self.queries} queries, {self.keys} keys{masked}"
+        return f"{sizes}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
 
 
 @cache

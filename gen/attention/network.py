@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clip_core.device import network_device
 from gen.attention.kernels import AUTO, check_attention
-from gen.attention.processor import STOCK, Processor, told_pair
+from gen.attention.processor import STOCK, Processor, text_pair
 from gen.attention.texts import TextCache, Texts
 from gen.conditioning import Distinct
 
@@ -111,5 +111,5 @@ def text_cache_of(network: nn.Module) -> TextCache | None:
 @torch.no_grad()  # constants of the text, whatever else is differentiated
 def projected(network: nn.Module, states: Tensor) -> list[tuple[Tensor, ...]]:
     """Keys and values (2, heads, L, d) of every text's states (U, L, D), of each layer that reads the text."""
-    pairs = [torch.stack(told_pair(layer, states), 1) for layer in text_layers(network)]  # (U, 2, heads, L, d)
+    pairs = [torch.stack(text_pair(layer, states), 1) for layer in text_layers(network)]  # (U, 2, heads, L, d)
     return [tuple(of_layer[text] for of_layer in pairs) for text in range(len(states))]

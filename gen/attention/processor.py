@@ -77,7 +77,7 @@ class Processor:
             if added:
                 pairs.append(pair(attn, attn.add_k_proj(x), attn.add_v_proj(x)))
         elif texts is None or self.place is None:
-            pairs.append(told_pair(attn, encoder_hidden_states))
+            pairs.append(text_pair(attn, encoder_hidden_states))
         else:
             block = 1 if own or mask is not None else texts.block
             pairs.append(texts.of_layer(self.place, block))
@@ -120,7 +120,7 @@ def pair(attn: Attention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return key if attn.norm_k is None else attn.norm_k(key), per_head(value, attn.heads)
 
 
-def told_pair(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
+def text_pair(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (B, heads, L, d) of encoder_hidden_states (B, L, D)."""
     states = states if attn.norm_cross is None else attn.norm_encoder_hidden_states(states)
     if attn.added_kv_proj_dim is None:

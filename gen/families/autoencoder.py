@@ -160,9 +160,9 @@ class KLModel(LatentModel):
 
     def posterior(self, pixels: Tensor) -> Posterior:
         """What the autoencoder says of pixels (3, H, W) in [0, 1]."""
-        told = self.vae.encode((pixels * 2 - 1)[None].to(self.device, weights_dtype(self.vae))).latent_dist
+        distribution = self.vae.encode((pixels * 2 - 1)[None].to(self.device, weights_dtype(self.vae))).latent_dist
         mean, deviation = self._latent_moments
-        return Posterior(((told.mean.float() - mean) / deviation)[0], (told.std.float() / deviation)[0])
+        return Posterior(((distribution.mean.float() - mean) / deviation)[0], (distribution.std.float() / deviation)[0])
 
     def read_masked(self, pixels: Tensor, white: Tensor, image: Posterior, is_painted: Tensor) -> EncodedImage:
         """The UNet is told the latents of the picture without what is painted anew."""

@@ -217,10 +217,10 @@ class FamilyModel(ABC):
 
     def check(self, where: str) -> None:
         """Refuse parts that do not fit each other (ValueError), before a network finds out."""
-        told = self.required_config()
+        required = self.required_config()
         if self.image_encoder is not None:
-            told["image_encoder projection_dim"] = (self.image_encoder.config.projection_dim, self.embedding_width)
-        for name, (given, fitting) in told.items():
+            required["image_encoder projection_dim"] = (self.image_encoder.config.projection_dim, self.embedding_width)
+        for name, (given, fitting) in required.items():
             if given != fitting:
                 raise ValueError(f"{where}: {name} is {given}, but the other parts need {fitting}")
         try:
@@ -282,18 +282,18 @@ class FamilyModel(ABC):
 
 
 def with_images(
-    model: WithImage, candidates: Sequence[Candidate], told: Sequence[ConditionPair], device: torch.device
+    model: WithImage, candidates: Sequence[Candidate], pairs: Sequence[ConditionPair], device: torch.device
 ) -> list[ConditionPair]:
     """What candidates are told, those that come with an image embedding with that beside their words."""
     shown = {place: one.image_embeds for place, one in enumerate(candidates) if one.image_embeds is not None}
-    with_it = list(told)
+    with_it = list(pairs)
     if shown:
         embeds = [each.to(device, torch.float32) for each in shown.values()]
         prompts = model.add_image_embeds(
-            [candidates[place] for place in shown], [told[place][0] for place in shown], embeds
+            [candidates[place] for place in shown], [pairs[place][0] for place in shown], embeds
         )
         for place, prompt in zip(shown, prompts, strict=True):
-            with_it[place] = (prompt, told[place][1])
+            with_it[place] = (prompt, pairs[place][1])
     return with_it
 
 

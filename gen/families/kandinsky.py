@@ -176,12 +176,12 @@ class Kandinsky(MoVQModel):
         """What is given, and what the other parts need, by its name."""
         config = self.unet.config
         asked: dict[str, str | None] = {**self.ASKS, "class_embed_type": None, "time_cond_proj_dim": None}
-        told: dict[str, tuple[object, object]]
-        told = {f"unet {name}": (getattr(config, name), needed) for name, needed in asked.items()}
+        required: dict[str, tuple[object, object]]
+        required = {f"unet {name}": (getattr(config, name), needed) for name, needed in asked.items()}
         channels = self.latent_channels * (2 if self.levels.scaling.learned_range else 1)
-        told["unet out_channels"] = (config.out_channels, channels)
+        required["unet out_channels"] = (config.out_channels, channels)
         own_parts = {} if self.image_prior is None else self.image_prior.required_config(self.embedding_width)
-        return told | super().required_config() | own_parts
+        return required | super().required_config() | own_parts
 
     def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
@@ -203,25 +203,25 @@ class Kandinsky(MoVQModel):
     def encode_prompts(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken; all who are told the same share a condition."""
         guided = [one.settings.negative_prompt for one in candidates if one.settings.guidance_scale != 1]
-        said = self._said([*guided, *(one.prompt for one in candidates)], table)
+        conditions = self._word_conditions([*guided, *(one.prompt for one in candidates)], table)
         given: dict[tuple[str, int], Condition] = {}  # by what is said, and by identity
 
         def shown(text: str, embeds: Tensor | None) -> Condition:
             if embeds is None:
-                return said[text]
+                return conditions[text]
             if (text, id(embeds)) not in given:
-                given[text, id(embeds)] = self.pictured(said[text], embeds.to(self.device, torch.float32))
+                given[text, id(embeds)] = self.pictured(conditions[text], embeds.to(self.device, torch.float32))
             return given[text, id(embeds)]
 
-        told: list[ConditionPair] = []
+        pairs: list[ConditionPair] = []
         for one in candidates:
             null, negative = None, one.settings.negative_prompt
             if one.settings.guidance_scale != 1:
                 by_itself = one.negative_image_embeds is None and not self._asks_for_null(one)
-                null = self._empty(said[negative], negative, table) if by_itself else None
+                null = self._empty(conditions[negative], negative, table) if by_itself else None
                 null = null or shown(negative, one.negative_image_embeds)
-            told.append((shown(one.prompt, one.image_embeds), null))
-        return told
+            pairs.append((shown(one.prompt, one.image_embeds), null))
+        return pairs
 
     def _asks_for_null(self, candidate: Candidate) -> bool:
         return self.prior is not None and self.prior.predicts_null(candidate)
@@ -234,17 +234,17 @@ class Kandinsky(MoVQModel):
             "nothing to be seen", text
         ]
 
-    def _said(self, texts: Sequence[str], table: Table) -> dict[str, Condition]:
+    def _word_conditions(self, texts: Sequence[str], table: Table) -> dict[str, Condition]:
         """What is told of these texts alone."""
         names = [("words", text) for text in dict.fromkeys(texts)]
-        told = table.of(names, lambda missing: self.words([text for _, text in missing]))
-        return {text: condition for (_, text), condition in told.items()}
+        conditions = table.of(names, lambda missing: self.words([text for _, text in missing]))
+        return {text: condition for (_, text), condition in conditions.items()}
 
     def add_image_embeds(
-        self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
+        self, candidates: Sequence[Candidate], conditions: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What candidates are told in words, with an image embedding (E,) beside it."""
-        return [self.pictured(words, embeds) for words, embeds in zip(told, image_embeds, strict=True)]
+        return [self.pictured(words, embeds) for words, embeds in zip(conditions, image_embeds, strict=True)]
 
     def call_unet(self, network: UNet2DConditionModel, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """What a UNet says of (M, C, h, w) noisy latents."""

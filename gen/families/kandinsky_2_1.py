@@ -72,10 +72,10 @@ class Kandinsky21(Kandinsky):
 
     def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
-        config, told = self.text.encoder.config, super().required_config()
-        told["unet encoder_hid_dim"] = (self.unet.config.encoder_hid_dim, config.transformerDimensions)
-        told["text_encoder numDims"] = (config.numDims, self.embedding_width)
-        return told
+        config, required = self.text.encoder.config, super().required_config()
+        required["unet encoder_hid_dim"] = (self.unet.config.encoder_hid_dim, config.transformerDimensions)
+        required["text_encoder numDims"] = (config.numDims, self.embedding_width)
+        return required
 
     def words(self, texts: Sequence[str]) -> list[Condition]:
         """Token states (L, D) and the text's embedding (E,); the empty text is read once."""
@@ -93,8 +93,8 @@ class Kandinsky21(Kandinsky):
         return {"text_embeds": text, "image_embeds": image}
 
     def _read(self, texts: Sequence[str]) -> list[Condition]:
-        said = self.text(texts)
-        pairs = zip(said.tokens, said.embedding, strict=True)
+        features = self.text(texts)
+        pairs = zip(features.tokens, features.embedding, strict=True)
         return [Condition(own(tokens, self.unet), own(embedding, self.unet)) for tokens, embedding in pairs]
 
     @cached_property

@@ -137,7 +137,7 @@ class Karlo(Reader):
         """What is given, and what the other parts need, by its name."""
         decoder, proj, channels = self.unet.config, self.text_proj.config, self.latent_channels
         width = self.embedding_width
-        told: dict[str, tuple[object, object]] = {
+        required: dict[str, tuple[object, object]] = {
             "decoder cross_attention_dim": (decoder.cross_attention_dim, proj.cross_attention_dim),
             "decoder class_embed_type": (decoder.class_embed_type, "identity"),
             "decoder out_channels": (decoder.out_channels, channels * (1 + self.levels.scaling.learned_range)),
@@ -147,10 +147,10 @@ class Karlo(Reader):
         }
         for name, network in (("super_res_first", self.upscaler.first), ("super_res_last", self.upscaler.last)):
             config, learned = network.config, self.upscaler.levels.scaling.learned_range
-            told[f"{name} in_channels"] = (config.in_channels, 2 * channels)  # x, and the small picture enlarged
-            told[f"{name} out_channels"] = (config.out_channels, channels * (1 + learned))
-            told[f"{name} sample_size"] = (config.sample_size, max(self.factor, 1) * decoder.sample_size)
-        return told if self.prior is None else told | self.prior.required_config(width, "prior")
+            required[f"{name} in_channels"] = (config.in_channels, 2 * channels)  # x, and the small picture enlarged
+            required[f"{name} out_channels"] = (config.out_channels, channels * (1 + learned))
+            required[f"{name} sample_size"] = (config.sample_size, max(self.factor, 1) * decoder.sample_size)
+        return required if self.prior is None else required | self.prior.required_config(width, "prior")
 
     def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
@@ -216,28 +216,30 @@ class Karlo(Reader):
         texts_2: Sequence[str | TextPiece] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts without an image."""
-        said = self.text(texts, clip_skip)
-        embeddings = self.text_encoder.text_projection(said.pooled)  # (B, E)
-        return self._without([TextEncoding(*each) for each in zip(said.tokens, embeddings, said.mask, strict=True)])
+        features = self.text(texts, clip_skip)
+        embeddings = self.text_encoder.text_projection(features.pooled)  # (B, E)
+        return self._without(
+            [TextEncoding(*each) for each in zip(features.tokens, embeddings, features.mask, strict=True)]
+        )
 
     def joined(self, pieces: Sequence[TextPiece], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
-        said, empty = [each.read for each in read if isinstance(each, Illustrated)], self._empty
-        assert len(said) == len(read) and isinstance(empty, Illustrated), "every text was read here"
-        states = self.apply_prompt_weights(pieces, [each.states for each in said], empty.read.states)
-        mask = torch.cat([each.mask for each in said])
-        return self._without([TextEncoding(states.to(empty.read.states.dtype), said[0].embedding, mask)])[0]
+        encodings, empty = [each.read for each in read if isinstance(each, Illustrated)], self._empty
+        assert len(encodings) == len(read) and isinstance(empty, Illustrated), "every text was read here"
+        states = self.apply_prompt_weights(pieces, [each.states for each in encodings], empty.read.states)
+        mask = torch.cat([each.mask for each in encodings])
+        return self._without([TextEncoding(states.to(empty.read.states.dtype), encodings[0].embedding, mask)])[0]
 
     def encode_prompts(self, candidates: Sequence[Candidate], table: Table) -> list[ConditionPair]:
         """What each candidate is told before any prior has spoken: its words, and the image embedding it came with."""
         return with_images(self, candidates, super().encode_prompts(candidates, table), self.device)
 
     def add_image_embeds(
-        self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
+        self, candidates: Sequence[Candidate], conditions: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What each candidate is told in words, with an image embedding (E,) beside it."""
-        read = [each.read for each in told if isinstance(each, Illustrated)]
-        assert len(read) == len(told), "every text was read here"
+        read = [each.read for each in conditions if isinstance(each, Illustrated)]
+        assert len(read) == len(conditions), "every text was read here"
         return self._beside(read, torch.stack(list(image_embeds)))
 
     def between(self, start: Condition, end: Condition, share: float) -> Condition:
@@ -261,7 +263,7 @@ class Karlo(Reader):
         """What the UNet is told of texts and of the image embeddings (B, E) beside them."""
         if len({len(each.states) for each in read}) > 1:  # texts of unequally many pieces
             alone = zip(read, image_embeds, strict=True)
-            return [told for each, embedding in alone for told in self._beside([each], embedding[None])]
+            return [condition for each, embedding in alone for condition in self._beside([each], embedding[None])]
         states, embeddings, masks = (torch.stack(each) for each in zip(*read, strict=True))
         tokens, vectors = self.text_proj(
             image_embeddings=image_embeds.to(weights_dtype(self.text_proj)),

@@ -71,8 +71,8 @@ class Reader(FamilyModel):
 
     def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
-        told = (self.unet.config.cross_attention_dim, self.text_width)
-        return {"unet cross_attention_dim": told} | super().required_config()
+        widths = (self.unet.config.cross_attention_dim, self.text_width)
+        return {"unet cross_attention_dim": widths} | super().required_config()
 
     def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
@@ -91,8 +91,10 @@ class Reader(FamilyModel):
         texts_2: Sequence[str | TextPiece] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts."""
-        said = self.text(texts, clip_skip)
-        return [replace(self.handed(tokens), end=end) for tokens, end in zip(said.tokens, said.ends, strict=True)]
+        features = self.text(texts, clip_skip)
+        return [
+            replace(self.handed(tokens), end=end) for tokens, end in zip(features.tokens, features.ends, strict=True)
+        ]
 
     def joined(self, pieces: Sequence[TextPiece], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""
@@ -140,15 +142,17 @@ class Reader(FamilyModel):
                     time_ids = self.time_ids(one.settings, of_null)
                     handed[id(embeds)] = self._with_time_ids(self.handed(embeds, pooled), time_ids)
         asked = dict.fromkeys(words for candidate in candidates for words in self._read_for(candidate))
-        said = table.of(list(asked), self._encoded)
+        known = table.of(list(asked), self._encoded)
 
-        def told(embeds: Tensor | None, words: PromptSpec) -> Condition:
-            return said[words] if embeds is None else handed[id(embeds)]
+        def condition_of(embeds: Tensor | None, words: PromptSpec) -> Condition:
+            return known[words] if embeds is None else handed[id(embeds)]
 
         each = [
             (
-                told(one.prompt_embeds, self._prompt_of(one)),
-                None if one.settings.guidance_scale == 1 else told(one.negative_prompt_embeds, self._null_of(one)),
+                condition_of(one.prompt_embeds, self._prompt_of(one)),
+                None
+                if one.settings.guidance_scale == 1
+                else condition_of(one.negative_prompt_embeds, self._null_of(one)),
             )
             for one in candidates
         ]
@@ -197,11 +201,13 @@ class Reader(FamilyModel):
         for clip_skip in dict.fromkeys(each.clip_skip for each in asked):
             new = [each for each in asked if each.clip_skip == clip_skip and each not in found]
             found |= zip(new, in_turns(new, partial(self._read_whole, clip_skip)), strict=True)
-        told = [
+        conditions = [
             self._in_pieces(each.pieces, each.clip_skip) if each.pieces else found[each._replace(time_ids=())].copy()
             for each in words
         ]
-        return [self._with_time_ids(condition, each.time_ids) for condition, each in zip(told, words, strict=True)]
+        return [
+            self._with_time_ids(condition, each.time_ids) for condition, each in zip(conditions, words, strict=True)
+        ]
 
     def _read_whole(self, clip_skip: int | None, words: Sequence[PromptSpec]) -> list[Condition]:
         second = [each.text if each.text_2 is None else each.text_2 for each in words]
@@ -213,7 +219,7 @@ class Reader(FamilyModel):
         What is told of it pooled is told of its first piece.
         """
         if (needed := self.text.num_pieces(pieces[0].parts)) > len(pieces):
-            text = "".join(said for said, _ in pieces[0].parts)
+            text = "".join(part for part, _ in pieces[0].parts)
             logger.warning("a text of %d pieces is cut to %d: %s", needed, len(pieces), quoted(text))
         return self.joined(pieces, in_turns(pieces, lambda some: self.read(some, clip_skip)))
 
@@ -261,7 +267,7 @@ class Reader(FamilyModel):
         )[0]
 
 
-def shown(adapter: IPAdapter, candidates: Sequence[Candidate], told: Sequence[ConditionPair]) -> list[ConditionPair]:
+def shown(adapter: IPAdapter, candidates: Sequence[Candidate], pairs: Sequence[ConditionPair]) -> list[ConditionPair]:
     """What candidates are told, those that come with a picture with its tokens beside their words.
 
     A null is shown what the adapter has for it.
@@ -281,7 +287,7 @@ def shown(adapter: IPAdapter, candidates: Sequence[Candidate], told: Sequence[Co
         (prompt, null)
         if embed is None
         else (beside(prompt, tokens[id(embed)]), None if null is None else beside(null, adapter.null))
-        for (prompt, null), embed in zip(told, embeds, strict=True)
+        for (prompt, null), embed in zip(pairs, embeds, strict=True)
     ]
 
 

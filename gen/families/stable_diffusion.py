@@ -72,12 +72,12 @@ class StableDiffusion(KLModel, Reader):
 
 def as_meant(scheduler: SchedulerMixin, meant: Mapping[str, object], where: str) -> SchedulerMixin:
     """A scheduler as stock's pipeline reads it, which is not always what its file says; then the log says so."""
-    told = {name: value for name, value in meant.items() if scheduler.config.get(name, value) != value}
-    if told:
-        logger.warning("%s is older than the options %s, which are read so, as diffusers does", where, told)
+    options = {name: value for name, value in meant.items() if scheduler.config.get(name, value) != value}
+    if options:
+        logger.warning("%s is older than the options %s, which are read so, as diffusers does", where, options)
     # never clipping also stands in the configuration of a class that does not clip, for those that are built from it
     never = {"clip_sample": meant["clip_sample"]} if "clip_sample" in meant else {}
-    scheduler.register_to_config(**(told | never))
+    scheduler.register_to_config(**(options | never))
     return scheduler
 
 

@@ -103,9 +103,9 @@ class StableDiffusionXL(KLModel, Reader):
     def index(self) -> dict[str, JSON]:
         """What model_index.json says beside the parts."""
         left_out = (*IMAGE_PARTS, *(() if self.has_first else FIRST))
-        told: dict[str, JSON] = {name: [None, None] for name in left_out}
+        missing: dict[str, JSON] = {name: [None, None] for name in left_out}
         scored: dict[str, JSON] = {} if self.saved_as == self.SAVED_AS else {SCORED: self.tells_score}
-        return told | scored | {FORCE_ZEROS: self.empty_is_zeros}
+        return missing | scored | {FORCE_ZEROS: self.empty_is_zeros}
 
     @property
     def stock_defaults(self) -> dict[str, Any]:
@@ -131,23 +131,23 @@ class StableDiffusionXL(KLModel, Reader):
     def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         config = self.unet.config
-        told = super().required_config()
-        told["unet addition_embed_type"] = (config.addition_embed_type, "text_time")
-        told["unet time_cond_proj_dim"] = (config.time_cond_proj_dim, None)
-        told["unet class_embed_type"] = (config.class_embed_type, None)
-        told["tokenizer_2 model_max_length"] = (self.text_2.shape[0], self.text.shape[0])
+        required = super().required_config()
+        required["unet addition_embed_type"] = (config.addition_embed_type, "text_time")
+        required["unet time_cond_proj_dim"] = (config.time_cond_proj_dim, None)
+        required["unet class_embed_type"] = (config.class_embed_type, None)
+        required["tokenizer_2 model_max_length"] = (self.text_2.shape[0], self.text.shape[0])
         num_sizes = 5 if self.tells_score else 6
         added = self.pooled_width + num_sizes * (config.addition_time_embed_dim or 0)
-        told["unet projection_class_embeddings_input_dim"] = (config.projection_class_embeddings_input_dim, added)
-        return told
+        required["unet projection_class_embeddings_input_dim"] = (config.projection_class_embeddings_input_dim, added)
+        return required
 
     def make_abilities(self) -> Abilities:
         """What a request may ask for, and what it gets when it does not say."""
         layers = min(tower.encoder.config.num_hidden_layers for tower in self.towers)
         # one layer less, for the last is never read
         abilities = replace(super().make_abilities(), pooled_width=self.pooled_width, text_layers=layers - 1)
-        told = replace(abilities, tells_sizes=True, tells_score=self.tells_score)
-        return replace(told, has_second_text=self.has_first, needs_picture=self.tells_score)
+        conditioned = replace(abilities, tells_sizes=True, tells_score=self.tells_score)
+        return replace(conditioned, has_second_text=self.has_first, needs_picture=self.tells_score)
 
     def read(
         self,

@@ -87,9 +87,9 @@ class StableUnCLIP(KLModel, Reader):
     def required_config(self) -> dict[str, tuple[object, object]]:
         """What is given, and what the other parts need, by its name."""
         width = self.embedding_width
-        told = super().required_config()
-        told["unet class input"] = (self.unet.config.projection_class_embeddings_input_dim, 2 * width)
-        return told if self.prior is None else told | self.prior.required_config(width, "prior")
+        required = super().required_config()
+        required["unet class input"] = (self.unet.config.projection_class_embeddings_input_dim, 2 * width)
+        return required if self.prior is None else required | self.prior.required_config(width, "prior")
 
     @property
     def embedding_width(self) -> int:
@@ -130,7 +130,7 @@ class StableUnCLIP(KLModel, Reader):
         return with_images(self, candidates, super().encode_prompts(candidates, table), self.device)
 
     def add_image_embeds(
-        self, candidates: Sequence[Candidate], told: Sequence[Condition], image_embeds: Sequence[Tensor]
+        self, candidates: Sequence[Candidate], conditions: Sequence[Condition], image_embeds: Sequence[Tensor]
     ) -> list[Condition]:
         """What each candidate is told in words, with an image embedding (E,) beside it, noised as its settings say."""
         levels = to_device(torch.tensor([one.settings.noise_level for one in candidates]), self.device)
@@ -139,7 +139,7 @@ class StableUnCLIP(KLModel, Reader):
         vectors = self.noise_image_embeddings(torch.stack(list(image_embeds)), levels, fresh).to(
             weights_dtype(self.unet)
         )
-        return [replace(each, pooled_projections=vector) for each, vector in zip(told, vectors, strict=True)]
+        return [replace(each, pooled_projections=vector) for each, vector in zip(conditions, vectors, strict=True)]
 
     def handed(self, tokens: Tensor, pooled: Tensor | None = None) -> Condition:
         """What the UNet is told of a text with these token states (L, D): no image embedding."""
@@ -157,8 +157,10 @@ class StableUnCLIP(KLModel, Reader):
         """
         mean, std = self.image_normalizer.mean.float(), self.image_normalizer.std.float()
         noised = self.image_noising.add_noise((image_embeds - mean) / std, timesteps=level, noise=noise)
-        told = get_timestep_embedding(level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0)
-        return torch.cat([noised * std + mean, told.to(noised.dtype)], dim=1)
+        level_embeds = get_timestep_embedding(
+            level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        return torch.cat([noised * std + mean, level_embeds.to(noised.dtype)], dim=1)
 
 
 def steps_of(stock: SchedulerMixin) -> SchedulerMixin:

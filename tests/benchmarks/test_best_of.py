@@ -36,9 +36,9 @@ def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def row(way: str, dtype: str = "float32", **other: Any) -> dict[str, Any]:
     """One that has nothing wrong."""
-    told = {"way": way, "dtype": dtype, "seconds": [2.0, 1.0, 3.0], "peak_memory_mb": [None], "ready_seconds": 1.0}
-    told |= {"error": 1e-6, "max_error": 1e-6, "same_kept": {"transformers": True, "unclip": True}}
-    return told | other
+    found = {"way": way, "dtype": dtype, "seconds": [2.0, 1.0, 3.0], "peak_memory_mb": [None], "ready_seconds": 1.0}
+    found |= {"error": 1e-6, "max_error": 1e-6, "same_kept": {"transformers": True, "unclip": True}}
+    return found | other
 
 
 # --- contestants -------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_what_is_wrong_with_ours_is_told() -> None:
     stock, half = row("diffusers"), row("diffusers", "bfloat16", error=0.02)
     fine = [stock, half, row("unclip"), row("unclip", "bfloat16", error=0.029), row("tuned", max_error=1.0)]
     assert faults([*fine, {"way": "openvino", "dtype": "float32", "not_measured": "why"}]) == []
-    for wrong, said in (
+    for wrong, message in (
         (row("unclip", max_error=2e-4), "latents differ by 2.0e-04"),
         (row("unclip", max_error=float("nan")), "latents differ by nan"),
         (row("unclip-compile", same_kept={"transformers": True, "unclip": False}), "as unclip ranks"),
@@ -105,7 +105,7 @@ def test_what_is_wrong_with_ours_is_told() -> None:
         (row("unclip", "bfloat16", error=0.031), "more than 1.5 times"),
     ):
         (fault,) = faults([stock, half, wrong])
-        assert fault.startswith(f"{wrong['way']} {wrong['dtype']}: ") and said in fault
+        assert fault.startswith(f"{wrong['way']} {wrong['dtype']}: ") and message in fault
 
 
 def test_a_fault_ends_the_command_after_the_result_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +127,8 @@ def test_what_cannot_be_measured_says_why(task: Task, monkeypatch: pytest.Monkey
             entered(Entrant(way, "float32"), task, stack, ready) for way in ("openvino", "unclip-openvino", "compiled")
         ]
     assert not ready
-    told = table([row("diffusers"), *found])
-    assert "not measured: openvino is not installed" in told and "not measured: there is no C++ compiler" in told
+    printed = table([row("diffusers"), *found])
+    assert "not measured: openvino is not installed" in printed and "not measured: there is no C++ compiler" in printed
 
 
 def test_a_contestants_error_reaches_the_benchmark(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,5 +178,7 @@ def test_the_command_measures_in_processes_and_keeps_what_it_found(
     for shares in tiny["profile"].values():
         assert sum(shares.values()) == pytest.approx(1)
         assert all(0 < shares[name] < 1 for name in ("UNet", "VAE", "CLIP", "text", "host"))
-    told = capsys.readouterr().out
-    assert "best 2 of 2, 2 steps" in told and "| **unclip** | float32 |" in told and "| unclip float32 |" in told
+    printed = capsys.readouterr().out
+    assert (
+        "best 2 of 2, 2 steps" in printed and "| **unclip** | float32 |" in printed and "| unclip float32 |" in printed
+    )

@@ -18,7 +18,7 @@ from schedulers import table
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: f"{peer.sampler} {peer.told} {peer.asked}")
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: f"{peer.sampler} {peer.config} {peer.asked}")
 def test_whole_loops_equal_stock(peer: Peer) -> None:
     """Stock with its fault mended where it has one; and the mending tells, or it is not needed."""
     found = compare(peer)

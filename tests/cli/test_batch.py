@@ -30,11 +30,11 @@ def lines_of(out: Path) -> list[int]:
 def test_one_object_tells_what_was_done(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     asked = ("batch", manifest(tmp_path), "--model", tiny_folder, "--out", out, *FEW)
-    told = answer(capsys, *asked)
-    assert told["out"] == str(out) and told["results"] == str(out / "results.jsonl")
-    assert (told["lines"], told["before"], told["painted"], told["failed"]) == (3, 0, 3, 0)
-    assert (told["candidates"], told["pictures"], told["interrupted"]) == (9, 3, False)
-    assert told["seconds"]["total"] >= told["seconds"]["load"] > 0
+    printed = answer(capsys, *asked)
+    assert printed["out"] == str(out) and printed["results"] == str(out / "results.jsonl")
+    assert (printed["lines"], printed["before"], printed["painted"], printed["failed"]) == (3, 0, 3, 0)
+    assert (printed["candidates"], printed["pictures"], printed["interrupted"]) == (9, 3, False)
+    assert printed["seconds"]["total"] >= printed["seconds"]["load"] > 0
     assert sorted(lines_of(out)) == [1, 2, 3]
     (first, *_) = sorted((out / "pictures" / "000").iterdir())
     assert read_png(first)[1]["settings"]["num_inference_steps"] == 3
@@ -47,9 +47,9 @@ def test_for_people(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "out"
     asked = ["batch", str(manifest(tmp_path)), "--model", str(tiny_folder), "--out", str(out), *FEW]
     assert command.main([*asked, "--part", "1/2", "--quiet"]) == 0
-    told = capsys.readouterr()
-    assert told.out.startswith(f"{out}/results-1of2.jsonl  2 of 2 lines painted: 6 candidates, 2 pictures kept, in ")
-    assert told.err == ""
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{out}/results-1of2.jsonl  2 of 2 lines painted: 6 candidates, 2 pictures kept, in ")
+    assert printed.err == ""
     assert command.main(asked) == 0
     assert "results.jsonl  1 of 3 lines painted, 2 before: 3 candidates, 1 pictures kept, " in capsys.readouterr().out
 
@@ -58,9 +58,9 @@ def test_lines_that_fail_are_told(tiny_folder: Path, tmp_path: Path, capsys: pyt
     path, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     path.write_text('{"prompt": "a star"}\n{"prompt": "a star", "guidance_scale": 1e38}\n', "utf-8")
     status = command.main(["batch", str(path), "--model", str(tiny_folder), "--out", str(out), *FEW])
-    told = capsys.readouterr()
-    assert status == 1 and "1 of 2 lines painted" in told.out
-    assert told.err == f"unclip batch: 1 of 2 lines failed; {out}/results.jsonl says why\n"
+    printed = capsys.readouterr()
+    assert status == 1 and "1 of 2 lines painted" in printed.out
+    assert printed.err == f"unclip batch: 1 of 2 lines failed; {out}/results.jsonl says why\n"
 
 
 MISTAKES = {
@@ -74,10 +74,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("words", "said"), MISTAKES.values(), ids=MISTAKES.keys())
+@pytest.mark.parametrize(("words", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line_and_writes_nothing(
     words: tuple[str, ...],
-    said: str,
+    message: str,
     tiny_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -87,7 +87,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     path, out = manifest(tmp_path), tmp_path / "out"
     typed = [str(path) if word == "PROMPTS" else word for word in words]
     model = [] if "--model" in typed else ["--model", str(tiny_folder)]
-    assert said in refused(capsys, "batch", *typed, *model, "--out", out)
+    assert message in refused(capsys, "batch", *typed, *model, "--out", out)
     assert not out.exists()
 
 
@@ -110,18 +110,18 @@ def test_ended_in_the_middle_it_goes_on(
         while not ((out / "results.jsonl").exists() and lines_of(out)) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(how)
-        printed, said = process.communicate(timeout=300)
+        printed, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     whole = (out / "results.jsonl").read_bytes().rfind(b"\n") + 1
     before = (out / "results.jsonl").read_bytes()[:whole].count(b"\n")
     assert 0 < before < number
     if how == signal.SIGINT:
-        assert process.returncode == 130, said
-        assert said.splitlines()[-1] == "unclip batch: interrupted; the same command goes on from here"
+        assert process.returncode == 130, errors
+        assert errors.splitlines()[-1] == "unclip batch: interrupted; the same command goes on from here"
         assert f"{before} of {number} lines painted" in printed
         assert whole == (out / "results.jsonl").stat().st_size, "no line is half written"
-    told = answer(capsys, *asked)
-    assert (told["before"], told["painted"]) == (before, number - before)
+    report = answer(capsys, *asked)
+    assert (report["before"], report["painted"]) == (before, number - before)
     assert sorted(lines_of(out)) == list(range(1, number + 1))
     assert len(list((out / "pictures").rglob("*"))) == number + 1

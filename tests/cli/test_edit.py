@@ -39,8 +39,8 @@ def test_a_picture_is_painted_from_one_and_repeated(
     assert "mask.png does not exist" in refused(capsys, "reproduce", path)
     assert command.main(["reproduce", path, "--image", str(moved)]) == 0
     Image.open(files["narrow"]).save(files["mask"])
-    said = refused(capsys, "reproduce", path)
-    assert "has changed since" in said and "give it as it was with --image" in said
+    message = refused(capsys, "reproduce", path)
+    assert "has changed since" in message and "give it as it was with --image" in message
 
 
 @pytest.mark.parametrize(

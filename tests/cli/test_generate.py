@@ -20,68 +20,68 @@ def test_generate_writes_the_best_and_a_sheet_of_all(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "out"
-    told = answer(capsys, "generate", PROMPT, "-n", 6, "--seed", 10, "--model", tiny_folder, "--out", out)
-    paths = [Path(one["path"]) for one in told["pictures"]]
+    printed = answer(capsys, "generate", PROMPT, "-n", 6, "--seed", 10, "--model", tiny_folder, "--out", out)
+    paths = [Path(one["path"]) for one in printed["pictures"]]
     assert sorted(path.name for path in out.iterdir()) == sorted([*(path.name for path in paths), "sheet.png"])
     assert len(paths) == 4, "the best four are kept unless told otherwise"
-    scores = [one["score"] for one in told["candidates"]]
+    scores = [one["score"] for one in printed["candidates"]]
     assert scores == sorted(scores, reverse=True) and len(scores) == 6
-    assert {one["seed"] for one in told["candidates"]} == set(range(10, 16))
-    assert [one["kept"] for one in told["candidates"]] == [True] * 4 + [False] * 2
-    for rank, (path, one) in enumerate(zip(paths, told["candidates"], strict=False), 1):
+    assert {one["seed"] for one in printed["candidates"]} == set(range(10, 16))
+    assert [one["kept"] for one in printed["candidates"]] == [True] * 4 + [False] * 2
+    for rank, (path, one) in enumerate(zip(paths, printed["candidates"], strict=False), 1):
         picture, record = read_png(path)
         assert path.name == f"{rank:04d}-seed{one['seed']}.png"
         assert picture.size == (64, 64)
         assert (record["prompt"], record["seed"], record["score"]) == (PROMPT, one["seed"], one["score"])
-        assert record["settings"] == told["settings"] and record["settings"]["num_inference_steps"] == 4
-        assert record["model_hash"] == told["model"]["hash"] and len(record["model_hash"]) == 64
-    with Image.open(told["sheet"]) as sheet:
+        assert record["settings"] == printed["settings"] and record["settings"]["num_inference_steps"] == 4
+        assert record["model_hash"] == printed["model"]["hash"] and len(record["model_hash"]) == 64
+    with Image.open(printed["sheet"]) as sheet:
         assert sheet.width > 4 * 64 and sheet.height > 2 * 64
-    assert told["seconds"]["total"] > 0 and told["interrupted"] is False
-    assert told["peak_memory_bytes"]["host"] > 10**8, "torch alone is more"
+    assert printed["seconds"]["total"] > 0 and printed["interrupted"] is False
+    assert printed["peak_memory_bytes"]["host"] > 10**8, "torch alone is more"
 
 
 def test_a_seed_paints_the_same_pictures_and_settings_reach_the_painter(
     tiny_folder: Path, painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["generate", PROMPT, "-n", 6, "--keep", 2, "--seed", 10, "--model", tiny_folder]
-    told = answer(capsys, *common, "--out", tmp_path / "same")
-    for one in told["pictures"]:
+    printed = answer(capsys, *common, "--out", tmp_path / "same")
+    for one in printed["pictures"]:
         path = Path(one["path"])
         assert path.read_bytes() == (painted / path.name).read_bytes()
     options = "--steps 3 --guidance 2.5 --sampler euler --eta 0.5 --no-prior --negative blue"
     options += " --width 32 --height 128"
-    told = answer(capsys, *common, "--out", tmp_path / "other", *options.split())
+    printed = answer(capsys, *common, "--out", tmp_path / "other", *options.split())
     wanted = {"num_inference_steps": 3, "guidance_scale": 2.5, "sampler": "euler", "prior": False, "eta": 0.5}
     wanted |= {"negative_prompt": "blue", "width": 32, "height": 128}
-    assert {name: told["settings"][name] for name in wanted} == wanted
-    with Image.open(told["pictures"][0]["path"]) as picture:
+    assert {name: printed["settings"][name] for name in wanted} == wanted
+    with Image.open(printed["pictures"][0]["path"]) as picture:
         assert picture.size == (32, 128)
     options = "--sampler heun --s-churn 2 --s-tmin 0.1 --s-tmax 9 --s-noise 1.01"
-    told = answer(capsys, *common, "--out", tmp_path / "churned", *options.split())
+    printed = answer(capsys, *common, "--out", tmp_path / "churned", *options.split())
     wanted = {"sampler": "heun", "s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.01}
-    assert {name: told["settings"][name] for name in wanted} == wanted
-    assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
-    told = answer(capsys, *common, "--out", tmp_path / "climbed", "--clip-guidance-scale", 0.5)
-    assert told["settings"]["clip_guidance_scale"] == 0.5
+    assert {name: printed["settings"][name] for name in wanted} == wanted
+    assert answer(capsys, "reproduce", printed["pictures"][0]["path"])["reproduced"] is True
+    printed = answer(capsys, *common, "--out", tmp_path / "climbed", "--clip-guidance-scale", 0.5)
+    assert printed["settings"]["clip_guidance_scale"] == 0.5
     options = "--guidance-rule apg --apg-eta 0.5 --apg-norm-threshold 3 --apg-momentum 0.1 --guidance-rescale 0.2"
     options += " --guidance-interval 0.1 9 --thresholding 4 --dynamic-thresholding-ratio 0.9"
-    told = answer(capsys, *common, "--out", tmp_path / "guided", *options.split())
+    printed = answer(capsys, *common, "--out", tmp_path / "guided", *options.split())
     wanted = {"guidance_rule": "apg", "apg_eta": 0.5, "apg_norm_threshold": 3.0, "apg_momentum": 0.1}
     wanted |= {"guidance_rescale": 0.2, "guidance_interval": [0.1, 9.0]}
     wanted |= {"thresholding": 4.0, "dynamic_thresholding_ratio": 0.9}
-    assert {name: told["settings"][name] for name in wanted} == wanted
-    assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
+    assert {name: printed["settings"][name] for name in wanted} == wanted
+    assert answer(capsys, "reproduce", printed["pictures"][0]["path"])["reproduced"] is True
     options = ["--guidance-rule", "autoguidance", "--weak-unet", tiny_folder / "unet"]
-    told = answer(capsys, *common, "--out", tmp_path / "auto", *options)
-    assert answer(capsys, "reproduce", told["pictures"][0]["path"])["reproduced"] is True
+    printed = answer(capsys, *common, "--out", tmp_path / "auto", *options)
+    assert answer(capsys, "reproduce", printed["pictures"][0]["path"])["reproduced"] is True
     moved = shutil.copytree(tiny_folder / "unet", tmp_path / "moved")
-    found = answer(capsys, "reproduce", told["pictures"][0]["path"], "--weak-unet", moved)
+    found = answer(capsys, "reproduce", printed["pictures"][0]["path"], "--weak-unet", moved)
     assert found["reproduced"] is True
     options = "--prior --prior-steps 2 --prior-guidance 1.5"
-    told = answer(capsys, *common, "--out", tmp_path / "third", *options.split())
+    printed = answer(capsys, *common, "--out", tmp_path / "third", *options.split())
     wanted = {"prior": True, "prior_num_inference_steps": 2, "prior_guidance_scale": 1.5}
-    assert {name: told["settings"][name] for name in wanted} == wanted
+    assert {name: printed["settings"][name] for name in wanted} == wanted
 
 
 def test_generate_tells_people_pictures_sheet_and_scores(
@@ -114,8 +114,8 @@ def test_without_rerank_all_are_kept_as_drawn(
 ) -> None:
     common = ["generate", PROMPT, "-n", 6, "--seed", 3, "--no-rerank"]
     common += ["--model", tiny_folder, "--out", tmp_path / "out"]
-    told = answer(capsys, *common)
-    assert [(one["seed"], one["score"]) for one in told["pictures"]] == [(3 + k, None) for k in range(6)]
+    printed = answer(capsys, *common)
+    assert [(one["seed"], one["score"]) for one in printed["pictures"]] == [(3 + k, None) for k in range(6)]
     assert "--no-rerank" in refused(capsys, *common, "--keep", 2)
 
 
@@ -124,15 +124,17 @@ def test_words_the_model_never_saw_are_told(
 ) -> None:
     edited(own_folder / "unclip.json", knows="Circles, above all.", words=PROMPT.split())
     common = ["-n", 1, "--steps", 1, "--model", own_folder, "--out", tmp_path / "out"]
-    told = answer(capsys, "generate", "a Photo of a red dog", *common)
-    assert told["unknown_words"] == ["photo", "of", "dog"]
-    assert "photo, of, dog" in told["note"] and "Circles, above all" in told["note"] and "--model" in told["note"]
-    assert Path(told["pictures"][0]["path"]).exists(), "it paints all the same"
+    printed = answer(capsys, "generate", "a Photo of a red dog", *common)
+    assert printed["unknown_words"] == ["photo", "of", "dog"]
+    assert (
+        "photo, of, dog" in printed["note"] and "Circles, above all" in printed["note"] and "--model" in printed["note"]
+    )
+    assert Path(printed["pictures"][0]["path"]).exists(), "it paints all the same"
     command.main(["generate", "a dog", *map(str, common)])
     assert "has never seen: dog" in capsys.readouterr().err
-    told = answer(capsys, "generate", PROMPT, *common)
-    assert (told["unknown_words"], told["note"]) == ([], None)
-    assert [one["seed"] for one in told["pictures"]] == [0], "the same command paints the same picture"
+    printed = answer(capsys, "generate", PROMPT, *common)
+    assert (printed["unknown_words"], printed["note"]) == ([], None)
+    assert [one["seed"] for one in printed["pictures"]] == [0], "the same command paints the same picture"
 
 
 def test_ignored_settings_are_told_in_one_line(

@@ -61,12 +61,12 @@ def test_help_has_every_word_of_its_source(
     if not isinstance(target, typer.Typer):
         target, function = typer.Typer(add_completion=False), target
         target.command()(function)
-    told: dict[str, str] = {}
+    printed: dict[str, str] = {}
     for words, paragraph in written_help([verb], typer.main.get_command(target)):
-        if (typed := " ".join(words)) not in told:
+        if (typed := " ".join(words)) not in printed:
             assert command.main([*words, "--help"]) == 0
-            told[typed] = " ".join(capsys.readouterr().out.split())
-        assert " ".join(paragraph.split()) in told[typed]
+            printed[typed] = " ".join(capsys.readouterr().out.split())
+        assert " ".join(paragraph.split()) in printed[typed]
 
 
 def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,14 +15,14 @@ from tests.typed import answer, refused
 
 
 def test_info_counts_what_the_files_hold(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = answer(capsys, "info", tiny_folder)
-    assert told["family"] == "StableUnCLIPPipeline"
+    facts = answer(capsys, "info", tiny_folder)
+    assert facts["family"] == "StableUnCLIPPipeline"
     for part in ("unet", "vae", "prior", "text_encoder", "clip"):
         (file,) = (tiny_folder / part).glob("*.safetensors")
-        assert told["parts"][part]["parameters"] == sum(t.numel() for t in load_file(file).values())
-    assert told["parameters"] == sum(part["parameters"] for part in told["parts"].values())
-    assert told["bytes"] == sum(path.stat().st_size for path in tiny_folder.rglob("*") if path.is_file())
-    assert told["parts"]["scheduler"]["parameters"] == 0
+        assert facts["parts"][part]["parameters"] == sum(t.numel() for t in load_file(file).values())
+    assert facts["parameters"] == sum(part["parameters"] for part in facts["parts"].values())
+    assert facts["bytes"] == sum(path.stat().st_size for path in tiny_folder.rglob("*") if path.is_file())
+    assert facts["parts"]["scheduler"]["parameters"] == 0
 
 
 def test_info_tells_what_the_card_tells(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,8 +46,8 @@ def test_parts_that_nothing_uses_are_in_no_hash(
     edited(own_folder / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
     (own_folder / "feature_extractor").mkdir()
     (own_folder / "feature_extractor" / "preprocessor_config.json").write_text("{}")
-    told = answer(capsys, "info", own_folder)
-    assert told["hash"] == answer(capsys, "info", tiny_folder)["hash"] and "feature_extractor" not in told["parts"]
+    facts = answer(capsys, "info", own_folder)
+    assert facts["hash"] == answer(capsys, "info", tiny_folder)["hash"] and "feature_extractor" not in facts["parts"]
 
 
 def test_info_refuses_unknown_and_damaged_models(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

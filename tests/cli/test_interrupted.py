@@ -42,11 +42,11 @@ def test_interrupted_leaves_whole_files_only(seconds: float, tiny_folder: Path, 
             time.sleep(0.02)
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert process.returncode == 130, said
-    assert said.splitlines()[-1] == "unclip generate: interrupted" and "Traceback" not in said
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "unclip generate: interrupted" and "Traceback" not in errors
     assert not out.exists(), "nothing was painted yet, so not even the folder stays"
 
 
@@ -83,14 +83,14 @@ def test_interrupted_writes_what_is_painted(words: list[str], tiny_folder: Path,
             if line == "painted\n":
                 break
         process.send_signal(signal.SIGINT)
-        printed, said = process.communicate(timeout=300)
+        printed, errors = process.communicate(timeout=300)
     finally:
         process.kill()
-    *others, last = said.splitlines()
-    assert process.returncode == 130 and set(others) <= {"painted"}, said
-    told = re.fullmatch(r"unclip generate: interrupted with (\d+)( of 4000)? candidates painted", last)
-    assert told is not None and (told[2] is not None) == ("-n" in words), last
-    number = int(told[1])
+    *others, last = errors.splitlines()
+    assert process.returncode == 130 and set(others) <= {"painted"}, errors
+    matched = re.fullmatch(r"unclip generate: interrupted with (\d+)( of 4000)? candidates painted", last)
+    assert matched is not None and (matched[2] is not None) == ("-n" in words), last
+    number = int(matched[1])
     names = sorted(path.name for path in out.iterdir())
     pictures = [out / name for name in names if name != "sheet.png"]
     assert len(names) == len(pictures) + 1 and len(pictures) == min(number, 2 if "--keep" in words else 4)
@@ -116,9 +116,12 @@ def test_interrupted_while_it_writes_leaves_all_files_and_the_answer(
     monkeypatch.setattr(cli, "contact_sheet", interrupted)
     out, before = tmp_path / "out", signal.getsignal(signal.SIGINT)
     asked = ("generate", PROMPT, "-n", "3", "--keep", "2", "--model", tiny_folder, "--out", out)
-    told = answer(capsys, *asked, status=130)
-    assert told["interrupted"] is True and len(told["candidates"]) == 3
-    assert {path.name for path in out.iterdir()} == {*(Path(one["path"]).name for one in told["pictures"]), "sheet.png"}
+    printed = answer(capsys, *asked, status=130)
+    assert printed["interrupted"] is True and len(printed["candidates"]) == 3
+    assert {path.name for path in out.iterdir()} == {
+        *(Path(one["path"]).name for one in printed["pictures"]),
+        "sheet.png",
+    }
     assert signal.getsignal(signal.SIGINT) is before
     assert command.main([str(each) for each in (*asked[:-1], tmp_path / "other")]) == 130
     assert capsys.readouterr().err == "unclip generate: interrupted with 3 of 3 candidates painted\n"

@@ -61,8 +61,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     options: str, words: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "out"
-    said = refused(capsys, "generate", PROMPT, "--model", tiny_folder, "--out", out, *options.split(), "--json")
-    assert words in said
+    message = refused(capsys, "generate", PROMPT, "--model", tiny_folder, "--out", out, *options.split(), "--json")
+    assert words in message
     assert not (tmp_path / "new").exists()
 
 
@@ -70,8 +70,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 def test_an_empty_prompt_is_refused(
     prompt: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(capsys, "generate", prompt, "--model", tiny_folder, "--out", tmp_path / "out")
-    assert "prompt is empty" in said and not (tmp_path / "out").exists()
+    message = refused(capsys, "generate", prompt, "--model", tiny_folder, "--out", tmp_path / "out")
+    assert "prompt is empty" in message and not (tmp_path / "out").exists()
     assert "PROMPT" in refused(capsys, "generate", "--out", tmp_path / "out")
     latin = os.fsdecode(b"ein gr\xfcner Kreis")  # as Python holds bytes that are not UTF-8
     assert "UTF-8" in refused(capsys, "generate", latin, "--model", tiny_folder, "--out", tmp_path / "out")
@@ -97,7 +97,7 @@ def test_a_damaged_model_is_named(
     how: str, own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = spoil(own_folder, how)
-    said = refused(capsys, "generate", PROMPT, "--model", own_folder, "--out", tmp_path / "out")
+    message = refused(capsys, "generate", PROMPT, "--model", own_folder, "--out", tmp_path / "out")
     part = how.partition(" ")[0].partition("/")[0]
-    assert name in said or part in said
+    assert name in message or part in message
     assert not (tmp_path / "out").exists()

@@ -38,11 +38,11 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(
     file = tmp_path / "file"
     file.write_text("mine")
     for out in (file, file / "below", Path("/proc/unclip")):
-        said = refused(capsys, "generate", PROMPT, "--model", "nowhere", "--out", out)
-        assert f"out folder '{out}' cannot be written" in said and "--out" in said, "found before the model was"
+        message = refused(capsys, "generate", PROMPT, "--model", "nowhere", "--out", out)
+        assert f"out folder '{out}' cannot be written" in message and "--out" in message, "found before the model was"
     assert file.read_text() == "mine"
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     if not os.access(closed, os.W_OK):  # root may write anywhere
-        said = refused(capsys, "generate", PROMPT, "--model", tiny_folder, "--out", closed / "out")
-        assert "cannot be written" in said
+        message = refused(capsys, "generate", PROMPT, "--model", tiny_folder, "--out", closed / "out")
+        assert "cannot be written" in message

@@ -25,9 +25,9 @@ def rewrite(source: Path, target: Path, record: dict[str, Any], picture: Image.I
 
 
 def test_reproduce_paints_the_same_picture(best: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = answer(capsys, "reproduce", best)
-    assert told["reproduced"] is True and told["largest_difference"] <= 1
-    assert told["record"]["prompt"] == PROMPT
+    printed = answer(capsys, "reproduce", best)
+    assert printed["reproduced"] is True and printed["largest_difference"] <= 1
+    assert printed["record"]["prompt"] == PROMPT
     assert command.main(["reproduce", str(best)]) == 0
     assert "largest pixel difference" in capsys.readouterr().out
 
@@ -37,11 +37,11 @@ def test_reproduce_finds_a_changed_picture(best: Path, tmp_path: Path, capsys: p
     pixels = np.asarray(picture).copy()
     pixels[3, 5, 1] = (int(pixels[3, 5, 1]) + 100) % 256
     changed = rewrite(best, tmp_path / "changed.png", record, Image.fromarray(pixels))
-    told = answer(capsys, "reproduce", changed, status=1)
-    assert told["reproduced"] is False and told["largest_difference"] >= 100
+    printed = answer(capsys, "reproduce", changed, status=1)
+    assert printed["reproduced"] is False and printed["largest_difference"] >= 100
     other = rewrite(changed, tmp_path / "seed.png", record | {"seed": record["seed"] + 1})
-    told = answer(capsys, "reproduce", other, status=1)
-    assert told["largest_difference"] > 1, "another seed is another picture"
+    printed = answer(capsys, "reproduce", other, status=1)
+    assert printed["largest_difference"] > 1, "another seed is another picture"
 
 
 def test_reproduce_computes_as_it_was_painted(best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,8 +60,8 @@ def test_reproduce_follows_precision_and_runtime(
     best: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["generate", PROMPT, "-n", "1", "--no-rerank", "--steps", "2", "--dtype", "bfloat16"]
-    told = answer(capsys, *asked, "--model", tiny_folder, "--out", tmp_path / "half")
-    half = Path(told["pictures"][0]["path"])
+    printed = answer(capsys, *asked, "--model", tiny_folder, "--out", tmp_path / "half")
+    half = Path(printed["pictures"][0]["path"])
     _, record = read_png(half)
     assert (record["dtype"], record["runtime"]) == ("bfloat16", "torch")
     assert answer(capsys, "reproduce", half)["reproduced"] is True
@@ -84,8 +84,8 @@ def test_reproduce_asks_for_the_clip_that_painted(
     assert "is no folder; give a CLIP folder" in refused(capsys, "reproduce", picture)
     assert answer(capsys, "reproduce", picture, "--clip", tmp_path / "moved")["reproduced"] is True
     assert "painted by CLIP" in refused(capsys, "reproduce", picture, "--clip", tmp_path / "other")
-    said = refused(capsys, "reproduce", best, "--clip", tmp_path / "moved")
-    assert "CLIP ranked" in said and "leave it out" in said
+    message = refused(capsys, "reproduce", best, "--clip", tmp_path / "moved")
+    assert "CLIP ranked" in message and "leave it out" in message
     ranked = Path(answer(capsys, *asked[:-1], tmp_path / "moved", "--out", tmp_path / "ranked")["pictures"][0]["path"])
     (tmp_path / "moved").rename(tmp_path / "lost")
     assert answer(capsys, "reproduce", ranked)["reproduced"] is True  # which no CLIP painted
@@ -99,15 +99,15 @@ def test_reproduce_refuses_what_it_cannot_repaint(
     assert "holds no unclip record" in refused(capsys, "reproduce", painted / "sheet.png")
     for name in ("prompt", "seed", "settings", "model", "model_hash"):
         lacking = {key: value for key, value in record.items() if key != name}
-        said = refused(capsys, "reproduce", rewrite(best, tmp_path / f"no-{name}.png", lacking))
-        assert f"no {name}" in said or f"no '{name}'" in said
-        assert said.count(f"no-{name}.png") == 1, "it says which file's record that is, once"
+        message = refused(capsys, "reproduce", rewrite(best, tmp_path / f"no-{name}.png", lacking))
+        assert f"no {name}" in message or f"no '{name}'" in message
+        assert message.count(f"no-{name}.png") == 1, "it says which file's record that is, once"
     for name, damage in (
         *(("settings", [1]), ("weak_unet", 3), ("clip", {}), ("clip_hash", 1), ("noise_path", 7)),
         *(("attention", 5), ("dtype", "float3"), ("runtime", 2)),
     ):
-        said = refused(capsys, "reproduce", rewrite(best, tmp_path / f"{name}.png", record | {name: damage}))
-        assert "is damaged: its " in said
+        message = refused(capsys, "reproduce", rewrite(best, tmp_path / f"{name}.png", record | {name: damage}))
+        assert "is damaged: its " in message
     later = rewrite(best, tmp_path / "later.png", record | {"version": 2})
     assert "the record is of version 2, and here 1 is the last" in refused(capsys, "reproduce", later)
     gone = rewrite(best, tmp_path / "gone.png", record | {"model": "nowhere"})

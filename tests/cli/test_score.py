@@ -14,14 +14,14 @@ from tests.typed import PROMPT, answer, refused
 
 def test_score_is_what_ranked_the_picture(painted: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = sorted(painted.glob("0*.png"))
-    told = answer(capsys, "score", first, PROMPT, "a star", "--image", second, "--model", tiny_folder)
-    assert [(Path(one["image"]), one["text"]) for one in told["scores"]] == [
+    printed = answer(capsys, "score", first, PROMPT, "a star", "--image", second, "--model", tiny_folder)
+    assert [(Path(one["image"]), one["text"]) for one in printed["scores"]] == [
         (path, text) for path in (first, second) for text in (PROMPT, "a star")
     ]
-    for path, one in ((first, told["scores"][0]), (second, told["scores"][2])):
+    for path, one in ((first, printed["scores"][0]), (second, printed["scores"][2])):
         assert one["score"] == pytest.approx(read_png(path)[1]["score"], abs=1e-4)
     only_clip = answer(capsys, "score", first, PROMPT, "--model", tiny_folder / "clip")
-    assert only_clip["scores"][0]["score"] == pytest.approx(told["scores"][0]["score"], abs=1e-6)
+    assert only_clip["scores"][0]["score"] == pytest.approx(printed["scores"][0]["score"], abs=1e-6)
     assert command.main(["score", str(first), PROMPT, "--model", str(tiny_folder)]) == 0
     assert PROMPT in capsys.readouterr().out
 
@@ -31,10 +31,12 @@ def test_all_files_that_come_first_are_pictures(
 ) -> None:
     files = sorted(painted.glob("0*.png"))
     words = "a text far too long for the name of a file " * 9
-    told = answer(capsys, "score", *files, PROMPT, words, "--model", tiny_folder)["scores"]
-    assert [(Path(one["image"]), one["text"]) for one in told] == [(path, t) for path in files for t in (PROMPT, words)]
+    scores = answer(capsys, "score", *files, PROMPT, words, "--model", tiny_folder)["scores"]
+    assert [(Path(one["image"]), one["text"]) for one in scores] == [
+        (path, t) for path in files for t in (PROMPT, words)
+    ]
     (alone,) = answer(capsys, "score", "-i", files[0], PROMPT, "--model", tiny_folder)["scores"]
-    assert alone["score"] == pytest.approx(told[0]["score"], abs=1e-6)
+    assert alone["score"] == pytest.approx(scores[0]["score"], abs=1e-6)
     asked = ("--model", tiny_folder)
     assert "no text is given" in refused(capsys, "score", *files, *asked)
     assert "no picture is given, for 'a star' is no file" in refused(capsys, "score", "a star", PROMPT, *asked)

@@ -183,9 +183,13 @@ def test_long_text_is_cut_with_a_warning(clip: CLIP, caplog: pytest.LogCaptureFi
 def test_a_warning_has_both_ends_of_a_long_text(clip: CLIP, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         clip.tokenize(["a large green star " * 999 + "zebra"])
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "clip_core.text"]
-    assert ": 'a large green star a" in said and said.endswith(" a large green star zebra'") and "large...en" in said
-    assert len(said) < 140
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "clip_core.text"]
+    assert (
+        ": 'a large green star a" in message
+        and message.endswith(" a large green star zebra'")
+        and "large...en" in message
+    )
+    assert len(message) < 140
 
 
 def test_tokens_can_be_handed_in(clip: CLIP) -> None:
@@ -301,7 +305,7 @@ def test_sharded_weights(folder: Path, tmp_path: Path, clip: CLIP, stock: CLIPMo
         CLIP.from_pretrained(tmp_path)
 
 
-SAID = ["config.json", "tokenizer.json", "preprocessor_config.json"]
+CONFIGS = ["config.json", "tokenizer.json", "preprocessor_config.json"]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 OTHERS = ["README.md", "pytorch_model.bin", "open_clip_pytorch_model.bin", "sub/model.safetensors"]
 
@@ -324,12 +328,12 @@ def test_of_a_hub_repository_only_what_is_read_is_fetched(
         asked.extend(allow_patterns)
         return str(folder)
 
-    said = SAID if fetched is not None else SAID[1:]  # without config.json it is open_clip's
-    monkeypatch.setattr(hub, "list_repo_files", lambda repository: [*said, *there, *OTHERS])
+    configs = CONFIGS if fetched is not None else CONFIGS[1:]  # without config.json it is open_clip's
+    monkeypatch.setattr(hub, "list_repo_files", lambda repository: [*configs, *there, *OTHERS])
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     CLIP.from_pretrained("someone/clip")
     beside = [name for name in there if name.endswith(".json")]
-    assert set(asked) == {*said, *beside, *(fetched or ["open_clip_model.safetensors"])}
+    assert set(asked) == {*configs, *beside, *(fetched or ["open_clip_model.safetensors"])}
 
 
 class Busy(HfHubHTTPError):
@@ -404,9 +408,9 @@ def test_weights_that_do_not_fit_are_named(copy: Path, caplog: pytest.LogCapture
     ],
 )
 def test_absurd_sizes_are_refused(copy: Path, name: str, part: str, change: dict[str, int], message: str) -> None:
-    told = json.loads((copy / name).read_text())
-    told[part] |= change
-    (copy / name).write_text(json.dumps(told))
+    config = json.loads((copy / name).read_text())
+    config[part] |= change
+    (copy / name).write_text(json.dumps(config))
     with pytest.raises(ValueError) as error:
         CLIP.from_pretrained(copy)
     one_line(error, message)

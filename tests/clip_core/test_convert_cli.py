@@ -61,8 +61,8 @@ def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_and_back(folder: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert convert(converted, tmp_path / "back", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["library"] == "open_clip" and told["exact"] and told["largest_difference"] < 1e-5
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["library"] == "open_clip" and answer["exact"] and answer["largest_difference"] < 1e-5
     before = load_file(folder / "open_clip_model.safetensors")
     after = load_file(tmp_path / "back" / "open_clip_model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
@@ -105,14 +105,14 @@ def test_stock_diffusers_paints_from_the_folder_what_open_clip_says(folder: Path
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
     resnet = write(tmp_path / "resnet", CONFIG | {"vision_cfg": vision})
-    for source, out, told in (
+    for source, out, message in (
         (folder, folder, "is there already and not empty; give a new folder"),
         (tmp_path / "nothing", tmp_path / "out", "is no folder; give a CLIP folder"),
         (resnet, tmp_path / "out", "cannot be converted exactly: its image tower is a ModifiedResNet and no Vision"),
     ):
         assert convert(source, out) == 2
         printed = capsys.readouterr()
-        assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
+        assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert not (tmp_path / "out").exists()
     # it ranks all the same
     assert CLIP.from_pretrained(resnet).score(torch.rand(1, 3, 40, 40), "a star").isfinite().all()

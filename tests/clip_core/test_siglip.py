@@ -129,12 +129,12 @@ def test_what_cannot_be_is_said(
     with pytest.raises(ValueError, match="cannot be converted exactly: it is a SigLIP"):
         convert(folder, tmp_path / "out")
     path = copy / "tokenizer_config.json"
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps(told | {"tokenizer_class": "SiglipTokenizer"}))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"tokenizer_class": "SiglipTokenizer"}))
     monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"is a SiglipTokenizer, for which pip install 'unclip\[siglip\]'"):
         CLIP.from_pretrained(copy)
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(config))
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be read"):
         CLIP.from_pretrained(copy)

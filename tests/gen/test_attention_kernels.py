@@ -70,8 +70,8 @@ def test_a_shape_that_the_kernel_does_not_take_is_left_to_torch_and_logged_once(
             some = {name: tensor[:rows] for name, tensor in given.items()}
             assert apart(layer(**some, attention_mask=mask[:rows]), masked[:rows]) < 1e-5
     assert [(one.levelname, one.name) for one in caplog.records] == [("WARNING", "gen.attention.kernels")]
-    told = "attention 'flash' does not run for 2 heads of 16, 16 queries, 5 keys, masked, float32 on cpu, "
-    assert caplog.messages == [told + "'sdpa' does it there: masks are not supported"]
+    message = "attention 'flash' does not run for 2 heads of 16, 16 queries, 5 keys, masked, float32 on cpu, "
+    assert caplog.messages == [message + "'sdpa' does it there: masks are not supported"]
 
 
 CPU_SHAPE = Shape(torch.device("cpu"), torch.float32, heads=2, size=8, queries=16, keys=5)

@@ -21,8 +21,8 @@ def test_a_loaded_model_computes_by_the_kernel_it_was_given(
     name: str, tiny_folder: Path, stock_tiny: TextToImage
 ) -> None:
     """And, asked for nothing, by what `auto` takes; keys and values of texts are kept either way."""
-    told = {} if name == "auto" else {"attention": name}
-    model = TextToImage.from_pretrained(tiny_folder, device="cpu", **told)
+    words = {} if name == "auto" else {"attention": name}
+    model = TextToImage.from_pretrained(tiny_folder, device="cpu", **words)
     layers = list(attentions(model.model.unet))
     assert layers and {layer.processor.name for layer in layers} == {name}
     seen: list[int] = []
@@ -67,8 +67,8 @@ def test_what_can_never_run_is_refused() -> None:
     with pytest.raises(ValueError, match="attention 'flsh' is unknown; choose from: auto, sdpa, flash, cudnn,"):
         set_attention(unet, "flsh")
     for name in ("cudnn", "efficient"):
-        told = rf"attention '{name}' does not run in float32 on cpu \(.+\); choose from: auto, sdpa, flash, math$"
-        with pytest.raises(ValueError, match=told):
+        message = rf"attention '{name}' does not run in float32 on cpu \(.+\); choose from: auto, sdpa, flash, math$"
+        with pytest.raises(ValueError, match=message):
             set_attention(unet, name)
     if find_spec("xformers") is None:
         with pytest.raises(ValueError, match=r"'xformers' does not run .* pip install 'unclip\[xformers\]'"):

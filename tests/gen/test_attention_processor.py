@@ -38,8 +38,8 @@ from tests.attention import (
 def masks(kind: str) -> Iterator[Tensor | None]:
     """None, then a bias for each row's keys and one for each head's queries and keys, where stock takes them."""
     yield None
-    told = "encoder_hidden_states" in arguments(kind)
-    keys = LENGTH if told else SIDE * SIDE
+    reads_text = "encoder_hidden_states" in arguments(kind)
+    keys = LENGTH if reads_text else SIDE * SIDE
     if kind == "added alone":  # stock pads the mask to more keys than there are
         return
     yield 4 * drawn(ROWS, 1, keys, seed=3)
@@ -152,7 +152,7 @@ def test_torch_compile_traces_a_layer_whole(name: str) -> None:
     theirs = layer(**given)
     set_attention(layer, name)
     states = given["encoder_hidden_states"]
-    told = reading(layer, Distinct.among(states.unbind(0)), torch.stack)
+    kwargs = reading(layer, Distinct.among(states.unbind(0)), torch.stack)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert apart(compiled(**given), theirs) < 1e-5
-    assert told is not None and apart(compiled(**given, **told), theirs) < 1e-5
+    assert kwargs is not None and apart(compiled(**given, **kwargs), theirs) < 1e-5

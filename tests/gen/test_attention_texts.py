@@ -89,11 +89,11 @@ def test_pictures_are_the_stock_modules_whatever_is_beside_them(tiny: TextToImag
 def rows_at(model: TextToImage, prompts: Sequence[str], **settings: Any) -> list[Row]:
     asked = replace(model.model.abilities.defaults, prior=False, **settings)
     candidates = [Candidate(prompt=prompt, seed=seed, settings=asked) for seed, prompt in enumerate(prompts)]
-    told = model.model.encode_prompts(candidates, Table())
+    pairs = model.model.encode_prompts(candidates, Table())
     schedule, shape = model.model.levels.schedule(asked.sampler, asked.num_inference_steps), (4, 8, 8)
     return [
         Row(seed, seed, shape, schedule, asked.sampler, prompt, null=null, guidance_scale=asked.guidance_scale)
-        for seed, (prompt, null) in enumerate(told)
+        for seed, (prompt, null) in enumerate(pairs)
     ]
 
 
@@ -176,14 +176,14 @@ def test_texts_side_by_side_are_read_in_one_block_each(own: TextToImage) -> None
     """Candidates with image embeddings of their own have conditions of their own, and still share their text."""
     model, asked = own.model, own.model.abilities.defaults
     candidates = [Candidate(prompt=WORDS[k // 2], seed=k, settings=asked) for k in range(4)]
-    told = model.encode_prompts(candidates, Table())
-    prompts = model.add_image_embeds(candidates, [prompt for prompt, _ in told], drawn(4, WIDTH).unbind(0))
+    pairs = model.encode_prompts(candidates, Table())
+    prompts = model.add_image_embeds(candidates, [prompt for prompt, _ in pairs], drawn(4, WIDTH).unbind(0))
     schedule = model.levels.schedule(asked.sampler, asked.num_inference_steps)
     rows = rows_over(own)
     rows.admit(
         [
             Row(seed, seed, (4, 8, 8), schedule, asked.sampler, prompt, null=null, guidance_scale=3.0)
-            for seed, (prompt, (_, null)) in enumerate(zip(prompts, told, strict=True))
+            for seed, (prompt, (_, null)) in enumerate(zip(prompts, pairs, strict=True))
         ]
     )
     (lane,) = rows.lanes.values()

@@ -32,9 +32,11 @@ def manifest(folder: Path, lines: list[dict[str, Any]] = LINES) -> Path:
 
 def results(out: Path) -> dict[int, dict[str, Any]]:
     """What stands there, by line; each once."""
-    said = [json.loads(line) for path in sorted(out.glob("results*.jsonl")) for line in path.read_text().splitlines()]
-    found = {each["line"]: each for each in said}
-    assert len(found) == len(said)
+    records = [
+        json.loads(line) for path in sorted(out.glob("results*.jsonl")) for line in path.read_text().splitlines()
+    ]
+    found = {each["line"]: each for each in records}
+    assert len(found) == len(records)
     return found
 
 

@@ -107,8 +107,8 @@ def test_missing_and_damaged_files_are_named(
 
 
 def edited(path: Path, **change: object) -> None:
-    told = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(told | change))
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | change))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_save_where_nothing_can_be_made(tiny: TextToImage, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize(
-    ("error", "told"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "full"), ValueError)]
+    ("error", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "full"), ValueError)]
 )
 def test_a_save_that_fails_leaves_nothing(
     tiny: TextToImage,
@@ -235,7 +235,7 @@ def test_a_save_that_fails_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     is_there: bool,
     error: BaseException,
-    told: type[BaseException],
+    raised: type[BaseException],
 ) -> None:
     folder = tmp_path / "outer" / "saved"
     if is_there:
@@ -248,7 +248,7 @@ def test_a_save_that_fails_leaves_nothing(
             raise error
 
     monkeypatch.setattr(checkpoint, "save_part", some)
-    with pytest.raises(told):
+    with pytest.raises(raised):
         tiny.save(folder)
     assert list(tmp_path.rglob("*")) == ([folder.parent, folder] if is_there else [])
 

@@ -49,9 +49,9 @@ def latents(results: list[Any]) -> Tensor:
     return torch.cat([result.images for result in results])
 
 
-def told_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+def compiled_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     ours = [record.getMessage() for record in caplog.records if record.name == "gen.compile_runtime"]
-    return [told.split(",")[0] for told in ours]
+    return [message.split(",")[0] for message in ours]
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -67,7 +67,7 @@ def test_rows_of_all_steps_and_texts_are_torchs(
     with caplog.at_level(logging.INFO, "gen.compile_runtime"):
         wanted, found = (latents(model.paint(MIXED)) for model in (tiny, compiled))
     assert apart(found, wanted) < CLOSE
-    assert {f"torch compiled UNet2DConditionModel for {size} rows" for size in (1, 4)} <= set(told_of(caplog))
+    assert {f"torch compiled UNet2DConditionModel for {size} rows" for size in (1, 4)} <= set(compiled_messages(caplog))
     alone = latents([compiled.paint([each])[0] for each in MIXED])
     assert apart(alone, found) < CLOSE
 
@@ -83,7 +83,9 @@ def test_the_same_are_kept_and_guided_by_torchs_gradient(
     assert one.seeds == other.seeds and one.scores == pytest.approx(other.scores, abs=1e-3)
     assert (one.images - other.images).abs().max() <= LEVEL
     assert {record["runtime"] for record in other.records} == {"compile"}
-    assert {f"torch compiled {kind} for 4 rows" for kind in ("Decoder", "CLIPVisionModel")} <= set(told_of(caplog))
+    assert {f"torch compiled {kind} for 4 rows" for kind in ("Decoder", "CLIPVisionModel")} <= set(
+        compiled_messages(caplog)
+    )
 
 
 @pytest.mark.usefixtures("by_pieces")
@@ -125,7 +127,7 @@ def test_any_number_of_rows_is_asked_in_few_sizes(
         for _ in range(2):
             for found, expected in zip(network(x, factor), wanted, strict=True):
                 torch.testing.assert_close(found, expected)
-    assert told_of(caplog) == [f"torch compiled Twice for {size} rows" for size in (4, 1)], "each once"
+    assert compiled_messages(caplog) == [f"torch compiled Twice for {size} rows" for size in (4, 1)], "each once"
 
 
 @pytest.mark.usefixtures("by_pieces")

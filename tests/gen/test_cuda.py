@@ -54,8 +54,8 @@ def gpu(tiny_folder: Path) -> TextToImage:
 
 
 def painted(model: TextToImage, steps: int = 6, **settings: Any) -> Any:
-    told: dict[str, Any] = {"num_images_per_prompt": 2, "seed": 3, "output_type": "pt", **settings}
-    return model(PROMPT, num_inference_steps=steps, **told)
+    words: dict[str, Any] = {"num_images_per_prompt": 2, "seed": 3, "output_type": "pt", **settings}
+    return model(PROMPT, num_inference_steps=steps, **words)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

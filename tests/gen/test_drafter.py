@@ -139,13 +139,13 @@ def test_it_lies_beside_the_model(drafting: TextToImage, tmp_path: Path) -> None
     assert facts["hash"] == again.hash  # pictures do not depend on it
 
 
-@pytest.mark.parametrize("told", [{}, {"num_inference_steps": 0, "guidance_scale": 3}, {"num_inference_steps": 2}])
-def test_a_damaged_one_is_refused(told: dict[str, Any], tiny_folder: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{}, {"num_inference_steps": 0, "guidance_scale": 3}, {"num_inference_steps": 2}])
+def test_a_damaged_one_is_refused(config: dict[str, Any], tiny_folder: Path, folder: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "draft"
     damaged.mkdir()
     for path in folder.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
-    (damaged / "draft.json").write_text(json.dumps(told))
+    (damaged / "draft.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"draft\.json' is damaged \(num_inference_steps .*; give 1 or more of each"):
         TextToImage.from_pretrained(tiny_folder, device="cpu", draft_unet=damaged)
 

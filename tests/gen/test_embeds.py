@@ -50,10 +50,10 @@ def seen(model: TextToImage, one: Any) -> Tensor:
         return model.model.clip.image([one])
 
 
-def texts(model: TextToImage, *said: str) -> Tensor:
+def texts(model: TextToImage, *prompts: str) -> Tensor:
     assert model.model.clip is not None
     with torch.no_grad():
-        return model.model.clip.text(list(said)).embedding
+        return model.model.clip.text(list(prompts)).embedding
 
 
 # --- the arithmetic ----------------------------------------------------------------------------------------------
@@ -114,9 +114,9 @@ def test_with_a_prior_beside_it_a_seeing_folder_takes_texts_too(seeing: Path, tm
     model = TextToImage.from_pretrained(seeing, device="cpu", prior_model=make_tiny_karlo(tmp_path / "karlo"))
     again = TextToImage.from_pretrained(model.save(tmp_path / "saved"), device="cpu")
     alone = TextToImage.from_pretrained(seeing, device="cpu")
-    told = ASKED | {"variation_of": picture()}
-    assert torch.equal(model(SHORT, **told).images, alone(SHORT, **told).images)
-    for asked in (told, ASKED | {"prior_num_inference_steps": 3}):
+    words = ASKED | {"variation_of": picture()}
+    assert torch.equal(model(SHORT, **words).images, alone(SHORT, **words).images)
+    for asked in (words, ASKED | {"prior_num_inference_steps": 3}):
         assert torch.equal(again(SHORT, **asked).images, model(SHORT, **asked).images)
     assert again.model.saved_as == "StableUnCLIPPipeline" and again.model.prior is not None
 
@@ -152,8 +152,8 @@ def test_two_prompts_meet_through_the_prior(tiny: TextToImage) -> None:
     ways = {}
     for share in (0.0, 0.3, 1.0):
         way = tiny(SHORT, interpolate_prompt=LONG, interpolation=share, **ASKED).images
-        told = {"prompt_embeds": slerp(tokens[0], tokens[1], share)[None], "negative_prompt_embeds": null}
-        same = tiny(image_embeds=slerp(first, last, share)[None], **told, **ASKED).images
+        embeds = {"prompt_embeds": slerp(tokens[0], tokens[1], share)[None], "negative_prompt_embeds": null}
+        same = tiny(image_embeds=slerp(first, last, share)[None], **embeds, **ASKED).images
         assert torch.allclose(way, same, atol=1e-4)
         ways[share] = way
     assert torch.allclose(ways[0.0], tiny(SHORT, **ASKED).images, atol=1e-4)

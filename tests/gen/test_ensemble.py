@@ -61,7 +61,7 @@ def theirs(pair: Pair, sampler: str | None, n: int, output_type: str = "latent",
         if sampler is not None:
             name, options = STOCK[sampler]
             scheduler = getattr(diffusers, name).from_config(scheduler.config, **options)
-        pipelines.append(type(pipeline)(**pipeline.components | {"scheduler": scheduler}, **told(pipeline)))
+        pipelines.append(type(pipeline)(**pipeline.components | {"scheduler": scheduler}, **options_of(pipeline)))
     base, refiner = pipelines
     asked = {**STEPS, "num_images_per_prompt": n} | asked
     rngs = [[torch.Generator().manual_seed(SEED + k) for _ in PROMPTS for k in range(n)] for _ in range(2)]
@@ -70,7 +70,7 @@ def theirs(pair: Pair, sampler: str | None, n: int, output_type: str = "latent",
     return handed, refiner(PROMPTS, denoising_start=SHARE, generator=rngs[1], **asked).images
 
 
-def told(pipeline: Any) -> dict[str, Any]:
+def options_of(pipeline: Any) -> dict[str, Any]:
     """What a pipeline's index says beside its parts."""
     pipeline.set_progress_bar_config(disable=True)
     names = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")

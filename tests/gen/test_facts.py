@@ -18,20 +18,20 @@ def test_towers_texts_schedulers_and_licence(
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     (folder / "LICENSE.md").write_text("\n# CreativeML Open RAIL-M\n\nand so on\n")
-    told = facts_of(str(folder))["told"]
-    assert told["text_encoder"] == "quick_gelu, width 16, 2 layers"
-    assert told["clip"] == "clip, embedding of 16"
-    assert told["tokenizer"] == "32 tokens"
-    assert told["scheduler"].startswith("DDIMScheduler, prediction_type v_prediction, timestep_spacing trailing")
-    assert told["licence"] == "# CreativeML Open RAIL-M (LICENSE.md)"
+    facts = facts_of(str(folder))["told"]
+    assert facts["text_encoder"] == "quick_gelu, width 16, 2 layers"
+    assert facts["clip"] == "clip, embedding of 16"
+    assert facts["tokenizer"] == "32 tokens"
+    assert facts["scheduler"].startswith("DDIMScheduler, prediction_type v_prediction, timestep_spacing trailing")
+    assert facts["licence"] == "# CreativeML Open RAIL-M (LICENSE.md)"
     info(str(folder))
     printed = capsys.readouterr().out
-    for name, what in told.items():
+    for name, what in facts.items():
         assert f"{name}: {what}" in printed
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes", "sees", "told"),
+    ("kind", "sizes", "sees", "fact"),
     [
         ("CLIPTextModel", (768, 12), False, "CLIP L: gelu, width 768, 12 layers"),
         ("CLIPTextModel", (1024, 23), False, "OpenCLIP H: gelu, width 1024, 23 layers"),
@@ -42,14 +42,14 @@ def test_towers_texts_schedulers_and_licence(
         ("CLIPTextModel", (16, 2), False, "gelu, width 16, 2 layers"),
     ],
 )
-def test_published_towers_are_known_by_their_sizes(kind: str, sizes: tuple[int, int], sees: bool, told: str) -> None:
+def test_published_towers_are_known_by_their_sizes(kind: str, sizes: tuple[int, int], sees: bool, fact: str) -> None:
     config = {"hidden_size": sizes[0], "num_hidden_layers": sizes[1], "hidden_act": "gelu"}
-    assert tower(kind, config, sees) == told
+    assert tower(kind, config, sees) == fact
 
 
 def test_what_ranks_is_told(tmp_path: Path) -> None:
-    for write, told in ((make_tiny_clip, "clip, embedding of 16"), (make_tiny_siglip, "siglip, embedding of 16")):
-        assert whole_clip(read_json(write(tmp_path / told) / "config.json")) == told
+    for write, fact in ((make_tiny_clip, "clip, embedding of 16"), (make_tiny_siglip, "siglip, embedding of 16")):
+        assert whole_clip(read_json(write(tmp_path / fact) / "config.json")) == fact
     openai = {"model_type": "clip", "projection_dim": 768, "text_config": {"hidden_size": 768}}
     assert whole_clip(openai) == "CLIP L, embedding of 768"
 

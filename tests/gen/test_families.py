@@ -129,9 +129,9 @@ def test_a_family_by_its_hub_id(
     monkeypatch.setattr(hub, "snapshot_download", download)
 
     asked = ["--model", f"someone/{family}", "--clip", "someone/clip", "-n", "2", "--keep", "1", "--steps", "3"]
-    told = answer(capsys, "generate", "a red star", *asked, *FAMILIES[family], "--out", "out")
-    (picture,) = told["pictures"]
-    assert picture["score"] == max(one["score"] for one in told["candidates"])
+    printed = answer(capsys, "generate", "a red star", *asked, *FAMILIES[family], "--out", "out")
+    (picture,) = printed["pictures"]
+    assert picture["score"] == max(one["score"] for one in printed["candidates"])
     image, record = read_png(Path(picture["path"]))
     assert len(np.unique(np.asarray(image))) > 2 and record["clip"] == "someone/clip"
     fetched = [path for path in (tmp_path / "fetched").rglob("*") if path.is_file()]

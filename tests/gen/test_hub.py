@@ -113,8 +113,8 @@ def test_without_network_the_cache_will_do(cache: Path, monkeypatch: pytest.Monk
     # also where the hub has told the client of files that were never fetched
     trees = cache.parent.parent / "trees"
     trees.mkdir()
-    told = {"pytorch_model.bin": {"size": 1, "blob_id": "0" * 40}}
-    (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": told}))
+    files = {"pytorch_model.bin": {"size": 1, "blob_id": "0" * 40}}
+    (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": files}))
     assert find("someone/tiny") == cache
 
 
@@ -165,11 +165,11 @@ def test_adapters_are_loaded_from_the_cache(adapters: Path, folder: Path) -> Non
         "someone/added/adapter_model.safetensors",
         "someone/added/words/cat.safetensors",
     ]
-    for name, told in (
+    for name, message in (
         ("someone/added/other.safetensors", "is no file of that repository, as far as it can be reached"),
         ("someone/nothing", "is no file here and cannot be fetched from the hub"),
     ):
-        with pytest.raises(ValueError, match=f"embedding '{name}' {told}") as caught:
+        with pytest.raises(ValueError, match=f"embedding '{name}' {message}") as caught:
             model.load_textual_inversion(name)
         assert "\n" not in str(caught.value)
 

@@ -158,9 +158,9 @@ def test_a_record_finds_its_picture_again_or_says_why_not(tiny: TextToImage, tmp
     path = tmp_path / "in.png"
     picture(size=(64, 64)).save(path)
     result = tiny(SHORT, image=path, strength=0.5, seed=1, output_type="pt")
-    told = result.records[0]["image"]
+    source = result.records[0]["image"]
     pixels = np.asarray(picture(size=(64, 64))).transpose(2, 0, 1).tobytes()
-    assert told == {"sha256": hashlib.sha256(b"torch.uint8 (3, 64, 64)\0" + pixels).hexdigest(), "path": str(path)}
+    assert source == {"sha256": hashlib.sha256(b"torch.uint8 (3, 64, 64)\0" + pixels).hexdigest(), "path": str(path)}
     moved = path.rename(tmp_path / "moved.png")
     with pytest.raises(ValueError, match=r"in\.png does not exist"):
         tiny.repaint(result.records[0])
@@ -171,7 +171,7 @@ def test_a_record_finds_its_picture_again_or_says_why_not(tiny: TextToImage, tmp
     ):
         tiny.repaint(result.records[0])
     unnamed = tiny(SHORT, image=picture(size=(64, 64)), strength=0.5, seed=1, output_type="pt")
-    assert torch.equal(unnamed.images, result.images) and unnamed.records[0]["image"] == {"sha256": told["sha256"]}
+    assert torch.equal(unnamed.images, result.images) and unnamed.records[0]["image"] == {"sha256": source["sha256"]}
     with pytest.raises(ValueError, match=r"the record is damaged: its strength is 0\.5, and it names no image"):
         tiny.repaint({name: value for name, value in unnamed.records[0].items() if name != "image"})
     with pytest.raises(ValueError, match="the image was a picture that its record has no file of"):

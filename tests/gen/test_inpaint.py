@@ -152,9 +152,9 @@ def test_what_is_not_said_is_as_stock_has_it(
     models: dict[str, TextToImage], folders: dict[str, Path], kind: str
 ) -> None:
     (one,) = resolve(Request(prompt=SHORT, image=picture(), mask_image=mask()), models[kind].model.abilities).candidates
-    said = inspect.signature(type(stock(folders[kind], kind)).__call__).parameters
+    parameters = inspect.signature(type(stock(folders[kind], kind)).__call__).parameters
     for name in ("strength", "guidance_scale", "num_inference_steps"):
-        assert getattr(one.settings, name) == said[name].default, name
+        assert getattr(one.settings, name) == parameters[name].default, name
 
 
 @pytest.mark.parametrize("kind", ["9", "xl9"])

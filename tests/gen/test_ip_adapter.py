@@ -48,18 +48,24 @@ def adapter_of(unet: UNet2DConditionModel, kind: str) -> dict[str, Tensor]:
         return {f"{name}.weight": random(wide, reads), f"{name}.bias": random(wide)}
 
     if kind == "plain":
-        told = linear("proj", TOKENS * width, E) | norm("norm", width)
+        tensors = linear("proj", TOKENS * width, E) | norm("norm", width)
     elif kind == "Full Face":
-        told = linear("proj.0", HIDDEN, HIDDEN) | linear("proj.2", width, HIDDEN) | norm("proj.3", width)
+        tensors = linear("proj.0", HIDDEN, HIDDEN) | linear("proj.2", width, HIDDEN) | norm("proj.3", width)
     else:
-        told = {"latents": random(1, TOKENS, INNER)} | linear("proj_in", INNER, HIDDEN)
-        told |= linear("proj_out", width, INNER) | norm("norm_out", width)
+        tensors = {"latents": random(1, TOKENS, INNER)} | linear("proj_in", INNER, HIDDEN)
+        tensors |= linear("proj_out", width, INNER) | norm("norm_out", width)
         for layer in (f"layers.{k}" for k in range(4)):
-            told |= norm(f"{layer}.0.norm1", INNER) | norm(f"{layer}.0.norm2", INNER) | norm(f"{layer}.1.0", INNER)
-            told |= {f"{layer}.0.to_q.weight": random(HEAD, INNER), f"{layer}.0.to_kv.weight": random(2 * HEAD, INNER)}
-            told |= {f"{layer}.0.to_out.weight": random(INNER, HEAD) * 0.2}
-            told |= {f"{layer}.1.1.weight": random(4 * INNER, INNER), f"{layer}.1.3.weight": random(INNER, 4 * INNER)}
-    weights = {f"image_proj.{name}": tensor for name, tensor in told.items()}
+            tensors |= norm(f"{layer}.0.norm1", INNER) | norm(f"{layer}.0.norm2", INNER) | norm(f"{layer}.1.0", INNER)
+            tensors |= {
+                f"{layer}.0.to_q.weight": random(HEAD, INNER),
+                f"{layer}.0.to_kv.weight": random(2 * HEAD, INNER),
+            }
+            tensors |= {f"{layer}.0.to_out.weight": random(INNER, HEAD) * 0.2}
+            tensors |= {
+                f"{layer}.1.1.weight": random(4 * INNER, INNER),
+                f"{layer}.1.3.weight": random(INNER, 4 * INNER),
+            }
+    weights = {f"image_proj.{name}": tensor for name, tensor in tensors.items()}
     for place, layer in enumerate(attentions(unet)):
         if layer.is_cross_attention:
             for each in "kv":
@@ -274,9 +280,9 @@ def test_what_does_not_fit_is_said(root: Path, model: TextToImage, tmp_path: Pat
     path = tmp_path / "a.safetensors"
     fresh = TextToImage.from_pretrained(root / "1", device="cpu")
 
-    def refused(told: str, change: dict[str, Tensor | None]) -> None:
+    def refused(message: str, change: dict[str, Tensor | None]) -> None:
         save_file({key: value for key, value in (weights | change).items() if value is not None}, path)
-        with pytest.raises(ValueError, match=told) as error:
+        with pytest.raises(ValueError, match=message) as error:
             fresh.load_ip_adapter(path)
         assert "\n" not in str(error.value)
 

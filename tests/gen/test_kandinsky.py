@@ -166,8 +166,8 @@ def test_a_picture_in_place_of_words(models: dict[str, TextToImage], stocks: dic
     with torch.no_grad():
         pixels = prior.image_processor(picture, return_tensors="pt").pixel_values
         embeds = prior.image_encoder(pixels).image_embeds
-    seen, told = model(variation_of=picture, **asked).images, model(image_embeds=embeds, **asked).images
-    assert apart(seen, told) <= LATENTS
+    seen, embedded = model(variation_of=picture, **asked).images, model(image_embeds=embeds, **asked).images
+    assert apart(seen, embedded) <= LATENTS
 
 
 def test_the_best_of_a_priors_answers_has_one_null(models: dict[str, TextToImage]) -> None:
@@ -259,7 +259,7 @@ def test_the_combined_pipelines_faults(
     with pytest.raises(ValueError, match="Unexpected latents shape"):  # handed to the prior
         both(SHORT, latents=torch.zeros(1, 4, 8, 8), prior_num_inference_steps=2)
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(both, "decoder_pipe", lambda **told: asked.append(told) or SimpleNamespace(images=[]))
+    monkeypatch.setattr(both, "decoder_pipe", lambda **kwargs: asked.append(kwargs) or SimpleNamespace(images=[]))
     both(PROMPTS, negative_prompt=NEGATIVE, num_images_per_prompt=2, prior_num_inference_steps=2)
     assert "negative_prompt" not in asked[0]
     if version == "2.1":  # the embeddings lie prompt by prompt
@@ -304,20 +304,20 @@ def test_what_we_save_stock_paints_the_same(models: dict[str, TextToImage], vers
 @pytest.mark.parametrize("version", VERSIONS)
 def test_info_tells_family_parts_and_sizes(folders: dict[str, dict[str, Path]], version: str) -> None:
     for name, kind in zip(("decoder", "prior", "combined"), KINDS[version, False], strict=True):
-        told = facts_of(str(folders[version][name]))
+        facts = facts_of(str(folders[version][name]))
         index = json.loads((folders[version][name] / "model_index.json").read_text())
-        assert told["family"] == kind.__name__
-        assert set(told["parts"]) == {part for part in index if not part.startswith("_")}
-        assert told["parameters"] > 0
+        assert facts["family"] == kind.__name__
+        assert set(facts["parts"]) == {part for part in index if not part.startswith("_")}
+        assert facts["parameters"] > 0
 
 
 def test_the_command_line_takes_the_prior(
     folders: dict[str, dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of = folders["2.2"]
-    told = ["generate", SHORT, "-n", "2", "--steps", "2", "--prior-steps", "2", "--width", "64", "--height", "64"]
-    told += ["--model", str(of["decoder"]), "--prior-model", str(of["prior"]), "--out", str(tmp_path / "out"), "--json"]
-    assert main(told) == 0
+    argv = ["generate", SHORT, "-n", "2", "--steps", "2", "--prior-steps", "2", "--width", "64", "--height", "64"]
+    argv += ["--model", str(of["decoder"]), "--prior-model", str(of["prior"]), "--out", str(tmp_path / "out"), "--json"]
+    assert main(argv) == 0
     path = json.loads(capsys.readouterr().out)["pictures"][0]["path"]
     assert main(["reproduce", path, "--json"]) == 0
     assert main(["generate", SHORT, "--model", str(of["decoder"]), "--out", str(tmp_path / "other")]) == 2

@@ -87,24 +87,24 @@ def theirs(pipeline: Any, number: int, prompts: Sequence[str] = (SHORT,), **aske
     """Final latents, which 2.1 does not give by itself, and pictures; each as the only one of a prompt."""
     seeds = [SEED + k for _ in prompts for k in range(number)]
     last: dict[str, Tensor] = {}
-    told: dict[str, Any] = embeds(len(prompts)) | asked
+    words: dict[str, Any] = embeds(len(prompts)) | asked
     each = ["image_embeds", "negative_image_embeds"]
-    told |= {name: told[name].repeat_interleave(len(seeds) // len(told[name]), dim=0) for name in each}
+    words |= {name: words[name].repeat_interleave(len(seeds) // len(words[name]), dim=0) for name in each}
     for name in ("image", "mask_image"):
-        if name in told:
-            told[name] = [told[name]] * len(seeds)
-    negative = told.pop("negative_prompt", None)
+        if name in words:
+            words[name] = [words[name]] * len(seeds)
+    negative = words.pop("negative_prompt", None)
     if "text_encoder" in pipeline.components:
-        told["prompt"] = [prompt for prompt in prompts for _ in range(number)]
-        told["negative_prompt"] = None if negative is None else [negative] * len(seeds)
-    told |= {"callback": lambda step, timestep, latents: last.update(latents=latents), "callback_steps": 1}
-    painted = pipeline(generator=draws("decoder", seeds), **(STEPS | told)).images
+        words["prompt"] = [prompt for prompt in prompts for _ in range(number)]
+        words["negative_prompt"] = None if negative is None else [negative] * len(seeds)
+    words |= {"callback": lambda step, timestep, latents: last.update(latents=latents), "callback_steps": 1}
+    painted = pipeline(generator=draws("decoder", seeds), **(STEPS | words)).images
     return last["latents"], painted
 
 
 def ours(model: TextToImage, number: int = 1, prompt: Any = SHORT, **asked: Any) -> Any:
-    told: dict[str, Any] = {"num_images_per_prompt": number, "seed": SEED, "output_type": "latent", "rerank": False}
-    return model(prompt, **(STEPS | told | embeds(1 if isinstance(prompt, str) else len(prompt)) | asked)).images
+    words: dict[str, Any] = {"num_images_per_prompt": number, "seed": SEED, "output_type": "latent", "rerank": False}
+    return model(prompt, **(STEPS | words | embeds(1 if isinstance(prompt, str) else len(prompt)) | asked)).images
 
 
 def assert_same(model: TextToImage, pipeline: Any, number: int, **asked: Any) -> None:
@@ -173,13 +173,13 @@ def test_words_and_the_prior_lead_a_picture_too(
 ) -> None:
     """From the words on, with a negative prompt, by the combined folder; and a strength of the model's own."""
     at_its_level(stocks[version, False], monkeypatch, 0.3)
-    said = stock_of(version, folders[version, False]).embeds([SHORT], 3, ["blue"], 4.0)  # with three steps
+    handed = stock_of(version, folders[version, False]).embeds([SHORT], 3, ["blue"], 4.0)  # with three steps
     asked: dict[str, Any] = {"image": square(0.3)["image"], "negative_prompt": "blue", "num_images_per_prompt": 3}
     asked |= {"seed": SEED, "output_type": "latent", "rerank": False, "prior_num_inference_steps": 3, **STEPS}
     result = models[version, False](SHORT, **asked)
     assert result.records[0]["settings"]["strength"] == 0.3
-    told = {"image_embeds": said[0], "negative_image_embeds": said[1], "negative_prompt": "blue", **square(0.3)}
-    assert apart(result.images, theirs(stocks[version, False], 3, guidance_scale=4.0, **told)[0]) <= LATENTS
+    words = {"image_embeds": handed[0], "negative_image_embeds": handed[1], "negative_prompt": "blue", **square(0.3)}
+    assert apart(result.images, theirs(stocks[version, False], 3, guidance_scale=4.0, **words)[0]) <= LATENTS
 
 
 def test_what_2_1_noises_a_picture_to_in_stock(models: Models, stocks: Stocks) -> None:
@@ -273,7 +273,7 @@ def test_the_combined_pipeline_hands_pictures_over_in_another_order(
     both = diffusers.KandinskyV22InpaintCombinedPipeline.from_pretrained(folders["2.2", True]["combined"])
     both.set_progress_bar_config(disable=True)
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(both, "decoder_pipe", lambda **told: asked.append(told) or SimpleNamespace(images=[]))
+    monkeypatch.setattr(both, "decoder_pipe", lambda **kwargs: asked.append(kwargs) or SimpleNamespace(images=[]))
     images = [picture(k, SIZE) for k in range(2)]
     both([SHORT, LONG], images, [mask(SIZE)] * 2, num_images_per_prompt=2, prior_num_inference_steps=2)
     assert asked[0]["image"] == images * 2
@@ -389,11 +389,11 @@ def test_the_command_line_takes_picture_and_mask(
         (("2.1", False), ["--strength", "0.6"]),
         (("2.2", True), ["--mask", str(tmp_path / "mask.png")]),
     ):
-        told = ["generate", SHORT, "-n", "1", "--steps", "4", "--prior-steps", "2", "--json"]
-        told += ["--image", str(tmp_path / "in.png"), "--out", str(tmp_path / kind[0]), *words]
-        told += ["--model", str(folders[kind]["combined"])]
-        assert main(told) == 0
+        argv = ["generate", SHORT, "-n", "1", "--steps", "4", "--prior-steps", "2", "--json"]
+        argv += ["--image", str(tmp_path / "in.png"), "--out", str(tmp_path / kind[0]), *words]
+        argv += ["--model", str(folders[kind]["combined"])]
+        assert main(argv) == 0
         assert main(["reproduce", json.loads(capsys.readouterr().out)["pictures"][0]["path"], "--json"]) == 0
         capsys.readouterr()
-    assert main([word for word in told if word not in words]) == 2
+    assert main([word for word in argv if word not in words]) == 2
     assert "does nothing else; give --image and --mask" in capsys.readouterr().err

@@ -51,9 +51,9 @@ def test_pictures_become_the_embedding_that_is_told(kandinskys: dict[str, TextTo
     ]
     found = []
     for words, embeds, both in cases:
-        told = ASKED | SIZE | both
-        found.append(model(SHORT, variation_of=a, **words, **told).images)
-        assert apart(found[-1], model(SHORT, image_embeds=embeds[None], **told).images) <= LATENTS  # type: ignore[arg-type]
+        beside = ASKED | SIZE | both
+        found.append(model(SHORT, variation_of=a, **words, **beside).images)
+        assert apart(found[-1], model(SHORT, image_embeds=embeds[None], **beside).images) <= LATENTS  # type: ignore[arg-type]
     for k, one in enumerate(found):  # and none is another
         assert all(apart(one, later) > 1e-3 for later in found[k + 1 :])
     alone = model(variation_of=a, **ASKED, **SIZE).images
@@ -159,7 +159,7 @@ def test_the_command_line_paints_and_repeats_them(
     for k, path in enumerate(paths.values()):
         picture(k, (64, 64)).save(path)
     typed = [str(paths.get(word, word)) for word in words.split()]
-    told = ["generate", LONG, "--model", str(kandinsky_folders["2.1"]["combined"]), "-n", "1", "--steps", "4", "--json"]
-    assert main([*told, "--out", str(tmp_path / "out"), *typed]) == 0
+    argv = ["generate", LONG, "--model", str(kandinsky_folders["2.1"]["combined"]), "-n", "1", "--steps", "4", "--json"]
+    assert main([*argv, "--out", str(tmp_path / "out"), *typed]) == 0
     path = json.loads(capsys.readouterr().out)["pictures"][0]["path"]
     assert main(["reproduce", path]) == 0

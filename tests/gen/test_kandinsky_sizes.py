@@ -89,8 +89,8 @@ def at_full_size(version: str, in_channels: int = 4) -> dict[str, Any]:
     tokenizer.model_max_length = 77
     text = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": tokenizer.eos_token_id}
 
-    def made(library: str, name: str, *told: Any, **named: Any) -> Any:
-        return part_class(library, name, where)(*told, **named)
+    def made(library: str, name: str, *args: Any, **named: Any) -> Any:
+        return part_class(library, name, where)(*args, **named)
 
     with torch.device("meta"):
         parts = {
@@ -151,14 +151,14 @@ def test_full_size(version: str, billions: dict[str, float]) -> None:
     asked = Request(prompt="a star", negative_prompt="blue", seed=0)
     candidates = resolve(asked, model.abilities).candidates
     assert model.prior is not None and model.prior.num_answers(candidates[0]) == 2
-    (said,) = model.prior.rows(candidates, ["key"], Table())
+    (row,) = model.prior.rows(candidates, ["key"], Table())
     width = FULL[version]["width"]
-    states = said.prompt.encoder_hidden_states
+    states = row.prompt.encoder_hidden_states
     assert states is not None and states.shape == (77, FULL[version]["text"]["hidden_size"])
     x = torch.empty(2, width, device="meta")
-    assert said.null is not None
-    told = Conditions((said.null, said.prompt))
-    assert model.prior.cached_network()(x, torch.empty(2, device="meta"), told).shape == (2, width)
+    assert row.null is not None
+    conditions = Conditions((row.null, row.prompt))
+    assert model.prior.cached_network()(x, torch.empty(2, device="meta"), conditions).shape == (2, width)
     words = Condition()
     if version == "2.1":  # XLM-RoBERTa looks at its mask, so it cannot run without memory
         words = Condition(torch.empty(77, XLM["hidden_size"], device="meta"), torch.empty(width, device="meta"))
@@ -194,5 +194,5 @@ def test_full_size_for_inpainting(version: str, name: str) -> None:
     if version == "2.1":
         words = Condition(torch.empty(77, XLM["hidden_size"], device="meta"), torch.empty(width, device="meta"))
     (shown,) = model.add_image_embeds([candidate], [words], [torch.empty(width, device="meta")])
-    told, _ = begins.telling((shown, None))
-    assert model.call(x, torch.empty(1, device="meta"), Conditions((told,))).shape == (1, 8, *x.shape[2:])
+    condition, _ = begins.with_concat_channels((shown, None))
+    assert model.call(x, torch.empty(1, device="meta"), Conditions((condition,))).shape == (1, 8, *x.shape[2:])

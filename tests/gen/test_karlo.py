@@ -83,8 +83,8 @@ def stock_images(folder: Path, seeds: list[int], monkeypatch: pytest.MonkeyPatch
     stock, ends = stock_karlo(folder), []
     for scheduler in (stock.decoder_scheduler, stock.super_res_scheduler):
 
-        def noted(output: Tensor, t: Tensor, *args: Any, step: Any = scheduler.step, **told: Any) -> Any:
-            taken = step(output, t, *args, **told)
+        def noted(output: Tensor, t: Tensor, *args: Any, step: Any = scheduler.step, **kwargs: Any) -> Any:
+            taken = step(output, t, *args, **kwargs)
             # sigma is 20291 here, so that an estimate that is not clipped stands in the last digits of eps
             assert t < 999 or bool((taken.pred_original_sample.abs() == 1).all()), "take another seed"
             ends.append(taken.prev_sample)
@@ -94,10 +94,10 @@ def stock_images(folder: Path, seeds: list[int], monkeypatch: pytest.MonkeyPatch
     negative = asked.pop("negative_prompt", None)
     if negative is not None:  # stock has none; its null is what the tokenizer makes of ""
         tokenizer = stock.tokenizer
-        stock.tokenizer = lambda texts, **told: tokenizer([text or negative for text in texts], **told)
+        stock.tokenizer = lambda texts, **kwargs: tokenizer([text or negative for text in texts], **kwargs)
         stock.tokenizer.model_max_length = tokenizer.model_max_length  # type: ignore[attr-defined]
-    told = {STOCK_WORDS.get(name, name): value for name, value in asked.items()}
-    pictures = stock(**told, output_type="np").images
+    stock_words = {STOCK_WORDS.get(name, name): value for name, value in asked.items()}
+    pictures = stock(**stock_words, output_type="np").images
     return ends[-1], torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
@@ -311,10 +311,10 @@ def test_what_is_saved_is_stocks_parts_again(
     for part in ("image_encoder", "feature_extractor"):
         assert new.get(part) == old.get(part) and (saved / part).is_dir() == (part in old)
     again = TextToImage.from_pretrained(saved, device="cpu")
-    told: dict[str, Any] = {"prompts": PROMPTS} if kind == "karlo" else {"prompts": None}
+    words: dict[str, Any] = {"prompts": PROMPTS} if kind == "karlo" else {"prompts": None}
     if kind == "variation":
-        told["image_embeds"] = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
-    assert_same(again, saved, n=1, patch=monkeypatch, **told)
+        words["image_embeds"] = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
+    assert_same(again, saved, n=1, patch=monkeypatch, **words)
 
 
 def test_a_learned_word_is_the_priors_too(
@@ -495,7 +495,7 @@ def test_full_size(folder: Path) -> None:
 
 
 def test_info_tells_the_family(folder: Path) -> None:
-    told = facts_of(str(folder))
-    assert told["family"] == "UnCLIPPipeline"
-    assert set(told["parts"]) >= {"prior", "text_proj", "decoder", "super_res_first", "super_res_last"}
-    assert all(told["parts"][part]["parameters"] > 0 for part in ("text_proj", "super_res_last"))
+    facts = facts_of(str(folder))
+    assert facts["family"] == "UnCLIPPipeline"
+    assert set(facts["parts"]) >= {"prior", "text_proj", "decoder", "super_res_first", "super_res_last"}
+    assert all(facts["parts"][part]["parameters"] > 0 for part in ("text_proj", "super_res_last"))

@@ -20,13 +20,13 @@ def test_files_that_do_not_fit_change_nothing(stable_diffusion_folders: dict[str
     model = loaded(stable_diffusion_folders["1"])
     before = weights_of(model)
     pairs = pairs_of(model.model)
-    weights, said = in_kohya(pairs)
+    weights, described = in_kohya(pairs)
     path = tmp_path / "a.safetensors"
 
-    def refused(told: str, change: dict[str, Tensor | None], metadata: dict[str, str] | None = None) -> None:
+    def refused(message: str, change: dict[str, Tensor | None], metadata: dict[str, str] | None = None) -> None:
         left = {key: value for key, value in (weights | change).items() if value is not None}
         save_file(left, path, metadata=metadata)
-        with pytest.raises(ValueError, match=told) as error:
+        with pytest.raises(ValueError, match=message) as error:
             model.load_lora(path)
         assert "\n" not in str(error.value)
 
@@ -43,8 +43,8 @@ def test_files_that_do_not_fit_change_nothing(stable_diffusion_folders: dict[str
         ("lora_up.weight", torch.full_like(weights[f"{key}.lora_up.weight"], torch.nan)),
         ("alpha", torch.tensor(torch.inf)),
     ):
-        told = rf"^file '.*a\.safetensors' is damaged: its {key}.{wrong} has numbers that are not finite"
-        refused(told, {f"{key}.{wrong}": tensor})
+        pattern = rf"^file '.*a\.safetensors' is damaged: its {key}.{wrong} has numbers that are not finite"
+        refused(pattern, {f"{key}.{wrong}": tensor})
     inner, outer = weights[f"{key}.lora_down.weight"].shape[1], weights[f"{key}.lora_up.weight"].shape[0]
     nothing = {"lora_down": torch.zeros(0, inner, 1, 1), "lora_up": torch.zeros(outer, 0, 1, 1)}
     layer = "unet mid_block.attentions.0.proj_in"
@@ -69,7 +69,7 @@ def test_files_that_do_not_fit_change_nothing(stable_diffusion_folders: dict[str
     path.write_bytes(write(path, "kohya", pairs).read_bytes()[:50])
     with pytest.raises(ValueError, match=r"^file '.*a\.safetensors' is damaged"):
         model.load_lora(path)
-    for name, told in (
+    for name, pattern in (
         ("nowhere", "is no file; give a .safetensors file, a folder with one, or a hub id"),
         ("owner/name", "cannot be fetched from the hub"),
         (tmp_path / "b.pt", "may hold pickle, which is never read"),
@@ -81,11 +81,11 @@ def test_files_that_do_not_fit_change_nothing(stable_diffusion_folders: dict[str
         (tmp_path / "two").mkdir(exist_ok=True)
         for letter in "ab":
             (tmp_path / "two" / f"{letter}.safetensors").write_bytes(b"")
-        with pytest.raises(ValueError, match=f"^LoRA '{name}' .*{told}"):
+        with pytest.raises(ValueError, match=f"^LoRA '{name}' .*{pattern}"):
             model.load_lora(name)
     after = weights_of(model)
     assert all(torch.equal(after[key], before[key]) for key in before) and model.adapters == ()
-    assert said == {}
+    assert described == {}
 
 
 def test_rank_stabilised_and_alpha_by_layer(stable_diffusion_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_rank_stabilised_and_alpha_by_layer(stable_diffusion_folders: dict[str, 
     pairs = pairs_of(model.model, only="attn1.to_q")
     weights, _ = in_peft(pairs)
     (first, *_), before = pairs, weights_of(model)
-    said = {"unet.lora_alpha": 4.0, "unet.use_rslora": True, "unet.alpha_pattern": {first[1]: 2.0}}
-    save_file(weights, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(said)})
+    config = {"unet.lora_alpha": 4.0, "unet.use_rslora": True, "unet.alpha_pattern": {first[1]: 2.0}}
+    save_file(weights, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
     model.load_lora(tmp_path / "a.safetensors")
     after = weights_of(model)
     for (part, name), (down, up) in pairs.items():
@@ -109,9 +109,9 @@ def test_alpha_by_layer_of_a_text_tower(stable_diffusion_folders: dict[str, Path
     pairs = {layer: each for layer, each in pairs_of(model.model).items() if layer[0] == "text_encoder"}
     alphas = {"q_proj": 2.0, "text_model.encoder.layers.0.mlp.fc1": 3.0, "self_attn.(out|none)_proj": 4.0, "proj": 5.0}
     weights, _ = in_peft(pairs)
-    said = {"text_encoder.lora_alpha": 1.0, "text_encoder.alpha_pattern": alphas}
+    config = {"text_encoder.lora_alpha": 1.0, "text_encoder.alpha_pattern": alphas}
     before = weights_of(model)
-    save_file(weights, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(said)})
+    save_file(weights, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
     model.load_lora(tmp_path / "a.safetensors")
     after, seen = weights_of(model), set()
     for (part, name), (down, up) in pairs.items():
@@ -133,9 +133,9 @@ def test_stock_reads_alphas_of_a_text_tower_alike(stable_diffusion_folders: dict
     weights, described = in_peft(pairs)
     fused = []
     for ahead in ("", "text_model."):
-        said = json.loads(described["lora_adapter_metadata"])
-        said["text_encoder.alpha_pattern"] = {f"{ahead}encoder.layers.0.mlp.fc1": 1.5}
-        save_file(weights, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(said)})
+        config = json.loads(described["lora_adapter_metadata"])
+        config["text_encoder.alpha_pattern"] = {f"{ahead}encoder.layers.0.mlp.fc1": 1.5}
+        save_file(weights, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
         model = loaded(stable_diffusion_folders["1"])
         model.load_lora(tmp_path, SCALE)
         fused.append(model.model.parts()["text_encoder"].state_dict())
@@ -197,18 +197,18 @@ def test_of_peft_the_configuration_counts(stable_diffusion_folders: dict[str, Pa
     beside = tmp_path / "adapter_config.json"
     with pytest.raises(ValueError, match=r"is peft's own and has no adapter_config\.json beside it"):
         model.load_lora(path)
-    said = {"peft_type": "LORA", "lora_alpha": ALPHA, "init_lora_weights": True}
-    for damage, told in (
+    config = {"peft_type": "LORA", "lora_alpha": ALPHA, "init_lora_weights": True}
+    for damage, message in (
         ({"peft_type": "LOHA"}, "is of peft's kind 'LOHA'"),
         ({"init_lora_weights": "pissa"}, "started from 'pissa', which changes the base model"),
         ({"use_dora": True}, "is a DoRA"),
     ):
-        beside.write_text(json.dumps(said | damage))
-        with pytest.raises(ValueError, match=told):
+        beside.write_text(json.dumps(config | damage))
+        with pytest.raises(ValueError, match=message):
             model.load_lora(path)
     hashes = []
     for alpha in (ALPHA, 2 * ALPHA):
-        beside.write_text(json.dumps(said | {"lora_alpha": alpha}))
+        beside.write_text(json.dumps(config | {"lora_alpha": alpha}))
         model.load_lora(path)
         hashes.append(model.adapters[-1].hash)
     assert hashes[0] != hashes[1]  # for the pictures differ

@@ -26,15 +26,15 @@ def test_a_prompt_a_line(tmp_path: Path) -> None:
 
 
 def test_a_request_a_line(tmp_path: Path) -> None:
-    said = {"prompt": "a red star", "seed": 3, "guidance_interval": [0.5, 9], "sampler": None, "id": ["any", 1]}
-    (entry,) = read_manifest(written(tmp_path, json.dumps(said)))
+    record = {"prompt": "a red star", "seed": 3, "guidance_interval": [0.5, 9], "sampler": None, "id": ["any", 1]}
+    (entry,) = read_manifest(written(tmp_path, json.dumps(record)))
     assert entry.id == ["any", 1] and "sampler" not in entry.words and "id" not in entry.words
     assert entry.request() == Request("a red star", seed=3, guidance_interval=(0.5, 9))
 
 
 def test_files_lie_beside_the_manifest(tmp_path: Path) -> None:
-    said = {"prompt": "a star", "image": "in/one.png", "mask_image": str(tmp_path / "elsewhere.png")}
-    (entry,) = read_manifest(written(tmp_path, json.dumps(said)))
+    record = {"prompt": "a star", "image": "in/one.png", "mask_image": str(tmp_path / "elsewhere.png")}
+    (entry,) = read_manifest(written(tmp_path, json.dumps(record)))
     assert entry.words["image"] == str(tmp_path / "in" / "one.png")
     assert entry.words["mask_image"] == str(tmp_path / "elsewhere.png")
 

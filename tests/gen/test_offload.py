@@ -60,8 +60,8 @@ def loaded(folder: Path, **origins: Any) -> TextToImage:
 
 
 def painted(model: TextToImage, steps: int = 3, **settings: Any) -> Any:
-    told: dict[str, Any] = {"num_images_per_prompt": 2, "seed": 3, "output_type": "pt", **settings}
-    return model(PROMPT, num_inference_steps=steps, **told)
+    words: dict[str, Any] = {"num_images_per_prompt": 2, "seed": 3, "output_type": "pt", **settings}
+    return model(PROMPT, num_inference_steps=steps, **words)
 
 
 def there(network: nn.Module) -> bool:
@@ -315,8 +315,8 @@ def test_what_could_leave_is_room_for_a_picture(tiny_folder: Path, monkeypatch: 
         assert model._offload.could_leave > 50_000
         needed = 4 * model.model.held_at_once(model.model.abilities.defaults, is_decoded=True)
         monkeypatch.setattr("gen.room.free_memory", lambda device: needed - 50_000)
-        told = r"needs \d+\.\d GB at the very least, and 0\.\d GB could be had"
-        with pytest.raises(ValueError, match=told):
+        message = r"needs \d+\.\d GB at the very least, and 0\.\d GB could be had"
+        with pytest.raises(ValueError, match=message):
             model(PROMPT, height=2048, width=2048, num_inference_steps=1)
         model(PROMPT, num_inference_steps=1)
 
@@ -344,10 +344,10 @@ def test_two_engines_paint_by_networks_that_take_turns(tiny_folder: Path, tiny: 
     expected = [painted(tiny, seed=seed).images for seed in (3, 9)]
     with gpu(too_small(tiny)):
         model = loaded(tiny_folder)
-        told: dict[str, Any] = {"num_images_per_prompt": 2, "num_inference_steps": 3, "output_type": "pt"}
+        words: dict[str, Any] = {"num_images_per_prompt": 2, "num_inference_steps": 3, "output_type": "pt"}
         engines = [model.engine(), model.engine()]
         futures = [
-            engine.submit(Request(PROMPT, seed=seed, **told)) for engine, seed in zip(engines, (3, 9), strict=True)
+            engine.submit(Request(PROMPT, seed=seed, **words)) for engine, seed in zip(engines, (3, 9), strict=True)
         ]
         while any([engine.tick() for engine in engines]):
             pass

@@ -396,10 +396,10 @@ class Convolved(nn.Module):
         self.convolution = nn.Conv2d(inside, outside, **({"kernel_size": 3, "padding": 1} | options))
         self.added = added
 
-    def forward(self, x: Tensor, told: Tensor, beside: Tensor) -> Tensor:
+    def forward(self, x: Tensor, per_channel: Tensor, beside: Tensor) -> Tensor:
         answer: Tensor = self.convolution(x)
         for each in self.added:
-            answer = {"t": told[:, :, None, None], "b": beside}[each] + answer
+            answer = {"t": per_channel[:, :, None, None], "b": beside}[each] + answer
         return answer
 
 
@@ -538,8 +538,10 @@ class Both(nn.Module):
         self.gated = GEGLU(64, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        told = self.convolution(x).flatten(2).transpose(1, 2)  # (B, places, 64)
-        heads = [layer(told).unflatten(2, (2, 32)).transpose(1, 2) for layer in (self.queries, self.keys, self.values)]
+        states = self.convolution(x).flatten(2).transpose(1, 2)  # (B, places, 64)
+        heads = [
+            layer(states).unflatten(2, (2, 32)).transpose(1, 2) for layer in (self.queries, self.keys, self.values)
+        ]
         seen = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         answer: Tensor = self.gated(seen)
         return answer

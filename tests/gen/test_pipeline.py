@@ -70,9 +70,9 @@ def test_what_was_ignored_is_not_in_the_record(tiny: TextToImage) -> None:
     unread["prior_latents"] = torch.zeros(1, abilities.embedding_width)
     with pytest.warns(
         UserWarning, match=r"^(super_res|prior)_latents is ignored|^negative_prompt_embeds is ignored"
-    ) as told:
+    ) as warned:
         result = tiny("a star", seed=1, prior=False, guidance_scale=1.0, output_type="pt", **unread)
-    assert len(told) == 3 and "given" not in result.records[0]
+    assert len(warned) == 3 and "given" not in result.records[0]
     assert (tiny.repaint(result.records[0]) - result.images[0]).abs().max() <= LEVEL
 
 
@@ -82,9 +82,9 @@ def test_a_record_says_how_it_was_computed(tiny: TextToImage) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.repaint(record)
-    for told in ({"dtype": "bfloat16"}, {"attention": "math"}):
-        with pytest.warns(UserWarning, match=f"with {' '.join(*told.items())}, and this is"):
-            tiny.repaint(record | told)
+    for computed in ({"dtype": "bfloat16"}, {"attention": "math"}):
+        with pytest.warns(UserWarning, match=f"with {' '.join(*computed.items())}, and this is"):
+            tiny.repaint(record | computed)
 
 
 def test_a_callback_looks(tiny: TextToImage) -> None:
@@ -117,9 +117,9 @@ def test_one_text_is_encoded_once(tiny: TextToImage) -> None:
     """Sixteen candidates ask the text tower for two texts: the prompt and what they are guided away from."""
     count = 0
 
-    def counted(_: Any, words: Any, told: dict[str, Any]) -> None:
+    def counted(_: Any, words: Any, kwargs: dict[str, Any]) -> None:
         nonlocal count
-        count += len(told["input_ids"])
+        count += len(kwargs["input_ids"])
 
     hook = tiny.model.text.encoder.register_forward_pre_hook(counted, with_kwargs=True)
     tiny("a star", negative_prompt="red", num_images_per_prompt=16, seed=1, prior=False, rerank=False)
@@ -187,8 +187,8 @@ def test_a_model_is_loaded_from_a_record(tiny_folder: Path, tmp_path: Path) -> N
     assert torch.equal(again.repaint(record), guided.images[0])
     elsewhere = TextToImage.of_record(ranked.records[0] | {"attention": "cudnn"}, "cpu")
     assert elsewhere.compute.attention == "auto"
-    for lacking, told in (("model", "names no model; give it with model="), ("model_hash", "has no model_hash")):
-        with pytest.raises(ValueError, match=f"the record {told}"):
+    for lacking, message in (("model", "names no model; give it with model="), ("model_hash", "has no model_hash")):
+        with pytest.raises(ValueError, match=f"the record {message}"):
             TextToImage.of_record({name: value for name, value in record.items() if name != lacking})
     with pytest.raises(ValueError, match="clip was given, but CLIP ranked the picture"):
         TextToImage.of_record(ranked.records[0], clip=tmp_path / "moved")

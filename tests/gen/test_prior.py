@@ -68,11 +68,11 @@ def make_prior(**config: Any) -> PriorTransformer:
 
 def texts_for(prior: PriorTransformer) -> list[Condition]:
     rng = torch.Generator().manual_seed(1)
-    told, width = [], prior.config.embedding_proj_dim or WIDTH
+    conditions, width = [], prior.config.embedding_proj_dim or WIDTH
     for length in LENGTHS:
         tokens, vector = torch.randn(LENGTH, WIDTH, generator=rng), torch.randn(width, generator=rng)
-        told.append(Condition(tokens, vector, torch.arange(LENGTH) < length))
-    return told
+        conditions.append(Condition(tokens, vector, torch.arange(LENGTH) < length))
+    return conditions
 
 
 def gathered(texts: Sequence[Condition], indices: Sequence[int]) -> Conditions:
@@ -119,10 +119,10 @@ def read(prior: PriorTransformer) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("call", CALLS)
 def test_one_call_equals_diffusers(variant: str, call: str) -> None:
     prior = make_prior(**VARIANTS[variant])
-    told, (x, timestep) = gathered(texts_for(prior), CALLS[call]), asked(len(CALLS[call]))
-    theirs = stock(prior)(x, timestep, told)
+    conditions, (x, timestep) = gathered(texts_for(prior), CALLS[call]), asked(len(CALLS[call]))
+    theirs = stock(prior)(x, timestep, conditions)
     shapes = read(prior)
-    ours = CachedPrior(prior)(x, timestep, told)
+    ours = CachedPrior(prior)(x, timestep, conditions)
     assert (ours - theirs).abs().max() < 1e-5
     tail = 2 if variant == "no_prd" else 3
     assert shapes == [(len(set(CALLS[call])), PREFIX), (len(CALLS[call]), tail)]
@@ -166,10 +166,10 @@ def eager(prior: PriorTransformer) -> None:
 def test_other_kernels_are_cached_too(change: Callable[[PriorTransformer], None]) -> None:
     prior = make_prior()
     change(prior)
-    told, (x, timestep) = gathered(texts_for(prior), CALLS["unequal"]), asked(10)
-    theirs = stock(prior)(x, timestep, told)
+    conditions, (x, timestep) = gathered(texts_for(prior), CALLS["unequal"]), asked(10)
+    theirs = stock(prior)(x, timestep, conditions)
     shapes = read(prior)
-    assert (CachedPrior(prior)(x, timestep, told) - theirs).abs().max() < 1e-5
+    assert (CachedPrior(prior)(x, timestep, conditions) - theirs).abs().max() < 1e-5
     assert shapes[-1] == (10, 3)
 
 
@@ -185,8 +185,8 @@ def test_half_precision_is_no_further_from_the_truth_than_diffusers(dtype: torch
         for one, (tokens, vector) in zip(texts, kinds, strict=True)
         if tokens is not None and vector is not None
     ]
-    told = Conditions(tuple(cast[index] for index in CALLS["unequal"]))
-    theirs, ours = (network(x, timestep, told).float() for network in (stock(half), CachedPrior(half)))
+    conditions = Conditions(tuple(cast[index] for index in CALLS["unequal"]))
+    theirs, ours = (network(x, timestep, conditions).float() for network in (stock(half), CachedPrior(half)))
     assert (ours - true).abs().mean() < 1.5 * (theirs - true).abs().mean()
 
 
@@ -202,14 +202,14 @@ def candidates_of(prompts: Sequence[str], number: int, scale: float, steps: int 
 
 def stock_loop(prior: Prior, candidates: Sequence[Candidate], scale: float, steps: int = 5) -> Tensor:
     """As StableUnCLIPPipeline runs its prior: every row beside its own copy of the empty prompt."""
-    told = prior.conditions([one.prompt for one in candidates])
+    conditions = prior.conditions([one.prompt for one in candidates])
     null = prior.conditions([""] * len(candidates))
     scheduler, network = copy.deepcopy(prior.levels.stock), stock(prior.network)
     scheduler.set_timesteps(steps)
     x = noise([one.seed for one in candidates], STAGE, 0, (WIDTH,))
     for t in scheduler.timesteps:
         timestep = t.expand(len(x))
-        answer = network(x, timestep, Conditions(tuple(told)))
+        answer = network(x, timestep, Conditions(tuple(conditions)))
         if scale > 1:
             away = network(x, timestep, Conditions(tuple(null)))
             answer = away + scale * (answer - away)
@@ -274,13 +274,15 @@ def test_rows_join_and_leave_at_random(tiny: TextToImage, seed: int) -> None:
     """Rows of several prompts and schedules, guided or not, admitted and dropped at any tick."""
     prior = tiny.model.prior
     assert prior is not None
-    draw, told = random.Random(seed), prior.conditions(["", *PROMPTS])
+    draw, conditions = random.Random(seed), prior.conditions(["", *PROMPTS])
 
     def row(key: int) -> Row:
         schedule = prior.levels.schedule(prior.levels.sampler, draw.choice([3, 5, 8]))
-        prompt = told[draw.randint(1, len(PROMPTS))]
+        prompt = conditions[draw.randint(1, len(PROMPTS))]
         weight = draw.choice([1.0, 3.0, 5.0])
-        return Row(key, key, (WIDTH,), schedule, prior.levels.sampler, prompt, null=told[0], guidance_scale=weight)
+        return Row(
+            key, key, (WIDTH,), schedule, prior.levels.sampler, prompt, null=conditions[0], guidance_scale=weight
+        )
 
     rows = [row(key) for key in range(14)]
 
@@ -355,11 +357,11 @@ def test_other_networks_run_whole_and_say_so(
     caplog: pytest.LogCaptureFixture, change: Callable[[PriorTransformer], PriorTransformer], word: str
 ) -> None:
     prior = change(make_prior())
-    told, (x, timestep) = gathered(texts_for(prior), [0, 1, 1]), asked(3)
+    conditions, (x, timestep) = gathered(texts_for(prior), [0, 1, 1]), asked(3)
     network = CachedPrior(prior)
     with caplog.at_level(logging.INFO, "gen.prior_prefix"):
-        ours = [network(x, timestep, told) for _ in range(3)]
-    theirs = stock(prior)(x, timestep, told)
+        ours = [network(x, timestep, conditions) for _ in range(3)]
+    theirs = stock(prior)(x, timestep, conditions)
     assert all(torch.equal(each, theirs) for each in ours)
     assert [word in record.message for record in caplog.records] == [True]
 
@@ -374,40 +376,42 @@ def test_a_text_that_begins_with_padding_runs_whole(caplog: pytest.LogCaptureFix
     network, (x, timestep) = CachedPrior(prior), asked(2)
     with caplog.at_level(logging.INFO, "gen.prior_prefix"):
         for call in ([0, 1], [left, 1], [none, left], [0, 1]):
-            told = gathered(texts, sorted(call))
-            assert (network(x, timestep, told) - stock(prior)(x, timestep, told)).abs().max() < 1e-5
+            conditions = gathered(texts, sorted(call))
+            assert (network(x, timestep, conditions) - stock(prior)(x, timestep, conditions)).abs().max() < 1e-5
     assert ["begins with padding" in record.message for record in caplog.records] == [True]
 
 
 def test_without_a_mask_it_is_not_causal(caplog: pytest.LogCaptureFixture) -> None:
     prior = make_prior()
-    told = Conditions(tuple(Condition(one.encoder_hidden_states, one.pooled_projections) for one in texts_for(prior)))
+    conditions = Conditions(
+        tuple(Condition(one.encoder_hidden_states, one.pooled_projections) for one in texts_for(prior))
+    )
     x, timestep = asked(len(LENGTHS))
-    theirs, shapes = stock(prior)(x, timestep, told), read(prior)
+    theirs, shapes = stock(prior)(x, timestep, conditions), read(prior)
     with caplog.at_level(logging.INFO, "gen.prior_prefix"):
-        assert torch.equal(CachedPrior(prior)(x, timestep, told), theirs)
+        assert torch.equal(CachedPrior(prior)(x, timestep, conditions), theirs)
     assert shapes == [(len(LENGTHS), LENGTH + 4)] and "not causal" in caplog.text
 
 
 def test_shapes_that_diffusers_refuses_are_refused() -> None:
     """A text of another length, or positions for another number of tokens, is never answered by the cache alone."""
-    told, (x, timestep) = gathered(texts_for(make_prior()), [0, 1]), asked(2)
+    conditions, (x, timestep) = gathered(texts_for(make_prior()), [0, 1]), asked(2)
     sizes = [(LENGTH + 2, 4), (LENGTH + 1, 3), (LENGTH, 6), (LENGTH, 3)]
     for num_embeddings, additional in sizes:
         prior = make_prior(num_embeddings=num_embeddings, additional_embeddings=additional)
         for network in (stock(prior), CachedPrior(prior)):
             with pytest.raises(RuntimeError):
-                network(x, timestep, told)
+                network(x, timestep, conditions)
 
 
 def test_gradients_are_whole(caplog: pytest.LogCaptureFixture) -> None:
     prior = make_prior()
-    told, (x, timestep) = gathered(texts_for(prior), [0, 1]), asked(2)
+    conditions, (x, timestep) = gathered(texts_for(prior), [0, 1]), asked(2)
     network, weight = CachedPrior(prior), prior.transformer_blocks[0].attn1.to_k.weight
-    network(x, timestep, told)
+    network(x, timestep, conditions)
     with torch.enable_grad(), caplog.at_level(logging.INFO, "gen.prior_prefix"):
         ours, theirs = (
-            torch.autograd.grad(call(x, timestep, told).sum(), weight)[0] for call in (network, stock(prior))
+            torch.autograd.grad(call(x, timestep, conditions).sum(), weight)[0] for call in (network, stock(prior))
         )
     assert torch.equal(ours, theirs) and "gradients" in caplog.text
 
@@ -421,12 +425,12 @@ def test_conditions_are_told_apart_by_identity() -> None:
         Condition(tokens, vector)
         for tokens, vector in ((words, torch.ones(1)), (other, torch.ones(1)), (words, torch.zeros(1)))
     ]
-    told = gathered(texts, [0, 0, 1, 2])
-    assert told.distinct.unique == tuple(texts) and told.distinct.of == (0, 0, 1, 2)
-    assert [id(each) for each in told.distinct_encoder_hidden_states.unique] == [id(words), id(other)]
-    assert told.distinct_encoder_hidden_states.of == (0, 0, 1, 0)
-    assert told.encoder_hidden_states is not None and told.encoder_hidden_states.shape == (4, 3, 2)
-    assert told.attention_mask is None
+    conditions = gathered(texts, [0, 0, 1, 2])
+    assert conditions.distinct.unique == tuple(texts) and conditions.distinct.of == (0, 0, 1, 2)
+    assert [id(each) for each in conditions.distinct_encoder_hidden_states.unique] == [id(words), id(other)]
+    assert conditions.distinct_encoder_hidden_states.of == (0, 0, 1, 0)
+    assert conditions.encoder_hidden_states is not None and conditions.encoder_hidden_states.shape == (4, 3, 2)
+    assert conditions.attention_mask is None
     assert Distinct.among([words, words]).of == (0, 0)
     twins = Conditions((texts[0], texts[0].copy()))
     assert len(twins.distinct.unique) == len(twins.distinct_encoder_hidden_states.unique) == 2

@@ -13,5 +13,5 @@ def test_progress_goes_to_standard_error_and_only_when_asked(
     tiny("a star", seed=1)
     assert capfd.readouterr() == ("", "")
     tiny("a star", seed=1, progress=True)
-    told = capfd.readouterr()
-    assert told.out == "" and "decoder" in told.err and "prior" in told.err
+    printed = capfd.readouterr()
+    assert printed.out == "" and "decoder" in printed.err and "prior" in printed.err

@@ -58,9 +58,9 @@ def model(folder: Path) -> TextToImage:
 )
 def test_the_grammar(text: str, parts: list[tuple[str, float]]) -> None:
     found = parse("prompt", text)
-    assert [part.text for part in found] == [said for said, _ in parts]
+    assert [part.text for part in found] == [piece for piece, _ in parts]
     assert [part.weight for part in found] == pytest.approx([weight for _, weight in parts])
-    assert plain(text) == "".join(said for said, _ in parts)
+    assert plain(text) == "".join(piece for piece, _ in parts)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def ids(model: TextToImage, text: str) -> list[int]:
 
 def test_a_weight_moves_a_words_states_from_the_empty_prompts(model: TextToImage, folder: Path) -> None:
     first, word, last = ids(model, "a"), ids(model, "red"), ids(model, "star")
-    told, empty = states(model, first + word + last), states(model, [])
+    plain_states, empty = states(model, first + word + last), states(model, [])
     place = slice(1 + len(first), 1 + len(first) + len(word))
     pictures = []
     for weight in (0.0, 1.0, 1.3):
-        handed = told.clone()
-        handed[:, place] = empty[:, place] + weight * (told - empty)[:, place]
+        handed = plain_states.clone()
+        handed[:, place] = empty[:, place] + weight * (plain_states - empty)[:, place]
         ours = model(f"a (red:{weight}) star", prompt_weights=True, **ASKED).images
         stock = {"num_inference_steps": 4, "output_type": "latent", "latents": start(1, 1)}
         theirs = stock_of(StableDiffusionPipeline, folder)(
@@ -182,12 +182,12 @@ def test_clip_and_the_prior_read_the_words_alone(tiny: TextToImage) -> None:
 
 
 def test_a_picture_does_not_depend_on_its_batch_and_repeats(tiny: TextToImage) -> None:
-    told: dict[str, Any] = {"prompt_weights": True, "long_prompts": True, "output_type": "pt", "seed": 3}
-    one = Request(prompt=f"a (red:1.4) star {ENDLESS}", num_images_per_prompt=2, **told)
-    others = [Request(prompt=SHORT, seed=9), Request(prompt="a (blue:0.5) star", **told)]
+    words: dict[str, Any] = {"prompt_weights": True, "long_prompts": True, "output_type": "pt", "seed": 3}
+    one = Request(prompt=f"a (red:1.4) star {ENDLESS}", num_images_per_prompt=2, **words)
+    others = [Request(prompt=SHORT, seed=9), Request(prompt="a (blue:0.5) star", **words)]
     together = tiny.paint([others[0], one, others[1]])[1]
     for k, seed in enumerate(together.seeds):
-        alone = tiny(one.prompt, **(told | {"seed": seed})).images
+        alone = tiny(one.prompt, **(words | {"seed": seed})).images
         assert (together.images[k] - alone[0]).abs().max() <= 1 / 255  # type: ignore[operator, union-attr]
         assert (tiny.repaint(together.records[k]) - alone[0]).abs().max() <= 1 / 255
 

@@ -35,14 +35,14 @@ FULL = Record(
     "record", [FULL, *(Record(picture=PICTURE, compute=Compute(dtype)) for dtype in READ.values())]
 )
 def test_what_is_written_is_read_again(record: Record) -> None:
-    told = json.loads(json.dumps(record.to_json() | {"score": 0.3}))
-    assert Record.from_json(told) == record
-    assert told["version"] == VERSION == 1
+    written = json.loads(json.dumps(record.to_json() | {"score": 0.3}))
+    assert Record.from_json(written) == record
+    assert written["version"] == VERSION == 1
 
 
 def test_a_record_says_nothing_of_what_was_not_there() -> None:
-    told = Record(picture=PICTURE, model="shapes64").to_json()
-    assert list(told) == [*PICTURE, "version", "model", "model_hash", "dtype", "attention", "runtime"]
+    written = Record(picture=PICTURE, model="shapes64").to_json()
+    assert list(written) == [*PICTURE, "version", "model", "model_hash", "dtype", "attention", "runtime"]
     assert Record.from_json(PICTURE).compute == Compute(torch.float32, "torch", "auto")  # as records of old
 
 
@@ -56,7 +56,7 @@ def test_a_clip_that_only_ranked_is_not_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("damage", "message"),
     [
         *(({name: 3}, f"is damaged: its {name} is 3$") for name in ("model", "model_hash", "weak_unet", "clip_hash")),
         *(({name: []}, rf"is damaged: its {name} is \[\]$") for name in ("runtime", "attention", "settings", "dtype")),
@@ -67,9 +67,9 @@ def test_a_clip_that_only_ranked_is_not_asked_for() -> None:
         *(({"version": version}, "is damaged: its version is") for version in (0, "1", None)),
     ],
 )
-def test_what_is_wrong_is_named(told: dict[str, Any], message: str) -> None:
+def test_what_is_wrong_is_named(damage: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^the record {message}"):
-        Record.from_json(FULL.to_json() | told)
+        Record.from_json(FULL.to_json() | damage)
 
 
 ASKING = replace(FULL, picture=PICTURE | {"settings": {"clip_guidance_scale": 2.0, "guidance_rule": "autoguidance"}})
@@ -84,7 +84,7 @@ def test_what_paints_the_same_is_known_by_its_hashes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("here", "told"),
+    ("here", "message"),
     [
         ({"model_hash": "9" * 64}, "by model 'some/model' of hash 0{12}, and this is 'some/model' of hash 9{12}; load"),
         ({"adapters": ()}, "other adapters: lora 'a.safetensors' x 0.5 .*; here are none; load those"),
@@ -96,8 +96,8 @@ def test_what_paints_the_same_is_known_by_its_hashes() -> None:
         ({"clip": "", "clip_hash": ""}, "by CLIP 'open_clip:.*' of hash 2{12}, and this is the model's own; load"),
     ],
 )
-def test_what_paints_otherwise_is_refused(here: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_paints_otherwise_is_refused(here: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ASKING.check_model(replace(ASKING, **here))
         ASKING.check_beside(replace(ASKING, **here))
 

@@ -165,9 +165,9 @@ def test_numbers_of_other_libraries_are_numbers(tiny: TextToImage) -> None:
     }
     job = resolve(Request(**GOOD | words), tiny.model.abilities)
     assert [each.seed for each in job.candidates] == [3, 4] and job.keep == 1 and job.budget == 60.0
-    told = json.loads(json.dumps(job.candidates[0].to_json()))  # a record is JSON
+    record = json.loads(json.dumps(job.candidates[0].to_json()))  # a record is JSON
     here = {"height": 64, "num_inference_steps": 4, "guidance_scale": 2.5, "guidance_interval": [0.5, 2.5]}
-    assert told["seed"] == 3 and here.items() <= told["settings"].items()
+    assert record["seed"] == 3 and here.items() <= record["settings"].items()
     settings = job.candidates[0].settings
     assert {type(settings.height), type(settings.num_inference_steps), type(job.keep)} == {int}
     assert {type(settings.guidance_scale), type(job.budget)} == {float} and settings.prior is True

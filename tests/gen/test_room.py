@@ -89,12 +89,14 @@ def test_a_picture_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     free = [least - 1]
     monkeypatch.setattr(room, "free_memory", lambda device: free[0])
     monkeypatch.setattr(room, "reserve", lambda: 0)
-    told = r"a picture of height 96 and width 128 needs 0\.\d GB at the very least, and 0\.\d GB are free on cpu; give"
-    with pytest.raises(ValueError, match=told):
+    message = (
+        r"a picture of height 96 and width 128 needs 0\.\d GB at the very least, and 0\.\d GB are free on cpu; give"
+    )
+    with pytest.raises(ValueError, match=message):
         model("a star", **asked)
-    with model.engine() as engine, pytest.raises(ValueError, match=told):
+    with model.engine() as engine, pytest.raises(ValueError, match=message):
         engine.submit(Request(prompt="a star", **asked))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         model.paint([Request(prompt="a star"), Request(prompt="a star", **asked)])
     monkeypatch.setattr(room, "reserve", lambda: 1)
     assert model("a star", **asked).seeds

@@ -252,7 +252,7 @@ def test_a_learned_variance_is_the_prompts_own(tiny: TextToImage, size: int) -> 
     together = Rows(network, scaling, "decoder", buckets=buckets_of(size))
     ours = finish(together, [row])[0]
     assert row.null is not None
-    told, estimate = Conditions((row.null, row.prompt)), denoiser(lambda x, t: network(x, t, told), scaling)
+    gathered, estimate = Conditions((row.null, row.prompt)), denoiser(lambda x, t: network(x, t, gathered), scaling)
 
     def denoise(x: Tensor, sigma: Tensor) -> Prediction:
         both = estimate(x.expand(2, -1, -1, -1), sigma.expand(2))
@@ -307,8 +307,10 @@ def test_another_network_answers_a_rows_last_step(tiny: TextToImage) -> None:
                 together.tick()
             (lane,) = together.lanes.values()
             now, before = lane.table.step[0].level.sigma, lane.state.x
-            told = Conditions((row.prompt,))
-            estimate = denoiser(lambda x, t, told=told: -model.call(x, t, told), together.scaling)(before, now).x0
+            gathered = Conditions((row.prompt,))
+            estimate = denoiser(lambda x, t, gathered=gathered: -model.call(x, t, gathered), together.scaling)(
+                before, now
+            ).x0
         # a step of DDIM to level 0 ends at the estimate
         assert (ours[row.key] - estimate[0]).abs().max() < 1e-4 * estimate.abs().max()
 
@@ -321,16 +323,16 @@ def test_what_several_networks_are_told_is_put_together_once(tiny: TextToImage) 
         )
         for row in rows_of(tiny, 3)
     ]
-    told: dict[str, list[Conditions]] = {"own": [], "weak": []}
+    asked: dict[str, list[Conditions]] = {"own": [], "weak": []}
 
     def network(name: str, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        told[name].append(conditions)
+        asked[name].append(conditions)
         return tiny.model.call_unet(tiny.model.unet, x, timestep, conditions)
 
-    networks = {name: partial(network, name) for name in told}
+    networks = {name: partial(network, name) for name in asked}
     together = Rows(partial(dispatched, networks), tiny.model.levels.scaling, "decoder", buckets=buckets_of(16))
     finish(together, rows)
-    for name, each in told.items():
+    for name, each in asked.items():
         assert len(each) == 6 and all(one is each[0] for one in each)
         assert [condition.network for condition in each[0].each] == [name] * 3
 
@@ -591,11 +593,11 @@ def test_a_lane_that_never_has_memory_ends_and_the_others_go_on(
     whole = finish(rows_over(tiny), rows[:3])
     tried: list[int] = []
 
-    def short(sampler: str, denoise: Any, state: State, *told: Any) -> State:
+    def short(sampler: str, denoise: Any, state: State, *args: Any) -> State:
         if sampler == "heun":
             tried.append(len(state.x))
             raise SHORT[0]
-        return advance(sampler, denoise, state, *told)
+        return advance(sampler, denoise, state, *args)
 
     monkeypatch.setattr("gen.attempt.advance", short)
     together = rows_over(tiny)

@@ -58,7 +58,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 def test_what_cannot_run_is_refused_in_one_line(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "core", core.__wrapped__)  # the one that is kept is the one that others hold
     monkeypatch.setitem(sys.modules, "openvino", None)  # as where it is not installed
-    for asked, told in (
+    for asked, message in (
         ({"runtime": "onnx"}, r"runtime 'onnx' is unknown; choose from: torch, compile, openvino"),
         ({"runtime": "openvino"}, r"not installed .*; pip install 'unclip\[openvino\]'"),
         ({"runtime": "openvino", "dtype": "float16"}, r"computes in float32 or bfloat16, not in float16"),
@@ -66,7 +66,7 @@ def test_what_cannot_run_is_refused_in_one_line(tiny_folder: Path, monkeypatch: 
         ({"dtype": 3}, r"dtype '3' is unknown"),
         ({"dtype": "float8"}, r"dtype 'float8' is unknown; choose from: float32, bfloat16, float16"),
     ):
-        with pytest.raises(ValueError, match=told) as refused:
+        with pytest.raises(ValueError, match=message) as refused:
             TextToImage.from_pretrained(tiny_folder, **asked)
         assert "\n" not in str(refused.value)
 
@@ -134,7 +134,7 @@ def test_a_piece_that_fails_ends_the_call_and_the_next_one_is_right(
     wanted, taken = network(x), []
     openvino_runtime.run_by_openvino(network, torch.float32)
 
-    def failing(stream: object, answers: object, told: object, left: Iterator[object]) -> None:
+    def failing(stream: object, answers: object, inputs: object, left: Iterator[object]) -> None:
         taken.append(next(left))
         raise ValueError("of one piece")
 
@@ -200,18 +200,18 @@ def test_a_level_is_computed_once_whoever_is_beside_it(installed: None, monkeypa
     compute = levels.compiled
     levels.compiled = lambda arrays: asked.append(len(arrays[-1])) or compute(arrays)
 
-    def told(*t: float) -> Tensor:
+    def embedded(*t: float) -> Tensor:
         found = levels([x[: len(t)].numpy(), np.array(t, np.float32)])
         return torch.from_numpy(found).reshape(len(t), 3)
 
-    first = told(3, 1, 3)
+    first = embedded(3, 1, 3)
     assert torch.equal(first[0], first[2]) and asked == [16], "computed so many at a time, always"
     torch.testing.assert_close(first[:, :, None].expand(-1, -1, 5), network(x[:3], torch.tensor([3.0, 1, 3])))
-    assert torch.equal(told(1, 3), first[[1, 0]]) and asked == [16], "known"
-    many = told(*range(40))
+    assert torch.equal(embedded(1, 3), first[[1, 0]]) and asked == [16], "known"
+    many = embedded(*range(40))
     assert len(asked) == 1 + 3 and len(levels.known) == 20, "two were known, and of all the last are kept"
     assert torch.equal(many[[3, 1]], first[:2])
-    assert torch.equal(told(3, 39), many[[3, 39]]) and len(asked) == 5, "the same when it was forgotten"
+    assert torch.equal(embedded(3, 39), many[[3, 39]]) and len(asked) == 5, "the same when it was forgotten"
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -245,11 +245,11 @@ def test_the_same_are_kept(tiny: TextToImage, fast: TextToImage) -> None:
 
 def test_nobody_is_told_of_it(tiny_folder: Path, installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     telemetry = pytest.importorskip("openvino_telemetry")
-    told: list[Any] = []
-    monkeypatch.setattr(telemetry.Telemetry, "init", lambda *args, **_: told.append(args))
+    sent: list[Any] = []
+    monkeypatch.setattr(telemetry.Telemetry, "init", lambda *args, **_: sent.append(args))
     model = TextToImage.from_pretrained(tiny_folder, runtime="openvino")
     model("a star", num_inference_steps=1, seed=0)
-    assert not told
+    assert not sent
 
 
 def test_a_gradient_is_torchs(tiny: TextToImage, fast: TextToImage) -> None:

@@ -48,7 +48,7 @@ def test_every_option_of_a_class_is_known_to_us(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "told", "message"),
+    ("sampler", "config", "message"),
     [
         ("euler", {"use_beta_sigmas": True}, "use_beta_sigmas=True is not supported; choose from: False, None"),
         ("euler", {"sigma_max": 80.0}, "sigma_max=80.0"),
@@ -58,9 +58,9 @@ def test_every_option_of_a_class_is_known_to_us(name: str) -> None:
         ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas=True"),
     ],
 )
-def test_options_that_we_do_not_honour_are_refused(sampler: str, told: dict[str, Any], message: str) -> None:
+def test_options_that_we_do_not_honour_are_refused(sampler: str, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        NoiseLevels.of(stock_of(sampler, **told), "scheduler")
+        NoiseLevels.of(stock_of(sampler, **config), "scheduler")
     assert "\n" not in str(caught.value)
 
 
@@ -89,8 +89,8 @@ def test_what_a_configuration_does_not_say_is_the_class_default(caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         assert levels.options("ddim")["clip"] == 1.0
     assert "scheduler as ddim: estimates are clipped to 1.0, for clip_sample is not said" in caplog.text
-    told = EulerDiscreteScheduler.from_config(euler | {"clip_sample": False})
-    assert NoiseLevels.of(told, "scheduler").options("ddim")["clip"] == math.inf
+    stock = EulerDiscreteScheduler.from_config(euler | {"clip_sample": False})
+    assert NoiseLevels.of(stock, "scheduler").options("ddim")["clip"] == math.inf
 
 
 def test_clipping_shows() -> None:

@@ -69,9 +69,9 @@ def write_pickscore(folder: Path) -> Path:
             model.logit_scale.fill_(4.6)
     tokenizer.pad_token = "!"
     save_clip(model, tokenizer, folder)
-    told = json.loads((folder / "config.json").read_text())
-    told["text_config"]["eos_token_id"] = 2  # transformers' old default, which pools at the highest id
-    (folder / "config.json").write_text(json.dumps(told))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2  # transformers' old default, which pools at the highest id
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -80,16 +80,16 @@ def by_transformers(folder: Path, pictures: list[Image.Image], text: str) -> Ten
     assert isinstance(model.config, CLIPConfig)
     pixels = CLIPImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values
     ids = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    said = model(input_ids=ids, pixel_values=pixels)
-    return cosine_similarity(said.image_embeds, said.text_embeds)
+    output = model(input_ids=ids, pixel_values=pixels)
+    return cosine_similarity(output.image_embeds, output.text_embeds)
 
 
 def by_siglip(folder: Path, pictures: list[Image.Image], text: str) -> Tensor:
     model, tokenizer = SiglipModel.from_pretrained(folder), Siglip2Tokenizer.from_pretrained(folder)
     pixels = SiglipImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values
     ids = tokenizer([text], padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
-    said = model(input_ids=ids, pixel_values=pixels)
-    return cosine_similarity(said.image_embeds, said.text_embeds)
+    output = model(input_ids=ids, pixel_values=pixels)
+    return cosine_similarity(output.image_embeds, output.text_embeds)
 
 
 def by_open_clip(folder: Path, pictures: list[Image.Image], text: str) -> Tensor:

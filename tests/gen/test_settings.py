@@ -125,8 +125,8 @@ def apg(eta: float, threshold: float, momentum: float) -> Rule:
 def thresholded(bound: float, ratio: float) -> Rule:
     """Saharia et al. 2022, section 2.3, with another bound than 1."""
 
-    def rule(*told: Any) -> Tensor:
-        x0 = cfg(*told)
+    def rule(*args: Any) -> Tensor:
+        x0 = cfg(*args)
         s = max(torch.quantile(x0.abs().flatten(), ratio).item(), bound)
         return x0.clamp(-s, s) / s * bound
 
@@ -254,8 +254,8 @@ def test_clip_guidance_is_the_gradient_of_clips_cosine(tiny: TextToImage) -> Non
     text = clip.text("a star").embedding
 
     @torch.enable_grad()
-    def climbed(*told: Any) -> Tensor:
-        x0, sigma = cfg(*told).requires_grad_(), told[3]
+    def climbed(*args: Any) -> Tensor:
+        x0, sigma = cfg(*args).requires_grad_(), args[3]
         image = clip.image(painter.model.decode(x0), rounded=False)
         (slope,) = torch.autograd.grad(torch.cosine_similarity(image, text).sum(), x0)
         return (x0 + strength * sigma**2 / (1 + sigma**2) * slope).detach()

@@ -49,12 +49,12 @@ def test_a_title_in_another_script_is_drawn_where_a_font_has_it(monkeypatch: pyt
 
 def test_a_caption_may_have_several_lines_or_none() -> None:
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(size=12)
-    said = "a large purple triangle on the right of a star"
-    first, second = _lines(draw, said, font, 100, 2)
-    assert said.startswith(first) and second.endswith("…") and said.startswith(f"{first} {second[:-1]}")
-    assert " ".join(_lines(draw, said, font, 100, 9)) == said
-    assert all(draw.textlength(line, font) <= 100 for line in _lines(draw, said, font, 100, 9))
-    assert _lines(draw, said, font, 100, 1) == [_fit(draw, said, font, 100)]
+    text = "a large purple triangle on the right of a star"
+    first, second = _lines(draw, text, font, 100, 2)
+    assert text.startswith(first) and second.endswith("…") and text.startswith(f"{first} {second[:-1]}")
+    assert " ".join(_lines(draw, text, font, 100, 9)) == text
+    assert all(draw.textlength(line, font) <= 100 for line in _lines(draw, text, font, 100, 9))
+    assert _lines(draw, text, font, 100, 1) == [_fit(draw, text, font, 100)]
     assert _lines(draw, " ", font, 100, 2) == []
     assert "".join(_lines(draw, "w" * 99, font, 100, 3)) == _fit(draw, "w" * 99, font, 100)
     heights = [contact_sheet([noise(0)], captions, num_lines=3).height for captions in (None, ["a star"])]

@@ -29,7 +29,7 @@ KINDS = ("1", "2", "xl", "refiner")
 
 @pytest.fixture(autouse=True)
 def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*told: object) -> None:
+    def refuse(*args: object) -> None:
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)

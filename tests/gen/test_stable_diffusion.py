@@ -225,8 +225,8 @@ def test_weights_that_do_not_fit_are_named(copy: Path, caplog: pytest.LogCapture
 
     for path in kept:
         six = sorted(load_file(path))[:6]
-        told = "is damaged: weights " + ", ".join(re.escape(name) for name in six[:5]) + " and 1 more are missing"
-        refused(path, lambda weights, six=six: [weights.pop(name) for name in six], told)  # type: ignore[misc]
+        pattern = "is damaged: weights " + ", ".join(re.escape(name) for name in six[:5]) + " and 1 more are missing"
+        refused(path, lambda weights, six=six: [weights.pop(name) for name in six], pattern)  # type: ignore[misc]
         misshaped = "is damaged: weights " + ", ".join(re.escape(f"{name} (3, 5)") for name in six[:5]) + " and 1 more"
         apart = dict.fromkeys(six, torch.zeros(3, 5))
         refused(
@@ -278,9 +278,9 @@ def test_info_tells_the_family(folders: dict[str, Path]) -> None:
     command = [str(Path(sys.executable).parent / "unclip"), "info", str(folders["2"])]
     ran = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
-    assert told["family"] == "StableDiffusionPipeline"
-    assert set(told["parts"]) == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    facts = json.loads(ran.stdout)
+    assert facts["family"] == "StableDiffusionPipeline"
+    assert set(facts["parts"]) == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
 
 
 # --- ranking by another CLIP -------------------------------------------------------------------------------------

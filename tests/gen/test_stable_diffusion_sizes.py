@@ -87,8 +87,8 @@ def test_the_configurations_of_single_files_are_the_published_ones(config: str, 
     folder = CONFIGS / config
     parts = listed(read_json(folder / "model_index.json"))
     for part, number in FULL[name]["numbers"].items():
-        told = read_json(folder / part / "config.json")
-        network = unfilled(part_class(*parts[part], folder), told)
+        content = read_json(folder / part / "config.json")
+        network = unfilled(part_class(*parts[part], folder), content)
         assert sum(weight.numel() for weight in network.parameters()) == number, part
     stock = parts["scheduler"][1]
     levels = NoiseLevels.of(getattr(diffusers, stock).from_pretrained(folder / "scheduler"), config)

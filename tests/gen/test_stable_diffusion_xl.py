@@ -63,7 +63,7 @@ def test_clip_skip_equals_stock(xl: TextToImage, folders: dict[bool, Path], clip
 
 
 @pytest.mark.parametrize(
-    "told",
+    "words",
     [
         {"prompt_2": ["a circle", SHORT]},
         {"prompt_2": [LONG, LONG], "negative_prompt": ["blue", ""], "negative_prompt_2": ["", "red"]},
@@ -72,12 +72,12 @@ def test_clip_skip_equals_stock(xl: TextToImage, folders: dict[bool, Path], clip
     ids=["prompt_2", "negative_prompt_2", "sizes"],
 )
 def test_a_second_text_and_sizes_equal_stock(
-    models: dict[bool, TextToImage], folders: dict[bool, Path], told: dict[str, Any]
+    models: dict[bool, TextToImage], folders: dict[bool, Path], words: dict[str, Any]
 ) -> None:
-    assert_same(models[False], stock_of(StableDiffusionXLPipeline, folders[False]), PROMPTS, 1, **told)
+    assert_same(models[False], stock_of(StableDiffusionXLPipeline, folders[False]), PROMPTS, 1, **words)
     asked: dict[str, Any] = {"seed": SEED, "num_inference_steps": 3, "output_type": "latent"}
     plain = models[False](PROMPTS, **asked).images
-    for name, value in told.items():  # each by itself shows
+    for name, value in words.items():  # each by itself shows
         assert apart(models[False](PROMPTS, **asked, **{name: value}).images, plain) > 1e-3, name
 
 
@@ -105,11 +105,11 @@ def test_each_of_the_nulls_sizes_counts_by_itself(xl: TextToImage, folders: dict
     asked: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
     plain = stock(SHORT, latents=start(1, 1), **asked).images
     for name, value in NULL_SIZES.items():
-        told = {name: value}
-        assert torch.equal(stock(SHORT, latents=start(1, 1), **told, **asked).images, plain)
-        both = dict.fromkeys(("negative_original_size", "negative_target_size"), (64, 64)) | told
+        words = {name: value}
+        assert torch.equal(stock(SHORT, latents=start(1, 1), **words, **asked).images, plain)
+        both = dict.fromkeys(("negative_original_size", "negative_target_size"), (64, 64)) | words
         theirs = stock(SHORT, latents=start(1, 1), **both, **asked).images
-        ours = xl(SHORT, seed=SEED, **told, **asked).images
+        ours = xl(SHORT, seed=SEED, **words, **asked).images
         assert apart(ours, theirs) <= LATENTS and apart(ours, plain) > 1e-3
     with pytest.warns(UserWarning, match="negative_original_size is ignored: guidance_scale is 1"):
         xl(SHORT, seed=SEED, guidance_scale=1.0, negative_original_size=(40, 90), **asked)
@@ -117,19 +117,19 @@ def test_each_of_the_nulls_sizes_counts_by_itself(xl: TextToImage, folders: dict
 
 def test_one_second_text_is_for_all_and_what_is_told_is_recorded(xl: TextToImage) -> None:
     asked: dict[str, Any] = {"seed": SEED, "num_inference_steps": 3, "output_type": "latent"}
-    told: dict[str, Any] = {"prompt_2": "a circle", "original_size": (40, 90)}
-    one, each = xl(PROMPTS, **asked, **told), xl(PROMPTS, **asked, **told | {"prompt_2": ["a circle"] * 2})
+    words: dict[str, Any] = {"prompt_2": "a circle", "original_size": (40, 90)}
+    one, each = xl(PROMPTS, **asked, **words), xl(PROMPTS, **asked, **words | {"prompt_2": ["a circle"] * 2})
     assert torch.equal(one.images, each.images)
     records = json.loads(json.dumps(one.records))
     assert records[0]["settings"]["prompt_2"] == "a circle" and records[0]["settings"]["original_size"] == [40, 90]
-    painted = xl(PROMPTS, **asked | {"output_type": "pt"}, **told).images
+    painted = xl(PROMPTS, **asked | {"output_type": "pt"}, **words).images
     assert all(
         (xl.repaint(record) - pixels).abs().max() < 1e-4 for record, pixels in zip(records, painted, strict=True)
     )
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("words", "message"),
     [
         ({"prompt_2": ["a", "b", "c"]}, "prompt_2 has 3 texts for 2 prompts; give one or as many"),
         ({"prompt_2": "a", "prompt_weights": True}, "prompt_2 and prompt_weights=True were both given"),
@@ -141,9 +141,9 @@ def test_one_second_text_is_for_all_and_what_is_told_is_recorded(xl: TextToImage
         ({"aesthetic_score": 6.0}, "aesthetic_score was given, but this model is told no score, as a refiner is"),
     ],
 )
-def test_second_texts_and_sizes_are_checked(xl: TextToImage, told: dict[str, Any], message: str) -> None:
+def test_second_texts_and_sizes_are_checked(xl: TextToImage, words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve(Request(prompt=PROMPTS, **told), xl.model.abilities)
+        resolve(Request(prompt=PROMPTS, **words), xl.model.abilities)
 
 
 def test_other_models_have_no_second_text_and_are_told_no_sizes(tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ def test_requests_of_different_sizes_share_a_batch(xl: TextToImage, folders: dic
         theirs = stock(SHORT, height=height, width=width, latents=latents, **asked).images
         assert apart(ours.images, theirs) <= LATENTS
         size = {"original_size": (32, 32), "target_size": (32, 32)}
-        told = stock(SHORT, height=height, width=width, latents=latents, **size, **asked).images
-        assert apart(told, theirs) > 1e-3
+        sized = stock(SHORT, height=height, width=width, latents=latents, **size, **asked).images
+        assert apart(sized, theirs) > 1e-3
 
 
 def test_embeddings_handed_in_are_stocks_own(xl: TextToImage, folders: dict[bool, Path], tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ IMAGE = picture(size=(64, 64))
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """By whether the empty prompt is zeros; the published one's is not."""
     root = tmp_path_factory.mktemp("refiner")
-    told: dict[str, Any] = {"refines": True, "vae": {"latents_mean": [0.1] * 4, "latents_std": [0.9] * 4}}
-    return {zeros: make_tiny_stable_diffusion_xl(root / str(zeros), empty_is_zeros=zeros, **told) for zeros in (0, 1)}
+    options: dict[str, Any] = {"refines": True, "vae": {"latents_mean": [0.1] * 4, "latents_std": [0.9] * 4}}
+    return {
+        zeros: make_tiny_stable_diffusion_xl(root / str(zeros), empty_is_zeros=zeros, **options) for zeros in (0, 1)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_pictures_equal_stock(
 
 
 @pytest.mark.parametrize(
-    "told",
+    "words",
     [
         {"aesthetic_score": 9.0},
         {"negative_aesthetic_score": 1.0},
@@ -73,8 +75,8 @@ def test_pictures_equal_stock(
     ],
     ids=["score", "negative_score", "sizes", "negative_sizes", "clip_skip", "strength"],
 )
-def test_what_it_is_told_equals_stock(refiner: TextToImage, stocks: dict[bool, Any], told: dict[str, Any]) -> None:
-    ours, theirs = both(refiner, stocks[False], **told)
+def test_what_it_is_told_equals_stock(refiner: TextToImage, stocks: dict[bool, Any], words: dict[str, Any]) -> None:
+    ours, theirs = both(refiner, stocks[False], **words)
     assert apart(ours, theirs) <= LATENTS
     assert apart(ours, both(refiner, stocks[False])[1]) > 1e-3  # it shows
 
@@ -162,8 +164,8 @@ def test_the_command_line_refines(
     asked = ["generate", SHORT, "--model", str(folders[False]), "-n", "1", "--steps", "4", "--out", str(tmp_path / "o")]
     assert command.main(asked) == 2
     assert "give --image" in capsys.readouterr().err
-    told = ["--aesthetic-score", "8", "--negative-aesthetic-score", "1", "--negative-original-size", "40", "90"]
-    assert command.main([*asked, "--image", str(tmp_path / "in.png"), *told, "--seed", "3", "--json"]) == 0
+    argv = ["--aesthetic-score", "8", "--negative-aesthetic-score", "1", "--negative-original-size", "40", "90"]
+    assert command.main([*asked, "--image", str(tmp_path / "in.png"), *argv, "--seed", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     words: dict[str, Any] = {"aesthetic_score": 8, "negative_aesthetic_score": 1, "negative_original_size": (40, 90)}
     ours = refiner(SHORT, image=IMAGE, num_inference_steps=4, seed=3, **words).images

@@ -42,15 +42,15 @@ def assert_same(model: TextToImage, stock: Any, n: int, **asked: Any) -> None:
     seeds = [SEED + k for _ in TEXTS for k in range(n)]
     given: dict[str, Any] = {"num_images_per_prompt": n, "num_inference_steps": 5, "prior_num_inference_steps": 4}
     given |= {"noise_level": 200, **asked}
-    told = given | {"latents": noise(seeds, "decoder", 0, (4, 8, 8))}
-    told["prior_latents"] = noise(seeds, "prior", 0, (WIDTH,))
+    words = given | {"latents": noise(seeds, "decoder", 0, (4, 8, 8))}
+    words["prior_latents"] = noise(seeds, "prior", 0, (WIDTH,))
     with_our_noise(stock, seeds)
     painted = []
     for output_type in ("latent", "pt"):
         rngs = draws("prior", seeds)
         for rng in rngs:
             torch.randn(1, WIDTH, generator=rng)  # block 0 is the start
-        painted.append(stock(TEXTS, generator=rngs, output_type=output_type, **told).images)
+        painted.append(stock(TEXTS, generator=rngs, output_type=output_type, **words).images)
     ours = [model(TEXTS, seed=SEED, rerank=False, output_type=kind, **given).images for kind in ("latent", "pt")]
     assert apart(ours[0], painted[0]) <= LATENTS
     assert ours[1].shape == (2 * n, 3, 64, 64)
@@ -129,18 +129,18 @@ def test_a_folder_without_a_prior_paints_image_embeddings_alone(
         with pytest.raises(ValueError, match="has no prior and paints nothing from a text alone; give image_embeds"):
             model(PROMPTS, **asked)
     embeds = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
-    told: dict[str, Any] = {"image_embeds": embeds, "seed": SEED, "num_inference_steps": 5, "guidance_scale": 4.0}
-    told |= {"output_type": "pt", "rerank": False}
-    ours = model("a star", **told).images
-    assert torch.equal(ours, tiny("a star", **told).images)
+    words: dict[str, Any] = {"image_embeds": embeds, "seed": SEED, "num_inference_steps": 5, "guidance_scale": 4.0}
+    words |= {"output_type": "pt", "rerank": False}
+    ours = model("a star", **words).images
+    assert torch.equal(ours, tiny("a star", **words).images)
     again = TextToImage.from_pretrained(model.save(tmp_path / "ours"), device="cpu")
     assert again.model.saved_as == "StableUnCLIPImg2ImgPipeline"
-    assert torch.equal(again("a star", **told).images, ours)
+    assert torch.equal(again("a star", **words).images, ours)
     # stock's own loader takes it, with the image encoder that is not ours
     parts = {"feature_extractor": None, "image_encoder": img2img(tiny_folder).image_encoder}
     loaded = with_our_noise(StableUnCLIPImg2ImgPipeline.from_pretrained(tmp_path / "ours", **parts), [SEED])
-    told = {name: value for name, value in told.items() if name not in ("seed", "rerank")}
-    theirs = loaded(prompt="a star", latents=START[:1], **told).images
+    words = {name: value for name, value in words.items() if name not in ("seed", "rerank")}
+    theirs = loaded(prompt="a star", latents=START[:1], **words).images
     assert (ours - theirs).abs().max() < 1e-4
 
 
@@ -257,8 +257,8 @@ def test_prompt_embeds_and_clip_skip_are_diffusers_own(tiny: TextToImage) -> Non
     words = tiny("a red circle", **asked).images
     text = tiny.model.text
     with torch.no_grad():
-        told, null, skipped = text(["a red circle"]), text([""]), text(["a red circle"], clip_skip=1)
-    handed = tiny(prompt_embeds=told.tokens, negative_prompt_embeds=null.tokens, **asked).images
+        features, null, skipped = text(["a red circle"]), text([""]), text(["a red circle"], clip_skip=1)
+    handed = tiny(prompt_embeds=features.tokens, negative_prompt_embeds=null.tokens, **asked).images
     assert torch.allclose(handed, words, atol=1e-6)
     assert torch.allclose(tiny("a red circle", clip_skip=0, **asked).images, words, atol=1e-6)
     one_less = tiny("a red circle", clip_skip=1, **asked).images

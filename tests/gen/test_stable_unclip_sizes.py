@@ -48,8 +48,8 @@ EYES: dict[int, dict[str, Any]] = {  # by the width of the embedding
 def parts_of(width: int, has_prior: bool) -> dict[str, Any]:
     """Parts by their names; networks of the classes that our loader takes, on the meta device."""
     full = FULL["2.1"]
-    told = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * width}
-    parts = at_full_size(full | {"unet": full["unet"] | told})
+    class_input = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * width}
+    parts = at_full_size(full | {"unet": full["unet"] | class_input})
     where = Path("model_index.json")
     with torch.device("meta"):
         parts["image_normalizer"] = part_class("stable_diffusion", "StableUnCLIPImageNormalizer", where)(width)
@@ -101,9 +101,11 @@ def test_full_size(width: int, has_prior: bool, numbers: int) -> None:
     if model.prior is not None:
         (row,) = model.prior.rows([candidate], ["key"], Table())
         assert row.null is not None
-        told = Conditions((row.null, row.prompt))
-        said = model.prior.cached_network()(torch.empty(2, width, device="meta"), torch.empty(2, device="meta"), told)
-        assert said.shape == (2, width)
+        conditions = Conditions((row.null, row.prompt))
+        answer = model.prior.cached_network()(
+            torch.empty(2, width, device="meta"), torch.empty(2, device="meta"), conditions
+        )
+        assert answer.shape == (2, width)
     (prompt, null) = model.encode_prompts([candidate], Table())[0]
     assert prompt.encoder_hidden_states is not None and prompt.encoder_hidden_states.shape == (77, 1024)
     assert null is not None and null.pooled_projections is not None

@@ -142,11 +142,11 @@ def test_the_command_line_and_its_record(
 def test_files_that_do_not_fit_change_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
 
-    def refused(kind: str, weights: dict[str, Tensor], told: str, token: str | None = None) -> None:
+    def refused(kind: str, weights: dict[str, Tensor], message: str, token: str | None = None) -> None:
         save_file(weights, path)
         model = loaded(folders[kind])
         known = len(model.model.parts()["tokenizer"])
-        with pytest.raises(ValueError, match=told) as error:
+        with pytest.raises(ValueError, match=message) as error:
             model.load_textual_inversion(path, token)
         assert "\n" not in str(error.value)
         assert len(model.model.parts()["tokenizer"]) == known and model.adapters == ()

@@ -18,7 +18,7 @@ def both_ways() -> None:
     cudnn.conv.fp32_precision = "tf32"
 
 
-SAID: dict[str, Callable[[], None]] = {
+SWITCHES: dict[str, Callable[[], None]] = {
     "nothing": lambda: None,
     "off": lambda: setattr(cudnn, "allow_tf32", False),
     "convolutions off": lambda: setattr(cudnn.conv, "fp32_precision", "ieee"),
@@ -35,7 +35,7 @@ def state() -> tuple[object, ...]:
     return old, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
 
 
-@pytest.fixture(params=SAID.values(), ids=SAID)
+@pytest.fixture(params=SWITCHES.values(), ids=SWITCHES)
 def before(request: pytest.FixtureRequest) -> Iterator[tuple[object, ...]]:
     """The switch as a user of torch may have left it, by either interface."""
     everywhere = torch.backends.fp32_precision

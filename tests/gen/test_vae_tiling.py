@@ -157,8 +157,8 @@ def test_clips_gradient_goes_through_the_tiles(tiny: TextToImage) -> None:
     x0, text = torch.randn(1, 4, SIZE[0] // 8, SIZE[1] // 8), model.clip.text(SHORT).embedding
     slopes = []
     for decode in (model.tiled.decode, model.decode):
-        told = x0.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(torch.cosine_similarity(model.clip.image(decode(told)), text).sum(), told)
+        latents = x0.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(torch.cosine_similarity(model.clip.image(decode(latents)), text).sum(), latents)
         slopes.append(slope)
     assert slopes[0].abs().min() > 0 and apart(*slopes) > 1e-3  # every cell counts, whichever tile it is of
 
@@ -231,17 +231,17 @@ def test_less_is_held(models: dict[str, TextToImage]) -> None:
     model = models["1"].model
     assert isinstance(model, KLModel)
 
-    said: list[int] = []
+    sizes: list[int] = []
     hooks = [
-        layer.register_forward_hook(lambda layer, given, answer: said.append(answer.numel()))
+        layer.register_forward_hook(lambda layer, given, answer: sizes.append(answer.numel()))
         for layer in model.vae.decoder.modules()
     ]
     with torch.no_grad():
         largest = []
         for decode, side in ((model.decode, 64), (model.tiled.decode, 320), (model.decode, 320)):
             decode(torch.zeros(1, 4, side // 8, side // 8))
-            largest.append(max(said))
-            said.clear()
+            largest.append(max(sizes))
+            sizes.clear()
     for hook in hooks:
         hook.remove()
     assert largest[0] == largest[1] == largest[2] / 25  # no layer says more than of a tile
@@ -308,9 +308,9 @@ def test_it_is_asked_for_on_the_command_line(
     for name, more in (("tiled", ["--vae-tiling"]), ("whole", [])):
         asked = [*sized, "--model", str(tiny_folder), "--out", str(tmp_path / name), *more]
         assert command.main(asked) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["settings"]["vae_tiling"] is bool(more)
-        path = told["pictures"][0]["path"]
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["settings"]["vae_tiling"] is bool(more)
+        path = printed["pictures"][0]["path"]
         read.append(read_png(Path(path))[0])
         assert command.main(["reproduce", path]) == 0
         capsys.readouterr()

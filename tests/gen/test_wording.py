@@ -8,7 +8,7 @@ import pytest
 from gen.wording import in_options
 
 GEN = Path(__file__).resolve().parents[2] / "gen"
-SAID = {
+MESSAGES = {
     "keep=5 is more than num_images_per_prompt=4": "--keep 5 is more than -n 4",
     "strength was given without image; give the picture as well, or leave strength out": (
         "--strength was given without --image; give the picture as well, or leave --strength out"
@@ -55,7 +55,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize(("python", "typed"), SAID.items())
+@pytest.mark.parametrize(("python", "typed"), MESSAGES.items())
 def test_names_become_options_and_nothing_else_does(python: str, typed: str) -> None:
     assert in_options(python) == typed
 
@@ -64,8 +64,10 @@ def test_no_error_of_a_request_speaks_of_a_bare_name() -> None:
     """The sentences as they stand in the source, for whoever writes another."""
     modules = ("candidate.py", "request_checks.py", "resolve.py", "settings.py", "settings_checks.py", "source.py")
     source = "".join((GEN / name).read_text(encoding="utf-8") for name in modules)
-    sentences = [said for said in re.findall(r'"([^"\n]*)"', source) if " " in said and "damaged" not in said]
+    sentences = [
+        sentence for sentence in re.findall(r'"([^"\n]*)"', source) if " " in sentence and "damaged" not in sentence
+    ]
     assert len(sentences) > 100
-    for said in map(in_options, sentences):
-        assert not re.search(r"(?<!-)\b(strength|keep|rerank|interpolation) (was given|out\b)", said), said
-        assert not re.search(r"without (image|strength|keep)\b", said), said
+    for sentence in map(in_options, sentences):
+        assert not re.search(r"(?<!-)\b(strength|keep|rerank|interpolation) (was given|out\b)", sentence), sentence
+        assert not re.search(r"without (image|strength|keep)\b", sentence), sentence

@@ -154,8 +154,8 @@ def test_project_is_that_of_diffusers() -> None:
         ours, running = project(prompt, null, running, torch.tensor(scales), how)
         for row, buffer in enumerate(buffers):
             one, most = slice(row, row + 1), 0.0 if math.isinf(limit[row]) else limit[row]
-            told = (scales[row] - 1, buffer, parallel[row], most, True)
-            expected = normalized_guidance(prompt[one], null[one], *told)
+            args = (scales[row] - 1, buffer, parallel[row], most, True)
+            expected = normalized_guidance(prompt[one], null[one], *args)
             torch.testing.assert_close(ours[one], expected, atol=1e-5, rtol=1e-4)
 
 

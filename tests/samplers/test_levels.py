@@ -42,13 +42,13 @@ def visited(stock: SchedulerMixin, sampler: str) -> torch.Tensor:
 @pytest.mark.parametrize("spacing, offset", [("leading", 0), *SPACINGS.items()])
 def test_every_step_has_a_timestep_of_its_own(spacing: Spacing, offset: int, beyond_last: bool) -> None:
     """Two levels alike divide by zero in samplers of several steps."""
-    told: dict[str, Any] = {"spacing": spacing, "steps_offset": offset, "beyond_last": beyond_last}
+    options: dict[str, Any] = {"spacing": spacing, "steps_offset": offset, "beyond_last": beyond_last}
     most = 20 - offset - (beyond_last and spacing != "trailing")
     for steps in range(1, most + 1):
-        timesteps = spaced_timesteps(steps, 20, **told)
+        timesteps = spaced_timesteps(steps, 20, **options)
         assert len(timesteps) == steps and (timesteps.diff() < 0).all() and 0 <= timesteps.min() <= timesteps.max() < 20
     with pytest.raises(ValueError, match=f"{most + 1} steps cannot be taken by {spacing} timesteps; give 1 to {most}$"):
-        spaced_timesteps(most + 1, 20, **told)
+        spaced_timesteps(most + 1, 20, **options)
 
 
 @pytest.mark.parametrize("sampler", STOCK)
@@ -58,9 +58,9 @@ def test_every_step_has_a_timestep_of_its_own(spacing: Spacing, offset: int, bey
 def test_levels_are_those_the_class_visits(
     sampler: str, spacing: str, offset: int, final: str, respaced: str | None
 ) -> None:
-    told: dict[str, Any] = {"timestep_spacing": spacing, "steps_offset": offset, "final_sigmas_type": final}
-    told |= {"set_alpha_to_one": final == "zero", **({respaced: True} if respaced else {})}
-    stock = stock_of(sampler, **told)
+    config: dict[str, Any] = {"timestep_spacing": spacing, "steps_offset": offset, "final_sigmas_type": final}
+    config |= {"set_alpha_to_one": final == "zero", **({respaced: True} if respaced else {})}
+    stock = stock_of(sampler, **config)
     levels = NoiseLevels.of(stock, "here")
     for steps in (7, 48):
         stock.set_timesteps(steps)
@@ -81,8 +81,8 @@ def test_every_sampler_has_a_class_and_every_class_a_sampler() -> None:
 @pytest.mark.parametrize("sampler", STOCK)
 def test_another_sampler_visits_the_checkpoints_own_levels(sampler: str) -> None:
     """Also where its stock class would forget that the betas were rescaled, as half of them do."""
-    told = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample": False}
-    levels = NoiseLevels.of(DDIMScheduler(**told, set_alpha_to_one=False), "here")
+    config = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample": False}
+    levels = NoiseLevels.of(DDIMScheduler(**config, set_alpha_to_one=False), "here")
     sigmas = levels.schedule(sampler, 10).sigmas
     assert sigmas[0] == (1e6 if CLASSES[STOCK[sampler][0]].max_sigma == 1e6 else 4096)
     # of DDIM's options only its own kind listens to set_alpha_to_one

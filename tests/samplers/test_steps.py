@@ -15,11 +15,11 @@ from tests.samplers.exact import DEVIATION, MEAN, double, gaussian, gaussian_pat
 SHAPE = (2, 3, 3)
 
 
-def path_error(sampler: str, steps: int, told: dict[str, float], schedule: Schedule) -> float:
+def path_error(sampler: str, steps: int, values: dict[str, float], schedule: Schedule) -> float:
     """How far from the Gaussian's true path a run to level `steps` ends, in float64, given a true past."""
     x = torch.linspace(-10, 10, 7, dtype=torch.float64)[:, None]
     state, first = SAMPLERS[sampler].begin(x), schedule.sigmas[:1].expand(len(x))
-    options = {name: torch.full((len(x),), value) for name, value in told.items()}
+    options = {name: torch.full((len(x),), value) for name, value in values.items()}
     for index in range(steps):
         now, next = (double(levels(schedule, [i] * len(x)), schedule) for i in (index, index + 1))
         state = advance(sampler, gaussian, state, now, next, torch.zeros_like(x), options)
@@ -53,9 +53,9 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("sampler, told, order", ORDERS)
-def test_order_of_convergence(sampler: str, told: dict[str, float], order: int) -> None:
-    coarse, fine = (path_error(sampler, steps, told, exponential(steps + 1, 0.1, 5.0)) for steps in (80, 160))
+@pytest.mark.parametrize("sampler, options, order", ORDERS)
+def test_order_of_convergence(sampler: str, options: dict[str, float], order: int) -> None:
+    coarse, fine = (path_error(sampler, steps, options, exponential(steps + 1, 0.1, 5.0)) for steps in (80, 160))
     assert fine < 0.05
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
     assert {name for name, _, _ in ORDERS} == SAMPLERS.keys() - {"ddpm", "euler_ancestral"}  # which are ddim
@@ -86,7 +86,7 @@ def test_a_level_that_comes_twice_makes_pndms_first_step_second_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampler, steps, told",
+    "sampler, steps, options",
     [
         ("ddpm", 400, {}),
         ("dpm_2_ancestral", 100, {}),
@@ -96,12 +96,12 @@ def test_a_level_that_comes_twice_makes_pndms_first_step_second_order() -> None:
         ("heun", 60, {"s_churn": 40.0, "s_tmin": 0.1, "s_tmax": 10.0}),
     ],
 )
-def test_stochastic_samplers_reach_the_distribution(sampler: str, steps: int, told: dict[str, float]) -> None:
+def test_stochastic_samplers_reach_the_distribution(sampler: str, steps: int, options: dict[str, float]) -> None:
     """20,000 rows of the Gaussian: mean and deviation, known to 0.0035 and 0.0025 (one standard error).
 
     A first-order sampler falls short of the deviation by a share of the step: 0.463 after 60 steps, not 0.5.
     """
-    assert_distribution(sampler, steps, gaussian, told)
+    assert_distribution(sampler, steps, gaussian, options)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
@@ -123,10 +123,10 @@ def test_consistency_sampling_is_exact_in_any_number_of_steps(steps: int, eta: f
     torch.testing.assert_close(moved.x, x0 + next.sigma[:, None] * ((1 - eta**2) ** 0.5 * kept + eta * noise))
 
 
-def assert_distribution(sampler: str, steps: int, denoise: Denoise, told: dict[str, float]) -> None:
+def assert_distribution(sampler: str, steps: int, denoise: Denoise, values: dict[str, float]) -> None:
     schedule = karras(steps, 0.02, 40.0)
     rng = torch.Generator().manual_seed(3)
-    options = {name: torch.full((20_000,), value) for name, value in told.items()}
+    options = {name: torch.full((20_000,), value) for name, value in values.items()}
     state = start(sampler, torch.randn(20_000, 1, generator=rng), torch.full((20_000,), schedule.start_scale))
     for index in range(schedule.num_steps):
         now, next = (schedule.level(torch.full((20_000,), i)) for i in (index, index + 1))
@@ -185,11 +185,11 @@ def test_a_sampler_says_where_it_asks_again(sampler: str) -> None:
     for index in range(3):
         now, next = levels(schedule, [index]), levels(schedule, [index + 1])
         state = advance(sampler, denoise, state, now, next, torch.randn(1, *SHAPE))
-    told = SAMPLERS[sampler]
-    said = []
+    known = SAMPLERS[sampler]
+    expected = []
     for now, next in ((3.0, 2.0), (2.0, 1.2), (1.2, 0.0)):
-        said += [now] if told.again is None else [now, told.again(now, next, told.defaults)]
-    assert asked == pytest.approx(said)
+        expected += [now] if known.again is None else [now, known.again(now, next, known.defaults)]
+    assert asked == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -67,8 +67,8 @@ def spaced(spacing: str, offset: int) -> dict:
 @pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("trailing", 0)])
 def test_ddim(kind: str, eta: float, one: bool, spacing: str, offset: int) -> None:
     """Where the steps divide the training steps; elsewhere stock lands beside the level it reads next."""
-    told = {"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": one}
-    scheduler = DDIMScheduler(**BETAS, **told, clip_sample=False, prediction_type=PREDICTION[kind])
+    config = {"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": one}
+    scheduler = DDIMScheduler(**BETAS, **config, clip_sample=False, prediction_type=PREDICTION[kind])
     assert_same("ddim", kind, scheduler, 10, eta, spaced(spacing, offset) | {"final": "zero" if one else "sigma_min"})
 
 
@@ -76,8 +76,8 @@ def test_ddim(kind: str, eta: float, one: bool, spacing: str, offset: int) -> No
 @pytest.mark.parametrize("kind", ["v", "x0"])
 def test_ddim_from_pure_noise(kind: str, eta: float) -> None:
     """Not at eta 1, where stock's own arithmetic takes the root of a negative and is NaN; ours is not."""
-    told = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample": False}
-    scheduler = DDIMScheduler(**BETAS, **told, prediction_type=PREDICTION[kind])
+    config = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample": False}
+    scheduler = DDIMScheduler(**BETAS, **config, prediction_type=PREDICTION[kind])
     assert scheduler.alphas_cumprod[-1] == 0
     assert_same("ddim", kind, scheduler, 20, eta, {"max_sigma": EXACT_ZERO_SNR_SIGMA})
 
@@ -86,8 +86,8 @@ def test_ddim_from_pure_noise(kind: str, eta: float) -> None:
 @pytest.mark.parametrize("spacing, offset", SPACINGS)
 @pytest.mark.parametrize("steps", [10, 13])
 def test_ddpm(kind: str, spacing: str, offset: int, steps: int) -> None:
-    told = {"timestep_spacing": spacing, "steps_offset": offset, "variance_type": "fixed_small"}
-    scheduler = DDPMScheduler(**BETAS, **told, clip_sample=False, prediction_type=PREDICTION[kind])
+    config = {"timestep_spacing": spacing, "steps_offset": offset, "variance_type": "fixed_small"}
+    scheduler = DDPMScheduler(**BETAS, **config, clip_sample=False, prediction_type=PREDICTION[kind])
     assert_same("ddpm", kind, scheduler, steps, ours=spaced(spacing, offset))
 
 
@@ -95,31 +95,31 @@ def test_ddpm(kind: str, spacing: str, offset: int, steps: int) -> None:
 @pytest.mark.parametrize("spacing, offset", SPACINGS)
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 def test_euler(kind: str, spacing: str, offset: int, final: str) -> None:
-    told = {"timestep_spacing": spacing, "steps_offset": offset, "final_sigmas_type": final}
-    scheduler = EulerDiscreteScheduler(**BETAS, **told, prediction_type=PREDICTION[kind])
+    config = {"timestep_spacing": spacing, "steps_offset": offset, "final_sigmas_type": final}
+    scheduler = EulerDiscreteScheduler(**BETAS, **config, prediction_type=PREDICTION[kind])
     assert_same("euler", kind, scheduler, 13, ours=spaced(spacing, offset) | IN_SIGMA | {"final": final})
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 def test_euler_from_clamped_zero_snr(spacing: str) -> None:
-    told = {"timestep_spacing": spacing, "rescale_betas_zero_snr": True}
-    scheduler = EulerDiscreteScheduler(**BETAS, **told, prediction_type="v_prediction")
+    config = {"timestep_spacing": spacing, "rescale_betas_zero_snr": True}
+    scheduler = EulerDiscreteScheduler(**BETAS, **config, prediction_type="v_prediction")
     assert_same("euler", "v", scheduler, 10, ours=spaced(spacing, 0) | IN_SIGMA)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("spacing, offset", SPACINGS)
 def test_euler_ancestral(kind: str, spacing: str, offset: int) -> None:
-    told = {"timestep_spacing": spacing, "steps_offset": offset}
-    scheduler = EulerAncestralDiscreteScheduler(**BETAS, **told, prediction_type=PREDICTION[kind])
+    config = {"timestep_spacing": spacing, "steps_offset": offset}
+    scheduler = EulerAncestralDiscreteScheduler(**BETAS, **config, prediction_type=PREDICTION[kind])
     assert_same("euler_ancestral", kind, scheduler, 13, ours=spaced(spacing, offset) | IN_SIGMA)
 
 
 @pytest.mark.parametrize("kind", PREDICTION)
 @pytest.mark.parametrize("spacing, offset", SPACINGS)
 def test_heun(kind: str, spacing: str, offset: int) -> None:
-    told = {"timestep_spacing": spacing, "steps_offset": offset}
-    scheduler = HeunDiscreteScheduler(**BETAS, **told, prediction_type=PREDICTION[kind])
+    config = {"timestep_spacing": spacing, "steps_offset": offset}
+    scheduler = HeunDiscreteScheduler(**BETAS, **config, prediction_type=PREDICTION[kind])
     assert_same("heun", kind, scheduler, 9, ours=spaced(spacing, offset) | IN_SIGMA)
 
 
@@ -131,8 +131,8 @@ DPMPP = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}
 @pytest.mark.parametrize("spacing, offset", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 13])
 def test_dpmpp(sampler: str, kind: str, spacing: str, offset: int, steps: int) -> None:
-    told = {"timestep_spacing": spacing, "steps_offset": offset, "algorithm_type": DPMPP[sampler]}
-    scheduler = DPMSolverMultistepScheduler(**BETAS, **told, prediction_type=PREDICTION[kind])
+    config = {"timestep_spacing": spacing, "steps_offset": offset, "algorithm_type": DPMPP[sampler]}
+    scheduler = DPMSolverMultistepScheduler(**BETAS, **config, prediction_type=PREDICTION[kind])
     assert_same(sampler, kind, scheduler, steps, ours=spaced(spacing, offset) | {"beyond_last": True})
 
 
@@ -150,8 +150,8 @@ def test_dpmpp_last_step(sampler: str, steps: int, lower: bool, euler: bool) -> 
 
 
 def test_dpmpp_from_clamped_zero_snr() -> None:
-    told = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
-    scheduler = DPMSolverMultistepScheduler(**BETAS, **told, prediction_type="v_prediction")
+    config = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    scheduler = DPMSolverMultistepScheduler(**BETAS, **config, prediction_type="v_prediction")
     assert_same("dpmpp_2m", "v", scheduler, 10, ours={"beyond_last": True})
 
 
@@ -218,12 +218,12 @@ def test_whole_loops_from_clamped_zero_snr(sampler: str) -> None:
     ],
 )
 def test_orders(sampler: str, solver: str, final: str, order: int, lower: bool, steps: int) -> None:
-    told = {"solver_order": order, "solver_type": solver, "lower_order_final": lower, "final_sigmas_type": final}
+    config = {"solver_order": order, "solver_type": solver, "lower_order_final": lower, "final_sigmas_type": final}
     if (sampler, final, lower) == ("unipc", "zero", False) and order > 1:
         # stock divides infinity by itself; a step to level 0 is first-order here
-        assert our_run(stock_of(sampler, **told), network_of("eps", make_betas()), steps).isfinite().all()
+        assert our_run(stock_of(sampler, **config), network_of("eps", make_betas()), steps).isfinite().all()
     else:
-        assert_equals_stock(stock_of(sampler, **told), "eps", steps)
+        assert_equals_stock(stock_of(sampler, **config), "eps", steps)
 
 
 def test_unipc_bh1_reaches_level_0() -> None:
@@ -245,8 +245,8 @@ def test_pairs_of_single_steps_to_the_smallest_level(lower: bool, steps: int) ->
 @pytest.mark.parametrize("spacing, offset", SPACINGS)
 @pytest.mark.parametrize("steps, final", [(3, "zero"), (10, "sigma_min"), (16, "zero")])
 def test_third_order(sampler: str, least: float, kind: str, spacing: str, offset: int, steps: int, final: str) -> None:
-    told = {"timestep_spacing": spacing, "steps_offset": offset, "final_sigmas_type": final}
-    stock, network = stock_of(sampler, kind, **told), network_of(kind, make_betas())
+    config = {"timestep_spacing": spacing, "steps_offset": offset, "final_sigmas_type": final}
+    stock, network = stock_of(sampler, kind, **config), network_of(kind, make_betas())
     painted = our_run(stock, network, steps)
     torch.testing.assert_close(painted, stock_run(Mended3M(**stock.config), network, steps), atol=1e-4, rtol=1e-4)
     if steps > 3:
@@ -287,8 +287,8 @@ def test_ddpm_with_a_learned_variance(kind: str, steps: int) -> None:
 @pytest.mark.parametrize("clip", [None, 0.5, 5.0])
 @pytest.mark.parametrize("steps", [2, 10, 25])
 def test_unclip(kind: str, variance: str, clip: float | None, steps: int) -> None:
-    told = {"variance_type": variance, "clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
-    stock = stock_of("unclip", kind, **told)
+    config = {"variance_type": variance, "clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
+    stock = stock_of("unclip", kind, **config)
     network = network_of(kind, stock.betas)
     network = with_variance(network) if variance == "learned_range" else network
     theirs = stock_run(MendedUnCLIP(**stock.config), network, steps)
@@ -305,8 +305,8 @@ def test_pndm_is_nearer_the_path_than_stock(kind: str, spacing: str, distances: 
 
     As far from ours as docs/differences.md says, of the largest value, by the number of steps.
     """
-    told = {"timestep_spacing": spacing, "set_alpha_to_one": True}
-    stock, network = stock_of("pndm", kind, **told), network_of(kind, make_betas())
+    config = {"timestep_spacing": spacing, "set_alpha_to_one": True}
+    stock, network = stock_of("pndm", kind, **config), network_of(kind, make_betas())
     fine = from_betas(stock.betas, 300, spacing=spacing)
     path = run("heun", denoiser(network, Scaling.from_betas(kind, stock.betas)), fine, SEEDS, SHAPE)
     for steps, distance in distances.items():
@@ -340,7 +340,7 @@ def test_flow(shift: float) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 12, 20, 30, 48, 50, 64, 80, 128, 333, 999])
 @pytest.mark.parametrize("spacing, offset", SPACINGS)
 def test_timesteps(steps: int, spacing: str, offset: int) -> None:
-    told = {"timestep_spacing": spacing, "steps_offset": offset}
+    config = {"timestep_spacing": spacing, "steps_offset": offset}
     for stock, ours in [
         (DDIMScheduler, {}),
         (DDPMScheduler, {}),
@@ -350,7 +350,7 @@ def test_timesteps(steps: int, spacing: str, offset: int) -> None:
     ]:
         if steps == 999 and offset and stock is DPMSolverMultistepScheduler:
             continue  # stock goes beyond the last timestep, where two levels are one (`test_levels`)
-        scheduler = stock(**BETAS, **told)
+        scheduler = stock(**BETAS, **config)
         scheduler.set_timesteps(steps)
         expected = scheduler.timesteps.double()
         if stock is HeunDiscreteScheduler:  # each but the first is visited twice

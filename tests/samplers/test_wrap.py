@@ -23,8 +23,8 @@ def test_thresholding_is_that_of_diffusers() -> None:
     percentile, highest = torch.tensor([0.995, 0.9, 0.995, 0.5]), torch.tensor([1.5, 1.5, 100.0, 2.0])
     ours = thresholded(says(x0), percentile, highest)(x0, torch.ones(4))
     for row in range(4):
-        told = {"dynamic_thresholding_ratio": percentile[row].item(), "sample_max_value": highest[row].item()}
-        expected = DDPMScheduler(thresholding=True, **told)._threshold_sample(x0[row : row + 1])
+        config = {"dynamic_thresholding_ratio": percentile[row].item(), "sample_max_value": highest[row].item()}
+        expected = DDPMScheduler(thresholding=True, **config)._threshold_sample(x0[row : row + 1])
         torch.testing.assert_close(ours.x0[row : row + 1], expected)
     assert ours.x0.abs().max() <= 1
     assert torch.equal(ours.variance, 0.5 * x0)

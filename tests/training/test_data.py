@@ -136,8 +136,8 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
         for key in ("000000000", "000000001"):
             jpeg = io.BytesIO()
             Image.fromarray(picture(100)).save(jpeg, "JPEG")
-            told = {"caption": f"caption of {key}", "key": key, "status": "success", "width": 8}
-            for name, content in ((f"{key}.JPG", jpeg.getvalue()), (f"{key}.json", json.dumps(told).encode())):
+            described = {"caption": f"caption of {key}", "key": key, "status": "success", "width": 8}
+            for name, content in ((f"{key}.JPG", jpeg.getvalue()), (f"{key}.json", json.dumps(described).encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))
@@ -237,9 +237,9 @@ def test_all_damaged_is_an_error_of_the_command(tmp_path: Path, capsys: pytest.C
     lines(data, {"file_name": "a.png", "text": "a"}, {"file_name": "a.png", "text": ""})
     recipe = written(recipes(data, tmp_path / "out")["vae"], tmp_path)
     assert command.main(["train", "vae", "--recipe", str(recipe)]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "no usable picture" in said and "1 skipped: damaged picture (first: a.png)" in said
-    assert "1 skipped: empty caption" in said
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no usable picture" in message and "1 skipped: damaged picture (first: a.png)" in message
+    assert "1 skipped: empty caption" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -28,16 +28,16 @@ def test_json_is_all_that_standard_output_holds(model: Path, tmp_path: Path) -> 
     words = ("--model", model, "-n", 2, "--limit", 1, "--out", tmp_path, "--no-prior")
     result = run(*words, "--json")
     assert result.exit_code == 0
-    told = json.loads(result.stdout)
-    assert told == json.loads((tmp_path / "result.json").read_text())
-    assert set(told["painted"]) == {"no_prior"} and set(told["painted"]["no_prior"]) == {
+    printed = json.loads(result.stdout)
+    assert printed == json.loads((tmp_path / "result.json").read_text())
+    assert set(printed["painted"]) == {"no_prior"} and set(printed["painted"]["no_prior"]) == {
         "one",
         "relation",
         "count",
         "held_out",
     }
-    assert (told["num_candidates"], told["retrieval"]["captions"]) == (2, 100)
-    assert len(told["model_hash"]) == 64 and told["settings"]["num_inference_steps"] == 4
+    assert (printed["num_candidates"], printed["retrieval"]["captions"]) == (2, 100)
+    assert len(printed["model_hash"]) == 64 and printed["settings"]["num_inference_steps"] == 4
     kept = (tmp_path / "candidates.jsonl").read_bytes()
     again = run(*words)
     assert (tmp_path / "candidates.jsonl").read_bytes() == kept  # nothing was painted twice

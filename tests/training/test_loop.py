@@ -311,14 +311,14 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     what = r"train\.schedule was .* and is \"constant\", train\.steps was 2 and is 3"
     for check_it in (check_place, lambda asked: train(Line(), asked, progress=False)):
-        told = rf"step-00000002 was made by another recipe \({what}\); choose another `out`"
-        with pytest.raises(CheckpointError, match=told):
+        message = rf"step-00000002 was made by another recipe \({what}\); choose another `out`"
+        with pytest.raises(CheckpointError, match=message):
             check_it(recipe(tmp_path, steps=3, schedule="constant"))
     assert sorted(tmp_path.rglob("*")) == before
     path = checkpoint(tmp_path) / "state.json"
-    said = json.loads(path.read_text())
-    del said["recipe_keys"]  # as checkpoints were before
-    path.write_text(json.dumps(said))
+    content = json.loads(path.read_text())
+    del content["recipe_keys"]  # as checkpoints were before
+    path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"step-00000002 was made by another recipe; choose another `out`"):
         check_place(recipe(tmp_path, steps=3))
 
@@ -483,11 +483,11 @@ except KeyboardInterrupt:
     )
     try:
         meanwhile()
-        said, _ = running.communicate(timeout=120)
+        printed, _ = running.communicate(timeout=120)
     finally:
         running.terminate()  # and torch.distributed.run ends its processes
-    assert running.returncode == 0, said
-    return said
+    assert running.returncode == 0, printed
+    return printed
 
 
 def test_an_interrupt_of_one_process_stops_both_and_is_resumed(
@@ -524,8 +524,8 @@ from training.clip_task import ClipRecipe, ClipTask
 recipe = ClipRecipe.model_validate_json({asked["two"].model_dump_json()!r})
 task = ClipTask(recipe)
 """
-    said = two_processes(code, tmp_path, lambda: train(ClipTask(asked["one"]), asked["one"], progress=False))
-    assert sorted(re.findall(r"scores \d", said)) == ["scores 0", "scores 1"]  # the main process alone measures
+    printed = two_processes(code, tmp_path, lambda: train(ClipTask(asked["one"]), asked["one"], progress=False))
+    assert sorted(re.findall(r"scores \d", printed)) == ["scores 0", "scores 1"]  # the main process alone measures
     two, one = state(tmp_path / "two"), state(tmp_path / "one")
     for key, value in one.items():
         if key.endswith("exp_avg"):  # gradients, clipped and averaged

@@ -75,10 +75,10 @@ GOLDEN = {  # seed: canonical words, caption, SHA-256 of the pixels
 
 @pytest.mark.parametrize("seed", GOLDEN)
 def test_a_seed_gives_the_same_words_and_pixels_on_any_machine(seed: int) -> None:
-    words, told, pixels = GOLDEN[seed]
+    words, wording, pixels = GOLDEN[seed]
     drawn = scene(seed)
     assert drawn.claim.text() == words
-    assert caption(drawn, seed) == told
+    assert caption(drawn, seed) == wording
     assert hashlib.sha256(render(drawn).tobytes()).hexdigest()[:16] == pixels
 
 
@@ -105,8 +105,8 @@ def test_a_group_is_a_scene_and_three_that_differ_in_one_fact() -> None:
         other = contrast(origin, seed + 1)
         assert other.claim != origin.claim
         assert other.claim.kind == origin.claim.kind
-        told, changed = origin.claim.to_json(), other.claim.to_json()
-        differing = {key for key in told if told[key] != changed[key]}
+        claim, changed = origin.claim.to_json(), other.claim.to_json()
+        differing = {key for key in claim if claim[key] != changed[key]}
         # an exchange between the two objects touches both of them; everything else touches one fact
         assert len(differing) == 1 or differing == {"first", "second"}, (origin.claim, other.claim)
 
@@ -195,17 +195,17 @@ def test_what_is_kept_for_testing_is_never_shown_or_said(scenes: list[Scene]) ->
     for seed, drawn in enumerate(scenes):
         assert not held_out(drawn.claim)
         assert all((thing.noun.colour, thing.noun.shape) not in HELD_OUT_PAIRS for thing in drawn.things)
-        for told in (caption(drawn, seed), caption(drawn, seed + NUM_SCENES * 2)):
-            assert not any(pair in told for pair in pairs), told
-            assert not held_out(read(told)), told
+        for words in (caption(drawn, seed), caption(drawn, seed + NUM_SCENES * 2)):
+            assert not any(pair in words for pair in pairs), words
+            assert not held_out(read(words)), words
 
 
 def test_the_committed_test_prompts_are_never_a_training_caption(scenes: list[Scene]) -> None:
     prompts = {prompt.text for prompt in load()}
     assert len(prompts) >= 210
-    said = {canonical(caption(drawn, seed)) for seed, drawn in enumerate(scenes)}
-    assert len(said) > 1000
-    assert not prompts & said
+    captions = {canonical(caption(drawn, seed)) for seed, drawn in enumerate(scenes)}
+    assert len(captions) > 1000
+    assert not prompts & captions
 
 
 def test_a_sixth_of_what_can_be_said_is_held_out() -> None:
@@ -229,13 +229,13 @@ def test_claims_go_through_json_and_words(scenes: list[Scene]) -> None:
 
 
 def test_captions_use_every_wording_and_leave_things_out(scenes: list[Scene]) -> None:
-    told = [caption(drawn, seed) for seed, drawn in enumerate(scenes)]
+    captions = [caption(drawn, seed) for seed, drawn in enumerate(scenes)]
     for wordings in WORDINGS.values():
         for wording in wordings:
-            assert any(f" {wording} " in text for text in told), wording
-    without = sum("small" not in text and "large" not in text for text in told) / len(told)
+            assert any(f" {wording} " in text for text in captions), wording
+    without = sum("small" not in text and "large" not in text for text in captions) / len(captions)
     assert 0.1 < without < 0.4
-    bare = sum(not any(background in text for background in BACKGROUNDS) for text in told) / len(told)
+    bare = sum(not any(background in text for background in BACKGROUNDS) for text in captions) / len(captions)
     assert bare == pytest.approx(0.4, abs=0.06)
 
 
@@ -283,15 +283,15 @@ def noun(text: str) -> tuple[int, Noun]:
     return count, Noun(colour, singular, size)
 
 
-def agrees(told: Claim, truth: Claim) -> bool:
+def agrees(claim: Claim, truth: Claim) -> bool:
     """Whether everything told is true."""
-    return (told.count, told.relation) == (truth.count, truth.relation) and all(
-        said is None or said == true
-        for said, true in [
-            (told.background, truth.background),
+    return (claim.count, claim.relation) == (truth.count, truth.relation) and all(
+        claimed is None or claimed == true
+        for claimed, true in [
+            (claim.background, truth.background),
             *(
                 pair
-                for one, other in zip(told.nouns(), truth.nouns(), strict=True)
+                for one, other in zip(claim.nouns(), truth.nouns(), strict=True)
                 for pair in ((one.colour, other.colour), (one.shape, other.shape), (one.size, other.size))
             ),
         ]

@@ -204,8 +204,8 @@ def test_a_captioner_teaches_clip_and_is_thrown_away(few_shapes: Path, trained: 
     recipe = check(ClipRecipe, fields)
     task = ClipTask(recipe)
     task.start_from(init)
-    told = losses(task)
-    assert told["loss"].item() == pytest.approx((told["contrast"] + 0.5 * told["caption"]).item(), rel=1e-5)
+    found = losses(task)
+    assert found["loss"].item() == pytest.approx((found["contrast"] + 0.5 * found["caption"]).item(), rel=1e-5)
     train(ClipTask(recipe), recipe, progress=False)
     plain = load_file(init / "model.safetensors")
     taught = load_file(Path(recipe.out) / "model" / "model.safetensors")
@@ -262,9 +262,9 @@ def test_more_filters_than_a_patch_has_pixels_leave_the_rest_as_they_are() -> No
 def test_clip_preprocessing_is_measured(few_shapes: Path, trained: Path) -> None:
     pictures = Pictures(few_shapes, 64)
     values = torch.stack([pixels for pixels, _ in (pictures[index] for index in range(len(pictures)))]).double() / 255
-    told = json.loads((trained / "clip" / "model" / "preprocessor_config.json").read_text())
-    assert told["image_mean"] == pytest.approx(values.mean(dim=(0, 2, 3)).tolist(), abs=1e-4)
-    assert told["image_std"] == pytest.approx(values.std(dim=(0, 2, 3)).tolist(), abs=1e-4)
+    config = json.loads((trained / "clip" / "model" / "preprocessor_config.json").read_text())
+    assert config["image_mean"] == pytest.approx(values.mean(dim=(0, 2, 3)).tolist(), abs=1e-4)
+    assert config["image_std"] == pytest.approx(values.std(dim=(0, 2, 3)).tolist(), abs=1e-4)
 
 
 # --- the autoencoder --------------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ def test_the_kl_weight_grows_from_a_hundredth(few_shapes: Path, tmp_path: Path) 
     batch = first_batch(task)
     for progress, weight in ((0.0, 0.005), (0.2, 0.05), (0.4, 0.5), (0.9, 0.5)):
         task.progress = progress
-        told = task(batch, torch.Generator().manual_seed(0))
-        assert (told["loss"] - told["error"]).item() == pytest.approx(weight * told["kl"].item(), rel=1e-3)
+        found = task(batch, torch.Generator().manual_seed(0))
+        assert (found["loss"] - found["error"]).item() == pytest.approx(weight * found["kl"].item(), rel=1e-3)
 
 
 def test_an_autoencoder_can_train_its_decoder_alone(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
@@ -331,19 +331,19 @@ def test_the_priors_normalisation_is_measured_and_saved(few_shapes: Path, traine
 
 def test_the_prior_drops_its_text_as_often_as_asked(few_shapes: Path, trained: Path) -> None:
     task = make("prior", few_shapes, trained, drop_text=0.3)
-    told: list[str] = []
+    read: list[str] = []
 
     class Listening(type(task.prior(task.network))):  # type: ignore[misc]
         def conditions(self, texts: list[str]) -> Any:
-            told.extend(texts)
+            read.extend(texts)
             return super().conditions(texts)
 
     stock = task.prior(task.network)
     task.reader = Listening(task.network, stock.tokenizer, stock.text_encoder, stock.levels)
     for seed in range(60):
         losses(task, seed)
-    assert told.count("") / len(told) == pytest.approx(0.3, abs=0.07)
-    assert set(told) == {"", *first_batch(task)[1]}
+    assert read.count("") / len(read) == pytest.approx(0.3, abs=0.07)
+    assert set(read) == {"", *first_batch(task)[1]}
 
 
 def test_a_prior_needs_one_width(few_shapes: Path, trained: Path, tmp_path: Path) -> None:
@@ -380,14 +380,14 @@ def test_the_decoder_sees_four_kinds_in_the_shares_asked_for(few_shapes: Path, t
     with torch.no_grad():
         for seed in range(80):
             losses(task, seed)
-        empty, *told = task.text(["", *captions]).tokens
+        empty, *states = task.text(["", *captions]).tokens
     rows = len(asked.tokens)
     found = dict.fromkeys(shares, 0)
     for index, (tokens, vector) in enumerate(zip(asked.tokens, asked.vectors, strict=True)):
         assert vector.shape == (2 * WIDTH,)
         with_image, null = bool(vector.any()), torch.allclose(tokens, empty, atol=1e-5)
         if not null:  # then it is the row's own caption
-            assert torch.allclose(tokens, told[index % 8], atol=1e-5)
+            assert torch.allclose(tokens, states[index % 8], atol=1e-5)
         found[{(False, True): "both", (False, False): "text", (True, True): "image", (True, False): "none"}[null, with_image]] += 1  # noqa: E501 # fmt: skip
     for kind, share in shares.items():
         assert found[kind] / rows == pytest.approx(share, abs=0.06), found
@@ -462,15 +462,15 @@ def test_a_decoder_aligned_with_clip_learns_what_clip_sees_and_is_saved_alone(
     values = clip.preprocess.from_pixels(pictures[0][0][None].float() / 255)
     states = transformers_model(clip).vision_model(values, output_hidden_states=True).hidden_states
     assert torch.allclose(task.dataset[0][2].float(), states[-2][0, 1:], atol=1e-2)
-    told = losses(task)
-    assert told["loss"].item() == pytest.approx((told["error"] + 0.5 * told["misalignment"]).item(), rel=1e-5)
+    found = losses(task)
+    assert found["loss"].item() == pytest.approx((found["error"] + 0.5 * found["misalignment"]).item(), rel=1e-5)
     optimizer = torch.optim.Adam(task.network.parameters(), 1e-2)
     for _ in range(100):
         loss = losses(task)["misalignment"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.5 * told["misalignment"].item()
+    assert loss.item() < 0.5 * found["misalignment"].item()
     assert task.network.unet.conv_in.weight.grad is not None and bool(task.network.unet.conv_in.weight.grad.any())
     train(DecoderTask(recipe), recipe, progress=False)
     plain, aligned = (

@@ -36,11 +36,11 @@ def test_help_is_quick_and_imports_nothing_heavy(words: tuple[str, ...]) -> None
 def test_the_parts_that_help_names_are_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(PARTS) == {*PART_TASKS, "bundle"}
     assert command.main(["train", "--help"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in PARTS:
-        assert part in told
+        assert part in printed
     for recipe in (ROOT / "training" / "recipes").glob("*.yaml"):
-        assert re.search(rf"\b{recipe.stem}\b", told)
+        assert re.search(rf"\b{recipe.stem}\b", printed)
     (line,) = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith('"train: ')]
     assert all(part in line for part in PARTS)
 
@@ -79,16 +79,16 @@ def test_mistakes_of_data_shapes_are_signed_by_it(tmp_path: Path, capsys: pytest
     assert "exists already" in refused(capsys, "data shapes", tmp_path, "--num", "1")
     assert "(see unclip data --help)" in refused(capsys, "data", "squares")
     assert command.main(["data", "shapes", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert "--num" in told and "Usage: unclip data shapes " in told
+    printed = capsys.readouterr().out
+    assert "--num" in printed and "Usage: unclip data shapes " in printed
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_before_the_data_is_read(
     trained: Path, few_shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = written(recipes(few_shapes, trained)["vae"], tmp_path)
-    said = refused(capsys, "train", "vae", "--recipe", path, "train.steps=3", "data=nowhere")
-    assert "step-00000002 was made by another recipe" in said
+    message = refused(capsys, "train", "vae", "--recipe", path, "train.steps=3", "data=nowhere")
+    assert "step-00000002 was made by another recipe" in message
 
 
 def test_reading_and_writing_models_draw_no_bars(

@@ -36,7 +36,7 @@ def read_folder(folder: Path, skipped: Skipped) -> Iterator[Example]:
             break
     else:
         raise DataError(f"{folder} has no {' or '.join(METADATA_NAMES)}; write one with columns file_name and text")
-    for number, row in enumerate(_told(rows, folder / name), 1):
+    for number, row in enumerate(_readable(rows, folder / name), 1):
         file_name = str(row.get("file_name") or "")
         if not file_name:
             skipped.add("row without file_name", f"row {number}")
@@ -90,7 +90,7 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _told(rows: Iterator[dict[str, object]], path: Path) -> Iterator[dict[str, object]]:
+def _readable(rows: Iterator[dict[str, object]], path: Path) -> Iterator[dict[str, object]]:
     try:
         yield from rows
     except (UnicodeDecodeError, csv.Error) as error:

@@ -80,11 +80,11 @@ def _example(path: Path, shard: tarfile.TarFile, key: str, files: dict[str, tarf
     picture = next((files[suffix] for suffix in PICTURES if suffix in files), None)
     if picture is None:
         return None
-    told: Any = json.loads(_read(shard, files[".json"])) if ".json" in files else {}
-    if not isinstance(told, dict):
+    record: Any = json.loads(_read(shard, files[".json"])) if ".json" in files else {}
+    if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    text = _read(shard, files[".txt"]).decode() if ".txt" in files else str(told.get("caption") or "")
-    group = told.get("group")
+    text = _read(shard, files[".txt"]).decode() if ".txt" in files else str(record.get("caption") or "")
+    group = record.get("group")
     return Example(
         path,
         f"{path.name}:{key}",

@@ -70,8 +70,8 @@ class Ledger:
         other = [key for key in {**found, **header} if found.get(key) != header.get(key)]
         if other:
             key = other[0]
-            told = f"{key} {found.get(key)!r}, not {header.get(key)!r}"
-            raise ValueError(f"{path} holds an evaluation of {told}; remove it, or give another folder")
+            difference = f"{key} {found.get(key)!r}, not {header.get(key)!r}"
+            raise ValueError(f"{path} holds an evaluation of {difference}; remove it, or give another folder")
         if not whole.endswith("\n"):
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -55,7 +55,7 @@ def test_rows_of_one_request_come_in_as_memory_allows(tiny: TextToImage, prior: 
             flight = engine._flights[0]
             assert len(engine._flights) == 1 or not flight.waiting
             seen.append(sum(row_key(one.row).request == 0 for one in all_rows(engine)))
-            held.append(len(flight.told))
+            held.append(len(flight.conditions))
         engine.tick()
     most = (FEW if room is None else room) // 2  # guided, a row is two evaluations
     assert most <= max(seen) <= most * (1 + prior)

@@ -42,8 +42,8 @@ def test_requests_that_say_the_same_are_told_the_same(tiny: TextToImage) -> None
     with texts_read(tiny) as read:
         engine.tick()
     assert 1 <= sum(read) <= 2  # the prompt, and the empty one where this model has not read it before
-    told = {condition for one in decoder_rows(engine) for condition in (one.row.prompt, one.row.null)}
-    assert len(decoder_rows(engine)) == 4 and len(told) == 2
+    conditions = {condition for one in decoder_rows(engine) for condition in (one.row.prompt, one.row.null)}
+    assert len(decoder_rows(engine)) == 4 and len(conditions) == 2
     run(engine)
 
 

@@ -24,6 +24,6 @@ def test_a_card_says_the_same_in_words(clip: CLIP, tmp_path: Path) -> None:
     result = measured(Draughtsman(), clip, tmp_path, about={"model": "drawn", "on": "cpu"})
     lines = in_words(result)
     assert len(lines) == 1 + 4 * len(MODES) + 1
-    told = "all candidates 100.0 % (100–100), best of 4 100.0 % (44–100), any of 4 100.0 % (44–100)"
-    assert lines["one object right, --no-prior"] == told
+    words = "all candidates 100.0 % (100–100), best of 4 100.0 % (44–100), any of 4 100.0 % (44–100)"
+    assert lines["one object right, --no-prior"] == words
     assert lines["measured"].endswith("weights as bundled, default settings")
