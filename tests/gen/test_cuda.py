@@ -83,14 +83,14 @@ def test_convolutions_have_channels_last_there(gpu: TextToImage, tiny: TextToIma
     assert layouts(gpu) == {True} and layouts(tiny) == {False}
 
 
-def test_float32_is_not_tf32_there(gpu: TextToImage) -> None:
+def test_float32_is_not_tf32_there(gpu: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch rounds what convolutions multiply unless it is told not to; whoever else computes is left alone."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as torch has it by default
     seen = []
     watches = [
         network.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
         for network in (gpu.model.unet, gpu.model.vae.decoder, gpu.model.clip.towers.image_network)
     ]
-    assert torch.backends.cudnn.allow_tf32, "torch's own default"
     with pretended():
         painted(gpu)
     for watch in watches:
