@@ -341,4 +341,5 @@ def test_prompt_and_null_are_one_until_they_are_read(models: dict[str, TextToIma
     models["1"].paint([Request(seed=seed, guidance_scale=scale, **asked) for seed, scale in ((0, 5), (1, 1))])
     for hook in hooks:
         hook.remove()
-    assert [sum(each) for each in seen.values()] == [2 * 2, 3 * 2], "two rows and three evaluations, in two steps"
+    # however many rows a call has: of the guided one's two evaluations, one is computed there
+    assert max(second - first for first, second in zip(*seen.values(), strict=True)) == 1
