@@ -77,6 +77,8 @@ def make_tiny_karlo(folder: str | Path, seed: int = 0, prior: bool = True) -> Pa
     """Write a tiny random Karlo, or the one for variations of pictures, by diffusers; a seed fixes the model."""
     folder, tokenizer = Path(folder), tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
+        # towers first: how much a new one takes of torch's generator is a matter of transformers' version
+        text_encoder = drawn(CLIPTextModelWithProjection(CLIPTextConfig(**tiny_text_config(tokenizer))), seed)
         torch.manual_seed(seed)
         text_proj = UnCLIPTextProjModel(
             clip_embeddings_dim=WIDTH, time_embed_dim=4 * 8, cross_attention_dim=CONTEXT
@@ -86,7 +88,7 @@ def make_tiny_karlo(folder: str | Path, seed: int = 0, prior: bool = True) -> Pa
         parts: dict[str, Any] = {
             "decoder": tiny_decoder(),
             "tokenizer": tokenizer,
-            "text_encoder": drawn(CLIPTextModelWithProjection(CLIPTextConfig(**tiny_text_config(tokenizer))), seed),
+            "text_encoder": text_encoder,
             "text_proj": text_proj,
             "super_res_first": tiny_super_res(),
             "super_res_last": tiny_super_res(),
