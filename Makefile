@@ -7,13 +7,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format clean
+.PHONY: demo test test-floors lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/unclip generate "a small red circle above a large blue square" -n 16 --keep 4 --out demo
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+
+# The tests beside the lowest versions that pyproject.toml allows, without lint. They have wheels for Python 3.11 and 3.12.
+test-floors: FLOORS := $(VENV)-floors
+test-floors:
+	$(PYTHON) .ci/floors.py > $(CURDIR)/$(FLOORS).txt
+	PIP_CONSTRAINT=$(CURDIR)/$(FLOORS).txt $(MAKE) VENV=$(FLOORS) $(FLOORS)/.installed-test
+	$(FLOORS)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
@@ -39,4 +46,4 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/.made
 	@touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-floors.txt build *.egg-info
