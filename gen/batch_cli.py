@@ -5,6 +5,7 @@ typed as for `generate`, and said for all lines that say nothing else.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,16 +42,18 @@ def batch(
     """Paint the requests of a file together, and write the best pictures of each into DIR.
 
     A line of a .jsonl is an object of Python's words, such as {"prompt": "a red star", "seed": 3}; options here are for
-    lines that say nothing else. DIR/results.jsonl has a line for each that is painted, with its pictures and the scores
-    of all candidates. After Ctrl-C, or a crash, the same command goes on where it was.
+    lines that say nothing else. DIR/results.jsonl (of a part results-KofN.jsonl) has a line for each that is painted,
+    with its pictures and the scores of all candidates. After Ctrl-C, or a crash, the same command goes on.
     """
     started = time.perf_counter()
     with speaking("batch"):
         check_text(*(word for word in words.values() if isinstance(word, str)))
         which = _part(part)
-        model = typed_model("batch", words, quiet=quiet)
         from gen.batch import Batch
+        from gen.manifest import read_manifest
 
+        read_manifest(manifest)  # what is wrong there is told before a model is read
+        model = typed_model("batch", words, quiet=quiet)
         rerank, diverse = words.pop("rerank"), words.pop("diverse")
         words |= {"rerank": None if rerank else False, "diverse": diverse or None}
         painted = Batch(model, manifest, out, words=words, part=which)
@@ -61,6 +64,8 @@ def batch(
                 painted.paint(note)
             except KeyboardInterrupt:
                 interrupted = True
+    from gen.checks import count_of
+
     progress = painted.progress
     answer = {
         "out": str(out),
@@ -78,16 +83,19 @@ def batch(
         say("batch", "interrupted; the same command goes on from here")
         raise typer.Abort  # so that no more is said of it
     if progress.failed:
-        say("batch", f"{progress.failed} of {progress.lines} lines failed; {painted.folder.results} says why")
+        lines = count_of(progress.lines, "line")
+        say("batch", f"{progress.failed} of {lines} failed; {painted.folder.results} says why")
         raise typer.Exit(1)
 
 
 def _part(given: str) -> tuple[int, int]:
-    """K/N as numbers."""
-    which, slash, number = given.partition("/")
-    if not slash or not which.isdecimal() or not number.isdecimal() or not 1 <= int(which) <= int(number):
-        raise ValueError(f"--part '{given}' is out of range; give which of how many, as 2/8")
-    return int(which), int(number)
+    """K/N as numbers; ValueError where it is no such thing."""
+    from gen.batch import check_part
+
+    if not (found := re.fullmatch(r"(\d{1,9})/(\d{1,9})", given)):
+        raise ValueError(f"--part '{given}' is not K/N; give which of how many, as 2/8")
+    check_part(which := int(found[1]), number := int(found[2]))
+    return which, number
 
 
 @contextmanager
@@ -99,8 +107,8 @@ def _shown(begun: "Progress", *, quiet: bool) -> Iterator["Callable[[Progress], 
         from gen.progress import bar
 
         with bar() as shown:
-            task = shown.add_task("lines", total=begun.lines, completed=begun.before)
-            yield lambda progress: shown.update(task, completed=_through(progress))
+            task = shown.add_task("lines", total=begun.lines, completed=begun.through)
+            yield lambda progress: shown.update(task, completed=progress.through)
     else:
         last = time.monotonic()
 
@@ -108,20 +116,16 @@ def _shown(begun: "Progress", *, quiet: bool) -> Iterator["Callable[[Progress], 
             nonlocal last
             if time.monotonic() - last >= SECONDS:
                 last = time.monotonic()
-                say("batch", f"{_through(progress)} of {progress.lines} lines, {progress.pictures} pictures")
+                say("batch", f"{progress.through} of {progress.lines} lines, {progress.pictures} pictures")
 
         yield note
 
 
-def _through(progress: "Progress") -> int:
-    return progress.before + progress.painted + progress.failed
-
-
 def _summary(answer: dict[str, Any]) -> str:
     """What is printed for people."""
-    before = f", {answer['before']} before" if answer["before"] else ""
-    paint = answer["seconds"]["paint"]
-    return (
-        f"{answer['results']}  {answer['painted']} of {answer['lines']} lines painted{before}: {answer['candidates']} "
-        f"candidates, {answer['pictures']} pictures kept, in {paint:.1f} s ({answer['seconds']['load']:.1f} s to load)"
-    )
+    from gen.checks import count_of
+
+    lines, before = count_of(answer["lines"], "line"), f", {answer['before']} before" if answer["before"] else ""
+    counts = f"{count_of(answer['candidates'], 'candidate')}, {count_of(answer['pictures'], 'picture')} kept"
+    took = f"{answer['seconds']['paint']:.1f} s ({answer['seconds']['load']:.1f} s to load)"
+    return f"{answer['results']}  {answer['painted']} of {lines} painted{before}: {counts}, in {took}"

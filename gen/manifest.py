@@ -7,6 +7,7 @@ Owns: its two formats, which words a line may say, and where the files that it n
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gen.candidate import PICTURES, SHOWN, TENSORS
+from gen.checks import as_number
 from gen.request import Request
 from gen.settings import JSON
 
@@ -48,10 +50,10 @@ class Entry:
 def read_manifest(path: Path) -> list[Entry]:
     """The lines of a manifest: `.jsonl` has an object of a request's words a line, `.txt` a prompt a line.
 
-    Pictures that a line names lie beside the manifest, or where their whole path says. Empty lines are passed over.
-    ValueError, with the line's number, for one that says no request.
+    A word that is null is as if it were left out. Pictures that a line names lie beside the manifest, or where their
+    whole path says. Empty lines are passed over. ValueError, with the line's number, for one that says no request.
     """
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise ValueError(f"manifest '{path}' is of no known format; give a file that ends in {' or '.join(FORMATS)}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a byte-order mark
@@ -62,7 +64,7 @@ def read_manifest(path: Path) -> list[Entry]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"manifest '{path}' is empty; write one prompt a line")
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return [Entry(number, {"prompt": line.strip()}) for number, line in lines]
     entries = []
     for number, line in lines:
@@ -88,27 +90,36 @@ def checked(words: Mapping[str, Any], folder: Path) -> dict[str, JSON]:
         if name in PICTURES:
             if not isinstance(value, str | Path):
                 raise ValueError(f"{name}={value!r} is no path; name one picture file")
-            value = str((folder / value).absolute())
-        found[name] = list(value) if isinstance(value, tuple) else value
+            value = os.path.abspath(folder / value)
+        found[name] = _json(name, list(value) if isinstance(value, tuple) else as_number(value))
     return found
 
 
 def _entry(number: int, line: str, folder: Path) -> Entry:
     try:
-        record = json.loads(line)
+        said = json.loads(line)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
         raise ValueError(f"no JSON ({error}); write one object a line, such as {EXAMPLE}") from None
-    if not isinstance(record, dict):
+    if not isinstance(said, dict):
         raise ValueError(f"no object; write one a line, such as {EXAMPLE}")
-    known_by = record.pop(ID, None)
-    return Entry(number, checked(record, folder), known_by)
+    known_by = _json(ID, said.pop(ID, None))
+    return Entry(number, checked(said, folder), known_by)
+
+
+def _json(name: str, value: Any) -> JSON:
+    """A value that can be written as JSON, in UTF-8; ValueError for any other."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:  # half of a character, and what is no number, can be read
+        raise ValueError(f"{name}={value!r} cannot be written as JSON ({error}); give another") from None
+    found: JSON = value
+    return found
 
 
 def _check_name(name: str) -> None:
     if name in APART:
         raise ValueError(f"'{name}' is no word of a line, for {APART[name]}; leave it out")
     if name not in WORDS:
-        near = get_close_matches(name, WORDS, 1)
-        raise ValueError(
-            f"'{name}' is no word of a request; {f'did you mean {near[0]!r}?' if near else 'leave it out'}"
-        )
+        near = [*(word for word in WORDS if name in word), *get_close_matches(name, WORDS, 1, cutoff=0.75)]
+        hint = f"did you mean '{near[0]}'?" if near else "leave it out"
+        raise ValueError(f"'{name}' is no word of a request; {hint}")

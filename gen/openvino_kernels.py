@@ -40,10 +40,10 @@ def operations() -> Any | None:
         if library is None:
             raise RuntimeError(f"{there} has no libopenvino.so")
         extension = built("openvino.cpp", [*avx512.flags(), f"-I{there / 'include'}", str(library)])
-    except RuntimeError as error:
+        ctypes.CDLL(str(extension))  # never closed: what OpenVINO has made of it may outlive OpenVINO's own handle
+    except (RuntimeError, OSError) as error:  # what was built may not fit a library of another make
         logger.info("OpenVINO computes by its own kernels alone, not by ours: %s", error)
         return None
-    ctypes.CDLL(str(extension))  # never closed: what OpenVINO has made of it may outlive OpenVINO's own handle
     factory = NodeFactory()
     factory.add_extension(extension)
     return factory

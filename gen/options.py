@@ -28,7 +28,7 @@ def _advanced(metavar: str | None, help: str, *names: str) -> Any:
 OPTIONS: dict[str, Any] = {
     "num_images_per_prompt": Annotated[
         int | None,
-        typer.Option("-n", "--num-images", metavar="N", help="Candidates (default: 16; with --budget as many as fit)."),
+        typer.Option("-n", "--num-images", metavar="N", help="Candidates (default: 16)."),
     ],
     "keep": Annotated[
         int | None, typer.Option(metavar="K", help="Best candidates to keep (default: 4, or all of fewer).")
@@ -50,7 +50,8 @@ OPTIONS: dict[str, Any] = {
         typer.Option(metavar="NAME", help="Which go on: best_of, halving, draft, racing, feynman_kac, zero_order."),
     ],
     "budget": Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Paint as many candidates as fit, one at least.")
+        float | None,
+        typer.Option(metavar="SECONDS", help="Paint as many candidates as fit, one at least; with -n, N at most."),
     ],
     "diverse": Annotated[bool, typer.Option("--diverse/--no-diverse", help="Keep no near-copies.")],
     "prior": Annotated[

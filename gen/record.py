@@ -105,10 +105,10 @@ class Record:
             raise ValueError(f"the picture was painted with other adapters: {wanted}; here are {has}; load those")
 
     def differences(self, here: Record) -> list[str]:
-        """What of all that a picture comes by is another here, by the words that a model is loaded with."""
+        """What of all that a picture comes by is, or may be, another here, by the words that a model is loaded with."""
         own, others = self.compute.to_json(), here.compute.to_json()
         same = {
-            "model": self.model_hash == here.model_hash,
+            "model": self.model_hash == here.model_hash != "",  # of one without files nobody can tell
             "clip": self.clip_hash == here.clip_hash,
             "weak_unet": self.weak_unet_hash == here.weak_unet_hash,
             "adapters": len(self.adapters) == len(here.adapters)

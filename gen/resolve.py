@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from gen.candidate import MAX_SEED, PICTURES, SHOWN, SHOWN_PICTURE, TENSORS, Candidate
-from gen.checks import as_number, count_of, integer, is_number, one_of, refusal, texts
+from gen.checks import as_number, boolean, count_of, integer, is_number, one_of, refusal, texts
 from gen.request import Job, Request
 from gen.request_checks import (
     POOLED,
@@ -155,6 +155,7 @@ def is_ranked(request: Request, abilities: Abilities) -> bool:
     """Whether a CLIP says which candidates are the best; ValueError where it is to and cannot."""
     if request.rerank is None:
         return abilities.can_rank and request.prompt is not None and request.is_whole
+    boolean("rerank", request.rerank)
     if request.rerank and not request.is_whole:
         raise ValueError(f"rerank=True needs whole pictures, and denoising_end={request.denoising_end} leaves none")
     if request.rerank and not abilities.can_rank:
@@ -172,9 +173,7 @@ def search_of(request: Request, rank: bool, *, chooses: bool) -> Search:
         raise ValueError(f"search '{search.name}' begins with noise, and denoising_start does not; leave one out")
     if not rank and not isinstance(search, BestOf):
         raise ValueError(f"search '{search.name}' goes by CLIP's scores, but nothing is ranked; let it rank")
-    if not isinstance(request.diverse, bool):
-        raise ValueError(f"diverse={request.diverse!r}; give True or False")
-    if request.diverse and not chooses:
+    if boolean("diverse", request.diverse) and not chooses:
         raise ValueError("diverse=True chooses among candidates, but all are kept; give a smaller keep")
     return search
 

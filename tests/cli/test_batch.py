@@ -51,7 +51,7 @@ def test_for_people(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert printed.out.startswith(f"{out}/results-1of2.jsonl  2 of 2 lines painted: 6 candidates, 2 pictures kept, in ")
     assert printed.err == ""
     assert command.main(asked) == 0
-    assert "results.jsonl  1 of 3 lines painted, 2 before: 3 candidates, 1 pictures kept, " in capsys.readouterr().out
+    assert "results.jsonl  1 of 3 lines painted, 2 before: 3 candidates, 1 picture kept, " in capsys.readouterr().out
 
 
 def test_lines_that_fail_are_told(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,9 +66,9 @@ def test_lines_that_fail_are_told(tiny_folder: Path, tmp_path: Path, capsys: pyt
 MISTAKES = {
     "no such file": (("nowhere.txt",), "manifest 'nowhere.txt' cannot be read (No such file or directory)"),
     "another kind of file": (("pyproject.toml",), "is of no known format; give a file that ends in .jsonl or .txt"),
-    "part of none": (("PROMPTS", "--part", "3"), "--part '3' is out of range; give which of how many, as 2/8"),
-    "part beyond": (("PROMPTS", "--part", "3/2"), "--part '3/2' is out of range"),
-    "an option's mistake": (("PROMPTS", "--steps", "0"), "prompts.txt:1: --steps 0 is out of range"),
+    "part of none": (("PROMPTS", "--part", "3"), "--part '3' is not K/N; give which of how many, as 2/8"),
+    "part beyond": (("PROMPTS", "--part", "3/2"), "part 3/2 is out of range; give which of how many"),
+    "an option's mistake": (("PROMPTS", "--steps", "0"), "batch: --steps 0 is out of range"),
     "seconds": (("PROMPTS", "--budget", "5"), "No such option: --budget"),
     "no model": (("PROMPTS", "--model", "nowhere"), "'nowhere' is unknown"),
 }

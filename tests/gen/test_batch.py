@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from gen import Batch, TextToImage
-from gen.batch import UNWRITTEN, WAITING, Progress
+from gen import Batch, TextToImage, batch_folder
+from gen.batch import UNWRITTEN, WAITING, Progress, _Painting
+from gen.engine import Engine
 from gen.picture import largest_difference, read_png
+from gen.stages import Stages
 
 LINES: list[dict[str, Any]] = [
     {"prompt": "a red circle", "id": "first"},
@@ -141,14 +144,17 @@ def test_processes_share_a_folder(tiny: TextToImage, tmp_path: Path) -> None:
     assert results(out).keys() == {1, 2, 3, 4, 5}
     assert Batch(tiny, path, out, words=WORDS).progress.before == 5, "one process sees what both did"
     for part in ((0, 2), (3, 2)):
-        with pytest.raises(ValueError, match="part="):
+        with pytest.raises(ValueError, match=rf"part {part[0]}/2 is out of range; give which of how many, as 2/8"):
             Batch(tiny, path, out, part=part)
 
 
-def test_two_do_not_write_to_one_file(tiny: TextToImage, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "others"), [((1, 1), (1, 1)), ((1, 2), (1, 1)), ((1, 1), (2, 2)), ((1, 2), (1, 4))])
+def test_two_do_not_write_to_the_same_lines(
+    part: tuple[int, int], others: tuple[int, int], tiny: TextToImage, tmp_path: Path
+) -> None:
     path, out = manifest(tmp_path), tmp_path / "out"
-    one, other = (Batch(tiny, path, out, words=WORDS) for _ in range(2))
-    refusals = []
+    one, other = (Batch(tiny, path, out, words=WORDS, part=each) for each in (part, others))
+    refusals: list[str] = []
 
     def note(progress: Progress) -> None:
         with pytest.raises(ValueError) as error:
@@ -156,10 +162,24 @@ def test_two_do_not_write_to_one_file(tiny: TextToImage, tmp_path: Path) -> None
         refusals.append(str(error.value))
 
     assert one.paint(note).is_done
-    assert len(refusals) == 5 and all("another process writes to" in each for each in refusals)
+    assert refusals and all("another process writes to" in each for each in refusals)
     there = bytes_of(out)
-    assert other.paint() == Progress(lines=5, before=5), "it sees what was painted since it was made"
-    assert bytes_of(out) == there
+    progress = other.paint()
+    assert progress.is_done and bytes_of(out).items() >= there.items(), "it sees what was painted since it was made"
+    assert results(out).keys() >= set(range(part[0], 6, part[1])) | set(range(others[0], 6, others[1]))
+
+
+def test_parts_of_one_kind_paint_side_by_side(tiny: TextToImage, tmp_path: Path) -> None:
+    path, out = manifest(tmp_path), tmp_path / "out"
+    one, other = (Batch(tiny, path, out, words=WORDS, part=(which, 2)) for which in (1, 2))
+
+    def note(progress: Progress) -> None:
+        if progress.painted == 1:
+            assert other.paint().is_done
+
+    assert one.paint(note).is_done
+    assert results(out).keys() == {1, 2, 3, 4, 5}
+    assert bytes_of(out).keys() == {one["path"] for each in results(out).values() for one in each["pictures"]}
 
 
 def test_a_manifest_may_grow_and_not_change(tiny: TextToImage, tmp_path: Path) -> None:
@@ -168,9 +188,9 @@ def test_a_manifest_may_grow_and_not_change(tiny: TextToImage, tmp_path: Path) -
     manifest(tmp_path, LINES[:3])
     assert Batch(tiny, path, out, words=WORDS).paint().painted == 2
     manifest(tmp_path, [LINES[0], {**LINES[1], "seed": 9}])
-    with pytest.raises(ValueError, match=r"line 2 was asked for otherwise when out folder .* give the same words"):
+    with pytest.raises(ValueError, match=r"line 2 asks for another seed than when out folder .* give the same"):
         Batch(tiny, path, out, words=WORDS)
-    with pytest.raises(ValueError, match="line 1 was asked for otherwise"):
+    with pytest.raises(ValueError, match="line 1 asks for another num_inference_steps than"):
         Batch(tiny, manifest(tmp_path, LINES[:1]), out, words={**WORDS, "num_inference_steps": 5})
 
 
@@ -178,15 +198,32 @@ def test_another_model_is_refused(tiny: TextToImage, tiny_folder: Path, tmp_path
     path, out = manifest(tmp_path, LINES[:1]), tmp_path / "out"
     Batch(tiny, path, out, words=WORDS).paint()
     lower = TextToImage.from_pretrained(tiny_folder, dtype="bfloat16")
-    with pytest.raises(ValueError, match="was begun with another dtype"):
+    with pytest.raises(ValueError, match="was begun by a model that differs in dtype; give the same"):
         Batch(lower, path, out, words=WORDS)
     (out / "batch.json").write_text(json.dumps(replace(tiny.record, model_hash="0" * 64).to_json()), "utf-8")
-    with pytest.raises(ValueError, match="was begun with another model"):
+    with pytest.raises(ValueError, match="that differs in model;"):
         Batch(tiny, path, out, words=WORDS)
-    for damage in ("{", "[]", '{"version": 99}'):
+    for damage, told in {"{": "damaged", "[]": "differs in everything", '{"version": 99}': "use a newer"}.items():
         (out / "batch.json").write_text(damage, "utf-8")
-        with pytest.raises(ValueError, match=r"batch\.json is damaged"):
+        with pytest.raises(ValueError, match=told):
             Batch(tiny, path, out, words=WORDS)
+
+
+def test_a_model_without_files_cannot_go_on(tiny: TextToImage, tmp_path: Path) -> None:
+    """Nobody can tell that it is the same."""
+    made, out = TextToImage(tiny.model), tmp_path / "out"
+    assert Batch(made, manifest(tmp_path, LINES[:1]), out, words=WORDS).paint().painted == 1
+    with pytest.raises(ValueError, match="differs in model"):
+        Batch(made, manifest(tmp_path, LINES[:2]), out, words=WORDS)
+
+
+def test_parts_begun_by_two_models_at_once(tiny: TextToImage, tiny_folder: Path, tmp_path: Path) -> None:
+    path, out = manifest(tmp_path), tmp_path / "out"
+    lower = TextToImage.from_pretrained(tiny_folder, dtype="bfloat16")
+    one, other = (Batch(each, path, out, words=WORDS, part=(k, 2)) for k, each in ((1, tiny), (2, lower)))
+    one.paint()
+    with pytest.raises(ValueError, match="differs in dtype"):
+        other.paint()
 
 
 def test_every_mistake_is_told_before_anything_is_painted(tiny: TextToImage, tmp_path: Path) -> None:
@@ -202,8 +239,16 @@ def test_every_mistake_is_told_before_anything_is_painted(tiny: TextToImage, tmp
     (out / "mine.txt").touch()
     with pytest.raises(ValueError, match="holds something that is no batch; choose another"):
         Batch(tiny, manifest(tmp_path), out)
-    with pytest.raises(ValueError, match="holds something that is no batch"):
+    with pytest.raises(ValueError, match="cannot be read"):
         Batch(tiny, manifest(tmp_path), out / "mine.txt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Batch(tiny, manifest(tmp_path), tmp_path / ("long" * 99))
+    with pytest.raises(ValueError, match=r"^num_inference_steps=0 is out of range"):  # no line's mistake
+        Batch(tiny, manifest(tmp_path), tmp_path / "new", words={"num_inference_steps": 0})
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: prompt is missing; say in words what to paint"):
+        Batch(tiny, manifest(tmp_path, [{"seed": 3}]), tmp_path / "new")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: rerank='false'; give True or False"):
+        Batch(tiny, manifest(tmp_path, [{"prompt": "a", "rerank": "false"}]), tmp_path / "new")
     damaged = tmp_path / "damaged"
     Batch(tiny, manifest(tmp_path, LINES[:1]), damaged, words=WORDS).paint()
     (damaged / "results.jsonl").write_text("nonsense\n", "utf-8")
@@ -218,23 +263,102 @@ def test_how_many_where_nobody_says(tiny: TextToImage, tmp_path: Path) -> None:
     assert [(each["num_images_per_prompt"], each["keep"]) for each in asked] == [(16, 4), (2, 2), (16, 16)]
 
 
-def test_a_long_manifest_takes_no_more_room(tiny: TextToImage, tmp_path: Path) -> None:
-    """Few requests are with the engine, and few answers wait for their files."""
-    number = 3 * WAITING + UNWRITTEN
-    path = tmp_path / "many.txt"
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_long_manifest_takes_no_more_room(
+    fails: bool, tiny: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few requests are with the engine, and few answers wait for their files; also where all of them fail."""
+    number, path = 10 * WAITING, tmp_path / "many.txt"
     path.write_text("a star\n" * number, "utf-8")
     batch = Batch(tiny, path, tmp_path / "out", words={"num_inference_steps": 1, "num_images_per_prompt": 1})
-    held: list[int] = []
+    waiting, unwritten = [], []
+    submit, write = Engine.submit, _Painting.write
 
-    def note(progress: Progress) -> None:
-        held.append(len(batch._engine._unsettled))
+    def submitting(self: Any, *given: Any, **words: Any) -> Any:
+        if fails:
+            raise ValueError("nothing is free")
+        waiting.append(self.num_waiting)
+        return submit(self, *given, **words)
 
-    assert batch.paint(note).painted == number
+    def writing(self: Any, *given: Any, **words: Any) -> None:
+        unwritten.append(len(self._unwritten))
+        write(self, *given, **words)
+
+    monkeypatch.setattr(Engine, "submit", submitting)
+    monkeypatch.setattr(_Painting, "write", writing)
+    progress = batch.paint()
+    assert progress.is_done and progress.failed == number * fails
     assert len(results(tmp_path / "out")) == number
-    begun = max(held) - WAITING
-    assert begun <= 130, "a network's call is full long before"
-    folders = sorted(each.name for each in (tmp_path / "out" / "pictures").iterdir())
-    assert folders == ["000"]
+    assert max(waiting, default=0) < WAITING and max(unwritten) <= UNWRITTEN
+    assert [each.name for each in (tmp_path / "out").glob("pictures/*")] == ([] if fails else ["000"])
+
+
+def test_all_that_fail_in_one_tick_are_not_the_end(
+    tiny: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any) -> None:
+        raise RuntimeError("the text tower is ill")
+
+    number, path = 3 * WAITING, tmp_path / "many.txt"
+    path.write_text("a star\n" * number, "utf-8")
+    batch = Batch(tiny, path, tmp_path / "out", words={"num_inference_steps": 1, "num_images_per_prompt": 1})
+    monkeypatch.setattr(Stages, "encode_prompts", failing)
+    assert batch.paint().failed == number
+    assert {each["error"] for each in results(tmp_path / "out").values()} == {"the text tower is ill"}
+
+
+def test_what_lies_beside_is_left_alone(tiny: TextToImage, tmp_path: Path) -> None:
+    """Files of other names, and what is hidden where nothing else is."""
+    out = tmp_path / "out"
+    (out / "pictures" / "000").mkdir(parents=True)
+    for name in (".DS_Store", ".results.jsonl.lock"):
+        (out / name).touch()
+    (out / "pictures").rename(tmp_path / "pictures")
+    batch = Batch(tiny, manifest(tmp_path), out, words=WORDS)
+    with pytest.raises(KeyboardInterrupt):
+        batch.paint(stopping(1))
+    (out / "pictures" / "000" / "1-favourite.txt").touch()
+    (out / "pictures" / "000" / "2-mine").mkdir()
+    (out / "results copy.jsonl").write_text("nonsense\n", "utf-8")
+    assert Batch(tiny, manifest(tmp_path), out, words=WORDS).paint().is_done
+    assert (out / "pictures" / "000" / "1-favourite.txt").exists() and (out / ".DS_Store").exists()
+
+
+def test_a_line_stands_as_soon_as_it_is_told(tiny: TextToImage, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    seen: list[bool] = []
+    Batch(tiny, manifest(tmp_path), out, words=WORDS).paint(
+        lambda progress: seen.append(len(results(out)) == progress.through)
+    )
+    assert seen == [True] * len(LINES)
+
+
+def test_ctrl_c_leaves_no_line_twice(tiny: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it comes while answers are written."""
+
+    def interrupted(*given: Any) -> None:
+        append(*given)
+        if len(results(out)) in (1, 3):
+            signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "out"
+    append = batch_folder.append
+    monkeypatch.setattr("gen.batch.append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Batch(tiny, manifest(tmp_path), out, words=WORDS).paint()
+    assert len(results(out)) >= 1
+    monkeypatch.undo()
+    assert Batch(tiny, manifest(tmp_path), out, words=WORDS).paint().is_done
+    assert results(out).keys() == {1, 2, 3, 4, 5}
+
+
+def test_words_that_the_model_never_saw_are_noted(tmp_path: Path) -> None:
+    path, out = tmp_path / "prompts.txt", tmp_path / "out"
+    path.write_text("a red dog\na red star\n", "utf-8")
+    few = {"num_inference_steps": 1, "num_images_per_prompt": 1}
+    Batch(TextToImage.from_pretrained("shapes64"), path, out, words=few).paint()
+    found = results(out)
+    assert found[1]["unknown_words"] == ["dog"] and "unknown_words" not in found[2]
 
 
 def test_a_full_disk_ends_it(tiny: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gen import Request
 from gen.manifest import APART, Entry, checked, read_manifest
+from gen.search import by_name
 
 
 def written(folder: Path, *lines: str, name: str = "prompts.jsonl") -> Path:
@@ -40,9 +42,11 @@ def test_files_lie_beside_the_manifest(tmp_path: Path) -> None:
 
 
 def test_words_of_all_lines_are_json_too(tmp_path: Path) -> None:
-    words = {"guidance_interval": (0.5, 9.0), "image": Path("a.png"), "eta": None, "keep": 2}
+    words = {"guidance_interval": (0.5, 9.0), "image": Path("in/../a.png"), "eta": None, "keep": np.int64(2)}
     found = checked(words, tmp_path)
     assert found == {"guidance_interval": [0.5, 9.0], "image": str(tmp_path / "a.png"), "keep": 2}
+    with pytest.raises(ValueError, match=r"search=.*Halving.* cannot be written as JSON"):
+        checked({"search": by_name("halving")}, tmp_path)
     assert json.loads(json.dumps(found)) == found
 
 
@@ -53,6 +57,11 @@ MISTAKES = {
     "a long number": ('{"seed": ' + "9" * 9999 + "}", "no JSON ("),
     "unknown word": ('{"promt": "a star"}', "'promt' is no word of a request; did you mean 'prompt'?"),
     "a word like no other": ('{"xyzzy": 1}', "'xyzzy' is no word of a request; leave it out"),
+    "part of a word": ('{"steps": 3}', "did you mean 'num_inference_steps'?"),
+    "another part": ('{"num_images": 3}', "did you mean 'num_images_per_prompt'?"),
+    "half a character": ('{"prompt": "a \\ud83d"}', "cannot be written as JSON ('utf-8' codec can't encode"),
+    "no number": ('{"prompt": "a", "guidance_scale": NaN}', "guidance_scale=nan cannot be written as JSON"),
+    "an id that is none": ('{"prompt": "a", "id": Infinity}', "id=inf cannot be written as JSON"),
     "two prompts": ('{"prompt": ["a star", "a circle"]}', "is no text; write one prompt a line"),
     "picture in numbers": ('{"prompt": "a", "image": [[1]]}', "image=[[1]] is no path; name one picture file"),
     "seconds": ('{"prompt": "a", "budget": 5}', "'budget' is no word of a line, for all requests share the machine"),
