@@ -1,6 +1,6 @@
 """Attention itself: the kernels by their names, and which of them computes a shape.
 
-A kernel takes queries, keys and values of heads and knows no layer. `auto` is measured, once for each shape.
+A kernel takes queries, keys and values of heads and knows no layer. `auto` is measured on CUDA, once for each shape.
 """
 
 from __future__ import annotations
@@ -69,10 +69,13 @@ AUTO, TORCHS_CHOICE = "auto", "sdpa"
 CHOICES = (AUTO, *KERNELS)
 ANYWHERE = ("sdpa", "math")  # these take every shape on every device
 
-# What `auto` tries against torch's own choice, by kind of device; elsewhere torch's own choice is taken unmeasured.
-# On CPUs that is flash, and `math`, torch's only other, took 1.5 to 10 times as long at every UNet shape measured.
-# Not cuDNN's, which plans anew for every number of rows: rows come and go all the time.
-CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "efficient", "xformers"), "cpu": ("avx512",)}
+# What `auto` takes unmeasured, by kind of device, where it runs and a row has so many scores: on CPUs the least at
+# which ours took half of torch's time on one thread and on two; below, threads take longer to start than they gain.
+# Torch's own choice there is flash; `math`, its only other, took 1.5 to 10 times as long at every UNet shape measured.
+PREFERRED: dict[str, tuple[str, int]] = {"cpu": ("avx512", 100_000)}
+# What it tries against torch's own choice; elsewhere that is taken unmeasured. Not cuDNN's, which plans anew for every
+# number of rows: rows come and go all the time.
+CHALLENGERS: dict[str, tuple[str, ...]] = {"cuda": ("flash", "efficient", "xformers")}
 CLEARLY = 0.85  # a challenger's slowest round must take less than this share of the holder's fastest
 ROUNDS, CALLS, ROWS = 3, 10, 2  # of a measurement; ROWS as guidance makes of one picture
 
@@ -127,11 +130,14 @@ def refusal(name: str, shape: Shape) -> str | None:
 
 @cache
 def fastest(shape: Shape) -> str:
-    """The kernel `auto` takes for this shape, measured once in the life of the process.
+    """The kernel `auto` takes for this shape, where it is measured once in the life of the process.
 
     Torch's own choice holds unless a challenger is clearly faster in every round, so that a busy moment does not
     change the choice, and with it the last bits of a picture, from one process to the next.
     """
+    preferred, least = PREFERRED.get(shape.device.type, (TORCHS_CHOICE, 0))
+    if shape.heads * shape.queries * shape.keys >= least and refusal(preferred, shape) is None:
+        return preferred
     challengers = [name for name in CHALLENGERS.get(shape.device.type, ()) if refusal(name, shape) is None]
     if not challengers:
         return TORCHS_CHOICE

@@ -109,13 +109,14 @@ def test_gradients_are_torchs(asking: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.usefixtures("able")
-def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds are given, so that a busy machine does not change the answer."""
-    monkeypatch.setattr("gen.attention.kernels.seconds", lambda name, shape: [0.3 if name == "avx512" else 1.0] * 3)
-    sizes = {"heads": 8, "size": 12, "queries": 10, "keys": 11}  # no model's, for choices are remembered
-    assert chosen("auto", Shape(torch.device("cpu"), torch.bfloat16, **sizes)) == "avx512"
-    assert chosen("auto", Shape(torch.device("cpu"), torch.float32, **sizes)) == "sdpa"
-    assert chosen("auto", Shape(torch.device("cpu"), torch.bfloat16, mask=(1, 1), **sizes)) == "sdpa"
+def test_auto_takes_it_for_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And measures nothing, so that every process takes the same."""
+    monkeypatch.setattr("gen.attention.kernels.seconds", None)
+    cpu, sizes = torch.device("cpu"), {"heads": 8, "size": 12, "queries": 1024, "keys": 77}
+    assert chosen("auto", Shape(cpu, torch.bfloat16, **sizes)) == "avx512"
+    assert chosen("auto", Shape(cpu, torch.bfloat16, **{**sizes, "queries": 64})) == "sdpa"
+    assert chosen("auto", Shape(cpu, torch.float32, **sizes)) == "sdpa"
+    assert chosen("auto", Shape(cpu, torch.bfloat16, mask=(1, 1), **sizes)) == "sdpa"
 
 
 def test_what_it_does_not_compute_is_refused() -> None:
