@@ -6,7 +6,7 @@ trains a CLIP calls the same methods, since none of them forbids gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from clip_core.device import to_device
 from clip_core.load import load
 from clip_core.preprocess import Preprocess
 from clip_core.score import cosine
-from clip_core.text import TextEnd, Tokens, warn_cut
-from clip_core.towers import TextFeatures, TransformersTowers, make_towers
+from clip_core.text import Tokens, warn_cut
+from clip_core.towers import TextFeatures, make_towers
 
 __all__ = ["CLIP", "TextFeatures", "Tokens"]
 
@@ -129,18 +129,6 @@ class CLIP:
         tokens = texts if isinstance(texts, Tokens) else self.tokenize(texts)
         tokens = Tokens(to_device(tokens.input_ids, self.device), to_device(tokens.attention_mask, self.device))
         return self.towers.text(tokens, clip_skip)
-
-    def text_embeddings(self, texts: Sequence[str], ends: Iterable[TextEnd]) -> list[Tensor]:
-        """The embedding (E,) of each text; ids that its own tower has read are not read again, if `ends` has theirs."""
-        tokens = self.tokenize(texts)
-        ids = [tuple(each) for each in tokens.input_ids.tolist()]
-        own = self.model.text_model if isinstance(self.towers, TransformersTowers) else None
-        read = {end.input_ids: end.pooled for end in ends if end.encoder is own}
-        found = {each: self.model.text_projection(read[each][None])[0] for each in ids if each in read}
-        if unread := [place for place, each in enumerate(ids) if each not in read]:
-            rest = Tokens(tokens.input_ids[unread], tokens.attention_mask[unread])
-            found |= zip((ids[place] for place in unread), self.text(rest).embedding, strict=True)
-        return [found[each] for each in ids]
 
     def image(self, images: Tensor | Sequence[Image.Image], *, rounded: bool = True) -> Tensor:
         """Embedding (B, E), not normalised, of pixels (B, 3, H, W) in [0, 1] or of Pillow pictures.

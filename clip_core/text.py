@@ -55,29 +55,12 @@ class TextPiece:
 
 
 @dataclass(frozen=True, eq=False)
-class TextEnd:
-    """The end of one text, of which CLIP's embedding is made; who has the same tower need not read the text again."""
-
-    encoder: Any  # the tower that has read it
-    input_ids: tuple[int, ...]  # what it has read, L of them
-    pooled: Tensor  # (D,) its state there
-
-
-@dataclass(frozen=True, eq=False)
 class TextStates:
     """What a text tower says of B texts, before any projection."""
 
     tokens: Tensor  # (B, L, D) states, after the final layer norm unless it was left out
     pooled: Tensor  # (B, D) the state at the end of the text
     mask: Tensor  # (B, L) bool, true up to and with the end of the text
-    encoder: Any  # the tower
-    input_ids: Tensor  # (B, L) int64, what it has read, as handed in
-
-    @property
-    def ends(self) -> list[TextEnd]:
-        """Of each text; a device is waited for if the ids were handed in there."""
-        read = zip(self.input_ids.tolist(), self.pooled, strict=True)
-        return [TextEnd(self.encoder, tuple(ids), pooled) for ids, pooled in read]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +114,7 @@ class TextTower:
         if clip_skip is not None:
             states = skip(out.hidden_states, clip_skip)
             states = self.encoder.final_layer_norm(states) if normed else states
-        return TextStates(states, out.pooler_output, mask, self.encoder, tokens.input_ids)
+        return TextStates(states, out.pooler_output, mask)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tokens, list[int]]:

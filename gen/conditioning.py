@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from clip_core.device import to_device
-from clip_core.text import TextEnd
 
 NetworkName = Literal["own", "weak", "draft", "last"]
 """Which of a model's networks: its own, the weaker one of autoguidance, that of drafts, or of a row's last step"""
@@ -40,7 +39,6 @@ class Condition:
     concat_channels: Tensor | None = None  # (C', h, w), what the network sees behind the channels of x
     ip_hidden_states: Tensor | None = None  # (T, D), cross-attended beside the text (IP-Adapter); None: no picture
     network: NetworkName = "own"
-    end: TextEnd | None = None  # of the text, for who ranks by the tower that has read it; no network is told
 
     def copy(self) -> Condition:
         """The same told by another object, so that what is kept beside the one is not found beside the other."""

@@ -70,16 +70,14 @@ class DecodeQueue:
         return partial(_likeness, model, self.text(flight, index)[None])
 
     def _read(self, flights: Sequence[Flight[Any]]) -> None:
-        """Let CLIP read the prompts of these requests together, of each once, unless its tower has read it."""
+        """Let CLIP read the prompts of these requests together, of each once."""
         texts_of: dict[int, dict[str, None]] = {}
         for flight in flights:
             if not flight.texts:
                 texts_of[flight.number] = dict.fromkeys(text for one in flight.job.candidates for text in _texts(one))
         texts = list(dict.fromkeys(text for each in texts_of.values() for text in each))
         if texts:
-            prompts = dict.fromkeys(prompt for flight in flights for prompt, _ in flight.conditions.values())
-            ends = [prompt.end for prompt in prompts if prompt.end is not None]
-            read = in_turns(texts, lambda some: self.clip.text_embeddings(some, ends))
+            read = in_turns(texts, lambda some: self.clip.text(some).embedding.unbind(0))
             found = dict(zip(texts, read, strict=True))
             for flight in flights:
                 flight.texts = flight.texts or {text: found[text] for text in texts_of[flight.number]}

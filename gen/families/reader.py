@@ -91,10 +91,7 @@ class Reader(FamilyModel):
         texts_2: Sequence[str | TextPiece] | None = None,  # what a second text tower reads; None: the same
     ) -> list[Condition]:
         """What the UNet is told of each of these texts."""
-        features = self.text(texts, clip_skip)
-        return [
-            replace(self.handed(tokens), end=end) for tokens, end in zip(features.tokens, features.ends, strict=True)
-        ]
+        return [self.handed(tokens) for tokens in self.text(texts, clip_skip).tokens]
 
     def joined(self, pieces: Sequence[TextPiece], read: Sequence[Condition]) -> Condition:
         """What the UNet is told of a text that was read in these pieces."""

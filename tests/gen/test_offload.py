@@ -140,7 +140,7 @@ def test_where_one_picture_does_not_fit_beside_all_networks_the_others_leave(
         model = loaded(tiny_folder)
         assert not model._offload.is_on
         assert model.model.clip is not None
-        ranking = model.model.clip.towers.image_network
+        ranking = model.model.clip.model
 
         def too_much(unet: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
             if there(ranking):
