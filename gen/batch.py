@@ -80,9 +80,10 @@ class Batch:
         self.folder.check(model.record)
         left = self._left()
         self.progress = Progress(len(self._entries), len(self._entries) - len(left))
+        engine = model.engine()
         for entry in left:
-            if problem := _problem(model, entry):
-                is_common = problem == _problem(model, _filled(Entry(0, {"prompt": "any"}), common, model))
+            if problem := _problem(engine, entry):
+                is_common = problem == _problem(engine, _filled(Entry(0, {"prompt": "any"}), common, model))
                 raise ValueError(problem if is_common else f"{manifest}:{entry.number}: {problem}")
 
     def paint(self, note: Callable[[Progress], None] | None = None) -> Progress:
@@ -196,12 +197,12 @@ def check_part(which: int, number: int) -> None:
         raise ValueError(f"part {which}/{number} is out of range; give which of how many, as 2/8")
 
 
-def _problem(model: TextToImage, entry: Entry) -> str:
+def _problem(engine: Engine[Result], entry: Entry) -> str:
     """Why a line cannot be painted; empty where it can."""
     if not entry.words.keys() & {"prompt", "variation_of"}:
         return "prompt is missing; say in words what to paint"
     try:
-        model.engine().check(entry.request())
+        engine.check(entry.request())
     except ValueError as error:
         return str(error)
     return ""

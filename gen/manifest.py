@@ -97,13 +97,13 @@ def checked(words: Mapping[str, Any], folder: Path) -> dict[str, JSON]:
 
 def _entry(number: int, line: str, folder: Path) -> Entry:
     try:
-        said = json.loads(line)
+        content = json.loads(line)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
         raise ValueError(f"no JSON ({error}); write one object a line, such as {EXAMPLE}") from None
-    if not isinstance(said, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"no object; write one a line, such as {EXAMPLE}")
-    known_by = _json(ID, said.pop(ID, None))
-    return Entry(number, checked(said, folder), known_by)
+    entry_id = _json(ID, content.pop(ID, None))
+    return Entry(number, checked(content, folder), entry_id)
 
 
 def _json(name: str, value: Any) -> JSON:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from gen import command
 ROOT = Path(__file__).resolve().parent.parent
 UNCLIP = [sys.executable, "-m", "gen.command"]  # what the installed script runs
 PROMPT = "a red circle above a blue square"
+
+
+def heed_interrupts() -> None:
+    """First in a command's process: a shell starts background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: int = 0) -> Any:

@@ -128,16 +128,22 @@ def refusal(name: str, shape: Shape) -> str | None:
     return None
 
 
+def preferred(shape: Shape) -> str | None:
+    """The kernel `auto` takes for this shape unmeasured; None: it measures."""
+    name, least = PREFERRED.get(shape.device.type, (None, 0))
+    if name is None or shape.heads * shape.queries * shape.keys < least or refusal(name, shape) is not None:
+        return None
+    logger.info("attention 'auto' takes '%s' for %s", name, shape)
+    return name
+
+
 @cache
 def fastest(shape: Shape) -> str:
-    """The kernel `auto` takes for this shape, where it is measured once in the life of the process.
+    """The kernel `auto` takes for this shape, measured once in the life of the process.
 
     Torch's own choice holds unless a challenger is clearly faster in every round, so that a busy moment does not
     change the choice, and with it the last bits of a picture, from one process to the next.
     """
-    preferred, least = PREFERRED.get(shape.device.type, (TORCHS_CHOICE, 0))
-    if shape.heads * shape.queries * shape.keys >= least and refusal(preferred, shape) is None:
-        return preferred
     challengers = [name for name in CHALLENGERS.get(shape.device.type, ()) if refusal(name, shape) is None]
     if not challengers:
         return TORCHS_CHOICE
@@ -179,7 +185,7 @@ def timed(call: Callable[[], object], device: torch.device) -> list[float]:
 def chosen(name: str, shape: Shape) -> str:
     """The kernel that runs where `name` was asked for; where that one cannot, torch's own choice, logged once."""
     if name == AUTO:
-        return fastest(shape)
+        return preferred(shape) or fastest(shape)
     if name in ANYWHERE:
         return name
     reason = refusal(name, shape)

@@ -12,7 +12,7 @@ import pytest
 
 from gen import command
 from gen.picture import read_png
-from tests.typed import ROOT, UNCLIP, answer, refused
+from tests.typed import ROOT, UNCLIP, answer, heed_interrupts, refused
 
 FEW = ("--steps", "3", "-n", "3", "--keep", "1")
 
@@ -103,7 +103,7 @@ def test_ended_in_the_middle_it_goes_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job has ignored
+        preexec_fn=heed_interrupts,
     )
     try:
         deadline = time.monotonic() + 300  # generous: only a busy machine needs it

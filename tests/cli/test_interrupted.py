@@ -17,12 +17,7 @@ from PIL import Image
 
 from gen import cli, command
 from gen.picture import read_png
-from tests.typed import PROMPT, ROOT, UNCLIP, answer
-
-
-def heed_interrupts() -> None:
-    """A shell starts background jobs with SIGINT ignored, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from tests.typed import PROMPT, ROOT, UNCLIP, answer, heed_interrupts
 
 
 @pytest.mark.parametrize("seconds", [0.0, 6.0])  # while libraries load, and about when it paints

@@ -310,10 +310,9 @@ def test_all_that_fail_in_one_tick_are_not_the_end(
 def test_what_lies_beside_is_left_alone(tiny: TextToImage, tmp_path: Path) -> None:
     """Files of other names, and what is hidden where nothing else is."""
     out = tmp_path / "out"
-    (out / "pictures" / "000").mkdir(parents=True)
+    out.mkdir()
     for name in (".DS_Store", ".results.jsonl.lock"):
         (out / name).touch()
-    (out / "pictures").rename(tmp_path / "pictures")
     batch = Batch(tiny, manifest(tmp_path), out, words=WORDS)
     with pytest.raises(KeyboardInterrupt):
         batch.paint(stopping(1))
