@@ -123,9 +123,8 @@ class BatchFolder:
         """Keep others from this process's results while they are held, and from lines shared in another way."""
         try:
             held.enter_context(FileLock(self.path / f".{self.results.name}.lock", timeout=0))
-            for path in self.path.glob(
-                ".results*.lock"
-            ):  # behind one's own, so that of two that come at once one sees it
+            # behind one's own, so that of two that come at once one sees it
+            for path in self.path.glob(".results*.lock"):
                 other = RESULTS.fullmatch(_locked_by(path))
                 if other and int(other[2] or 1) != self.part[1]:
                     with FileLock(path, timeout=0):
